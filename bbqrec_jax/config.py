@@ -1,0 +1,173 @@
+"""Every field of a run, commented once, with its default; and the checks that need no data.
+
+A config file sets fields on `default_config()`; a field that is not here is refused.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from bbqrec_jax.errors import InputError
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """The base that every file of configs/ builds on; locked, so that a misspelt field is an error."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # Of everything random: initialisation, batch order, dropout, codebook fitting.
+  config.partitioner = "pmap"  # "pmap" over all devices, or "single".
+  config.log_every = 50  # Steps between two lines of training metrics.
+
+  config.data = data = ml_collections.ConfigDict()
+  data.source = "directory"  # "directory", "recbole" (atomic files) or "synthetic" (planted structure).
+  data.path = ""  # The folder of "directory" and "recbole".
+  data.modalities = ()  # Names of the modalities to use, in order; () means all that are found.
+  data.drop_short_users = False  # Drop users with fewer than 3 interactions instead of refusing them.
+  data.synthetic = synthetic = ml_collections.ConfigDict()
+  synthetic.num_users = 2000
+  synthetic.num_items = 600
+  synthetic.seed = 0  # Of the generated data alone; the run's own seed does not change the data.
+
+  config.tokenizer = tokenizer = ml_collections.ConfigDict()
+  tokenizer.code_width = 32  # d: width of latents and codewords.
+  tokenizer.num_levels = 4  # L: codes in a semantic ID.
+  tokenizer.num_codes = 256  # K: codewords a level.
+  tokenizer.hidden = (512, 256)  # Encoder widths between the features and d; decoders mirror them.
+  tokenizer.item_id = True  # The learnable item ID (z_ID) takes part in the fused latent.
+  tokenizer.history_layers = 1  # Layers of the transformer behind the sequence-to-item contrast.
+  tokenizer.history_heads = 2
+  tokenizer.max_length = 20  # The longest history the contrast looks at, in items.
+  tokenizer.dropout = 0.1
+  tokenizer.steps = 2000
+  tokenizer.warmup_steps = 200  # Steps on unquantized latents, before k-means fits the codebooks to them.
+  tokenizer.kmeans_iterations = 20
+  tokenizer.kmeans_points = 65536  # Latents that the codebooks are fitted to, drawn at random where there are more.
+  tokenizer.revival_patience = 50  # Steps without use after which a code is moved to a live residual; 0: never.
+  tokenizer.batch_items = 512  # Items of the catalogue sample in a batch.
+  tokenizer.batch_rows = 16  # Rows of packed histories in a batch, over all devices.
+  tokenizer.row_length = 32  # Items in a row.
+  tokenizer.evaluate_every = 500  # Steps between two health checks (and checkpoints).
+  tokenizer.commitment = 0.25  # beta of the quantization loss.
+  tokenizer.temperature = 0.07  # Of the contrast.
+  tokenizer.weights = weights = ml_collections.ConfigDict()  # One weight a loss.
+  weights.reconstruction = 1.0
+  weights.quantization = 1.0
+  weights.contrast = 0.1  # State of the history against the fused vector of the next item.
+  weights.modality_contrast = 0.1  # The same state against each modality's vector of the next item.
+  tokenizer.optimizer = _optimizer(learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50)
+
+  config.recommender = recommender = ml_collections.ConfigDict()
+  recommender.head = "generative"  # "generative" (codes one by one, beam search) or "dense" (full softmax).
+  recommender.item_inputs = ("fused", "modalities", "item")  # What an item's vector sums: its ID's codes, its
+  # modalities' own codes, a vector of its own. ("item",) alone is SASRec, and needs no tokenizer.
+  recommender.similarity = ("modalities",)  # Streams whose similarity reweights attention: "modalities", "fused"; ()
+  # is the plain backbone.
+  recommender.cross_pairs = True  # Bias tables for pairs of different streams too.
+  recommender.num_buckets = 32  # Equal-frequency buckets of each similarity.
+  recommender.width = 64  # d of the sequence model.
+  recommender.num_layers = 2
+  recommender.num_heads = 2
+  recommender.mlp_width = 256
+  recommender.depth_layers = 2  # Layers of the generative head's depth transformer.
+  recommender.dropout = 0.2
+  recommender.max_length = 20  # T: the longest history.
+  recommender.steps = 4000
+  recommender.batch_rows = 32  # Rows of packed histories in a batch, over all devices.
+  recommender.row_length = 32  # Positions in a row.
+  recommender.evaluate_every = 500  # Steps between two validations (and checkpoints).
+  recommender.patience = 5  # Validations without a better NDCG@10 after which training stops.
+  recommender.optimizer = _optimizer(learning_rate=1e-3, weight_decay=1e-2, warmup_steps=100)
+
+  config.evaluation = evaluation = ml_collections.ConfigDict()
+  evaluation.batch_size = 256  # Users ranked at once.
+  evaluation.beam_width = 50  # Beams of the generative head; a target outside the beam is a miss.
+  evaluation.validation_users = 0  # Users of a validation while training, drawn once; 0 means all.
+  return config.lock()
+
+
+def _optimizer(*, learning_rate: float, weight_decay: float, warmup_steps: int) -> ml_collections.ConfigDict:
+  """The fields of AdamW, alike in both stages."""
+  optimizer = ml_collections.ConfigDict()
+  optimizer.learning_rate = learning_rate
+  optimizer.schedule = "cosine"  # After the warm-up: "cosine" or "constant".
+  optimizer.warmup_steps = warmup_steps
+  optimizer.weight_decay = weight_decay  # Of the weight matrices alone.
+  optimizer.clip_norm = 1.0  # Global norm at which gradients are clipped.
+  return optimizer
+
+
+_CHOICES = {
+  "partitioner": ("pmap", "single"),
+  "data.source": ("synthetic", "directory", "recbole"),
+  "recommender.head": ("generative", "dense"),
+  "tokenizer.optimizer.schedule": ("constant", "cosine"),
+  "recommender.optimizer.schedule": ("constant", "cosine"),
+}
+_SUBSETS = {
+  "recommender.item_inputs": ("fused", "modalities", "item"),
+  "recommender.similarity": ("modalities", "fused"),
+}
+_MAY_BE_ZERO = {
+  "seed",
+  "data.synthetic.seed",
+  "tokenizer.warmup_steps",
+  "tokenizer.revival_patience",
+  "tokenizer.optimizer.warmup_steps",
+  "recommender.optimizer.warmup_steps",
+  "evaluation.validation_users",
+}
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+  """The fields of a config by dotted name; lists become tuples."""
+  flat = {}
+  for name, value in config.items():
+    if hasattr(value, "items"):
+      flat |= flatten(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = tuple(value) if isinstance(value, list) else value
+  return flat
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Refuses what no run could use, in one line.
+
+  Raises:
+    InputError: for an unknown or missing field, a value out of its range or choices, or widths that do not divide.
+  """
+  flat, known = flatten(config), flatten(default_config())
+  for name in flat.keys() ^ known.keys():
+    what = "unknown" if name in flat else "missing"
+    raise InputError(f"config field {name} is {what}: the fields and their meaning are in bbqrec_jax/config.py")
+  for name, choices in _CHOICES.items():
+    if flat[name] not in choices:
+      raise InputError(f"config field {name} must be one of {', '.join(choices)}, got {flat[name]!r}")
+  for name, choices in _SUBSETS.items():
+    for value in flat[name]:
+      if value not in choices:
+        raise InputError(f"config field {name} may hold {', '.join(choices)}, got {value!r}")
+  for name, value in flat.items():
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      continue
+    lowest = 0 if name in _MAY_BE_ZERO or isinstance(value, float) else 1
+    if not value >= lowest or value == float("inf"):
+      raise InputError(f"config field {name} must be at least {lowest} and finite, got {value}")
+  for name in ("tokenizer.dropout", "recommender.dropout"):
+    if flat[name] >= 1:
+      raise InputError(f"config field {name} must be less than 1, got {flat[name]}")
+  for name in ("tokenizer.temperature", "tokenizer.optimizer.clip_norm", "recommender.optimizer.clip_norm"):
+    if flat[name] <= 0:
+      raise InputError(f"config field {name} must be greater than 0, got {flat[name]}")
+  for width, heads in (
+    ("recommender.width", "recommender.num_heads"),
+    ("tokenizer.code_width", "tokenizer.history_heads"),
+  ):
+    if flat[width] % flat[heads]:
+      raise InputError(f"config field {width} = {flat[width]} must be a multiple of {heads} = {flat[heads]}")
+  for stage in ("tokenizer", "recommender"):
+    if flat[f"{stage}.row_length"] < flat[f"{stage}.max_length"]:
+      raise InputError(
+        f"config field {stage}.row_length = {flat[f'{stage}.row_length']} must be at least {stage}.max_length ="
+        f" {flat[f'{stage}.max_length']}: a full history must fit into a row"
+      )
+  if not flat["recommender.item_inputs"]:
+    raise InputError("config field recommender.item_inputs is empty: name at least one of fused, modalities, item")

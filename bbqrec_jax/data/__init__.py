@@ -1,0 +1,1 @@
+"""Histories and item features: read, checked, split, batched."""

@@ -1,0 +1,95 @@
+"""What every source gives: the histories, the features and the titles of one catalogue, and figures about them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bbqrec_jax.data.features import features_hash
+from bbqrec_jax.data.interactions import Interactions, Split
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """One catalogue of N items and the histories of its users.
+
+  Attributes:
+    name: what to call it in reports.
+    source: the folder as it was given, or "synthetic".
+    interactions: the whole histories, before any split.
+    features: [N, D] float by modality; row k is item k.
+    present: [N] bool by modality, whether an item has it.
+    titles: N titles; "" where the source has none.
+  """
+
+  name: str
+  source: str
+  interactions: Interactions
+  features: dict[str, np.ndarray]
+  present: dict[str, np.ndarray]
+  titles: tuple[str, ...]
+
+  @property
+  def num_items(self) -> int:
+    """N."""
+    return len(self.titles)
+
+  @property
+  def modalities(self) -> tuple[str, ...]:
+    """The names of the modalities, in order."""
+    return tuple(self.features)
+
+
+def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
+  """Figures that say which data a result stands on, ready for JSON.
+
+  Returns:
+    name, source, users, items, interactions; history_length (mean, median, min, max); density, interactions / (users x
+    items); head_share, the share of interactions that the most popular 10 % of items hold; unseen_items, how many are
+    in no training history; modalities (width and coverage of each); split_hash and features_hash.
+  """
+  interactions = dataset.interactions
+  lengths = interactions.lengths
+  counts = np.sort(np.bincount(interactions.items, minlength=dataset.num_items))
+  head = -(-dataset.num_items // 10)
+  return {
+    "name": dataset.name,
+    "source": dataset.source,
+    "users": interactions.num_users,
+    "items": dataset.num_items,
+    "interactions": interactions.num_interactions,
+    "history_length": {
+      "mean": float(np.mean(lengths)),
+      "median": float(np.median(lengths)),
+      "min": int(np.min(lengths)),
+      "max": int(np.max(lengths)),
+    },
+    "density": interactions.num_interactions / (interactions.num_users * dataset.num_items),
+    "head_share": float(counts[-head:].sum() / interactions.num_interactions),
+    "unseen_items": dataset.num_items - len(np.unique(split.train.items)),
+    "modalities": {
+      name: {"width": array.shape[1], "coverage": float(np.mean(dataset.present[name]))}
+      for name, array in dataset.features.items()
+    },
+    "split_hash": split.split_hash,
+    "features_hash": features_hash(dataset.features, dataset.present),
+  }
+
+
+def format_statistics(figures: Mapping[str, Any]) -> str:
+  """The figures of `statistics` as a short block of text."""
+  length = figures["history_length"]
+  source = "" if figures["source"] == "synthetic" else f" from {figures['source']}"
+  lines = [
+    f"data: {figures['name']}{source}",
+    f"  {figures['users']:,} users, {figures['items']:,} items, {figures['interactions']:,} interactions"
+    f" (density {figures['density']:.3%})",
+    f"  history length: mean {length['mean']:.1f}, median {length['median']:g}, {length['min']} to {length['max']}",
+    f"  the most popular 10 % of items hold {figures['head_share']:.1%} of the interactions;"
+    f" {figures['unseen_items']:,} items are never seen in training",
+  ]
+  for name, modality in figures["modalities"].items():
+    lines.append(f"  {name}: width {modality['width']}, {modality['coverage']:.1%} of items have it")
+  lines.append(f"  leave-one-out split {figures['split_hash']}, features {figures['features_hash']}")
+  return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""The project's own format: a folder of `sequences.txt`, `items.jsonl.gz` and `<modality>_features.npy`."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.features import load_modalities
+from bbqrec_jax.data.files import read_lines, require_folder, shown
+from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
+from bbqrec_jax.errors import InputError
+
+
+def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_short_users: bool = False) -> Dataset:
+  """Reads and checks a folder.
+
+  - `sequences.txt`: a line a user, `user item item ...`, separated by blanks; ids from 0, in time order.
+  - `items.jsonl.gz` or `items.jsonl`: line k is the JSON object of item k; its `title` is used, and its `id`, if there
+    is one, must be k. The number of lines is N.
+  - `<modality>_features.npy` [N, D] float, row k is item k, and optionally `has_<modality>.npy` [N], see
+    `features.load_modality`.
+
+  Args:
+    path: the folder.
+    modalities: names, in order; empty for all that are found, by name.
+    drop_short_users: drop the users with fewer than 3 interactions rather than refuse them.
+
+  Raises:
+    InputError: if anything is missing or wrong.
+  """
+  folder = require_folder(path)
+  sequences = folder / "sequences.txt"
+  if not sequences.is_file():
+    hint = "; --config.data.source=recbole reads the .inter file there" if any(folder.glob("*.inter")) else ""
+    raise InputError(f"{folder}: expected sequences.txt ('user item item ...' lines), found no such file{hint}")
+  titles = read_titles(folder)
+  interactions = check_history_lengths(
+    read_sequences(sequences, num_items=len(titles)), path=sequences, drop_short=drop_short_users
+  )
+  features, present = load_modalities(folder, modalities, num_items=len(titles))
+  return Dataset(folder.resolve().name, str(path), interactions, features, present, titles)
+
+
+def read_titles(folder: Path) -> tuple[str, ...]:
+  """The titles of the items of `items.jsonl.gz` or `items.jsonl`, "" where there is none.
+
+  Raises:
+    InputError: if neither file is there, or both, or none holds an item, or a line is not what it should be.
+  """
+  names = ("items.jsonl.gz", "items.jsonl")
+  found = [folder / name for name in names if (folder / name).is_file()]
+  if len(found) != 1:
+    came = "both" if found else "neither"
+    raise InputError(f"{folder}: expected one of {' and '.join(names)} (line k describes item k), found {came}")
+  (path,) = found
+  titles = []
+  for row, line in enumerate(read_lines(path)):
+    place = f"{path} line {row + 1}"
+    try:
+      record = json.loads(line)
+    except (ValueError, RecursionError):
+      raise InputError(f"{place}: expected a JSON object, got {shown(line)}; write one object a line") from None
+    if not isinstance(record, dict):
+      raise InputError(f"{place}: expected a JSON object, got {shown(line)}; write one object a line")
+    if record.get("id", row) != row:
+      raise InputError(
+        f"{place} field 'id': expected {row}, the item of this line, got {shown(json.dumps(record['id']))}; sort the"
+        " file by id, or leave the field out"
+      )
+    title = record.get("title") or ""
+    if not isinstance(title, str):
+      raise InputError(f"{place} field 'title': expected a string, got {shown(str(title))}; quote it or leave it out")
+    titles.append(title)
+  if not titles:
+    raise InputError(f"{path}: expected at least one item, got an empty file; write one JSON object for each item")
+  return tuple(titles)
+
+
+def read_sequences(path: Path, *, num_items: int) -> Interactions:
+  """The histories of `sequences.txt`.
+
+  Args:
+    path: the file.
+    num_items: N.
+
+  Raises:
+    InputError: if a line is empty, lacks its user or items, or repeats a user, or an item is not an integer in 0..N-1.
+  """
+  lines = read_lines(path)
+  labels, tails = [], []
+  lengths = np.empty(len(lines), np.int64)
+  for row, line in enumerate(lines):
+    fields = line.split()
+    if len(fields) < 2 or not line.startswith(fields[0]):
+      raise InputError(
+        f"{path} line {row + 1}: expected 'user item item ...', got {shown(line)}; "
+        + ("give the user items or remove the line" if fields else "remove the line")
+      )
+    labels.append(fields[0])
+    tails.append(line[len(fields[0]) :])
+    lengths[row] = len(fields) - 1
+  tail = b"".join(tails)
+  # Nothing but digits and blanks is left, so the fast parser can neither stop early nor read a sign or a fraction.
+  if tail.translate(None, b"0123456789 \t\r\v\f"):
+    _refuse_items(path, lines, num_items)
+  items = np.fromstring(tail.decode("ascii"), dtype=np.int64, sep=" ")
+  if np.any(items >= num_items):
+    _refuse_items(path, lines, num_items)
+  if len(set(labels)) < len(labels):
+    first: dict[bytes, int] = {}
+    for row, label in enumerate(labels):
+      if first.setdefault(label, row) != row:
+        raise InputError(
+          f"{path} line {row + 1} field 1: expected each user on one line, got {shown(label)} again (first on line"
+          f" {first[label] + 1}); join the two lines in time order"
+        )
+  return from_lengths(items, lengths, np.array([label.decode() for label in labels], str))
+
+
+def _refuse_items(path: Path, lines: list[bytes], num_items: int) -> NoReturn:
+  for row, line in enumerate(lines):
+    for field, token in enumerate(line.split()[1:], start=2):
+      if not token.isdigit() or len(token) > 18 or int(token) >= num_items:
+        raise InputError(
+          f"{path} line {row + 1} field {field}: expected an item id, an integer in 0..{num_items - 1}, got"
+          f" {shown(token)}; correct it, or add the item to the items file"
+        )
+  raise AssertionError("a check of the whole file failed that no line fails")

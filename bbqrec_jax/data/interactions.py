@@ -1,0 +1,167 @@
+"""Users' histories as flat arrays, and the leave-one-out split of the field."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from bbqrec_jax.errors import InputError
+
+# One item to learn from, one to validate on, one to test on.
+MINIMUM_LENGTH = 3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interactions:
+  """The histories of U users, one after another.
+
+  Attributes:
+    items: [total] int32 item ids, in time order within a user.
+    offsets: [U + 1] int64; the history of user u is items[offsets[u]:offsets[u + 1]].
+    users: [U] str, the labels that the source gives the users.
+  """
+
+  items: np.ndarray
+  offsets: np.ndarray
+  users: np.ndarray
+
+  @property
+  def num_users(self) -> int:
+    """U."""
+    return len(self.users)
+
+  @property
+  def num_interactions(self) -> int:
+    """The total over all users."""
+    return len(self.items)
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """[U] int64, the number of interactions of each user."""
+    return np.diff(self.offsets)
+
+  def history(self, user: int) -> np.ndarray:
+    """The items of user number `user` in time order, a view of [length] int32."""
+    return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+
+def from_lengths(items: np.ndarray, lengths: np.ndarray, users: np.ndarray) -> Interactions:
+  """Interactions from the flat items [total] and each user's number of them [U]."""
+  return Interactions(items.astype(np.int32), np.append(0, np.cumsum(lengths, dtype=np.int64)), users)
+
+
+def drop_short_users(interactions: Interactions, minimum: int = MINIMUM_LENGTH) -> Interactions:
+  """Only the users with at least `minimum` interactions, in the same order."""
+  lengths = interactions.lengths
+  keep = lengths >= minimum
+  return from_lengths(interactions.items[np.repeat(keep, lengths)], lengths[keep], interactions.users[keep])
+
+
+def check_history_lengths(
+  interactions: Interactions, *, path: str | Path, lines: np.ndarray | None = None, drop_short: bool = False
+) -> Interactions:
+  """Makes sure that every user's history can be split.
+
+  Args:
+    interactions: what was read.
+    path: the file it was read from, for the message.
+    lines: [U] int, the line on which each user's first interaction stands; users are lines 1..U if it is None.
+    drop_short: drop the users with too few interactions rather than refuse them.
+
+  Returns:
+    The interactions, without the short users if they were to be dropped.
+
+  Raises:
+    InputError: if there are users with fewer than 3 interactions, or no user is left.
+  """
+  if not interactions.num_users:
+    raise InputError(f"{path}: expected at least one user, found none; give a file that holds interactions")
+  short = np.flatnonzero(interactions.lengths < MINIMUM_LENGTH)
+  if not len(short):
+    return interactions
+  if len(short) == interactions.num_users:
+    raise InputError(
+      f"{path}: expected users with at least {MINIMUM_LENGTH} interactions (one each to learn from, validate on and"
+      f" test on), none of the {len(short)} users has as many; give longer histories"
+    )
+  if drop_short:
+    return drop_short_users(interactions)
+  first = int(short[0])
+  line = first + 1 if lines is None else int(lines[first])
+  raise InputError(
+    f"{path}: {len(short)} of {interactions.num_users} users have fewer than {MINIMUM_LENGTH} interactions (expected"
+    f" one each to learn from, validate on and test on), first: user {str(interactions.users[first])!r} on line {line}"
+    f" with {int(interactions.lengths[first])}; --config.data.drop_short_users=True drops them"
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+  """The leave-one-out split: a user's last item is the test target, the one before it the validation target.
+
+  Attributes:
+    train: everything but each user's last two items; the only interactions that anything is fitted on.
+    validation_target: [U] int32.
+    test_target: [U] int32.
+    split_hash: 16 hexadecimal digits that change with any interaction, their order, or the protocol.
+  """
+
+  train: Interactions
+  validation_target: np.ndarray
+  test_target: np.ndarray
+  split_hash: str
+
+  def history(self, stage: str) -> Interactions:
+    """What a model is shown at "validation" (the training part) or "test" (all but the last item).
+
+    Raises:
+      InputError: if the stage is neither.
+    """
+    if stage == "validation":
+      return self.train
+    if stage != "test":
+      raise InputError(f"expected stage 'validation' or 'test', got {stage!r}")
+    items = np.insert(self.train.items, self.train.offsets[1:], self.validation_target)
+    return from_lengths(items, self.train.lengths + 1, self.train.users)
+
+
+def leave_one_out(interactions: Interactions) -> Split:
+  """Splits each history in time order, as SASRec, TIGER and their successors do.
+
+  Args:
+    interactions: at least 3 items a user.
+
+  Returns:
+    The split, with the users in the same order.
+
+  Raises:
+    InputError: if a user has fewer than 3 interactions.
+  """
+  lengths = interactions.lengths
+  if np.any(lengths < MINIMUM_LENGTH):
+    user = int(np.argmax(lengths < MINIMUM_LENGTH))
+    raise InputError(
+      f"user {str(interactions.users[user])!r}: expected at least {MINIMUM_LENGTH} interactions, got"
+      f" {int(lengths[user])}; drop_short_users removes such users"
+    )
+  last = interactions.offsets[1:] - 1
+  is_train = np.ones(interactions.num_interactions, bool)
+  is_train[last] = is_train[last - 1] = False
+  digest = hashlib.sha256(b"leave-one-out")
+  digest.update(lengths.astype("<i8").tobytes())
+  digest.update(interactions.items.astype("<i4").tobytes())
+  return Split(
+    train=from_lengths(interactions.items[is_train], lengths - 2, interactions.users),
+    validation_target=interactions.items[last - 1],
+    test_target=interactions.items[last],
+    split_hash=digest.hexdigest()[:16],
+  )
+
+
+def select_users(interactions: Interactions, users: np.ndarray) -> Interactions:
+  """The histories of the given user numbers [n], in that order."""
+  lengths = interactions.lengths[users]
+  within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+  items = interactions.items[np.repeat(interactions.offsets[:-1][users], lengths) + within]
+  return from_lengths(items, lengths, interactions.users[users])

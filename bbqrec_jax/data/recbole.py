@@ -1,0 +1,234 @@
+"""RecBole's atomic files: a folder of one `.inter` table and, optionally, one `.item` table."""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.features import LARGEST, load_modalities
+from bbqrec_jax.data.files import read_lines, read_text, require_folder, shown
+from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
+from bbqrec_jax.errors import InputError
+
+TITLE_COLUMNS = ("title", "item_name", "movie_title", "name")
+
+
+def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short_users: bool = False) -> Dataset:
+  """Reads and checks a folder of RecBole's atomic files: tab-separated, the first line names columns as `name:type`.
+
+  - `*.inter`: `user_id:token`, `item_id:token` and optionally `timestamp:float`. A user's interactions are ordered by
+    timestamp, equal ones as in the file; without timestamps, as in the file. Repeated interactions are kept.
+  - `*.item`, optional: `item_id:token`; item k is the table's row k. A column `title`, `item_name`, `movie_title` or
+    `name` gives the titles; every `float_seq` column is a modality, named without a trailing `_features`, `_feature` or
+    `_emb`; an empty cell means that the item lacks it. Without the table, items are numbered as they first appear in
+    `.inter`.
+  - `<modality>_features.npy` and `has_<modality>.npy`, rows in that order, see `features.load_modality`.
+
+  Args:
+    path: the folder.
+    modalities: names, in order; empty for all that are found, by name.
+    drop_short_users: drop the users with fewer than 3 interactions rather than refuse them.
+
+  Raises:
+    InputError: if anything is missing or wrong.
+  """
+  folder = require_folder(path)
+  inter_path = _only_file(folder, "inter")
+  if inter_path is None:
+    has_sequences = (folder / "sequences.txt").exists()
+    hint = "; --config.data.source=directory reads the sequences.txt there" if has_sequences else ""
+    raise InputError(f"{folder}: expected one .inter file, found none{hint}")
+  item_path = _only_file(folder, "item")
+  tables: dict[str, np.ndarray] = {}
+  tokens: list[bytes] | None = None
+  titles: tuple[str, ...] = ()
+  if item_path is not None:
+    tokens, titles, tables = _read_items(item_path)
+  interactions, lines, tokens = _read_interactions(inter_path, tokens, item_path)
+  interactions = check_history_lengths(interactions, path=inter_path, lines=lines, drop_short=drop_short_users)
+  features, present = load_modalities(folder, modalities, num_items=len(tokens), in_tables=tables)
+  return Dataset(inter_path.stem, str(path), interactions, features, present, titles or ("",) * len(tokens))
+
+
+def _only_file(folder: Path, suffix: str) -> Path | None:
+  paths = sorted(folder.glob(f"*.{suffix}"))
+  if len(paths) > 1:
+    raise InputError(
+      f"{folder}: expected one .{suffix} file, found {', '.join(path.name for path in paths)}; give each data set a"
+      " folder of its own"
+    )
+  return paths[0] if paths else None
+
+
+def _read_header(path: Path, header: bytes, required: Iterable[str]) -> dict[str, str]:
+  """The types of the columns by name, in order."""
+  columns: dict[str, str] = {}
+  for field, column in enumerate(header.decode().split("\t"), start=1):
+    name, _, kind = column.partition(":")
+    if not name or not kind:
+      raise InputError(
+        f"{path} line 1 field {field}: expected a tab-separated header of name:type, got {shown(column)}; see RecBole's"
+        " atomic files"
+      )
+    if name in columns:
+      raise InputError(f"{path} line 1 field {field}: expected each column once, got {shown(name)} again; remove one")
+    columns[name] = kind
+  for name in required:
+    if columns.get(name) != "token":
+      raise InputError(f"{path} line 1: expected a column {name}:token, got {shown(header)}; add or rename it")
+  return columns
+
+
+def _refuse_field_count(path: Path, line: int, expected: int, got: int) -> InputError:
+  return InputError(
+    f"{path} line {line}: expected {expected} tab-separated fields as in the header, got {got}; correct the line"
+  )
+
+
+def _read_interactions(
+  path: Path, item_tokens: list[bytes] | None, item_path: Path | None
+) -> tuple[Interactions, np.ndarray, list[bytes]]:
+  """Reads `.inter` -> (interactions, the line on which each user first stands [U], the tokens of the N items)."""
+  content = read_text(path)
+  columns = _read_header(path, content[: content.find(b"\n")], ("user_id", "item_id"))
+  places = {name: place for place, name in enumerate(columns)}
+  starts, ends = _locate_fields(path, content, len(columns))
+  users, user_rows = _number(_column(content, starts, ends, places["user_id"]).tolist())
+  items = _column(content, starts, ends, places["item_id"]).tolist()
+  for name, tokens in (("user_id", users), ("item_id", items)):
+    if b"" in tokens:
+      line = int(np.argmax(starts[:, places[name]] == ends[:, places[name]])) + 2
+      raise InputError(f"{path} line {line} field '{name}': expected a token, got an empty field; fill it in")
+  if item_tokens is None:
+    item_tokens, item_rows = _number(items)
+  else:
+    index = {token: item for item, token in enumerate(item_tokens)}
+    item_rows = np.fromiter(map(index.get, items, itertools.repeat(-1)), np.int64, len(items))
+    if np.any(item_rows < 0):
+      row = int(np.argmax(item_rows < 0))
+      raise InputError(
+        f"{path} line {row + 2} field 'item_id': expected an item of {item_path}, got {shown(items[row])}; add it there"
+      )
+  keys = [user_rows]
+  if "timestamp" in columns:
+    keys.insert(0, _timestamps(path, _column(content, starts, ends, places["timestamp"])))
+  order = np.lexsort(keys)  # By user, then by timestamp, then as in the file: the sort is stable.
+  lengths = np.bincount(user_rows, minlength=len(users))
+  labels = np.array([user.decode() for user in users], str)
+  first_lines = np.unique(user_rows, return_index=True)[1] + 2
+  return from_lengths(item_rows[order], lengths, labels), first_lines, item_tokens
+
+
+def _locate_fields(path: Path, content: bytes, num_fields: int) -> tuple[np.ndarray, np.ndarray]:
+  """Where each field of each row after the header starts and ends in the file, both [rows, fields] int64."""
+  body = content.find(b"\n") + 1
+  data = np.frombuffer(content, np.uint8)[body:]
+  separators = np.flatnonzero((data == ord("\t")) | (data == ord("\n")))
+  row_ends = np.flatnonzero(data[separators] == ord("\n"))
+  counts = np.diff(row_ends, prepend=-1)
+  if np.any(counts != num_fields):
+    row = int(np.argmax(counts != num_fields))
+    raise _refuse_field_count(path, row + 2, num_fields, int(counts[row]))
+  ends = separators + body
+  starts = np.append(body, ends + 1)[: len(ends)]
+  return starts.reshape(-1, num_fields), ends.reshape(-1, num_fields)
+
+
+def _column(content: bytes, starts: np.ndarray, ends: np.ndarray, place: int) -> np.ndarray:
+  """The tokens of one column, [rows] bytes, gathered a character position at a time rather than a row at a time."""
+  start = starts[:, place]
+  lengths = ends[:, place] - start
+  width = int(lengths.max(initial=1))
+  data = np.frombuffer(content, np.uint8)
+  tokens = np.zeros((len(start), width), np.uint8)
+  for position in range(width):
+    inside = np.flatnonzero(lengths > position)
+    tokens[inside, position] = data[start[inside] + position]
+  return tokens.view(f"S{width}")[:, 0]
+
+
+def _number(tokens: list[bytes]) -> tuple[list[bytes], np.ndarray]:
+  """Numbers tokens as they first appear -> (the distinct ones, the number of each row [rows] int64)."""
+  distinct = list(dict.fromkeys(tokens))
+  index = {token: number for number, token in enumerate(distinct)}
+  return distinct, np.fromiter(map(index.__getitem__, tokens), np.int64, len(tokens))
+
+
+def _timestamps(path: Path, tokens: np.ndarray) -> np.ndarray:
+  try:
+    values = tokens.astype(np.float64)
+  except ValueError:
+    values = np.array([_number_or_nan(token) for token in tokens])
+  if not np.isfinite(values).all():
+    row = int(np.argmin(np.isfinite(values)))
+    raise InputError(
+      f"{path} line {row + 2} field 'timestamp': expected a finite number, got {shown(tokens[row])}; correct it, or"
+      " remove the column to keep the file's order"
+    )
+  return values
+
+
+def _number_or_nan(token: bytes) -> float:
+  try:
+    return float(token)
+  except ValueError:
+    return float("nan")
+
+
+def _read_items(path: Path) -> tuple[list[bytes], tuple[str, ...], dict[str, np.ndarray]]:
+  """Reads `.item` -> (the tokens, the titles, the features [N, D] float32 of each `float_seq` column by modality)."""
+  lines = read_lines(path)
+  columns = _read_header(path, lines[0] if lines else b"", ("item_id",))
+  names = list(columns)
+  rows = [line.split(b"\t") for line in lines[1:]]
+  if not rows:
+    raise InputError(f"{path}: expected at least one item, got only a header; write one line for each item")
+  for number, row in enumerate(rows):
+    if len(row) != len(names):
+      raise _refuse_field_count(path, number + 2, len(names), len(row))
+  place = names.index("item_id")
+  tokens = [row[place] for row in rows]
+  first: dict[bytes, int] = {}
+  for number, token in enumerate(tokens):
+    if not token:
+      raise InputError(f"{path} line {number + 2} field 'item_id': expected a token, got an empty field; fill it in")
+    if first.setdefault(token, number) != number:
+      raise InputError(
+        f"{path} line {number + 2} field 'item_id': expected each item on one line, got {shown(token)} again (first on"
+        f" line {first[token] + 2}); remove one"
+      )
+  title = next((names.index(name) for name in TITLE_COLUMNS if name in columns), None)
+  titles = ("",) * len(rows) if title is None else tuple(row[title].decode() for row in rows)
+  tables: dict[str, np.ndarray] = {}
+  for place, name in enumerate(names):
+    if columns[name] == "float_seq":
+      modality = next((name[: -len(end)] for end in ("_features", "_feature", "_emb") if name.endswith(end)), name)
+      if modality in tables or not modality:
+        raise InputError(f"{path} line 1: expected different modalities, got {shown(name)} for {modality!r}; rename it")
+      tables[modality] = _parse_features(path, name, [row[place] for row in rows])
+  return tokens, titles, tables
+
+
+def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
+  """The vectors of a `float_seq` column, [N, D] float32; an empty cell is a row of zeros."""
+  width = next((len(cell.split()) for cell in cells if cell.split()), 0)
+  if not width:
+    raise InputError(f"{path} field '{name}': expected numbers for some items, got none; remove the column")
+  features = np.zeros((len(cells), width), np.float32)
+  for row, cell in enumerate(cells):
+    numbers = cell.split()
+    place = f"{path} line {row + 2} field '{name}'"
+    if len(numbers) not in (0, width):
+      raise InputError(f"{place}: expected {width} numbers as in the first row, got {len(numbers)}; correct the line")
+    values = np.array([_number_or_nan(number) for number in numbers])
+    fits = np.abs(values) <= LARGEST
+    if not fits.all():
+      bad = numbers[int(np.argmin(fits))]
+      raise InputError(
+        f"{place}: expected finite float32 numbers, got {shown(bad)}; leave it empty for an item without"
+      )
+    if numbers:
+      features[row] = values
+  return features

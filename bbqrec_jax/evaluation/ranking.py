@@ -1,0 +1,97 @@
+"""Full-catalogue ranking of held-out items, for both heads and for popularity."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bbqrec_jax.data.interactions import Interactions, Split
+from bbqrec_jax.data.pipeline import evaluation_batches
+from bbqrec_jax.models.recommender import Catalogue, Recommender
+from bbqrec_jax.ops.ranking import ranking_metrics, ranks_in_list, target_ranks
+from bbqrec_jax.semantic_ids.trie import Trie
+
+_COVERAGE_CUTOFF = 10
+
+
+def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, tuple[Catalogue, Trie], Any], Any]:
+  """The function that ranks one batch, ready to be compiled by a partitioner.
+
+  Args:
+    model: the recommender.
+    beam_width: of the generative head; a target outside the beam is a miss at every cutoff.
+
+  Returns:
+    (params, (catalogue, trie), batch) -> {"ranks": [B] int32, "top": [B, 10] int32}.
+  """
+
+  def rank(params: Any, shared: tuple[Catalogue, Trie], batch: Any) -> dict[str, jax.Array]:
+    catalogue, trie = shared
+    states = model.apply({"params": params}, catalogue, batch, method="last_states")
+    if model.settings.head == "dense":
+      scores = model.apply({"params": params}, catalogue, states, method="dense_scores")
+      top = jax.lax.top_k(scores, min(_COVERAGE_CUTOFF, scores.shape[1]))[1]
+      return {"ranks": target_ranks(scores, batch["targets"]), "top": top}
+    beam = model.apply({"params": params}, catalogue, trie, states, width=beam_width, method="generate")
+    return {"ranks": ranks_in_list(beam.items, batch["targets"]), "top": beam.items[:, :_COVERAGE_CUTOFF]}
+
+  return rank
+
+
+def summarize(ranks: np.ndarray) -> dict[str, float]:
+  """The metrics of ranks [U], each over all users."""
+  metrics = ranking_metrics(jnp.asarray(ranks), jnp.ones(len(ranks), bool))
+  return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+
+
+def evaluate(
+  ranker: Callable[[Any, Any, Any], Any],
+  params: Any,
+  shared: Any,
+  histories: Interactions,
+  targets: np.ndarray,
+  *,
+  batch_size: int,
+  max_length: int,
+  num_items: int,
+) -> dict[str, float]:
+  """Ranks the catalogue for every user.
+
+  Args:
+    ranker: a compiled `make_ranker`.
+    params: the model's parameters.
+    shared: what the ranker is given beside them.
+    histories: the inputs.
+    targets: [U] int, what really came next.
+    batch_size: users at once.
+    max_length: T.
+    num_items: N, for the coverage.
+
+  Returns:
+    Recall@{1,5,10,20}, NDCG@{5,10,20}, MRR, and `coverage@10`, the share of the catalogue in anybody's first ten.
+  """
+  ranks, seen = [], np.zeros(num_items + 1, bool)
+  for batch in evaluation_batches(histories, targets, batch_size=batch_size, max_length=max_length):
+    valid = batch.pop("valid")
+    result = jax.device_get(ranker(params, shared, batch))
+    ranks.append(result["ranks"][valid])
+    seen[result["top"][valid]] = True  # -1, a short beam's filling, is the row past the last item.
+  return summarize(np.concatenate(ranks)) | {f"coverage@{_COVERAGE_CUTOFF}": float(seen[:num_items].mean())}
+
+
+def popularity_metrics(split: Split, targets: np.ndarray, *, num_items: int) -> dict[str, float]:
+  """The floor: the same ranking for everybody, by how often an item occurs in training; ties against the target."""
+  counts = np.bincount(split.train.items, minlength=num_items)
+  not_fewer = len(counts) - np.searchsorted(np.sort(counts), counts[targets], side="left")
+  top = min(_COVERAGE_CUTOFF, num_items) / num_items
+  return summarize(not_fewer.astype(np.int32) - 1) | {f"coverage@{_COVERAGE_CUTOFF}": top}
+
+
+def sample_users(split: Split, count: int, *, seed: int) -> np.ndarray:
+  """Indices of `count` users, drawn once and sorted; all of them where `count` is 0 or no fewer."""
+  users = split.train.num_users
+  if count == 0 or count >= users:
+    return np.arange(users)
+  return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))

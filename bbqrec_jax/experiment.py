@@ -1,0 +1,128 @@
+"""A run from config to results: data, tokenizer, recommender, evaluation, in that order, each picked up where it was."""
+
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from bbqrec_jax.config import flatten, validate
+from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
+from bbqrec_jax.data.interactions import Split, leave_one_out
+from bbqrec_jax.data.sources import load
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.evaluation.ranking import popularity_metrics
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.train.logging import MetricsLog, say
+from bbqrec_jax.train.parallel import PARTITIONERS
+from bbqrec_jax.train.recommender_stage import needs_semantic_ids, run_recommender
+from bbqrec_jax.train.tokenizer_stage import run_tokenizer
+
+_SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
+
+
+def read_data(config: ml_collections.ConfigDict) -> tuple[Dataset, Split, dict[str, Any]]:
+  """The data a config names, its split, and the figures that say which data it is."""
+  dataset = load(config.data)
+  split = leave_one_out(dataset.interactions)
+  return dataset, split, statistics(dataset, split)
+
+
+def _claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dict[str, Any]) -> None:
+  """Writes what this run is into the workdir, or makes sure that the run found there is this one.
+
+  Raises:
+    InputError: if the workdir belongs to a run with another config or other data; names the fields that differ.
+  """
+  # Where the data lies may change between two starts of one run; what it holds may not.
+  mine = {name: value for name, value in flatten(config).items() if name != "data.path"}
+  mine |= {f"data {name}": figures[name] for name in ("split_hash", "features_hash")}
+  mine = json.loads(json.dumps(mine))
+  path = workdir / "run.json"
+  if path.exists():
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    if differing:
+      shown = ", ".join(f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})" for name in differing)
+      raise InputError(f"{workdir} holds another run, which differs in {shown}; use another --workdir")
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+  path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+
+
+def format_results(results: dict[str, Any]) -> str:
+  """The metrics as a table, a line a metric."""
+  data = results["data"]
+  lines = [
+    f"{results['model']} on {data['name']}: {data['users']:,} users, {data['items']:,} items,"
+    f" {data['interactions']:,} interactions, split {data['split_hash']}",
+    f"{'':12s}  {'popularity':>10s}  {'validation':>10s}  {'test':>10s}",
+  ]
+  for name in _SHOWN:
+    values = [results[part][name] for part in ("popularity", "validation", "test")]
+    lines.append(f"{name:12s}  " + "  ".join(f"{value:10.4f}" for value in values))
+  seconds = results["seconds"]
+  lines.append("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+  return "\n".join(lines)
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+  """Runs, or goes on with, what `config` describes.
+
+  Args:
+    config: a `default_config` with fields set.
+    workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer/` and `results.json`.
+
+  Returns:
+    What `results.json` holds.
+
+  Raises:
+    InputError: for anything wrong with the config, the data or the workdir, before anything is computed.
+  """
+  validate(config)
+  dataset, split, figures = read_data(config)
+  _claim(workdir, config, figures)
+  say(format_statistics(figures))
+  finished = workdir / "results.json"
+  if finished.exists():
+    results = json.loads(finished.read_text(encoding="utf-8"))
+    say(f"{finished} is there already: this run is done")
+    say(format_results(results))
+    return results
+
+  partitioner = PARTITIONERS[config.partitioner]()
+  log = MetricsLog(workdir)
+  ids, tokenizer_seconds = None, 0.0
+  try:
+    if needs_semantic_ids(config):
+      folder, data_hash = workdir / "tokenizer", f"{figures['split_hash']} {figures['features_hash']}"
+      if SemanticIds.exists(folder):
+        ids = SemanticIds.load(folder)
+        say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
+      else:
+        ids = run_tokenizer(
+          config, dataset, split, data_hash=data_hash, workdir=workdir, partitioner=partitioner, log=log
+        )
+      tokenizer_seconds = json.loads((folder / "health.json").read_text(encoding="utf-8"))["seconds"]
+    metrics, progress = run_recommender(
+      config, ids, split, num_items=dataset.num_items, workdir=workdir, partitioner=partitioner, log=log
+    )
+  finally:
+    log.close()
+  results = {
+    "model": f"{config.recommender.head} head",
+    "data": {name: figures[name] for name in ("name", "source", "users", "items", "interactions", "split_hash")},
+    "popularity": popularity_metrics(split, split.test_target, num_items=dataset.num_items),
+    **metrics,
+    "best_step": progress["best_step"],
+    "steps": progress["step"],
+    "seconds": {
+      "tokenizer": tokenizer_seconds,
+      "recommender": progress["training_seconds"],
+      "evaluation": progress["evaluation_seconds"],
+    },
+  }
+  finished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+  say(format_results(results))
+  return results

@@ -1,0 +1,1 @@
+"""Thin flax.linen shells over `ops`: they hold parameters and shapes, and no mathematics of their own."""

@@ -1,0 +1,125 @@
+"""Sequence backbones. Each takes the similarity bias as one optional argument and is otherwise what it was."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bbqrec_jax.ops.attention import attention, history_mask
+
+KeyValue = tuple[jax.Array, jax.Array]
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention with an additive bias on its scores.
+
+  Attributes:
+    num_heads: H; must divide the width.
+  """
+
+  num_heads: int
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, mask: jax.Array, bias: jax.Array | None = None, past: KeyValue | None = None
+  ) -> tuple[jax.Array, KeyValue]:
+    """Attends from each position of `x` to `past` and to `x` itself.
+
+    Args:
+      x: [B, T, d].
+      mask: bool, broadcasts to [B, H, T, P + T].
+      bias: broadcasts like `mask`, or None.
+      past: keys and values [B, P, H, d / H] of earlier positions, or None.
+
+    Returns:
+      [B, T, d], and the keys and values [B, P + T, H, d / H] to pass on as the next call's past.
+    """
+    width = x.shape[-1]
+    heads = (self.num_heads, width // self.num_heads)
+    query, key, value = (nn.DenseGeneral(heads, name=name)(x) for name in ("query", "key", "value"))
+    if past is not None:
+      key, value = jnp.concatenate([past[0], key], axis=1), jnp.concatenate([past[1], value], axis=1)
+    mixed = attention(query, key, value, mask=mask, bias=bias)
+    return nn.DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
+
+
+class TransformerLayer(nn.Module):
+  """A pre-normalised transformer layer.
+
+  Attributes:
+    num_heads: H.
+    mlp_width: width of the feed-forward part.
+    dropout: rate on each of the two residual branches.
+  """
+
+  num_heads: int
+  mlp_width: int
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    mask: jax.Array,
+    bias: jax.Array | None = None,
+    past: KeyValue | None = None,
+    *,
+    deterministic: bool,
+  ) -> tuple[jax.Array, KeyValue]:
+    """As `SelfAttention`: [B, T, d] -> [B, T, d], and the keys and values."""
+    drop = nn.Dropout(self.dropout, deterministic=deterministic)
+    mixed, present = SelfAttention(self.num_heads, name="attention")(nn.LayerNorm()(x), mask, bias, past)
+    x = x + drop(mixed)
+    hidden = nn.gelu(nn.Dense(self.mlp_width)(nn.LayerNorm()(x)))
+    return x + drop(nn.Dense(x.shape[-1])(hidden)), present
+
+
+class CausalBackbone(nn.Module):
+  """A causal transformer over item vectors: each position's output is the state of the history up to it.
+
+  Several histories may share a row: a position sees only its own segment, and counts its place from that segment's
+  start, so a packed history gives what it gives alone.
+
+  Attributes:
+    num_layers: transformer layers.
+    num_heads: H.
+    mlp_width: width of the feed-forward parts.
+    max_length: positions that have an embedding; places from `max_length` on share the last.
+    dropout: rate on the input and on each residual branch.
+  """
+
+  num_layers: int
+  num_heads: int
+  mlp_width: int
+  max_length: int
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Runs the layers.
+
+    Args:
+      x: [B, T, d] item vectors.
+      segments: [B, T] int; 0 is padding, equal positive numbers in a row are one history.
+      positions: [B, T] int, the place of each item in its history, from 0.
+      bias: [B, H, T, T] added to the attention scores of every layer, or None.
+      deterministic: no dropout.
+
+    Returns:
+      [B, T, d] normalised states; those at padding mean nothing.
+    """
+    place = nn.Embed(self.max_length, x.shape[-1], embedding_init=nn.initializers.normal(0.02), name="position")
+    x = x + place(jnp.minimum(positions, self.max_length - 1))
+    x = nn.Dropout(self.dropout, deterministic=deterministic)(x)
+    mask = history_mask(segments)
+    for index in range(self.num_layers):
+      layer = TransformerLayer(self.num_heads, self.mlp_width, self.dropout, name=f"layer_{index}")
+      x, _ = layer(x, mask, bias, deterministic=deterministic)
+    return nn.LayerNorm(name="final_norm")(x)

@@ -1,0 +1,64 @@
+"""Full-catalogue ranking metrics. Each metric is a (sum, count) pair: add the pairs of all batches, divide once."""
+
+import jax
+import jax.numpy as jnp
+
+Metric = tuple[jax.Array, jax.Array]
+
+
+def target_ranks(scores: jax.Array, targets: jax.Array) -> jax.Array:
+  """How many items stand before the target; 0 is best.
+
+  Ties count against the target, and so does NaN: a broken model never looks good.
+
+  Args:
+    scores: [B, N] float, higher is better.
+    targets: [B] int, the item that was really next.
+
+  Returns:
+    [B] int32 in 0..N-1.
+  """
+  own = jnp.take_along_axis(scores, targets[:, None], axis=1)
+  return scores.shape[1] - 1 - jnp.sum(scores < own, axis=1, dtype=jnp.int32)
+
+
+def ranks_in_list(items: jax.Array, targets: jax.Array) -> jax.Array:
+  """Rank of each target in a list of distinct items, best first.
+
+  Args:
+    items: [B, W] int; -1 fills a short list.
+    targets: [B] int.
+
+  Returns:
+    [B] int32; the largest int32 where the list does not hold the target, which counts as a miss at every k.
+  """
+  found = items == targets[:, None]
+  return jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), jnp.iinfo(jnp.int32).max).astype(jnp.int32)
+
+
+def recall_at(ranks: jax.Array, valid: jax.Array, k: int) -> Metric:
+  """Share of users whose target is among the first k: ranks [B], valid [B] bool -> (sum, count)."""
+  return jnp.sum(jnp.where(valid & (ranks < k), 1.0, 0.0)), jnp.sum(valid.astype(jnp.float32))
+
+
+def ndcg_at(ranks: jax.Array, valid: jax.Array, k: int) -> Metric:
+  """Normalised discounted cumulative gain for one relevant item: 1 / log2(rank + 2) within the first k, else 0."""
+  gain = 1.0 / jnp.log2(ranks.astype(jnp.float32) + 2.0)
+  return jnp.sum(jnp.where(valid & (ranks < k), gain, 0.0)), jnp.sum(valid.astype(jnp.float32))
+
+
+def reciprocal_rank(ranks: jax.Array, valid: jax.Array) -> Metric:
+  """Mean reciprocal rank, 1 / (rank + 1); a miss (see `ranks_in_list`) counts 0."""
+  gain = jnp.where(ranks < jnp.iinfo(jnp.int32).max, 1.0 / (ranks.astype(jnp.float32) + 1.0), 0.0)
+  return jnp.sum(jnp.where(valid, gain, 0.0)), jnp.sum(valid.astype(jnp.float32))
+
+
+RECALL_CUTOFFS = (1, 5, 10, 20)
+NDCG_CUTOFFS = (5, 10, 20)
+
+
+def ranking_metrics(ranks: jax.Array, valid: jax.Array) -> dict[str, Metric]:
+  """Recall@{1,5,10,20}, NDCG@{5,10,20} and MRR of one batch, each a (sum, count)."""
+  metrics = {f"recall@{k}": recall_at(ranks, valid, k) for k in RECALL_CUTOFFS}
+  metrics |= {f"ndcg@{k}": ndcg_at(ranks, valid, k) for k in NDCG_CUTOFFS}
+  return metrics | {"mrr": reciprocal_rank(ranks, valid)}

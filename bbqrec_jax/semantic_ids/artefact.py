@@ -1,0 +1,88 @@
+"""What the tokenizer leaves behind: one folder that the recommender, and any other program, reads."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from bbqrec_jax.errors import InputError
+
+_ARRAYS = ("codes", "stream_codes", "present", "codebooks")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SemanticIds:
+  """Semantic IDs of a catalogue.
+
+  Attributes:
+    streams: names of the S streams: each modality, "id" if there is one, and "fused".
+    codes: [N, L] int32, each item's own ID: the fused codes after repair.
+    stream_codes: [S, N, L] int32, what the quantizer chose for each stream, before any repair.
+    present: [S, N] bool, False where an item lacks the modality.
+    codebooks: [L, K, d] float32.
+    data_hash: of the features and histories that all this was learned from.
+  """
+
+  streams: tuple[str, ...]
+  codes: np.ndarray
+  stream_codes: np.ndarray
+  present: np.ndarray
+  codebooks: np.ndarray
+  data_hash: str
+
+  @property
+  def modalities(self) -> tuple[str, ...]:
+    """The streams that are modalities."""
+    return tuple(name for name in self.streams if name not in ("id", "fused"))
+
+  @property
+  def fingerprint(self) -> str:
+    """16 hexadecimal digits that change with any code, codeword, or with the data."""
+    digest = hashlib.sha256(json.dumps([self.streams, self.data_hash]).encode())
+    for name in _ARRAYS:
+      digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+    return digest.hexdigest()[:16]
+
+  def vectors(self, stream: str) -> np.ndarray:
+    """The quantized vectors of a stream [N, d] float32; zero rows where an item lacks it."""
+    index = self.streams.index(stream)
+    codes = self.stream_codes[index]
+    total = sum(self.codebooks[level][codes[:, level]] for level in range(codes.shape[1]))
+    return np.where(self.present[index][:, None], total, 0.0).astype(np.float32)
+
+  def save(self, folder: pathlib.Path) -> None:
+    """Writes `codes.npy` and the other arrays, and last `semantic_ids.json`, whose presence says that all is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _ARRAYS:
+      np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
+    about = {"streams": self.streams, "data_hash": self.data_hash, "fingerprint": self.fingerprint}
+    (folder / "semantic_ids.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+  @classmethod
+  def exists(cls, folder: pathlib.Path) -> bool:
+    """Whether `folder` holds a whole artefact."""
+    return (folder / "semantic_ids.json").exists()
+
+  @classmethod
+  def load(cls, folder: pathlib.Path) -> "SemanticIds":
+    """Reads the folder.
+
+    Raises:
+      InputError: if a file is missing or damaged, or the arrays are not those that the fingerprint was taken of.
+    """
+    try:
+      about = json.loads((folder / "semantic_ids.json").read_text(encoding="utf-8"))
+      arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _ARRAYS}
+      loaded = cls(streams=tuple(about["streams"]), data_hash=about["data_hash"], **arrays)
+    except (OSError, ValueError, KeyError, EOFError) as error:
+      raise InputError(
+        f"{folder} holds no readable semantic IDs ({error}); delete the folder and run the tokenizer again"
+      ) from error
+    if loaded.fingerprint != about["fingerprint"]:
+      raise InputError(
+        f"{folder}: the arrays have fingerprint {loaded.fingerprint}, semantic_ids.json says {about['fingerprint']}: a"
+        " file was changed or damaged; delete the folder and run the tokenizer again"
+      )
+    return loaded

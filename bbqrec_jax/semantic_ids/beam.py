@@ -1,0 +1,81 @@
+"""Beam search over semantic IDs that can only end in items that exist."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from bbqrec_jax.semantic_ids.trie import Trie
+
+DecoderState = TypeVar("DecoderState")
+
+
+class BeamResult(NamedTuple):
+  """The best items of each row, best first.
+
+  Attributes:
+    items: [B, W] int32; -1 fills the end where fewer than W items exist or are allowed.
+    log_probs: [B, W] float32, the log-probability of each item's semantic ID; -inf where there is no item.
+  """
+
+  items: jax.Array
+  log_probs: jax.Array
+
+
+def beam_search(
+  trie: Trie,
+  step: Callable[[DecoderState, int, jax.Array | None], tuple[jax.Array, DecoderState]],
+  state: DecoderState,
+  *,
+  batch: int,
+  width: int,
+  exclude: jax.Array | None = None,
+) -> BeamResult:
+  """Searches the trie level by level; meant to be traced once, inside jit, as one program.
+
+  Candidates are the children that the trie lists, never the whole vocabulary with a mask: an invalid ID cannot be
+  formed, and a level costs its real fan-out. With a width of at least N the search is exact.
+
+  Args:
+    trie: the items' IDs.
+    step: (state, level, codes) -> (log_probs [B, w, K], state). `codes` [B, w] are those chosen at the level before,
+      None at level 0. The leaves of `state` are [B, w, ...]; the search reorders them as beams are kept. w is 1 at
+      level 0.
+    state: the decoder's first state, leaves [B, 1, ...].
+    batch: B.
+    width: W, how many beams are kept and returned.
+    exclude: [B, E] int, items that must not be returned; -1 fills.
+
+  Returns:
+    A `BeamResult` of W columns.
+  """
+  nodes = jnp.zeros((batch, 1), jnp.int32)
+  scores = jnp.zeros((batch, 1), jnp.float32)
+  codes: jax.Array | None = None
+  for level in range(trie.num_levels):
+    log_probs, state = step(state, level, codes)
+    children, child_codes, valid = trie.children(level, nodes)
+    candidates = scores[..., None] + jnp.take_along_axis(log_probs.astype(jnp.float32), child_codes, axis=-1)
+    if exclude is not None and level + 1 == trie.num_levels:
+      items = trie.items[children]
+      # One excluded item at a time: [B, w, F, E] would be the largest array of the search.
+      valid, _ = jax.lax.scan(lambda allowed, item: (allowed & (items != item[:, None, None]), None), valid, exclude.T)
+    candidates = jnp.where(valid, candidates, -jnp.inf).reshape(batch, -1)
+    kept = min(width, candidates.shape[1], trie.codes[level].shape[0])
+    scores, chosen = jax.lax.top_k(candidates, kept)
+    parents = chosen // trie.fanouts[level]
+    nodes = jnp.take_along_axis(children.reshape(batch, -1), chosen, axis=1)
+    codes = jnp.take_along_axis(child_codes.reshape(batch, -1), chosen, axis=1)
+    state = jax.tree.map(
+      lambda leaf, parents=parents: jnp.take_along_axis(
+        leaf, parents.reshape(parents.shape + (1,) * (leaf.ndim - 2)), axis=1
+      ),
+      state,
+    )
+  items = jnp.where(jnp.isneginf(scores), -1, trie.items[nodes])
+  missing = width - items.shape[1]
+  return BeamResult(
+    items=jnp.pad(items, ((0, 0), (0, missing)), constant_values=-1),
+    log_probs=jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf),
+  )

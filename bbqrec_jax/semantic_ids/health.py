@@ -1,0 +1,63 @@
+"""How well a codebook is used, in figures and, where it is not, in words."""
+
+from typing import Any
+
+import numpy as np
+
+from bbqrec_jax.semantic_ids.repair import collision_rate
+
+
+def codebook_health(before: np.ndarray, after: np.ndarray, *, num_codes: int) -> dict[str, Any]:
+  """Use of each level over the catalogue, and collisions before and after repair.
+
+  Args:
+    before: [N, L] int, the quantizer's codes.
+    after: [N, L] int, the repaired ones.
+    num_codes: K.
+
+  Returns:
+    `usage` [L], the share of the K codes in use; `perplexity` [L], the exponential of the entropy of code use; `dead`
+    [L], codes that no item uses; all three before repair. `collision_rate_before` and `collision_rate_after`: the share
+    of items that are not the first holder of their ID. `prefix_distinct` [L]: distinct prefixes of each length over
+    items, before repair. `moved`: how many items the repair gave another ID.
+  """
+  usage, perplexities, dead, distinct = [], [], [], []
+  for level in range(before.shape[1]):
+    counts = np.bincount(before[:, level], minlength=num_codes)
+    share = counts[counts > 0] / counts.sum()
+    usage.append(float(np.mean(counts > 0)))
+    perplexities.append(float(np.exp(-np.sum(share * np.log(share)))))
+    dead.append(int(np.sum(counts == 0)))
+    distinct.append(len(np.unique(before[:, : level + 1], axis=0)) / len(before))
+  return {
+    "items": len(before),
+    "num_codes": num_codes,
+    "usage": usage,
+    "perplexity": perplexities,
+    "dead": dead,
+    "prefix_distinct": distinct,
+    "collision_rate_before": collision_rate(before),
+    "collision_rate_after": collision_rate(after),
+    "moved": int(np.sum(np.any(before != after, axis=1))),
+  }
+
+
+def format_health(health: dict[str, Any]) -> str:
+  """A table, a line a level, and a warning in words for each level that uses under half of its reachable codes."""
+  lines = ["level  codes used  perplexity  dead  distinct prefixes"]
+  warnings = []
+  # A catalogue smaller than a level cannot use all of its codes, and is not told that it should.
+  reachable = min(health["num_codes"], health["items"])
+  for level, usage in enumerate(health["usage"]):
+    used = round(usage * health["num_codes"])
+    lines.append(
+      f"{level + 1:5d}  {used:4d} = {usage:4.0%}  {health['perplexity'][level]:10.1f}  {health['dead'][level]:4d}"
+      f"  {health['prefix_distinct'][level]:17.1%}"
+    )
+    if used < 0.5 * reachable:
+      warnings.append(f"warning: level {level + 1} uses {used} of {reachable} codes: the codebook has collapsed")
+  lines.append(
+    f"collisions {health['collision_rate_before']:.1%} before repair, {health['collision_rate_after']:.1%} after"
+    f" ({health['moved']} items moved)"
+  )
+  return "\n".join(lines + warnings)

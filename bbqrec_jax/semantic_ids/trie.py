@@ -1,0 +1,77 @@
+"""The trie of all items' semantic IDs as flat arrays, so that a jitted search can walk it.
+
+Items are sorted by ID, so the children of a node are one range of the next level's nodes, and the nodes of the last
+level are the items. Memory is one code and one offset a node: no dense [nodes, K] table.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bbqrec_jax.errors import InputError
+
+
+@flax.struct.dataclass
+class Trie:
+  """A trie of L levels over N items.
+
+  Attributes:
+    codes: for each level, [n] int32, the code of each of the level's n nodes; ascending among siblings.
+    starts: for each level, [parents + 1] int32: the children of parent p are nodes starts[p]..starts[p + 1] - 1. The
+      first level has one parent, the root.
+    items: [N] int32, the item at each node of the last level.
+    fanouts: for each level, the most children that any parent has.
+  """
+
+  codes: tuple[jax.Array, ...]
+  starts: tuple[jax.Array, ...]
+  items: jax.Array
+  fanouts: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+  @property
+  def num_levels(self) -> int:
+    """L."""
+    return len(self.codes)
+
+  def children(self, level: int, parents: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The children of nodes: parents [...] -> (nodes, codes, valid), each [..., fan-out of the level]."""
+    first, last = self.starts[level][parents], self.starts[level][parents + 1]
+    nodes = first[..., None] + jnp.arange(self.fanouts[level], dtype=jnp.int32)
+    valid = nodes < last[..., None]
+    nodes = jnp.where(valid, nodes, 0)
+    return nodes, self.codes[level][nodes], valid
+
+
+def build_trie(codes: np.ndarray) -> Trie:
+  """Builds the trie of the semantic IDs `codes` [N, L].
+
+  Raises:
+    InputError: if there is no item, a code is negative, or two items share an ID.
+  """
+  if codes.ndim != 2 or 0 in codes.shape:
+    raise InputError(f"semantic IDs must be [items, levels] and not empty, got shape {codes.shape}")
+  if codes.min() < 0:
+    raise InputError(f"semantic IDs must not be negative, item {int(np.argmax(codes.min(1) < 0))} has one that is")
+  codes = codes.astype(np.int32)
+  order = np.lexsort(codes.T[::-1])
+  ordered = codes[order]
+  # changed[r, l]: row r differs from row r - 1 somewhere in its first l + 1 codes, so it opens a node of level l.
+  changed = np.ones(ordered.shape, bool)
+  changed[1:] = np.logical_or.accumulate(ordered[1:] != ordered[:-1], axis=1)
+  if not changed[:, -1].all():
+    row = int(np.argmin(changed[:, -1]))
+    raise InputError(
+      f"items {order[row - 1]} and {order[row]} share the semantic ID {tuple(ordered[row].tolist())}: repair collisions"
+      " before building a trie"
+    )
+  level_codes, starts, fanouts = [], [], []
+  parent_rows = np.zeros(1, np.int64)
+  for level in range(codes.shape[1]):
+    rows = np.flatnonzero(changed[:, level])
+    start = np.append(np.searchsorted(rows, parent_rows), len(rows)).astype(np.int32)
+    level_codes.append(jnp.asarray(ordered[rows, level]))
+    starts.append(jnp.asarray(start))
+    fanouts.append(int(np.diff(start).max()))
+    parent_rows = rows
+  return Trie(tuple(level_codes), tuple(starts), jnp.asarray(order, jnp.int32), tuple(fanouts))

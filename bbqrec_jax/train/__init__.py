@@ -1,0 +1,1 @@
+"""Training: pure steps, the partitioner seam, the loop, checkpoints and logs."""

@@ -1,0 +1,40 @@
+"""The optimiser that a config describes."""
+
+from typing import Any
+
+import jax
+import optax
+
+
+def make_schedule(settings: Any, *, total_steps: int) -> optax.Schedule:
+  """Linear warm-up, then constant or cosine decay to a hundredth.
+
+  Args:
+    settings: has `learning_rate`, `warmup_steps` and `schedule` ("constant" or "cosine").
+    total_steps: steps of the whole run.
+  """
+  warmup = min(settings.warmup_steps, total_steps)
+  if settings.schedule == "cosine":
+    after = optax.cosine_decay_schedule(settings.learning_rate, max(total_steps - warmup, 1), alpha=0.01)
+  else:
+    after = optax.constant_schedule(settings.learning_rate)
+  return optax.join_schedules([optax.linear_schedule(0.0, settings.learning_rate, max(warmup, 1)), after], [warmup])
+
+
+def make_optimizer(settings: Any, *, total_steps: int) -> optax.GradientTransformation:
+  """AdamW behind a global-norm clip; only matrices decay, not biases, norms, tables of embeddings or of codes.
+
+  Args:
+    settings: as for `make_schedule`, and `weight_decay`, `clip_norm`.
+    total_steps: steps of the whole run.
+  """
+
+  def decays(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path).endswith("'kernel']"), params)
+
+  return optax.chain(
+    optax.clip_by_global_norm(settings.clip_norm),
+    optax.adamw(
+      make_schedule(settings, total_steps=total_steps), b2=0.98, weight_decay=settings.weight_decay, mask=decays
+    ),
+  )

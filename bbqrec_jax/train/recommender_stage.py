@@ -1,0 +1,227 @@
+"""Stage 2 from histories and semantic IDs to a trained recommender."""
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bbqrec_jax.data.interactions import Interactions, Split, select_users
+from bbqrec_jax.data.pipeline import PackedHistories, recommender_batches
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.evaluation.ranking import evaluate, make_ranker, sample_users
+from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSettings, code_columns
+from bbqrec_jax.ops.similarity import equal_frequency_edges, stream_pairs
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.semantic_ids.trie import Trie, build_trie
+from bbqrec_jax.train.logging import MetricsLog
+from bbqrec_jax.train.loop import Plan, fit
+from bbqrec_jax.train.optimizer import make_optimizer
+from bbqrec_jax.train.parallel import Partitioner
+from bbqrec_jax.train.state import TrainState
+from bbqrec_jax.train.steps import make_recommender_step
+
+
+def needs_semantic_ids(config: Any) -> bool:
+  """Whether anything in the recommender reads codes; SASRec, say, does not."""
+  r = config.recommender
+  return r.head == "generative" or bool(r.similarity) or tuple(r.item_inputs) != ("item",)
+
+
+def similarity_streams(config: Any, ids: SemanticIds | None) -> tuple[str, ...]:
+  """The streams whose similarities reweight attention, in order."""
+  if ids is None or not config.recommender.similarity:
+    return ()
+  chosen = ids.modalities if "modalities" in config.recommender.similarity else ()
+  return chosen + (("fused",) if "fused" in config.recommender.similarity else ())
+
+
+def sampled_similarities(
+  vectors: np.ndarray, histories: Interactions, pairs: tuple[tuple[int, int], ...], *, max_length: int, seed: int
+) -> list[np.ndarray]:
+  """Similarities of random pairs of items that stand in one training history, for the bucket edges.
+
+  Args:
+    vectors: [N, S, d]; zero rows where a stream is absent.
+    histories: the training histories, of which the last `max_length` items count.
+    pairs: the stream pairs.
+    max_length: T.
+    seed: of the draw.
+
+  Returns:
+    For each pair of streams, the similarities [n] of those item pairs that have both.
+  """
+  rng = np.random.default_rng(seed)
+  lengths = np.minimum(histories.lengths, max_length)
+  # A history of n items has n (n - 1) / 2 pairs: draw users in that proportion, then two places in each.
+  weight = lengths * (lengths - 1.0)
+  if not weight.any():
+    return [np.zeros(0, np.float32) for _ in pairs]
+  users = rng.choice(len(lengths), 200_000, p=weight / weight.sum())
+  first = rng.integers(0, lengths[users])
+  second = (first + rng.integers(1, lengths[users])) % lengths[users]
+  start = histories.offsets[1:][users] - lengths[users]
+  a, b = histories.items[start + first], histories.items[start + second]
+  norm = np.linalg.norm(vectors, axis=-1, keepdims=True)
+  unit = np.divide(vectors, norm, out=np.zeros_like(vectors), where=norm > 0)
+  here = norm[..., 0] > 0
+  samples = []
+  for m, n in pairs:
+    both = here[a, m] & here[b, n] & here[a, n] & here[b, m]
+    left, right = a[both], b[both]
+    forward = np.einsum("nd,nd->n", unit[left, m], unit[right, n])
+    backward = np.einsum("nd,nd->n", unit[left, n], unit[right, m])
+    samples.append(0.5 * (forward + backward))
+  return samples
+
+
+def build_catalogue(
+  config: Any, ids: SemanticIds | None, histories: Interactions, *, num_items: int
+) -> tuple[Catalogue, RecommenderSettings]:
+  """What the model is told about items, and the shapes that follow from it.
+
+  Args:
+    config: of the run.
+    ids: the tokenizer's semantic IDs; None where the recommender needs none.
+    histories: the training histories, for the bucket edges.
+    num_items: N.
+  """
+  r = config.recommender
+  streams = similarity_streams(config, ids)
+  pairs = stream_pairs(len(streams), cross=r.cross_pairs)
+  columns = np.zeros((num_items, 0), np.int32)
+  semantic_ids = np.zeros((num_items, 0), np.int32)
+  vectors = np.zeros((num_items, 0, 1), np.float32)
+  edges = np.zeros((0, r.num_buckets - 1), np.float32)
+  if ids is not None:
+    semantic_ids = ids.codes
+    sources = [(ids.codes, np.ones(num_items, bool))] if "fused" in r.item_inputs else []
+    if "modalities" in r.item_inputs:
+      indices = [ids.streams.index(name) for name in ids.modalities]
+      sources += [(ids.stream_codes[index], ids.present[index]) for index in indices]
+    if sources:
+      codes, present = zip(*sources, strict=True)
+      columns = code_columns(list(codes), list(present), num_codes=config.tokenizer.num_codes)
+  if ids is not None and streams:
+    vectors = np.stack([ids.vectors(name) for name in streams], axis=1)
+    samples = sampled_similarities(vectors, histories, pairs, max_length=r.max_length, seed=config.seed)
+    for pair, sample in zip(pairs, samples, strict=True):
+      if not len(sample):
+        raise InputError(
+          f"no training history holds two items that both have {streams[pair[0]]} and {streams[pair[1]]}, so their"
+          " similarity has no buckets; leave the modality out (data.modalities) or set recommender.similarity=()"
+        )
+    edges = np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
+  settings = RecommenderSettings(
+    num_items=num_items,
+    num_levels=semantic_ids.shape[1],
+    num_codes=config.tokenizer.num_codes,
+    num_columns=columns.shape[1],
+    item_embedding="item" in r.item_inputs,
+    head=r.head,
+    width=r.width,
+    num_layers=r.num_layers,
+    num_heads=r.num_heads,
+    mlp_width=r.mlp_width,
+    depth_layers=r.depth_layers,
+    dropout=r.dropout,
+    max_length=r.max_length,
+    num_streams=len(streams),
+    cross_pairs=r.cross_pairs,
+    num_buckets=r.num_buckets,
+  )
+  catalogue = Catalogue(*(jnp.asarray(array) for array in (semantic_ids, columns, vectors, edges)))
+  return catalogue, settings
+
+
+def build_recommender(
+  config: Any, ids: SemanticIds | None, histories: Interactions, *, num_items: int
+) -> tuple[Recommender, Catalogue, Trie | None]:
+  """The model, the catalogue it reads, and the trie its generative head decodes over (None for the dense head)."""
+  catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items)
+  trie = build_trie(ids.codes) if ids is not None and settings.head == "generative" else None
+  return Recommender(settings), catalogue, trie
+
+
+def initial_state(config: Any, model: Recommender, catalogue: Catalogue) -> TrainState:
+  """The state before the first step."""
+  shape = (1, 2)
+  example = {name: jnp.zeros(shape, jnp.int32) for name in ("items", "targets", "segments", "positions")}
+  params = jax.jit(model.init)(jax.random.key(config.seed), catalogue, example)["params"]
+  optimizer = make_optimizer(config.recommender.optimizer, total_steps=config.recommender.steps)
+  return TrainState.create(params, optimizer, seed=config.seed)
+
+
+def run_recommender(
+  config: Any,
+  ids: SemanticIds | None,
+  split: Split,
+  *,
+  num_items: int,
+  workdir: pathlib.Path,
+  partitioner: Partitioner,
+  log: MetricsLog,
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+  """Trains the recommender (or goes on with it), picks it by validation NDCG@10, ranks the test items once.
+
+  Returns:
+    ({"validation": metrics, "test": metrics} of the best model on all users, the loop's progress record).
+  """
+  r, e = config.recommender, config.evaluation
+  model, catalogue, trie = build_recommender(config, ids, split.train, num_items=num_items)
+  histories = PackedHistories(
+    split.train,
+    batch_rows=r.batch_rows,
+    max_length=r.max_length,
+    row_length=r.row_length,
+    whole=False,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
+  shared = partitioner.replicate((catalogue, trie))
+  some = sample_users(split, e.validation_users, seed=config.seed)
+  some_histories = select_users(split.train, some)
+
+  def rank(params: Any, stage_histories: Interactions, targets: np.ndarray) -> dict[str, float]:
+    return evaluate(
+      ranker,
+      params,
+      shared,
+      stage_histories,
+      targets,
+      batch_size=e.batch_size,
+      max_length=r.max_length,
+      num_items=num_items,
+    )
+
+  plan = Plan(
+    name="recommender",
+    steps=r.steps,
+    log_every=config.log_every,
+    evaluate_every=r.evaluate_every,
+    evaluate=lambda state: rank(state.params, some_histories, split.validation_target[some]),
+    select="ndcg@10",
+    patience=r.patience,
+  )
+  optimizer = make_optimizer(r.optimizer, total_steps=r.steps)
+  state, progress = fit(
+    plan,
+    initial_state(config, model, catalogue),
+    catalogue,
+    make_recommender_step(model, optimizer),
+    recommender_batches(histories),
+    partitioner=partitioner,
+    directory=workdir / "checkpoints" / "recommender",
+    log=log,
+  )
+  started = time.monotonic()
+  metrics = {
+    "validation": rank(state.params, split.history("validation"), split.validation_target),
+    "test": rank(state.params, split.history("test"), split.test_target),
+  }
+  progress["evaluation_seconds"] += time.monotonic() - started
+  return metrics, progress

@@ -1,0 +1,15 @@
+"""Any folder of the documented format.
+
+    python -m bbqrec_jax.main --config=configs/directory.py --workdir=runs/mine --config.data.path=DIR
+
+`--config.recommender.head=dense` trains the full softmax instead of the generative head.
+"""
+
+import ml_collections
+
+from bbqrec_jax.config import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The defaults, on the folder that `data.path` names."""
+  return default_config()

@@ -1,0 +1,278 @@
+"""The project's folders: a tiny one with known content, every way to get one wrong, and the real ones if present."""
+
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bbqrec_jax.data.interactions import leave_one_out
+from bbqrec_jax.data.sources import format_statistics, load, load_directory, statistics
+from bbqrec_jax.errors import InputError
+
+SEQUENCES = "ann 0 1 2\nbob 3 2 1 0\ncy 2 2 3\n"
+ITEMS = "".join(json.dumps({"id": item, "title": title}) + "\n" for item, title in enumerate(["A", "", "Ć", "D"]))
+TEXT = np.arange(1, 9, dtype=np.float16).reshape(4, 2)
+IMAGE = np.array([[1, 2, 3], [0, 0, 0], [4, 5, 6], [7, 8, 9]], np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  (tmp_path / "sequences.txt").write_text(SEQUENCES)
+  (tmp_path / "items.jsonl.gz").write_bytes(gzip.compress(ITEMS.encode()))
+  np.save(tmp_path / "text_features.npy", TEXT)
+  np.save(tmp_path / "image_features.npy", IMAGE)
+  return tmp_path
+
+
+def refusal(folder, *parts, **options):
+  before = sorted(path.name for path in folder.iterdir())
+  with pytest.raises(InputError) as error:
+    load_directory(folder, **options)
+  message = str(error.value)
+  assert "\n" not in message
+  assert all(part in message for part in parts), message
+  assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def histories(dataset):
+  interactions = dataset.interactions
+  return {str(user): interactions.history(row).tolist() for row, user in enumerate(interactions.users)}
+
+
+def test_a_folder_is_read_as_written(folder):
+  dataset = load_directory(folder)
+  assert histories(dataset) == {"ann": [0, 1, 2], "bob": [3, 2, 1, 0], "cy": [2, 2, 3]}
+  assert dataset.titles == ("A", "", "Ć", "D")
+  assert dataset.modalities == ("image", "text")
+  assert dataset.num_items == 4
+  np.testing.assert_array_equal(dataset.features["text"], TEXT)
+  np.testing.assert_array_equal(dataset.features["image"], IMAGE)
+  np.testing.assert_array_equal(dataset.present["image"], [True, False, True, True])
+  assert (dataset.name, dataset.source) == (folder.name, str(folder))
+
+
+def test_the_modalities_asked_for_come_in_that_order(folder):
+  assert load_directory(folder, modalities=("text", "image")).modalities == ("text", "image")
+  assert load_directory(folder, modalities=["text"]).modalities == ("text",)
+
+
+def test_a_mask_file_is_used(folder):
+  np.save(folder / "has_text.npy", np.array([0, 1, 1, 0]))
+  np.testing.assert_array_equal(load_directory(folder).present["text"], [False, True, True, False])
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    "\ufeff" + SEQUENCES,
+    SEQUENCES.replace("\n", "\r\n"),
+    SEQUENCES.removesuffix("\n"),
+    SEQUENCES.replace(" ", "\t"),
+    SEQUENCES.replace(" ", "  ").replace("\n", " \n"),
+    SEQUENCES.replace(" 1", " 01"),
+  ],
+  ids=["byte-order mark", "CRLF", "no last line end", "tabs", "wide blanks", "leading zeros"],
+)
+def test_other_ways_to_write_the_same_histories(folder, content):
+  (folder / "sequences.txt").write_bytes(content.encode())
+  assert histories(load_directory(folder)) == {"ann": [0, 1, 2], "bob": [3, 2, 1, 0], "cy": [2, 2, 3]}
+
+
+def test_items_may_be_plain_with_other_fields_and_without_title_or_id(folder):
+  (folder / "items.jsonl.gz").unlink()
+  lines = ['{"asin": "x"}', '{"title": null}', '{"title": "T", "id": 2}', "{}"]
+  (folder / "items.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+  assert load_directory(folder).titles == ("", "", "T", "")
+
+
+def test_user_labels_may_be_any_utf8(folder):
+  (folder / "sequences.txt").write_text("žofie 0 1 2\n-3.5 1 2 3\n")
+  assert list(histories(load_directory(folder))) == ["žofie", "-3.5"]
+
+
+@pytest.mark.parametrize(
+  ("sequences", "parts"),
+  [
+    ("ann 0 1 2\n\nbob 1 2 3\n", ["line 2", "expected 'user item item ...'", "got ''", "remove the line"]),
+    ("ann 0 1 2\n   \nbob 1 2 3\n", ["line 2", "got '   '"]),
+    ("ann 0 1 2\nbob\n", ["line 2", "got 'bob'", "give the user items"]),
+    ("ann 0 1 2\n 0 1 2\n", ["line 2", "got ' 0 1 2'"]),
+    ("ann 0 1 2\nbob 1 3.0 2\n", ["line 2 field 3", "expected an item id, an integer in 0..3", "got '3.0'"]),
+    ("ann 0 1 2\nbob 1 2 x7\n", ["line 2 field 4", "got 'x7'"]),
+    ("ann 0 1 -2\n", ["line 1 field 4", "got '-2'"]),
+    ("ann 0 +1 2\n", ["line 1 field 3", "got '+1'"]),
+    ("ann 0,1,2\n", ["line 1 field 2", "got '0,1,2'"]),
+    ("ann 0 1 2\nbob 1 ٣ 2\n", ["line 2 field 3", "got '٣'"]),
+    ("ann 0 1 2\nbob 3 4 0\n", ["line 2 field 3", "in 0..3", "got '4'", "items file"]),
+    ("ann 0 1 99999999999999999999\n", ["line 1 field 4", "got '99999999999999999999'"]),
+    ("ann 0 1 4294967296\n", ["line 1 field 4", "got '4294967296'"]),
+    ("ann 0 1 " + "z" * 9999 + "\n", ["line 1 field 4", "zzz...'"]),
+    (
+      "ann 0 1 2\nbob 1 2 3\nann 1 2 3\n",
+      ["line 3 field 1", "each user on one line", "'ann' again", "first on line 1"],
+    ),
+    ("", ["expected at least one user", "found none"]),
+    ("ann 0 1 2\nbob 1\ncy 0 1\n", ["2 of 3 users", "'bob' on line 2 with 1", "--config.data.drop_short_users=True"]),
+  ],
+)
+def test_bad_histories_are_refused(folder, sequences, parts):
+  (folder / "sequences.txt").write_text(sequences)
+  refusal(folder, str(folder / "sequences.txt"), *parts)
+
+
+def test_short_users_are_dropped_on_request(folder):
+  (folder / "sequences.txt").write_text("ann 0 1 2\nbob 1\ncy 0 1 3 2\n")
+  assert histories(load_directory(folder, drop_short_users=True)) == {"ann": [0, 1, 2], "cy": [0, 1, 3, 2]}
+
+
+@pytest.mark.parametrize(
+  ("content", "parts"),
+  [
+    (b"ann 0 1 2\nb\xff 1 2 3\n", ["line 2", "expected UTF-8 text", "got byte 0xff"]),
+    (SEQUENCES.encode("utf-16"), ["line 1", "expected UTF-8 text", "save the file as UTF-8"]),
+  ],
+  ids=["latin-1", "utf-16"],
+)
+def test_histories_that_are_not_utf8_are_refused(folder, content, parts):
+  (folder / "sequences.txt").write_bytes(content)
+  refusal(folder, str(folder / "sequences.txt"), *parts)
+
+
+@pytest.mark.parametrize(
+  ("content", "parts"),
+  [
+    (gzip.compress(b""), ["expected at least one item", "empty file"]),
+    (gzip.compress(b"{}\n{,}\n"), ["line 2", "expected a JSON object", "got '{,}'", "one object a line"]),
+    (gzip.compress(b"{}\n\n{}\n"), ["line 2", "expected a JSON object", "got ''"]),
+    (gzip.compress(b"{}\n[1]\n"), ["line 2", "expected a JSON object", "got '[1]'"]),
+    (gzip.compress(b"[" * 100_000), ["line 1", "expected a JSON object"]),
+    (gzip.compress(b'{"id": 0}\n{"id": 2}\n'), ["line 2 field 'id'", "expected 1", "got '2'", "sort the file"]),
+    (gzip.compress(b'{"title": ["a"]}\n'), ["line 1 field 'title'", "expected a string", "['a']"]),
+    (gzip.compress(b'{}\n{"title": "\xe9"}\n'), ["line 2", "expected UTF-8 text", "0xe9"]),
+    (b"{}\n{}\n", ["expected gzip", "corrupt or cut-off"]),
+    (gzip.compress(ITEMS.encode())[:-12], ["expected gzip", "corrupt or cut-off"]),
+    (gzip.compress(ITEMS.encode())[:20] + b"\xff" * 30, ["expected gzip", "corrupt or cut-off"]),
+    (b"", ["expected at least one item"]),
+  ],
+)
+def test_bad_items_are_refused(folder, content, parts):
+  (folder / "items.jsonl.gz").write_bytes(content)
+  refusal(folder, str(folder / "items.jsonl.gz"), *parts)
+
+
+@pytest.mark.parametrize(
+  ("remove", "parts"),
+  [
+    (["sequences.txt"], ["expected sequences.txt", "found no such file"]),
+    (["items.jsonl.gz"], ["expected one of items.jsonl.gz and items.jsonl", "found neither"]),
+    (["text_features.npy", "image_features.npy"], ["expected at least one modality", "<modality>_features.npy"]),
+  ],
+  ids=["sequences", "items", "features"],
+)
+def test_missing_files_are_named(folder, remove, parts):
+  for name in remove:
+    (folder / name).unlink()
+  refusal(folder, str(folder), *parts)
+
+
+def test_two_items_files_are_refused(folder):
+  (folder / "items.jsonl").write_text(ITEMS)
+  refusal(folder, "expected one of", "found both")
+
+
+def test_an_unknown_modality_is_refused_with_those_found(folder):
+  refusal(folder, str(folder), "image, text", "got 'video'", modalities=("text", "video"))
+
+
+def test_features_of_another_catalogue_are_refused(folder):
+  np.save(folder / "text_features.npy", TEXT[:3])
+  refusal(folder, str(folder / "text_features.npy"), "expected 4 rows", "got 3")
+
+
+def test_a_recbole_folder_is_recognised(folder):
+  (folder / "sequences.txt").unlink()
+  (folder / "x.inter").write_text("user_id:token\titem_id:token\n")
+  refusal(folder, "expected sequences.txt", "--config.data.source=recbole")
+
+
+@pytest.mark.parametrize(
+  ("name", "parts"),
+  [
+    ("", ["no data folder was given", "--config.data.path=DIR"]),
+    ("nowhere", ["nowhere", "expected a folder", "found nothing", "--config.data.path=DIR"]),
+    (__file__, [__file__, "expected a folder", "found a file"]),
+  ],
+  ids=["empty", "missing", "file"],
+)
+def test_what_is_no_folder_is_refused(name, parts):
+  settings = SimpleNamespace(source="directory", path=name, modalities=(), drop_short_users=False)
+  with pytest.raises(InputError) as error:
+    load(settings)
+  assert all(part in str(error.value) for part in parts)
+
+
+def test_load_passes_the_settings_on(folder):
+  (folder / "sequences.txt").write_text(SEQUENCES + "dee 1\n")
+  settings = SimpleNamespace(source="directory", path=str(folder), modalities=("text",), drop_short_users=True)
+  dataset = load(settings)
+  assert dataset.modalities == ("text",)
+  assert dataset.interactions.num_users == 3
+
+
+def test_statistics_against_counts_by_hand(folder):
+  dataset = load_directory(folder)
+  split = leave_one_out(dataset.interactions)
+  figures = statistics(dataset, split)
+  assert figures["split_hash"] == split.split_hash
+  assert len(figures.pop("features_hash")) == 16
+  del figures["split_hash"]
+  assert figures == {
+    "name": folder.name,
+    "source": str(folder),
+    "users": 3,
+    "items": 4,
+    "interactions": 10,
+    "history_length": {"mean": pytest.approx(10 / 3), "median": 3.0, "min": 3, "max": 4},
+    "density": pytest.approx(10 / 12),
+    "head_share": 0.4,  # Item 2, of 4 items, holds 4 of 10 interactions.
+    "unseen_items": 1,  # Training is ann 0, bob 3 2, cy 2.
+    "modalities": {"image": {"width": 3, "coverage": 0.75}, "text": {"width": 2, "coverage": 1.0}},
+  }
+  json.dumps(figures)
+
+
+def test_statistics_as_text_name_the_data(folder):
+  dataset = load_directory(folder)
+  split = leave_one_out(dataset.interactions)
+  text = format_statistics(statistics(dataset, split))
+  for part in (f"{folder.name} from {folder}", "3 users, 4 items, 10 interactions", "image: width 3, 75.0%"):
+    assert part in text
+  assert split.split_hash in text
+  assert "synthetic" not in text
+
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+@pytest.mark.parametrize(
+  ("name", "users", "items", "interactions", "widths", "longest"),
+  [
+    ("amazon18_scientific", 8_317, 4_344, 58_492, {"attribute": 64, "text": 384}, 78),
+    ("amazon14_beauty", 22_363, 12_101, 198_502, {"attribute": 64, "text": 384}, 204),
+    ("ml100k_posters", 943, 1_682, 100_000, {"image": 1280, "text": 384}, 737),
+  ],
+)
+def test_real_folders_hold_what_they_are_known_to(name, users, items, interactions, widths, longest):
+  if not (REAL / name).is_dir():
+    pytest.skip("the real data is not here")
+  dataset = load_directory(REAL / name)
+  figures = statistics(dataset, leave_one_out(dataset.interactions))
+  assert (figures["users"], figures["items"], figures["interactions"]) == (users, items, interactions)
+  assert {name: modality["width"] for name, modality in figures["modalities"].items()} == widths
+  assert figures["history_length"]["max"] == longest
+  if name == "ml100k_posters":
+    assert figures["modalities"]["image"]["coverage"] == pytest.approx(0.847, abs=5e-4)
+    assert dataset.titles[0] == "Toy Story"
