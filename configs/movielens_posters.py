@@ -1,0 +1,24 @@
+"""MovieLens-100K with its posters (943 users, 1,682 items): text and image, 15 % of the posters missing and masked out.
+
+    python -m bbqrec_jax.main --config=configs/movielens_posters.py --workdir=runs/posters --config.data.path=DIR
+"""
+
+import ml_collections
+
+from bbqrec_jax.config import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Histories are long here (20 to 737), so rows hold 100 items."""
+  config = default_config()
+  config.data.modalities = ("text", "image")
+  config.tokenizer.num_codes = 128
+  config.tokenizer.steps = 1000
+  config.tokenizer.max_length = 50
+  config.tokenizer.row_length = 50
+  config.tokenizer.batch_rows = 8
+  config.recommender.max_length = 100
+  config.recommender.row_length = 100
+  config.recommender.batch_rows = 16
+  config.recommender.steps = 3000
+  return config
