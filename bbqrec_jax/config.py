@@ -33,6 +33,7 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.num_codes = 256  # K: codewords a level.
   tokenizer.hidden = (512, 256)  # Encoder widths between the features and d; decoders mirror them.
   tokenizer.item_id = True  # The learnable item ID (z_ID) takes part in the fused latent.
+  tokenizer.normalize = True  # Layer-normalise every latent before it is quantized.
   tokenizer.history_layers = 1  # Layers of the transformer behind the sequence-to-item contrast.
   tokenizer.history_heads = 2
   tokenizer.max_length = 20  # The longest history the contrast looks at, in items.
@@ -53,6 +54,11 @@ def default_config() -> ml_collections.ConfigDict:
   weights.quantization = 1.0
   weights.contrast = 0.1  # State of the history against the fused vector of the next item.
   weights.modality_contrast = 0.1  # The same state against each modality's vector of the next item.
+  weights.disentangle = 0.01  # CLUB bound between each modality's quantized and specific latents; 0 leaves it out.
+  tokenizer.club = club = ml_collections.ConfigDict()
+  club.bound = "full"  # Negatives of the bound: "full" (every row of the batch) or "sampled" (one drawn row).
+  club.steps = 5  # Likelihood steps of its network on each batch.
+  club.learning_rate = 1e-3
   tokenizer.optimizer = _optimizer(learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50)
 
   config.recommender = recommender = ml_collections.ConfigDict()
@@ -98,6 +104,7 @@ def _optimizer(*, learning_rate: float, weight_decay: float, warmup_steps: int) 
 _CHOICES = {
   "partitioner": ("pmap", "single"),
   "data.source": ("synthetic", "directory", "recbole"),
+  "tokenizer.club.bound": ("full", "sampled"),
   "recommender.head": ("generative", "dense"),
   "tokenizer.optimizer.schedule": ("constant", "cosine"),
   "recommender.optimizer.schedule": ("constant", "cosine"),
@@ -119,7 +126,7 @@ _MAY_BE_ZERO = {
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
   """The fields of a config by dotted name; lists become tuples."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for name, value in config.items():
     if hasattr(value, "items"):
       flat |= flatten(value, f"{prefix}{name}.")
@@ -169,5 +176,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f"config field {stage}.row_length = {flat[f'{stage}.row_length']} must be at least {stage}.max_length ="
         f" {flat[f'{stage}.max_length']}: a full history must fit into a row"
       )
+  if flat["tokenizer.warmup_steps"] >= flat["tokenizer.steps"]:
+    raise InputError(
+      f"config field tokenizer.warmup_steps = {flat['tokenizer.warmup_steps']} must be less than tokenizer.steps ="
+      f" {flat['tokenizer.steps']}: the codebooks are fitted when the warm-up ends"
+    )
   if not flat["recommender.item_inputs"]:
     raise InputError("config field recommender.item_inputs is empty: name at least one of fused, modalities, item")

@@ -1,4 +1,4 @@
-"""A run from config to results: data, tokenizer, recommender, evaluation, in that order, each picked up where it was."""
+"""A run from config to results: data, tokenizer, recommender, evaluation; each is picked up where it was."""
 
 import json
 import pathlib

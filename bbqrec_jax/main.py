@@ -13,8 +13,8 @@ from bbqrec_jax.experiment import run
 from bbqrec_jax.train.loop import Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.field=value sets a field.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; the same one again goes on with the run.")
-flags.mark_flags_as_required(["config", "workdir"])
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where all is written; the same again goes on.", required=True)
+flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:

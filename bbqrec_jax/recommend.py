@@ -1,5 +1,6 @@
 """Recommends from a finished run: `python -m bbqrec_jax.recommend --workdir=DIR --history=3,17,256`."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -15,17 +16,17 @@ from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import read_data
+from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.recommender import Catalogue, Recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.trie import Trie
 from bbqrec_jax.train.checkpointing import Checkpointer
 from bbqrec_jax.train.recommender_stage import build_recommender, initial_state, needs_semantic_ids
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a finished run.")
-_HISTORY = flags.DEFINE_string("history", None, "Item numbers in time order, separated by commas.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a finished run.", required=True)
+_HISTORY = flags.DEFINE_string("history", None, "Item numbers in time order, by commas.", required=True)
 _TOP = flags.DEFINE_integer("top", 10, "How many items to recommend.")
 _REPEAT = flags.DEFINE_bool("repeat", False, "Whether items of the history may be recommended again.")
-flags.mark_flags_as_required(["workdir", "history"])
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -89,24 +90,18 @@ def recommend(
     (items [top], scores [top]), best first; the score is the log-probability of the item's semantic ID (generative) or
     its log-probability among all items (dense).
   """
-  exclude = np.full(0, -1) if repeat else np.unique(history)
+  exclude = np.zeros(0, np.int64) if repeat else np.unique(history)
   histories = from_lengths(history, np.array([len(history)]), np.array(["history"]))
   batch = next(evaluation_batches(histories, np.zeros(1, np.int32), batch_size=1, max_length=model.settings.max_length))
-  states = model.apply({"params": params}, catalogue, batch, method="last_states")
+  states = apply(model, params, "last_states", catalogue, batch)
   if model.settings.head == "dense":
-    scores = jax.nn.log_softmax(model.apply({"params": params}, catalogue, states, method="dense_scores"))[0]
-    scores = np.array(scores)
-    scores[exclude] = -np.inf
-    items = np.argsort(-scores, kind="stable")[:top]
-    scores = scores[items]
+    log_probs = np.array(jax.nn.log_softmax(apply(model, params, "dense_scores", catalogue, states))[0])
+    log_probs[exclude] = -np.inf
+    items = np.argsort(-log_probs, kind="stable")[:top]
+    scores = log_probs[items]
   else:
-    width = max(beam_width, top)
-    banned = None if repeat else np.asarray(exclude)[None]
-
-    def generate(params, catalogue, trie, states):
-      return model.apply({"params": params}, catalogue, trie, states, width=width, exclude=banned, method="generate")
-
-    beam = jax.jit(generate)(params, catalogue, trie, states)
+    search = functools.partial(apply, model, width=max(beam_width, top), exclude=exclude[None])
+    beam = jax.jit(search, static_argnums=1)(params, "generate", catalogue, trie, states)
     items, scores = np.asarray(beam.items[0, :top]), np.asarray(beam.log_probs[0, :top])
   real = np.isfinite(scores)
   return items[real], scores[real]

@@ -1,6 +1,6 @@
 """Amazon-14 Beauty (22,363 users, 12,101 items), text and attributes: the split of TIGER, LETTER and S3-Rec.
 
-    python -m bbqrec_jax.main --config=configs/beauty.py --workdir=runs/beauty --config.data.path=DIR
+python -m bbqrec_jax.main --config=configs/beauty.py --workdir=runs/beauty --config.data.path=DIR
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """MovieLens-100K with its posters (943 users, 1,682 items): text and image, 15 % of the posters missing and masked out.
 
-    python -m bbqrec_jax.main --config=configs/movielens_posters.py --workdir=runs/posters --config.data.path=DIR
+python -m bbqrec_jax.main --config=configs/movielens_posters.py --workdir=runs/posters --config.data.path=DIR
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """Amazon-18 Scientific (8,317 users, 4,344 items), text and attributes.
 
-    python -m bbqrec_jax.main --config=configs/scientific.py --workdir=runs/scientific --config.data.path=DIR
+python -m bbqrec_jax.main --config=configs/scientific.py --workdir=runs/scientific --config.data.path=DIR
 """
 
 import ml_collections

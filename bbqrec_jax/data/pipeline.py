@@ -147,7 +147,7 @@ class PackedHistories(grain.IterDataset):
       process_count: how many there are; must divide `batch_rows`.
 
     Raises:
-      InputError: if rows are shorter than histories, the processes do not divide the batch, or no history has two items.
+      InputError: if rows are shorter than histories, processes do not divide the batch, or no history has two items.
     """
     super().__init__()
     if row_length < max_length:
@@ -156,9 +156,10 @@ class PackedHistories(grain.IterDataset):
       raise InputError(f"batch_rows {batch_rows} is not a multiple of the {process_count} processes")
     if not np.any(interactions.lengths > 1):
       raise InputError("no training history has two items: there is no next item to learn from")
-    self.interactions = interactions
     self.batch_rows = batch_rows
-    self.packing = {"max_length": max_length, "row_length": row_length, "whole": whole, "seed": seed}
+    self.epoch = functools.partial(
+      packed_epoch, interactions, max_length=max_length, row_length=row_length, whole=whole, seed=seed
+    )
     share = batch_rows // process_count
     self.rows = slice(process_index * share, (process_index + 1) * share)
 
@@ -179,12 +180,12 @@ class _PackedIterator(grain.DatasetIterator):
   def __next__(self) -> Batch:
     dataset, state = self._dataset, self._state
     if self._epoch != state["epoch"]:
-      self._rows = packed_epoch(dataset.interactions, epoch=state["epoch"], **dataset.packing)
+      self._rows = dataset.epoch(epoch=state["epoch"])
       self._epoch = state["epoch"]
     total = len(self._rows["items"])
     rows = np.arange(state["row"], state["row"] + dataset.batch_rows)[dataset.rows]
     real = (rows < total)[:, None]
-    batch = {name: np.where(real, grid[np.minimum(rows, total - 1)], 0) for name, grid in self._rows.items()}
+    batch: Batch = {name: np.where(real, grid[np.minimum(rows, total - 1)], 0) for name, grid in self._rows.items()}
     batch["index"] = state["index"]
     following = state["row"] + dataset.batch_rows
     done = following >= total
@@ -233,9 +234,10 @@ class CatalogueSample:
     """[size] int32."""
     place = np.arange(index * self.size, (index + 1) * self.size)
     rounds = place // self.num_items
-    parts = [
-      _round_order(self.num_items, self.seed, int(r))[place[rounds == r] % self.num_items] for r in np.unique(rounds)
-    ]
+    parts = []
+    for number in np.unique(rounds):
+      order = _round_order(self.num_items, self.seed, int(number))
+      parts.append(order[place[rounds == number] % self.num_items])
     return np.concatenate(parts).astype(np.int32)
 
 

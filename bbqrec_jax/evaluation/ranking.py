@@ -9,6 +9,7 @@ import numpy as np
 
 from bbqrec_jax.data.interactions import Interactions, Split
 from bbqrec_jax.data.pipeline import evaluation_batches
+from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.recommender import Catalogue, Recommender
 from bbqrec_jax.ops.ranking import ranking_metrics, ranks_in_list, target_ranks
 from bbqrec_jax.semantic_ids.trie import Trie
@@ -29,12 +30,12 @@ def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, tuple[
 
   def rank(params: Any, shared: tuple[Catalogue, Trie], batch: Any) -> dict[str, jax.Array]:
     catalogue, trie = shared
-    states = model.apply({"params": params}, catalogue, batch, method="last_states")
+    states = apply(model, params, "last_states", catalogue, batch)
     if model.settings.head == "dense":
-      scores = model.apply({"params": params}, catalogue, states, method="dense_scores")
+      scores = apply(model, params, "dense_scores", catalogue, states)
       top = jax.lax.top_k(scores, min(_COVERAGE_CUTOFF, scores.shape[1]))[1]
       return {"ranks": target_ranks(scores, batch["targets"]), "top": top}
-    beam = model.apply({"params": params}, catalogue, trie, states, width=beam_width, method="generate")
+    beam = apply(model, params, "generate", catalogue, trie, states, width=beam_width)
     return {"ranks": ranks_in_list(beam.items, batch["targets"]), "top": beam.items[:, :_COVERAGE_CUTOFF]}
 
   return rank

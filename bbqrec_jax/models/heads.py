@@ -33,6 +33,7 @@ class GenerativeHead(nn.Module):
   dropout: float = 0.0
 
   def setup(self):
+    """Makes the parameters and submodules."""
     # Unit-variance rows: codes carry all that one level knows of the level before (0.02 starves their logits).
     self.code_embedding = self.param(
       "code_embedding", nn.initializers.normal(1.0), (self.num_levels, self.num_codes, self.width)

@@ -112,6 +112,7 @@ class Recommender(nn.Module):
   settings: RecommenderSettings
 
   def setup(self):
+    """Makes the parameters and submodules."""
     s = self.settings
     if s.item_embedding:
       self.item_embedding = self.param("item_embedding", nn.initializers.normal(0.02), (s.num_items, s.width))

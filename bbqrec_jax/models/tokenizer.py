@@ -1,12 +1,14 @@
 """Stage 1, the behaviour-bind tokenizer: from item features and histories to one shared residual codebook."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.backbones import CausalBackbone
 from bbqrec_jax.models.encoders import MLP
 from bbqrec_jax.ops import quantize
@@ -26,6 +28,7 @@ class TokenizerSettings:
     num_codes: K.
     hidden: widths of the encoders between D and d; the decoders mirror them.
     item_id: whether items have a learnable ID vector (the paper's z_ID).
+    normalize: whether every stream's latent is layer-normalised before it is quantized.
     history_layers: layers of the small causal transformer of the sequence-to-item contrast.
     history_heads: its heads.
     max_length: the longest history it tells places apart in.
@@ -39,6 +42,7 @@ class TokenizerSettings:
   num_codes: int = 256
   hidden: tuple[int, ...] = (512, 256)
   item_id: bool = True
+  normalize: bool = True
   history_layers: int = 1
   history_heads: int = 2
   max_length: int = 50
@@ -72,11 +76,14 @@ class Tokenizer(nn.Module):
   settings: TokenizerSettings
 
   def setup(self):
+    """Makes the parameters and submodules."""
     s = self.settings
     self.behaviour_encoders = {name: MLP((*s.hidden, s.code_width)) for name, _ in s.modalities}
     self.specific_encoders = {name: MLP((*s.hidden, s.code_width)) for name, _ in s.modalities}
     # Bounded specific latents: what a decoder may lean on must not grow without limit (this project's choice).
     self.specific_norms = {name: nn.LayerNorm(use_bias=False, use_scale=False) for name, _ in s.modalities}
+    # Streams of one scale can share codewords; otherwise each settles on codewords of its own (this project's choice).
+    self.latent_norm = nn.LayerNorm(use_bias=False, use_scale=False)
     self.decoders = {name: MLP((*reversed(s.hidden), width)) for name, width in s.modalities}
     if s.item_id:
       self.item_embedding = nn.Embed(s.num_items, s.code_width, embedding_init=nn.initializers.normal(0.02))
@@ -110,7 +117,8 @@ class Tokenizer(nn.Module):
       fused = fused + item_id
       values.append(item_id)
       masks.append(everywhere)
-    return Latents(jnp.stack([*values, fused]), jnp.stack([*masks, everywhere]))
+    stacked = jnp.stack([*values, fused])
+    return Latents(self.latent_norm(stacked) if self.settings.normalize else stacked, jnp.stack([*masks, everywhere]))
 
   def specific(self, features: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The modality-specific latents s_m [B, d], each row at zero mean and unit variance."""
@@ -155,6 +163,7 @@ class LossWeights(NamedTuple):
   quantization: float | jax.Array = 1.0
   contrast: float | jax.Array = 0.1
   modality_contrast: float | jax.Array = 0.1
+  disentangle: float | jax.Array = 0.01
 
 
 class TokenizerOutput(NamedTuple):
@@ -165,12 +174,20 @@ class TokenizerOutput(NamedTuple):
     counts: [L, K] how often the rows of the batch chose each code, over all streams.
     residuals: [L, S * B, d] what each level was given.
     valid: [S * B] bool, the rows of `residuals` whose stream is present.
+    quantized: modality -> [B, d], what the CLUB bound predicts from; carries no gradient.
+    specific: modality -> [B, d], what it predicts; carries no gradient.
   """
 
   terms: dict[str, jax.Array]
   counts: jax.Array
   residuals: jax.Array
   valid: jax.Array
+  quantized: dict[str, jax.Array]
+  specific: dict[str, jax.Array]
+
+
+# (quantized, specific, present) of each modality -> the sum of their CLUB bounds, this device's share.
+Bound = Callable[[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]], jax.Array]
 
 
 def tokenizer_loss(
@@ -182,6 +199,7 @@ def tokenizer_loss(
   quantized: jax.Array | bool = True,
   commitment: float = 0.25,
   temperature: float = 0.07,
+  bound: Bound | None = None,
   key: jax.Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[jax.Array, TokenizerOutput]:
@@ -199,6 +217,7 @@ def tokenizer_loss(
     quantized: False trains on the latents themselves, before the codebooks exist; may be traced.
     commitment: beta of the quantization loss.
     temperature: of the contrast.
+    bound: the CLUB bound between quantized and specific latents, its own network held fixed; None leaves it out.
     key: for dropout; None means none.
     axis_name: the mapped axis over which the batch is split, or None.
 
@@ -210,7 +229,7 @@ def tokenizer_loss(
 
   def run(method, *args, **kwargs):
     rngs = None if key is None else {"dropout": key}
-    return model.apply({"params": params}, *args, method=method, rngs=rngs, **kwargs)
+    return apply(model, params, method, *args, rngs=rngs, **kwargs)
 
   def through_codebook(values):
     """Straight-through codewords of stacked streams [S, B, d], or the latents while there is no codebook."""
@@ -223,7 +242,9 @@ def tokenizer_loss(
   result, passed = through_codebook(latents.values)
   valid = latents.present.reshape(-1)
 
-  rebuilt = run("reconstruct", dict(zip(streams, passed, strict=True)), run("specific", batch["features"]))
+  specific = run("specific", batch["features"])
+  behaviour = {name: passed[streams.index(name)] for name in names}
+  rebuilt = run("reconstruct", behaviour, specific)
   reconstruction = jnp.asarray(0.0)
   for name in names:
     error = jnp.mean(jnp.square(rebuilt[name] - batch["features"][name]), axis=-1)
@@ -231,6 +252,8 @@ def tokenizer_loss(
 
   error = quantize.quantization_error(result, commitment=commitment)
   quantization = jnp.where(quantized, masked_mean(error, valid, axis_name=axis_name), 0.0)
+
+  disentangle = jnp.asarray(0.0) if bound is None else bound(behaviour, specific, batch["present"])
 
   contrast, modality_contrast, accuracy = _contrast(
     run, through_codebook, batch, streams, names, temperature=temperature, training=key is not None, axis_name=axis_name
@@ -240,16 +263,19 @@ def tokenizer_loss(
     + weights.quantization * quantization
     + weights.contrast * contrast
     + weights.modality_contrast * modality_contrast
+    + weights.disentangle * disentangle
   )
   terms = {
     "reconstruction": reconstruction,
     "quantization": quantization,
     "contrast": contrast,
     "modality_contrast": modality_contrast,
+    "disentangle": disentangle,
     "contrast_accuracy": accuracy,
   }
   counts = quantize.code_counts(result.codes, model.settings.num_codes, valid=valid)
-  return loss, TokenizerOutput(terms, counts, jax.lax.stop_gradient(result.residuals), valid)
+  observed = jax.lax.stop_gradient((result.residuals, valid, behaviour, specific))
+  return loss, TokenizerOutput(terms, counts, *observed)
 
 
 def _contrast(run, through_codebook, batch, streams, names, *, temperature, training, axis_name):

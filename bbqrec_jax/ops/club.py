@@ -14,7 +14,7 @@ from bbqrec_jax.ops.reduction import masked_mean
 
 
 def gaussian_log_likelihood(mean: jax.Array, log_variance: jax.Array, y: jax.Array) -> jax.Array:
-  """log N(y; mean, diag exp(log_variance)), less the constant -d/2 log(2 pi): each [B, d] -> [B] float32, in nats."""
+  """Log N(y; mean, diag exp(log_variance)), less the constant -d/2 log(2 pi): each [B, d] -> [B] float32, in nats."""
   mean, log_variance, y = (x.astype(jnp.float32) for x in (mean, log_variance, y))
   return -0.5 * jnp.sum(jnp.square(y - mean) * jnp.exp(-log_variance) + log_variance, axis=-1)
 

@@ -23,6 +23,16 @@ class BeamResult(NamedTuple):
   log_probs: jax.Array
 
 
+def _allowed(items: jax.Array, exclude: jax.Array) -> jax.Array:
+  """Whether each of items [B, w, F] is none of its row's `exclude` [B, E]."""
+
+  # One excluded item at a time: [B, w, F, E] would be the largest array of the search.
+  def one(allowed, item):
+    return allowed & (items != item[:, None, None]), None
+
+  return jax.lax.scan(one, jnp.ones(items.shape, bool), exclude.T)[0]
+
+
 def beam_search(
   trie: Trie,
   step: Callable[[DecoderState, int, jax.Array | None], tuple[jax.Array, DecoderState]],
@@ -58,9 +68,7 @@ def beam_search(
     children, child_codes, valid = trie.children(level, nodes)
     candidates = scores[..., None] + jnp.take_along_axis(log_probs.astype(jnp.float32), child_codes, axis=-1)
     if exclude is not None and level + 1 == trie.num_levels:
-      items = trie.items[children]
-      # One excluded item at a time: [B, w, F, E] would be the largest array of the search.
-      valid, _ = jax.lax.scan(lambda allowed, item: (allowed & (items != item[:, None, None]), None), valid, exclude.T)
+      valid &= _allowed(trie.items[children], exclude)
     candidates = jnp.where(valid, candidates, -jnp.inf).reshape(batch, -1)
     kept = min(width, candidates.shape[1], trie.codes[level].shape[0])
     scores, chosen = jax.lax.top_k(candidates, kept)

@@ -60,4 +60,32 @@ def format_health(health: dict[str, Any]) -> str:
     f"collisions {health['collision_rate_before']:.1%} before repair, {health['collision_rate_after']:.1%} after"
     f" ({health['moved']} items moved)"
   )
+  if "cohesion" in health:
+    cohesion = health["cohesion"]
+    lines.append(
+      f"held-out next items that share the first code: {cohesion['level1']:.1%} (by chance {cohesion['floor1']:.1%}),"
+      f" the first two: {cohesion['level2']:.1%} ({cohesion['floor2']:.1%})"
+    )
   return "\n".join(lines + warnings)
+
+
+def behaviour_cohesion(codes: np.ndarray, previous: np.ndarray, following: np.ndarray) -> dict[str, float]:
+  """How often two items that follow one another share their ID's first code, and their first two.
+
+  Args:
+    codes: [N, L] int, L >= 1.
+    previous: [n] int, items.
+    following: [n] int, the item that came after each; held out, if the figure is to say anything of learning.
+
+  Returns:
+    `level1` and `level2`, the shares; `floor1` and `floor2`, the same if the following items were shuffled (in
+    expectation, so without noise): a codebook that uses few codes has a high floor. With one level, both are level 1.
+  """
+  result = {}
+  for name, levels in (("1", 1), ("2", min(2, codes.shape[1]))):
+    _, prefix = np.unique(codes[:, :levels], axis=0, return_inverse=True)
+    before, after = prefix.reshape(-1)[previous], prefix.reshape(-1)[following]
+    shares = [np.bincount(side, minlength=prefix.max() + 1) / len(side) for side in (before, after)]
+    result[f"level{name}"] = float(np.mean(before == after))
+    result[f"floor{name}"] = float(np.dot(*shares))
+  return result

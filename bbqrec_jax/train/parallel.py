@@ -90,7 +90,7 @@ class Pmap:
       lambda state, shared, batch: step(state, shared, batch, axis_name=_AXIS),
       axis_name=_AXIS,
       in_axes=(None, None, 0),
-      out_axes=None,  # type: ignore[arg-type]
+      out_axes=None,
       donate_argnums=0,
       devices=None if jax.process_count() > 1 else self.devices,
     )

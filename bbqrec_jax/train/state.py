@@ -18,6 +18,8 @@ class TrainState:
     opt_state: the optimiser's.
     key: the run's base random key; a step uses fold_in(key, step), then fold_in of the device's index.
     idle: [L, K] int32, steps since each code was last chosen (the tokenizer); None elsewhere.
+    critic: parameters of the CLUB bound's network (the tokenizer); None elsewhere.
+    critic_opt_state: its own optimiser's.
   """
 
   step: jax.Array
@@ -25,6 +27,8 @@ class TrainState:
   opt_state: optax.OptState
   key: jax.Array
   idle: jax.Array | None = None
+  critic: Any = None
+  critic_opt_state: optax.OptState | None = None
 
   @classmethod
   def create(

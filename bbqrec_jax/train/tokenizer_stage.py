@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import Split
@@ -17,19 +18,21 @@ from bbqrec_jax.data.pipeline import (
   evaluation_batches,
   tokenizer_batches,
 )
+from bbqrec_jax.models.apply import apply
+from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.tokenizer import LossWeights, Tokenizer, TokenizerSettings
 from bbqrec_jax.ops.contrastive import normalize
 from bbqrec_jax.ops.quantize import residual_kmeans
 from bbqrec_jax.ops.ranking import target_ranks
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.semantic_ids.health import codebook_health, format_health
+from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, format_health
 from bbqrec_jax.semantic_ids.repair import reassign_collisions
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.loop import Plan, fit
 from bbqrec_jax.train.optimizer import make_optimizer
 from bbqrec_jax.train.parallel import Partitioner
 from bbqrec_jax.train.state import TrainState
-from bbqrec_jax.train.steps import make_tokenizer_step
+from bbqrec_jax.train.steps import Disentangling, make_tokenizer_step
 
 
 def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
@@ -43,6 +46,7 @@ def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
     num_codes=t.num_codes,
     hidden=tuple(t.hidden),
     item_id=t.item_id,
+    normalize=t.normalize,
     history_layers=t.history_layers,
     history_heads=t.history_heads,
     max_length=t.max_length,
@@ -59,9 +63,9 @@ class CatalogueEncoder:
     self._block = min(block, model.settings.num_items)
 
     def encode(params, items, features, present):
-      latents = model.apply({"params": params}, items, features, present, method="latents")
+      latents = apply(model, params, "latents", items, features, present)
       flat = latents.values.reshape(-1, latents.values.shape[-1])
-      codes = model.apply({"params": params}, flat, method="quantize").codes
+      codes = apply(model, params, "quantize", flat).codes
       return latents.values, latents.present, codes.reshape(*latents.values.shape[:2], -1)
 
     self._encode = jax.jit(encode)
@@ -115,13 +119,14 @@ class ContrastRecall:
 
     def rank(params, latents, quantized, batch):
       vectors = quantized + latents[model.settings.streams.index("id")] if item_id else quantized
-      states = model.apply(
-        {"params": params},
+      states = apply(
+        model,
+        params,
+        "history_states",
         vectors[batch["items"]],
         batch["segments"],
         batch["positions"],
         deterministic=True,
-        method="history_states",
       )
       last = jnp.maximum(jnp.sum(batch["segments"], axis=1) - 1, 0)
       state = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
@@ -179,11 +184,19 @@ def run_tokenizer(
   )
   optimizer = make_optimizer(t.optimizer, total_steps=t.steps)
   items = np.arange(1)
-  features, present = store.rows(items)
-  example = {"items": items, "features": features, "present": present}
+  example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
   params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
   idle = jnp.zeros((t.num_levels, t.num_codes), jnp.int32)
   state = TrainState.create(params, optimizer, seed=config.seed, idle=idle)
+  disentangling = None
+  if t.weights.disentangle:
+    critic = ClubCritic(dataset.modalities, t.code_width)
+    disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps, t.club.bound == "full")
+    zeros = {name: jnp.zeros((1, t.code_width)) for name in dataset.modalities}
+    critic_params = jax.jit(critic.init)(jax.random.key(config.seed), zeros)["params"]
+    state = state.replace(  # type: ignore[attr-defined]
+      critic=critic_params, critic_opt_state=disentangling.optimizer.init(critic_params)
+    )
   encode = CatalogueEncoder(model, store)
   contrast_recall = ContrastRecall(model, split)
 
@@ -229,6 +242,7 @@ def run_tokenizer(
     temperature=t.temperature,
     warmup_steps=t.warmup_steps,
     revival_patience=t.revival_patience,
+    disentangling=disentangling,
   )
   state, progress = fit(
     plan,
@@ -253,6 +267,8 @@ def run_tokenizer(
   health = codebook_health(codes[-1], ids.codes, num_codes=t.num_codes)
   health["seconds"] = progress["training_seconds"] + progress["evaluation_seconds"]
   health["contrast_recall@10"] = contrast_recall(state.params, latents, codes[-1])
+  last = split.train.items[split.train.offsets[1:] - 1]
+  health["cohesion"] = behaviour_cohesion(codes[-1], last, split.validation_target)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "health.json").write_text(json.dumps(health, indent=2) + "\n", encoding="utf-8")
   ids.save(folder)
