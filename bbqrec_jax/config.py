@@ -33,7 +33,7 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.num_codes = 256  # K: codewords a level.
   tokenizer.hidden = (512, 256)  # Encoder widths between the features and d; decoders mirror them.
   tokenizer.item_id = True  # The learnable item ID (z_ID) takes part in the fused latent.
-  tokenizer.normalize = True  # Layer-normalise every latent before it is quantized.
+  tokenizer.normalize = True  # Layer-normalise the modalities' and the fused latents before they are quantized.
   tokenizer.history_layers = 1  # Layers of the transformer behind the sequence-to-item contrast.
   tokenizer.history_heads = 2
   tokenizer.max_length = 20  # The longest history the contrast looks at, in items.

@@ -57,9 +57,10 @@ class GenerativeHead(nn.Module):
     Returns:
       [P, L, K] float32.
     """
-    before = jnp.stack([self.code_embedding[level][codes[:, level]] for level in range(self.num_levels - 1)], axis=1)
-    before = jnp.pad(jnp.cumsum(before, axis=1), ((0, 0), (1, 0), (0, 0)))
-    x = states[:, None] + before + self.level_embedding
+    before = [jnp.zeros_like(states)]
+    for level in range(self.num_levels - 1):
+      before.append(before[-1] + self.code_embedding[level][codes[:, level]])
+    x = states[:, None] + jnp.stack(before, axis=1) + self.level_embedding[None]
     mask = jnp.tril(jnp.ones((self.num_levels, self.num_levels), bool))
     for layer in self.layers:
       x, _ = layer(x, mask, deterministic=deterministic)
@@ -90,7 +91,7 @@ class GenerativeHead(nn.Module):
     def fold(leaf):
       return leaf.reshape(batch * beams, *leaf.shape[2:])
 
-    x = (summed + self.level_embedding[level]).reshape(batch * beams, 1, width)
+    x = (summed + self.level_embedding[level][None, None]).reshape(batch * beams, 1, width)
     mask = jnp.ones((1, level + 1), bool)
     presents = []
     for index, layer in enumerate(self.layers):

@@ -28,7 +28,7 @@ class TokenizerSettings:
     num_codes: K.
     hidden: widths of the encoders between D and d; the decoders mirror them.
     item_id: whether items have a learnable ID vector (the paper's z_ID).
-    normalize: whether every stream's latent is layer-normalised before it is quantized.
+    normalize: whether the modalities' and the fused latents are layer-normalised before they are quantized.
     history_layers: layers of the small causal transformer of the sequence-to-item contrast.
     history_heads: its heads.
     max_length: the longest history it tells places apart in.
@@ -107,18 +107,19 @@ class Tokenizer(nn.Module):
       `Latents` of S streams.
     """
     names = [name for name, _ in self.settings.modalities]
-    values = [self.behaviour_encoders[name](features[name]) for name in names]
+    scale = self.latent_norm if self.settings.normalize else lambda x: x
+    values = [scale(self.behaviour_encoders[name](features[name])) for name in names]
     masks = [present[name] for name in names]
     weights = jnp.stack(masks).astype(jnp.float32)[..., None]
     fused = jnp.sum(jnp.stack(values) * weights, axis=0) / jnp.maximum(jnp.sum(weights, axis=0), 1.0)
     everywhere = jnp.ones(items.shape, bool)
     if self.settings.item_id:
+      # Never scaled up: an ID starts as small noise, and would take the codebook from what the features say.
       item_id = self.item_embedding(items)
       fused = fused + item_id
       values.append(item_id)
       masks.append(everywhere)
-    stacked = jnp.stack([*values, fused])
-    return Latents(self.latent_norm(stacked) if self.settings.normalize else stacked, jnp.stack([*masks, everywhere]))
+    return Latents(jnp.stack([*values, scale(fused)]), jnp.stack([*masks, everywhere]))
 
   def specific(self, features: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The modality-specific latents s_m [B, d], each row at zero mean and unit variance."""

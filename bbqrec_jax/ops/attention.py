@@ -16,7 +16,7 @@ def history_mask(segments: jax.Array) -> jax.Array:
   length = segments.shape[1]
   causal = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
   same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
-  return ((same & causal) | jnp.eye(length, dtype=bool))[:, None]
+  return ((same & causal[None]) | jnp.eye(length, dtype=bool)[None])[:, None]
 
 
 def attention(

@@ -81,7 +81,9 @@ def club_full(
     return share / jnp.maximum(count, 1.0)
 
   centre = moment(y)
-  spread = moment(jnp.square(y - centre))
-  negative = -0.5 * jnp.sum((jnp.square(centre - mean) + spread) * jnp.exp(-log_variance) + log_variance, axis=-1)
+  spread = moment(jnp.square(y - centre[None]))
+  negative = -0.5 * jnp.sum(
+    (jnp.square(centre[None] - mean) + spread[None]) * jnp.exp(-log_variance) + log_variance, axis=-1
+  )
   positive = gaussian_log_likelihood(mean, log_variance, y)
   return masked_mean(positive - negative, valid, axis_name=axis_name)

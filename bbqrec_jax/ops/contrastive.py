@@ -47,7 +47,8 @@ def info_nce(
   """
   if queries.shape != targets.shape:
     raise ValueError(f"queries and targets must have one shape, got {queries.shape} and {targets.shape}")
-  queries, targets = normalize(queries), normalize(targets)
+  # Zeroed before anything is computed: what is NaN in an invalid row would otherwise reach the gradients.
+  queries, targets = (normalize(jnp.where(valid[:, None], x, 0.0)) for x in (queries, targets))
   all_targets, all_ids, all_valid = targets, target_ids, valid
   if axis_name is not None:
     all_targets, all_ids, all_valid = (

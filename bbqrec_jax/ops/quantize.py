@@ -3,6 +3,7 @@
 Distances are float32 whatever the type of the latents, and no [B, K, d] array is ever formed.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -46,7 +47,7 @@ def code_distances(x: jax.Array, codebook: jax.Array) -> jax.Array:
     raise ValueError(f"latents and codewords must have one width, got {x.shape} and {codebook.shape}")
   x, codebook = x.astype(jnp.float32), codebook.astype(jnp.float32)
   products = jnp.dot(x, codebook.T, precision=_HIGHEST)
-  return jnp.sum(jnp.square(codebook), axis=-1) - 2.0 * products
+  return jnp.sum(jnp.square(codebook), axis=-1)[None] - 2.0 * products
 
 
 def nearest_code(x: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -118,7 +119,7 @@ def code_counts(codes: jax.Array, num_codes: int, *, valid: jax.Array | None = N
   """How often each code occurs at each level: codes [B, L], valid [B] -> [L, K] float32."""
   batch, levels = codes.shape
   weight = jnp.ones(batch, jnp.float32) if valid is None else valid.astype(jnp.float32)
-  index = codes + num_codes * jnp.arange(levels)
+  index = codes + num_codes * jnp.arange(levels)[None]
   flat = jnp.zeros(levels * num_codes, jnp.float32).at[index].add(weight[:, None])
   return flat.reshape(levels, num_codes)
 
@@ -145,8 +146,10 @@ def revive_codes(
   Returns:
     The codebook, and `idle` with the moved codes back at 0. Nothing moves where no row is valid.
   """
-  rows = jax.random.categorical(key, jnp.where(valid, 0.0, -jnp.inf), shape=(codebook.shape[0],))
+  # A random order with the valid rows first: two dead codes take two rows, while there are as many.
+  order = jnp.argsort(jnp.where(valid, jax.random.uniform(key, valid.shape), 2.0))
   dead = (idle > patience) & jnp.any(valid)
+  rows = order[(jnp.cumsum(dead) - 1) % jnp.maximum(jnp.sum(valid), 1)]
   codebook = jnp.where(dead[:, None], residuals[rows].astype(codebook.dtype), codebook)
   return codebook, jnp.where(dead, 0, idle)
 
@@ -157,19 +160,20 @@ def _plus_plus_seeds(key: jax.Array, points: jax.Array, weights: jax.Array, num_
   log_weights = jnp.log(weights)
   first = jax.random.categorical(first_key, log_weights)
   seeds = jnp.zeros((num_codes, points.shape[1]), jnp.float32).at[0].set(points[first])
-  distance = jnp.sum(jnp.square(points - points[first]), axis=-1)
+  distance = jnp.sum(jnp.square(points - points[first][None]), axis=-1)
 
   def add(index, carry):
     seeds, distance = carry
     # Fewer distinct points than codes: every distance is 0, and a plain weighted draw repeats a point.
     logits = jnp.where(jnp.any((distance > 0) & (weights > 0)), jnp.log(distance), 0.0) + log_weights
     chosen = points[jax.random.categorical(jax.random.fold_in(key, index), logits)]
-    return seeds.at[index].set(chosen), jnp.minimum(distance, jnp.sum(jnp.square(points - chosen), axis=-1))
+    return seeds.at[index].set(chosen), jnp.minimum(distance, jnp.sum(jnp.square(points - chosen[None]), axis=-1))
 
   seeds, _ = jax.lax.fori_loop(1, num_codes, add, (seeds, distance))
   return seeds
 
 
+@functools.partial(jax.jit, static_argnames=("num_codes", "iterations", "block"))
 def kmeans(
   key: jax.Array,
   points: jax.Array,
@@ -194,6 +198,8 @@ def kmeans(
   """
   points = points.astype(jnp.float32)
   weights = jnp.ones(points.shape[0], jnp.float32) if weights is None else weights.astype(jnp.float32)
+  points = jnp.where(weights[:, None] > 0, points, 0.0)  # What takes no part may be NaN.
+  live = jnp.maximum(jnp.sum(weights > 0), 1)
 
   def assign(centres):
     def one(x):
@@ -210,7 +216,7 @@ def kmeans(
     # The e-th empty cluster takes the e-th farthest point, so that no two of them take the same one.
     _, farthest = jax.lax.top_k(jnp.where(weights > 0, distance, -jnp.inf), min(num_codes, points.shape[0]))
     empty = mass <= 0
-    turn = jnp.minimum(jnp.cumsum(empty) - 1, farthest.shape[0] - 1)
+    turn = jnp.minimum(jnp.cumsum(empty) - 1, jnp.minimum(live, farthest.shape[0]) - 1)
     return jnp.where(empty[:, None], points[farthest[turn]], means)
 
   centres = jax.lax.fori_loop(0, iterations, step, _plus_plus_seeds(key, points, weights, num_codes))

@@ -57,7 +57,7 @@ def similarity_buckets(
   diagonal = jnp.eye(vectors.shape[1], dtype=bool)
 
   def one(pair, edge):
-    bucket = jnp.sum(pair_similarity(unit, pair)[..., None] >= edge, axis=-1, dtype=jnp.int32)
+    bucket = jnp.sum(pair_similarity(unit, pair)[..., None] >= edge[None, None, None], axis=-1, dtype=jnp.int32)
     forward = here[:, :, None, pair[0]] & here[:, None, :, pair[1]]
     known = forward & jnp.swapaxes(forward, 1, 2)
     return jnp.where(known, jnp.where(diagonal, num_buckets, bucket), num_buckets + 1)

@@ -42,7 +42,9 @@ class SemanticIds:
     """16 hexadecimal digits that change with any code, codeword, or with the data."""
     digest = hashlib.sha256(json.dumps([self.streams, self.data_hash]).encode())
     for name in _ARRAYS:
-      digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+      array = np.ascontiguousarray(getattr(self, name))
+      digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+      digest.update(array.tobytes())
     return digest.hexdigest()[:16]
 
   def vectors(self, stream: str) -> np.ndarray:
@@ -76,13 +78,14 @@ class SemanticIds:
       about = json.loads((folder / "semantic_ids.json").read_text(encoding="utf-8"))
       arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _ARRAYS}
       loaded = cls(streams=tuple(about["streams"]), data_hash=about["data_hash"], **arrays)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+      fingerprint = about["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
       raise InputError(
         f"{folder} holds no readable semantic IDs ({error}); delete the folder and run the tokenizer again"
       ) from error
-    if loaded.fingerprint != about["fingerprint"]:
+    if loaded.fingerprint != fingerprint:
       raise InputError(
-        f"{folder}: the arrays have fingerprint {loaded.fingerprint}, semantic_ids.json says {about['fingerprint']}: a"
+        f"{folder}: the arrays have fingerprint {loaded.fingerprint}, semantic_ids.json says {fingerprint}: a"
         " file was changed or damaged; delete the folder and run the tokenizer again"
       )
     return loaded

@@ -55,7 +55,8 @@ def beam_search(
     state: the decoder's first state, leaves [B, 1, ...].
     batch: B.
     width: W, how many beams are kept and returned.
-    exclude: [B, E] int, items that must not be returned; -1 fills.
+    exclude: [B, E] int, items that must not be returned; -1 fills. They are barred at the last level, so where many
+      are, a narrow beam may return fewer than W items.
 
   Returns:
     A `BeamResult` of W columns.

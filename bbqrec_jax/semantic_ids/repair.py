@@ -49,18 +49,20 @@ def reassign_collisions(codes: np.ndarray, latents: np.ndarray, codebooks: np.nd
     prefixes, counts = np.unique(repaired[keeps][:, :length], axis=0, return_counts=True)
     held.append({tuple(prefix): int(count) for prefix, count in zip(prefixes.tolist(), counts, strict=True)})
 
-  def place(residual: np.ndarray, prefix: tuple[int, ...]) -> tuple[int, ...]:
+  def place(item: int, residual: np.ndarray, prefix: tuple[int, ...]) -> tuple[int, ...]:
     level = len(prefix)
     distance = np.sum(np.square(codebooks[level] - residual), axis=-1)
+    if prefix == tuple(codes[item, :level]):
+      distance[codes[item, level]] = -1.0  # Its own code first, whatever chose it: rounding, or a balanced assignment.
     for code in np.argsort(distance, kind="stable").tolist():
       candidate = (*prefix, code)
       if held[level].get(candidate, 0) >= num_codes ** (num_levels - level - 1):
         continue
-      return candidate if level + 1 == num_levels else place(residual - codebooks[level][code], candidate)
+      return candidate if level + 1 == num_levels else place(item, residual - codebooks[level][code], candidate)
     raise AssertionError("a prefix with room has no free code")  # The capacity check above rules it out.
 
   for item in order[~keeps[order]]:
-    chosen = place(latents[item], ())
+    chosen = place(item, latents[item], ())
     repaired[item] = chosen
     for length in range(1, num_levels + 1):
       held[length - 1][chosen[:length]] = held[length - 1].get(chosen[:length], 0) + 1

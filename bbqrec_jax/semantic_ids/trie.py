@@ -37,7 +37,8 @@ class Trie:
   def children(self, level: int, parents: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The children of nodes: parents [...] -> (nodes, codes, valid), each [..., fan-out of the level]."""
     first, last = self.starts[level][parents], self.starts[level][parents + 1]
-    nodes = first[..., None] + jnp.arange(self.fanouts[level], dtype=jnp.int32)
+    offset = jax.lax.broadcasted_iota(jnp.int32, (*parents.shape, self.fanouts[level]), parents.ndim)
+    nodes = first[..., None] + offset
     valid = nodes < last[..., None]
     nodes = jnp.where(valid, nodes, 0)
     return nodes, self.codes[level][nodes], valid

@@ -1,0 +1,50 @@
+"""Four CPU devices for every test, set before anything imports JAX, and the real data where a checkout has it."""
+
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+
+@pytest.fixture(scope="session")
+def random_params():
+  """A function (module, *example) -> parameters that are all random, none at an initial value that hides its use.
+
+  Nothing is compiled: only the shapes come from the module.
+  """
+  import jax
+
+  def make(module, *example, seed=0):
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+      centre = 1.0 if path[-1].key == "scale" else 0.0
+      return (centre + 0.4 * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def real_data():
+  """The folder beside the checkout that may hold real data sets, one folder each."""
+  return pathlib.Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture
+def real_folder(real_data):
+  """A function from a data set's name to its folder; skips the test where the folder is absent."""
+
+  def find(name):
+    if not (real_data / name).is_dir():
+      pytest.skip(f"no data set {name} at {real_data}")
+    return real_data / name
+
+  return find

@@ -1,0 +1,439 @@
+"""The input pipeline against brute force: what each epoch holds, and that a resumed run is given the same batches."""
+
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from bbqrec_jax.data.interactions import from_lengths, select_users
+from bbqrec_jax.data.pipeline import (
+  CatalogueSample,
+  FeatureStore,
+  PackedHistories,
+  cut_windows,
+  evaluation_batches,
+  pack,
+  packed_epoch,
+  recommender_batches,
+  tokenizer_batches,
+)
+from bbqrec_jax.errors import InputError
+
+LENGTHS = (0, 1, 2, 3, 60, 5, 5, 8, 1, 21, 2, 4, 137, 6, 7)
+
+
+def make_histories(lengths=LENGTHS, *, seed=0, num_items=None):
+  """Histories in which every item occurs once, unless `num_items` says how few there are."""
+  rng = np.random.default_rng(seed)
+  total = sum(lengths)
+  items = rng.permutation(total) + 1 if num_items is None else rng.integers(0, num_items, total)
+  return from_lengths(items, np.array(lengths), np.array([f"u{user}" for user in range(len(lengths))]))
+
+
+def transitions(histories):
+  """How often each (item, next item) follows within a history."""
+  pairs = Counter()
+  for user in range(histories.num_users):
+    pairs.update(itertools.pairwise(histories.history(user).tolist()))
+  return pairs
+
+
+def windows_of(rows):
+  """The windows of packed rows, each a dict of lists, after checking how they lie in their row."""
+  windows = []
+  for row in range(len(rows["segments"])):
+    segments = rows["segments"][row]
+    used = int(np.count_nonzero(segments))
+    assert np.all(segments[used:] == 0), "padding stands at the end of a row"
+    for name, grid in rows.items():
+      assert np.all(grid[row, used:] == 0), f"padding of {name} is 0"
+    if not used:
+      continue
+    # Segments are numbered 1, 2, ... in the order of their slots.
+    assert segments[0] == 1
+    assert set(np.diff(segments[:used]).tolist()) <= {0, 1}
+    for number in range(1, segments.max() + 1):
+      slots = np.flatnonzero(segments == number)
+      np.testing.assert_array_equal(rows["positions"][row, slots], np.arange(len(slots)))
+      windows.append({name: grid[row, slots].tolist() for name, grid in rows.items()})
+  return windows
+
+
+def learned_transitions(rows, *, whole):
+  """How often each (input, target) occurs in packed rows."""
+  pairs = Counter()
+  for window in windows_of(rows):
+    if whole:
+      pairs.update(itertools.pairwise(window["items"]))
+    else:
+      # Within a window the target of one slot is the input of the next.
+      assert window["targets"][:-1] == window["items"][1:]
+      pairs.update(zip(window["items"], window["targets"], strict=True))
+  return pairs
+
+
+def stack(batches, names=("items", "targets", "segments", "positions")):
+  """Batches one below another."""
+  return {name: np.concatenate([batch[name] for batch in batches]) for name in names if name in batches[0]}
+
+
+def assert_same_batches(left, right):
+  assert len(left) == len(right)
+  for one, other in zip(left, right, strict=True):
+    assert_same_tree(one, other)
+
+
+def assert_same_tree(one, other):
+  if isinstance(one, dict):
+    assert one.keys() == other.keys()
+    for name in one:
+      assert_same_tree(one[name], other[name])
+  else:
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("max_transitions", [1, 2, 7, 19, 1000])
+@pytest.mark.parametrize("seed", range(4))
+def test_cut_windows_covers_every_transition_once(max_transitions, seed):
+  rng = np.random.default_rng(seed)
+  lengths = np.concatenate([[0, 1, 2, 3, 4001], rng.integers(0, 50, 60), [max_transitions, max_transitions + 1, 0]])
+  lengths = rng.permutation(lengths)
+  users, spans = cut_windows(lengths, max_transitions, np.random.default_rng(seed))
+  covered = Counter()
+  for user, (start, stop) in zip(users.tolist(), spans.tolist(), strict=True):
+    assert 0 <= start < stop <= start + max_transitions
+    covered.update((user, transition) for transition in range(start, stop))
+  assert covered == Counter((u, t) for u, length in enumerate(lengths.tolist()) for t in range(length - 1))
+
+
+def test_cut_windows_keeps_a_history_that_fits_whole():
+  users, spans = cut_windows(np.array([6, 2, 5]), 5, np.random.default_rng(0))
+  np.testing.assert_array_equal(users, [0, 1, 2])
+  np.testing.assert_array_equal(spans, [[0, 5], [0, 1], [0, 4]])
+
+
+def test_cut_windows_moves_the_cuts_of_a_long_history():
+  first_cuts = set()
+  for seed in range(100):
+    _, spans = cut_windows(np.array([24]), 5, np.random.default_rng(seed))
+    first_cuts.add(int(spans[0, 1]))
+    assert set(np.diff(spans[1:-1], axis=1).ravel().tolist()) == {5}, "only the outer windows are short"
+  assert first_cuts == {1, 2, 3, 4, 5}
+
+
+def test_cut_windows_of_nothing():
+  users, spans = cut_windows(np.array([0, 1, 1]), 4, np.random.default_rng(0))
+  assert users.shape == (0,)
+  assert spans.shape == (0, 2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pack_neither_overlaps_nor_overflows(seed):
+  rng = np.random.default_rng(seed)
+  row_length = int(rng.integers(1, 20))
+  sizes = rng.integers(1, row_length + 1, int(rng.integers(1, 200)))
+  rows, columns = pack(sizes, row_length)
+  taken = Counter()
+  for size, row, column in zip(sizes.tolist(), rows.tolist(), columns.tolist(), strict=True):
+    assert column >= 0
+    assert column + size <= row_length
+    taken.update((row, slot) for slot in range(column, column + size))
+  assert set(taken.values()) == {1}
+  assert set(rows.tolist()) == set(range(rows[-1] + 1)), "no row is left empty"
+
+
+def test_pack_is_next_fit():
+  sizes = np.array([3, 3, 2, 5, 1, 6, 6, 1])
+  expected, row, used = [], 0, 0
+  for size in sizes.tolist():
+    if used + size > 6:
+      row, used = row + 1, 0
+    expected.append((row, used))
+    used += size
+  rows, columns = pack(sizes, 6)
+  assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
+
+
+def test_pack_of_nothing():
+  rows, columns = pack(np.zeros(0, np.int64), 4)
+  assert rows.shape == columns.shape == (0,)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("max_length", "row_length"), [(2, 2), (5, 5), (5, 13), (20, 32), (200, 256)])
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_an_epoch_holds_every_transition_once(whole, max_length, row_length, epoch):
+  histories = make_histories()
+  rows = packed_epoch(histories, max_length=max_length, row_length=row_length, whole=whole, seed=5, epoch=epoch)
+  assert rows.keys() == {"items", "segments", "positions"} | (set() if whole else {"targets"})
+  for grid in rows.values():
+    assert grid.dtype == np.int32
+    assert grid.shape == rows["items"].shape
+  assert rows["items"].shape[1] == row_length
+  assert learned_transitions(rows, whole=whole) == transitions(histories)
+  assert max(len(window["items"]) for window in windows_of(rows)) <= max_length
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_epoch_of_repeated_items_holds_every_transition_as_often_as_the_histories(whole):
+  histories = make_histories(num_items=4)
+  rows = packed_epoch(histories, max_length=6, row_length=16, whole=whole, seed=0, epoch=0)
+  assert learned_transitions(rows, whole=whole) == transitions(histories)
+
+
+def test_windows_are_slices_of_their_histories():
+  histories = make_histories()
+  for whole in (True, False):
+    rows = packed_epoch(histories, max_length=6, row_length=16, whole=whole, seed=0, epoch=0)
+    whole_histories = [histories.history(user).tolist() for user in range(histories.num_users)]
+    for window in windows_of(rows):
+      items = window["items"] if whole else [*window["items"], window["targets"][-1]]
+      assert any(
+        items == history[first : first + len(items)] for history in whole_histories for first in range(len(history))
+      )
+
+
+def test_an_epoch_is_shuffled():
+  histories = make_histories([4] * 50)
+  first = packed_epoch(histories, max_length=4, row_length=4, whole=True, seed=0, epoch=0)["items"]
+  users = [int(np.flatnonzero(histories.items == row[0])[0]) // 4 for row in first]
+  assert sorted(users) == list(range(50))
+  assert users != list(range(50))
+
+
+def packed(histories, *, whole=False, seed=0, batch_rows=4, **process):
+  return PackedHistories(
+    histories, batch_rows=batch_rows, max_length=6, row_length=16, whole=whole, seed=seed, **process
+  )
+
+
+def rows_of_epoch(histories, *, whole, seed, epoch):
+  return packed_epoch(histories, max_length=6, row_length=16, whole=whole, seed=seed, epoch=epoch)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_batches_walk_epoch_after_epoch_and_fill_up_the_last(whole):
+  histories = make_histories()
+  epochs = [rows_of_epoch(histories, whole=whole, seed=1, epoch=epoch) for epoch in range(3)]
+  assert any(len(rows["items"]) % 4 for rows in epochs), "the case of a last batch that is not full must occur"
+  iterator, index = iter(packed(histories, whole=whole, seed=1)), 0
+  for rows in epochs:
+    count = len(rows["items"])
+    number = -(-count // 4)
+    batches = [next(iterator) for _ in range(number)]
+    assert [batch["index"] for batch in batches] == list(range(index, index + number))
+    index += number
+    for name, grid in rows.items():
+      stacked = np.concatenate([batch[name] for batch in batches])
+      assert stacked.dtype == np.int32
+      np.testing.assert_array_equal(stacked[:count], grid)
+      np.testing.assert_array_equal(stacked[count:], 0)
+      assert len(stacked) == 4 * number
+
+
+def test_batch_order_is_a_function_of_the_seed():
+  histories = make_histories()
+  first, again, other = (list(itertools.islice(packed(histories, seed=seed), 12)) for seed in (3, 3, 4))
+  assert_same_batches(first, again)
+  assert not np.array_equal(stack(first)["items"], stack(other)["items"])
+
+
+def test_epochs_differ():
+  histories = make_histories()
+  first, second = (rows_of_epoch(histories, whole=False, seed=0, epoch=epoch) for epoch in (0, 1))
+  assert windows_of(first) != windows_of(second)
+  # Not only the order: long histories are cut elsewhere.
+  assert {tuple(w["items"]) for w in windows_of(first)} != {tuple(w["items"]) for w in windows_of(second)}
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_each_global_batch(process_count):
+  histories = make_histories()
+  together = list(itertools.islice(packed(histories), 15))
+  apart = [
+    list(itertools.islice(packed(histories, process_index=index, process_count=process_count), 15))
+    for index in range(process_count)
+  ]
+  for step, batch in enumerate(together):
+    parts = [batches[step] for batches in apart]
+    assert {part["index"] for part in parts} == {batch["index"]}
+    for name in ("items", "targets", "segments", "positions"):
+      assert {len(part[name]) for part in parts} == {4 // process_count}
+      np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), batch[name])
+
+
+def make_store(num_items):
+  rng = np.random.default_rng(2)
+  features = {"text": rng.normal(3.0, 2.0, (num_items, 5)), "image": rng.normal(size=(num_items, 3)).astype(np.float16)}
+  present = {"text": np.ones(num_items, bool), "image": rng.random(num_items) < 0.7}
+  features["image"][~present["image"]] = 0.0
+  return FeatureStore(features, present)
+
+
+def make_tokenizer_batches(histories, **process):
+  num_items = int(histories.items.max()) + 1
+  return tokenizer_batches(
+    packed(histories, whole=True, **process), make_store(num_items), CatalogueSample(num_items, 8, 0), **process
+  )
+
+
+@pytest.mark.parametrize("make", [lambda histories: recommender_batches(packed(histories)), make_tokenizer_batches])
+@pytest.mark.parametrize("taken", [0, 1, 9])
+def test_a_restored_iterator_goes_on_with_the_next_batch(make, taken):
+  histories = make_histories()
+  iterator = iter(make(histories))
+  for _ in range(taken):
+    next(iterator)
+  state = iterator.get_state()
+  saved = json.dumps(state)
+  # Far enough to cross the end of an epoch more than once.
+  expected = [next(iterator) for _ in range(15)]
+  assert json.dumps(state) == saved, "a state that was handed out must not change"
+  fresh = iter(make(histories))
+  fresh.set_state(json.loads(saved))
+  assert_same_batches([next(fresh) for _ in range(15)], expected)
+  # Back to the same place within one iterator.
+  iterator.set_state(json.loads(saved))
+  assert_same_batches([next(iterator) for _ in range(3)], expected[:3])
+  iterator.close()
+  fresh.close()
+
+
+def test_recommender_batches_are_the_packed_ones_without_their_number():
+  histories = make_histories()
+  expected = list(itertools.islice(packed(histories), 14))
+  iterator = iter(recommender_batches(packed(histories)))
+  for batch in expected:
+    del batch["index"]
+    assert_same_tree(next(iterator), batch)
+  iterator.close()
+
+
+def test_tokenizer_batches_join_histories_with_features_and_a_catalogue_sample():
+  histories = make_histories()
+  num_items = int(histories.items.max()) + 1
+  store, sample = make_store(num_items), CatalogueSample(num_items, 8, 0)
+  iterator = iter(make_tokenizer_batches(histories))
+  for rows in itertools.islice(packed(histories, whole=True), 6):
+    batch = next(iterator)
+    np.testing.assert_array_equal(batch["items"], sample(rows["index"]))
+    for name, other in (("history_items", "items"), ("segments", "segments"), ("positions", "positions")):
+      np.testing.assert_array_equal(batch[name], rows[other])
+    for modality in ("text", "image"):
+      every_feature, every_present = (part[modality] for part in store.rows(np.arange(num_items)))
+      np.testing.assert_array_equal(batch["features"][modality], every_feature[batch["items"]])
+      np.testing.assert_array_equal(batch["present"][modality], every_present[batch["items"]])
+      np.testing.assert_array_equal(batch["history_features"][modality], every_feature[rows["items"]])
+      np.testing.assert_array_equal(batch["history_present"][modality], every_present[rows["items"]])
+  iterator.close()
+
+
+def test_processes_share_each_tokenizer_batch():
+  histories = make_histories()
+  together = iter(make_tokenizer_batches(histories))
+  apart = [iter(make_tokenizer_batches(histories, process_index=index, process_count=2)) for index in range(2)]
+  for _ in range(5):
+    batch, parts = next(together), [next(iterator) for iterator in apart]
+    for name in ("items", "history_items", "segments", "positions"):
+      np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), batch[name])
+    for name in ("features", "present", "history_features", "history_present"):
+      for modality, expected in batch[name].items():
+        np.testing.assert_array_equal(np.concatenate([part[name][modality] for part in parts]), expected)
+  for iterator in (together, *apart):
+    iterator.close()
+
+
+def test_packed_histories_refuse_what_they_cannot_serve():
+  histories = make_histories()
+  arguments = {"batch_rows": 4, "max_length": 6, "row_length": 16, "whole": False, "seed": 0}
+  with pytest.raises(InputError, match="row_length 5 is less than max_length 6"):
+    PackedHistories(histories, **(arguments | {"row_length": 5}))
+  with pytest.raises(InputError, match="batch_rows 4 is not a multiple of the 3 processes"):
+    PackedHistories(histories, **arguments, process_index=0, process_count=3)
+  with pytest.raises(InputError, match="no training history has two items"):
+    PackedHistories(make_histories([1, 0, 1]), **arguments)
+
+
+def test_feature_store_standardises_what_is_there_and_zeros_what_is_not():
+  rng = np.random.default_rng(0)
+  features = (5.0 + rng.normal(size=(400, 6)) * np.array([1.0, 10.0, 0.1, 3.0, 100.0, 1.0])).astype(np.float32)
+  features[:, 5] = 7.0  # A constant column has no spread to divide by.
+  present = rng.random(400) < 0.6
+  features[~present] = 1e6  # What stands in an absent row must not matter.
+  store = FeatureStore({"text": features}, {"text": present})
+  values, here = (part["text"] for part in store.rows(np.arange(400)))
+  assert values.dtype == np.float32
+  np.testing.assert_array_equal(here, present)
+  np.testing.assert_array_equal(values[~present], 0.0)
+  kept = values[present].astype(np.float64)
+  # float32 features around 5 with a spread of 0.1 carry about 5 digits behind their mean.
+  np.testing.assert_allclose(kept.mean(axis=0), 0.0, atol=1e-5)
+  np.testing.assert_allclose(kept[:, :5].std(axis=0), 1.0, rtol=1e-5)
+  np.testing.assert_array_equal(kept[:, 5], 0.0)
+
+
+def test_feature_store_gives_rows_in_the_order_asked_for():
+  store = make_store(30)
+  every, here = store.rows(np.arange(30))
+  chosen = np.array([7, 7, 0, 29, 3])
+  rows, present = store.rows(chosen)
+  for name in ("text", "image"):
+    assert rows[name].dtype == np.float32
+    assert present[name].dtype == bool
+    np.testing.assert_array_equal(rows[name], every[name][chosen])
+    np.testing.assert_array_equal(present[name], here[name][chosen])
+
+
+@pytest.mark.parametrize(("num_items", "size"), [(10, 5), (10, 4), (7, 7), (3, 8), (50, 1)])
+def test_catalogue_sample_visits_each_item_once_a_round(num_items, size):
+  sample = CatalogueSample(num_items, size, seed=0)
+  batches = [sample(index) for index in range(4 * num_items // size + 1)]
+  assert {batch.shape for batch in batches} == {(size,)}
+  assert {batch.dtype for batch in batches} == {np.dtype(np.int32)}
+  walk = np.concatenate(batches)
+  rounds = [walk[first : first + num_items] for first in range(0, len(walk) - num_items + 1, num_items)]
+  assert len(rounds) >= 3
+  for items in rounds:
+    np.testing.assert_array_equal(np.sort(items), np.arange(num_items))
+
+
+def test_catalogue_sample_is_a_function_of_seed_and_number():
+  walk = [CatalogueSample(40, 40, seed=0)(index).tolist() for index in range(2)]
+  assert CatalogueSample(40, 40, seed=0)(1).tolist() == walk[1]
+  assert walk[0] != walk[1]
+  assert CatalogueSample(40, 40, seed=1)(0).tolist() != walk[0]
+
+
+@pytest.mark.parametrize(("batch_size", "max_length"), [(4, 5), (5, 1), (15, 200), (64, 20), (1, 3)])
+def test_evaluation_batches_against_brute_force(batch_size, max_length):
+  histories = make_histories()
+  targets = np.random.default_rng(1).integers(0, 100, histories.num_users)
+  batches = list(evaluation_batches(histories, targets, batch_size=batch_size, max_length=max_length))
+  assert len(batches) == -(-histories.num_users // batch_size)
+  valid = np.concatenate([batch["valid"] for batch in batches])
+  np.testing.assert_array_equal(valid, np.arange(len(valid)) < histories.num_users)
+  for name in ("items", "segments", "positions"):
+    assert {batch[name].shape for batch in batches} == {(batch_size, max_length)}
+    assert {batch[name].dtype for batch in batches} == {np.dtype(np.int32)}
+  rows = stack(batches, names=("items", "segments", "positions", "targets"))
+  np.testing.assert_array_equal(rows["targets"][: histories.num_users], targets)
+  for row in range(len(valid)):
+    last = histories.history(row)[-max_length:].tolist() if row < histories.num_users else []
+    padding = [0] * (max_length - len(last))
+    assert rows["items"][row].tolist() == last + padding
+    assert rows["segments"][row].tolist() == [1] * len(last) + padding
+    assert rows["positions"][row].tolist() == list(range(len(last))) + padding
+
+
+@pytest.mark.parametrize("users", [[0], [4, 4, 0, 12], [14, 3, 1], list(range(15)), []])
+def test_select_users_against_brute_force(users):
+  histories = make_histories()
+  chosen = select_users(histories, np.array(users, np.int64))
+  assert chosen.num_users == len(users)
+  assert chosen.users.tolist() == [f"u{user}" for user in users]
+  for row, user in enumerate(users):
+    np.testing.assert_array_equal(chosen.history(row), histories.history(user))
+  assert chosen.num_interactions == sum(LENGTHS[user] for user in users)
+  assert chosen.items.dtype == np.int32

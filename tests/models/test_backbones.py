@@ -1,0 +1,152 @@
+"""The causal backbone against NumPy in float64, and what a position may and may not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from bbqrec_jax.models.backbones import CausalBackbone, TransformerLayer
+from bbqrec_jax.ops.attention import history_mask
+
+BATCH, LENGTH, WIDTH, HEADS, MAX_LENGTH = 2, 6, 8, 2, 5
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+MODEL = CausalBackbone(num_layers=2, num_heads=HEADS, mlp_width=12, max_length=MAX_LENGTH, dropout=0.5)
+
+
+@pytest.fixture(scope="module")
+def params(random_params):
+  return random_params(MODEL, jnp.zeros((1, 2, WIDTH)), jnp.ones((1, 2), int), jnp.zeros((1, 2), int))
+
+
+@jax.jit
+def run(params, x, segments, positions, bias):
+  return MODEL.apply({"params": params}, x, segments, positions, bias)
+
+
+def inputs(seed=0):
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
+  return x, rng.normal(size=(BATCH, HEADS, LENGTH, LENGTH)).astype(np.float32)
+
+
+def layer_norm(x, params):
+  x = x - x.mean(axis=-1, keepdims=True)
+  return x / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6) * params["scale"] + params["bias"]
+
+
+def gelu(x):
+  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def oracle(params, x, bias):
+  """The whole backbone in float64, one head and one position at a time."""
+  params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+  mask = np.asarray(history_mask(jnp.asarray(SEGMENTS)))
+  x = x + params["position"]["embedding"][np.minimum(POSITIONS, MAX_LENGTH - 1)]
+  for layer in (params["layer_0"], params["layer_1"]):
+    normed, parts = layer_norm(x, layer["LayerNorm_0"]), layer["attention"]
+    query, key, value = (
+      np.einsum("btd,dhe->bthe", normed, parts[name]["kernel"]) + parts[name]["bias"]
+      for name in ("query", "key", "value")
+    )
+    mixed = np.zeros(query.shape)
+    for b, h, t in np.ndindex(BATCH, HEADS, LENGTH):
+      seen = np.flatnonzero(mask[b, 0, t])
+      scores = key[b, seen, h] @ query[b, t, h] / np.sqrt(WIDTH / HEADS) + bias[b, h, t, seen]
+      weights = np.exp(scores - scores.max())
+      mixed[b, t, h] = weights @ value[b, seen, h] / weights.sum()
+    x = x + np.einsum("bthe,hed->btd", mixed, parts["out"]["kernel"]) + parts["out"]["bias"]
+    hidden = gelu(layer_norm(x, layer["LayerNorm_1"]) @ layer["Dense_0"]["kernel"] + layer["Dense_0"]["bias"])
+    x = x + hidden @ layer["Dense_1"]["kernel"] + layer["Dense_1"]["bias"]
+  return layer_norm(x, params["final_norm"])
+
+
+def test_backbone_equals_numpy(params):
+  x, bias = inputs()
+  assert_allclose(run(params, x, SEGMENTS, POSITIONS, bias), oracle(params, x, bias), atol=2e-5)
+  assert_allclose(run(params, x, SEGMENTS, POSITIONS, None), oracle(params, x, np.zeros_like(bias)), atol=2e-5)
+
+
+def test_zero_bias_is_bit_equal_to_no_bias_and_another_bias_is_not(params):
+  x, bias = inputs()
+  plain = np.asarray(run(params, x, SEGMENTS, POSITIONS, None))
+  assert_array_equal(run(params, x, SEGMENTS, POSITIONS, np.zeros_like(bias)), plain)
+  # A history's first position sees itself alone, so no bias can move it.
+  moved = (np.asarray(run(params, x, SEGMENTS, POSITIONS, bias)) != plain).any(axis=-1)
+  assert_array_equal(moved, (POSITIONS > 0) & (SEGMENTS > 0))
+
+
+@pytest.mark.parametrize("place", range(1, LENGTH))
+def test_a_future_item_never_changes_an_earlier_output(params, place):
+  x, bias = inputs()
+  before = np.asarray(run(params, x, SEGMENTS, POSITIONS, bias))
+  other, other_bias = x.copy(), bias.copy()
+  other[:, place:] += 1 + np.arange(WIDTH)
+  other_bias[:, :, :, place:] += 3
+  after = np.asarray(run(params, other, SEGMENTS, POSITIONS, other_bias))
+  assert_array_equal(after[:, :place], before[:, :place])
+  assert (after[1, place:] != before[1, place:]).any(axis=-1).all()
+
+
+def test_padding_and_other_packed_histories_never_change_a_real_output(params):
+  x, bias = inputs()
+  before = np.asarray(run(params, x, SEGMENTS, POSITIONS, bias))
+  for segment in (0, 1, 2):
+    other = np.where((segment == SEGMENTS)[..., None], x + 1 + np.arange(WIDTH), x).astype(np.float32)
+    after = np.asarray(run(params, other, SEGMENTS, POSITIONS, bias))
+    assert_array_equal((after != before).any(axis=-1), segment == SEGMENTS)
+
+
+def test_a_packed_history_gives_what_it_gives_alone(params):
+  x, bias = inputs()
+  packed = run(params, x, SEGMENTS, POSITIONS, bias)
+  # The first row's two histories, each at the start of a row of its own, with other things behind them.
+  rows, row_bias = x[::-1].copy(), bias[::-1].copy()
+  rows[0, :3], rows[1, :2] = x[0, :3], x[0, 3:5]
+  row_bias[0, :, :3, :3], row_bias[1, :, :2, :2] = bias[0, :, :3, :3], bias[0, :, 3:5, 3:5]
+  segments = (np.arange(LENGTH) < np.array([[3], [2]])).astype(int)
+  alone = run(params, rows, segments, np.tile(np.arange(LENGTH), (2, 1)), row_bias)
+  assert_allclose(alone[0, :3], packed[0, :3], atol=1e-5)
+  assert_allclose(alone[1, :2], packed[0, 3:5], atol=1e-5)
+
+
+def test_places_matter_and_those_beyond_the_longest_history_share_the_last(params):
+  x, bias = inputs()
+  last = run(params, x, SEGMENTS, np.full_like(POSITIONS, MAX_LENGTH - 1), bias)
+  assert_array_equal(run(params, x, SEGMENTS, np.full_like(POSITIONS, MAX_LENGTH + 40), bias), last)
+  assert (np.asarray(run(params, x, SEGMENTS, np.full_like(POSITIONS, MAX_LENGTH - 2), bias)) != last).any()
+
+
+def test_dropout_is_at_work_only_when_not_deterministic(params):
+  x, bias = inputs()
+
+  @jax.jit
+  def dropped(key):
+    return MODEL.apply({"params": params}, x, SEGMENTS, POSITIONS, bias, deterministic=False, rngs={"dropout": key})
+
+  one, again, two = (np.asarray(dropped(jax.random.key(seed))) for seed in (0, 0, 1))
+  assert_array_equal(one, again)
+  assert (one != two).any()
+  assert (one != np.asarray(run(params, x, SEGMENTS, POSITIONS, bias))).any()
+
+
+def test_a_layer_fed_one_position_at_a_time_gives_what_it_gives_in_one_pass(params):
+  layer = TransformerLayer(num_heads=HEADS, mlp_width=12)
+  x, _ = inputs()
+
+  @jax.jit
+  def both(x):
+    def step(x, mask, past=None):
+      return layer.apply({"params": params["layer_0"]}, x, mask, None, past, deterministic=True)
+
+    whole = step(x[:, :3], jnp.tril(jnp.ones((1, 1, 3, 3), bool)))
+    outs, past = [], None
+    for t in range(3):
+      out, past = step(x[:, t : t + 1], jnp.ones((1, 1, 1, t + 1), bool), past)
+      outs.append(out)
+    return whole, (jnp.concatenate(outs, axis=1), past)
+
+  whole, stepped = both(x)
+  jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), stepped, whole)

@@ -1,0 +1,253 @@
+"""The recommender: a plain backbone while its tables are zero, causal, blind to padding, and exact in its losses."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSettings, code_columns
+from bbqrec_jax.semantic_ids.trie import build_trie
+
+ITEMS, LEVELS, CODES, STREAMS, WIDTH = 12, 3, 4, 2, 8
+SETTINGS = RecommenderSettings(
+  num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=2 * LEVELS, width=WIDTH, num_layers=1, num_heads=2,
+  mlp_width=12, depth_layers=1, dropout=0.4, max_length=6, num_streams=STREAMS, num_buckets=4,
+)  # fmt: skip
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 0, 0]])
+
+
+@pytest.fixture(scope="module")
+def catalogue():
+  rng = np.random.default_rng(0)
+  ids = np.stack(np.unravel_index(rng.choice(CODES**LEVELS, ITEMS, replace=False), (CODES,) * LEVELS), axis=1)
+  present = rng.random(ITEMS) < 0.7
+  columns = code_columns(
+    [ids, rng.integers(CODES, size=(ITEMS, LEVELS))], [np.ones(ITEMS, bool), present], num_codes=CODES
+  )
+  vectors = rng.normal(size=(ITEMS, STREAMS, 5))
+  vectors[~present, 1] = 0
+  edges = np.sort(rng.uniform(-0.6, 0.6, size=(len(SETTINGS.pairs), SETTINGS.num_buckets - 1)), axis=1)
+  return Catalogue(
+    semantic_ids=jnp.asarray(ids, jnp.int32),
+    columns=jnp.asarray(columns),
+    vectors=jnp.asarray(vectors, jnp.float32),
+    edges=jnp.asarray(edges, jnp.float32),
+  )
+
+
+@pytest.fixture(scope="module")
+def batch():
+  rng = np.random.default_rng(1)
+  items, targets = rng.integers(ITEMS, size=(2, *SEGMENTS.shape))
+  return {"items": items, "targets": targets, "segments": SEGMENTS, "positions": POSITIONS}
+
+
+@pytest.fixture(scope="module")
+def params(random_params, catalogue, batch):
+  """Parameters of which none is zero, the similarity tables among them."""
+  return random_params(Recommender(SETTINGS), catalogue, batch)
+
+
+@pytest.fixture(scope="module")
+def fresh(params):
+  """The same with zero tables."""
+  return params | {"similarity_tables": np.zeros_like(params["similarity_tables"])}
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "method"))
+def call(settings, method, params, catalogue, *args):
+  return Recommender(settings).apply({"params": params}, catalogue, *args, method=method)
+
+
+def states(params, catalogue, batch, settings=SETTINGS):
+  parts = (batch[name] for name in ("items", "segments", "positions"))
+  return np.asarray(call(settings, "states", params, catalogue, *parts))
+
+
+@functools.partial(jax.jit, static_argnames=("settings",))
+def loss_and_gradient(settings, params, catalogue, batch):
+  def loss(params):
+    return Recommender(settings).apply({"params": params}, catalogue, batch, method="loss", deterministic=True)
+
+  return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def test_tables_start_at_zero(catalogue, batch):
+  def tables(key):
+    return Recommender(SETTINGS).init(key, catalogue, batch)["params"]["similarity_tables"]
+
+  start = jax.jit(tables)(jax.random.key(0))
+  assert_array_equal(start, np.zeros((len(SETTINGS.pairs), SETTINGS.num_heads, SETTINGS.num_buckets + 2)))
+
+
+def test_zero_tables_make_it_the_plain_backbone_bit_for_bit_and_other_tables_do_not(fresh, params, catalogue, batch):
+  plain = dataclasses.replace(SETTINGS, num_streams=0)
+  shared = {name: value for name, value in fresh.items() if name != "similarity_tables"}
+  needed = jax.eval_shape(Recommender(plain).init, jax.random.key(0), catalogue, batch)["params"]
+  assert jax.tree.structure(shared) == jax.tree.structure(needed)
+  expected = states(shared, catalogue, batch, settings=plain)
+  assert_array_equal(states(fresh, catalogue, batch), expected)
+  changed = (states(params, catalogue, batch) != expected).any(axis=-1)
+  assert_array_equal(changed, (POSITIONS > 0) & (SEGMENTS > 0))
+
+
+def test_zero_tables_have_a_gradient_and_so_can_leave_zero(fresh, catalogue, batch):
+  _, gradient = loss_and_gradient(SETTINGS, fresh, catalogue, batch)
+  assert (np.abs(gradient["similarity_tables"]).max(axis=(1, 2)) > 0).all()
+
+
+def test_each_pair_of_streams_has_its_own_table_and_each_changes_the_states(fresh, params, catalogue, batch):
+  assert SETTINGS.pairs == ((0, 0), (1, 1), (0, 1))
+  plain = states(fresh, catalogue, batch)
+  for pair in range(len(SETTINGS.pairs)):
+    tables = np.where(np.arange(len(SETTINGS.pairs))[:, None, None] == pair, params["similarity_tables"], 0)
+    assert (states(fresh | {"similarity_tables": tables}, catalogue, batch) != plain).any()
+
+
+@pytest.mark.parametrize("place", [1, 3, 5])
+def test_a_future_item_never_changes_an_earlier_state(params, catalogue, batch, place):
+  before = states(params, catalogue, batch)
+  items = batch["items"].copy()
+  items[:, place:] = (items[:, place:] + 1) % ITEMS
+  after = states(params, catalogue, batch | {"items": items})
+  assert_array_equal(after[:, :place], before[:, :place])
+  assert (after[1, place:] != before[1, place:]).any(axis=-1).all()
+
+
+def test_what_stands_at_padding_never_changes_a_real_state(params, catalogue, batch):
+  before = states(params, catalogue, batch)
+  items = np.where(SEGMENTS == 0, (batch["items"] + 1) % ITEMS, batch["items"])
+  after = states(params, catalogue, batch | {"items": items})
+  assert_array_equal(after[SEGMENTS > 0], before[SEGMENTS > 0])
+  assert (after[SEGMENTS == 0] != before[SEGMENTS == 0]).any()
+
+
+def test_a_packed_history_gives_the_states_it_gives_alone_in_a_row(params, catalogue, batch):
+  packed = states(params, catalogue, batch)
+  histories = ((0, 0, 3), (0, 3, 5), (2, 0, 2))
+  items, segments = np.zeros((2, *SEGMENTS.shape), int)
+  for alone, (row, start, stop) in enumerate(histories):
+    items[alone, : stop - start] = batch["items"][row, start:stop]
+    segments[alone, : stop - start] = 1
+  rows = {"items": items, "segments": segments, "positions": np.tile(np.arange(6), (3, 1))}
+  got = states(params, catalogue, rows)
+  for alone, (row, start, stop) in enumerate(histories):
+    assert_allclose(got[alone, : stop - start], packed[row, start:stop], atol=1e-5)
+
+
+def test_last_states_are_those_of_the_last_real_position(params, catalogue, batch):
+  segments = (np.arange(6) < np.array([[6], [3], [1]])).astype(int)
+  rows = {"items": batch["items"], "segments": segments, "positions": np.tile(np.arange(6), (3, 1))}
+  last = call(SETTINGS, "last_states", params, catalogue, rows)
+  every = states(params, catalogue, rows)
+  assert_allclose(last, np.stack([every[0, 5], every[1, 2], every[2, 0]]), atol=1e-6)
+
+
+def numpy_item_vectors(params, catalogue):
+  result = np.asarray(params["item_embedding"], np.float64).copy()
+  for item, row in enumerate(np.asarray(catalogue.columns)):
+    for number in row[row >= 0]:
+      result[item] += params["code_embedding"][number]
+  return result
+
+
+def test_item_vectors_sum_the_items_own_vector_and_its_present_codes(params, catalogue):
+  assert (np.asarray(catalogue.columns) < 0).any(), "no modality is absent: the example leaves that untried"
+  expected = numpy_item_vectors(params, catalogue)
+  assert_allclose(call(SETTINGS, "item_vectors", params, catalogue), expected, atol=1e-6)
+  some = jnp.array([[3, 0], [11, 3]])
+  assert_allclose(call(SETTINGS, "item_vectors", params, catalogue, some), expected[np.asarray(some)], atol=1e-6)
+
+
+def test_code_columns_number_every_stream_level_and_code_apart():
+  rng = np.random.default_rng(3)
+  codes = [rng.integers(CODES, size=(ITEMS, levels)) for levels in (3, 2)]
+  present = [np.ones(ITEMS, bool), rng.random(ITEMS) < 0.5]
+  columns = code_columns(codes, present, num_codes=CODES)
+  for item in range(ITEMS):
+    first = [level * CODES + codes[0][item, level] for level in range(3)]
+    second = [(3 + level) * CODES + codes[1][item, level] if present[1][item] else -1 for level in range(2)]
+    assert columns[item].tolist() == first + second
+
+
+DENSE = dataclasses.replace(SETTINGS, head="dense")
+
+
+@pytest.fixture(scope="module")
+def dense_params(params):
+  return {name: value for name, value in params.items() if name != "head"}
+
+
+def test_dense_loss_is_the_cross_entropy_over_all_items_at_real_positions(dense_params, catalogue, batch):
+  scores = states(dense_params, catalogue, batch, settings=DENSE).astype(np.float64)
+  scores = scores @ numpy_item_vectors(dense_params, catalogue).T
+  chosen = np.take_along_axis(scores, batch["targets"][..., None], axis=-1)[..., 0]
+  surprise = np.log(np.exp(scores).sum(axis=-1)) - chosen
+  (value, terms), _ = loss_and_gradient(DENSE, dense_params, catalogue, batch)
+  assert_allclose(value, surprise[SEGMENTS > 0].mean(), rtol=1e-5)
+  assert terms["nll"] == value
+
+
+def test_generative_loss_is_the_negative_log_probability_of_the_targets_ids(params, catalogue, batch):
+  every = jnp.asarray(states(params, catalogue, batch).reshape(-1, WIDTH))
+  log_probs = call(SETTINGS, "log_probs", params, catalogue, every, batch["targets"].reshape(-1, 1))[:, 0]
+  (value, terms), _ = loss_and_gradient(SETTINGS, params, catalogue, batch)
+  assert_allclose(value, -np.asarray(log_probs, np.float64)[SEGMENTS.reshape(-1) > 0].mean(), rtol=1e-5)
+  assert_allclose(sum(terms[f"nll_level_{level + 1}"] for level in range(LEVELS)), value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["generative", "dense"])
+def test_masked_positions_change_neither_the_loss_nor_its_gradient(params, dense_params, catalogue, batch, head):
+  settings, own = (SETTINGS, params) if head == "generative" else (DENSE, dense_params)
+  other = {
+    name: np.where(SEGMENTS == 0, (batch[name] + 1) % ITEMS, batch[name]) for name in ("items", "targets")
+  }  # fmt: skip
+  (value, _), gradient = loss_and_gradient(settings, own, catalogue, batch)
+  (other_value, _), other_gradient = loss_and_gradient(settings, own, catalogue, batch | other)
+  assert other_value == value
+  jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-7), other_gradient, gradient)
+  real = {"targets": np.where(SEGMENTS == 0, batch["targets"], (batch["targets"] + 1) % ITEMS)}
+  assert loss_and_gradient(settings, own, catalogue, batch | real)[0][0] != value
+
+
+@jax.jit
+def generate(params, catalogue, trie, queries, exclude):
+  """Two more items than there are."""
+  return Recommender(SETTINGS).apply(
+    {"params": params}, catalogue, trie, queries, width=ITEMS + 2, exclude=exclude, method="generate"
+  )
+
+
+@pytest.fixture(scope="module")
+def trie(catalogue):
+  return build_trie(np.asarray(catalogue.semantic_ids))
+
+
+@pytest.fixture(scope="module")
+def queries():
+  return jnp.asarray(np.random.default_rng(4).normal(size=(3, WIDTH)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def exact(params, catalogue, queries):
+  every = jnp.tile(jnp.arange(ITEMS), (3, 1))
+  return np.asarray(call(SETTINGS, "log_probs", params, catalogue, queries, every))
+
+
+def test_generating_as_many_items_as_exist_gives_the_exact_ranking(params, catalogue, trie, queries, exact):
+  order = np.argsort(-exact, axis=1)
+  assert np.diff(np.take_along_axis(exact, order, axis=1)).max() < -1e-4, "near-ties: the order would be chance"
+  result = generate(params, catalogue, trie, queries, jnp.full((3, 4), -1))
+  assert_array_equal(result.items, np.pad(order, ((0, 0), (0, 2)), constant_values=-1))
+  assert_allclose(result.log_probs[:, :ITEMS], np.take_along_axis(exact, order, axis=1), atol=1e-5)
+
+
+def test_generating_leaves_out_excluded_items(params, catalogue, trie, queries, exact):
+  order = np.argsort(-exact, axis=1)
+  result = generate(params, catalogue, trie, queries, jnp.asarray(order[:, :4]))
+  assert_array_equal(result.items, np.pad(order[:, 4:], ((0, 0), (0, 6)), constant_values=-1))

@@ -1,0 +1,350 @@
+"""The tokenizer's losses: what each sees, what it moves, and what must not touch it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from bbqrec_jax.models.critic import ClubCritic
+from bbqrec_jax.models.tokenizer import LossWeights, Tokenizer, TokenizerSettings, tokenizer_loss
+from bbqrec_jax.ops.club import club_full
+
+ITEMS, LEVELS, CODES, WIDTH = 12, 2, 4, 6
+MODALITIES = ("text", "image")
+SETTINGS = TokenizerSettings(
+  modalities=(("text", 5), ("image", 3)), num_items=ITEMS, code_width=WIDTH, num_levels=LEVELS, num_codes=CODES,
+  hidden=(7,), history_layers=1, history_heads=2, max_length=6, dropout=0.3,
+)  # fmt: skip
+WITHOUT_ID = dataclasses.replace(SETTINGS, item_id=False)
+# Items 0..7 occur in histories, 8 and 9 at padding alone, 10 and 11 in the catalogue sample alone.
+HISTORY = np.array([[0, 1, 2, 3, 4, 8], [5, 6, 7, 1, 9, 8]])
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 0, 0]])
+POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0]])
+SAMPLE = np.array([10, 3, 0, 11, 6, 9, 2])
+CRITIC = ClubCritic(MODALITIES, WIDTH)
+ONES = LossWeights(*(1.0 for _ in LossWeights._fields))
+
+
+def only(name):
+  return LossWeights(**{field: float(field == name) for field in LossWeights._fields})
+
+
+def make_batch(*, missing=0.0, seed=0):
+  """A batch of which some items lack a modality; `missing` stands in the features that they do not have."""
+  rng = np.random.default_rng(seed)
+  features = {name: rng.normal(size=(ITEMS, width)).astype(np.float32) for name, width in SETTINGS.modalities}
+  present = {"text": np.arange(ITEMS) % 5 != 2, "image": np.arange(ITEMS) % 4 != 3}
+  features = {name: np.where(present[name][:, None], value, np.float32(missing)) for name, value in features.items()}
+  return {
+    "items": SAMPLE,
+    "features": {name: value[SAMPLE] for name, value in features.items()},
+    "present": {name: value[SAMPLE] for name, value in present.items()},
+    "history_items": HISTORY,
+    "history_features": {name: value[HISTORY] for name, value in features.items()},
+    "history_present": {name: value[HISTORY] for name, value in present.items()},
+    "segments": SEGMENTS,
+    "positions": POSITIONS,
+  }
+
+
+@pytest.fixture(scope="module")
+def batch():
+  return make_batch()
+
+
+@pytest.fixture(scope="module")
+def params(random_params, batch):
+  return random_params(Tokenizer(SETTINGS), batch)
+
+
+@pytest.fixture(scope="module")
+def run(random_params):
+  """(params, batch, weights, quantized) -> (loss, output, gradient), one compiled program for each setting."""
+  critic = random_params(CRITIC, {name: jnp.zeros((1, WIDTH)) for name in MODALITIES}, seed=1)
+
+  def bound(quantized, specific, present):
+    predicted = CRITIC.apply({"params": critic}, quantized)
+    return sum(club_full(*predicted[name], specific[name], present[name]) for name in MODALITIES)
+
+  @functools.partial(jax.jit, static_argnames="settings")
+  def compiled(params, batch, weights, quantized, settings):
+    def loss(params):
+      return tokenizer_loss(
+        Tokenizer(settings), params, batch, weights=weights, quantized=quantized, bound=bound, temperature=0.5
+      )
+
+    (value, output), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, output, gradient
+
+  def call(params, batch, *, weights=ONES, quantized=True, settings=SETTINGS):
+    return jax.device_get(compiled(params, batch, weights, quantized, settings))
+
+  return call
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "method"))
+def call(settings, method, params, *args):
+  return Tokenizer(settings).apply({"params": params}, *args, method=method)
+
+
+def latents(params, batch, settings=SETTINGS):
+  return call(settings, "latents", params, batch["items"], batch["features"], batch["present"])
+
+
+def assert_trees_equal(first, second):
+  jax.tree.map(assert_array_equal, first, second)
+
+
+def moved(gradient):
+  """Names of the parameter groups that a gradient moves."""
+  return {name for name, part in gradient.items() if any(np.any(leaf) for leaf in jax.tree.leaves(part))}
+
+
+def layer_norm(x):
+  x = np.asarray(x, np.float64)
+  x = x - x.mean(axis=-1, keepdims=True)
+  return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_fused_latent_is_the_mean_of_the_present_modalities_plus_the_item_id(params, batch, normalize):
+  values, present = latents(params, batch, dataclasses.replace(SETTINGS, normalize=normalize))
+  assert SETTINGS.streams == ("text", "image", "id", "fused")
+  masks = np.stack([batch["present"][name] for name in MODALITIES])
+  assert {tuple(column) for column in masks.T.tolist()} == {(True, True), (True, False), (False, True)}
+  assert_array_equal(present, [*masks, *np.ones((2, len(SAMPLE)), bool)])
+  assert_array_equal(values[2], params["item_embedding"]["embedding"][SAMPLE])
+  mean = (np.asarray(values[:2]) * masks[..., None]).sum(axis=0) / masks.sum(axis=0)[:, None]
+  fused = mean + np.asarray(values[2])
+  assert_allclose(values[3], layer_norm(fused) if normalize else fused, atol=1e-5)
+
+
+def test_an_item_of_no_modality_is_its_id_alone(params, batch):
+  plain = dataclasses.replace(SETTINGS, normalize=False)
+  absent = batch | {"present": {name: np.zeros(len(SAMPLE), bool) for name in MODALITIES}}
+  values, _ = latents(params, absent, plain)
+  assert_array_equal(values[3], values[2])
+
+
+def test_normalised_modalities_are_the_layer_norm_of_the_plain_ones(params, batch):
+  plain = latents(params, batch, dataclasses.replace(SETTINGS, normalize=False)).values
+  assert_allclose(latents(params, batch).values[:2], layer_norm(plain[:2]), atol=1e-5)
+
+
+def test_specific_latents_have_zero_mean_and_unit_variance(params, batch):
+  specific = call(SETTINGS, "specific", params, batch["features"])
+  assert set(specific) == set(MODALITIES)
+  for rows in specific.values():
+    assert_allclose(np.mean(rows, axis=-1), np.zeros(len(SAMPLE)), atol=1e-5)
+    assert_allclose(np.var(rows, axis=-1), np.ones(len(SAMPLE)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", LossWeights._fields)
+def test_every_loss_weight_changes_the_gradient_by_the_gradient_of_its_term(params, batch, run, name):
+  full_loss, output, full = run(params, batch)
+  loss, _, without = run(params, batch, weights=ONES._replace(**{name: 0.0}))
+  alone_loss, _, alone = run(params, batch, weights=only(name))
+  assert_allclose(full_loss - loss, output.terms[name], atol=1e-5)
+  assert_allclose(alone_loss, output.terms[name], rtol=1e-6)
+  jax.tree.map(lambda a, b, c: assert_allclose(a - b, c, atol=1e-5), full, without, alone)
+  assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(alone)) > 1e-3
+
+
+BEHAVIOUR = {"behaviour_encoders_text", "behaviour_encoders_image"}
+SPECIFIC = {"specific_encoders_text", "specific_encoders_image"}
+DECODERS = {"decoders_text", "decoders_image"}
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("reconstruction", BEHAVIOUR | SPECIFIC | DECODERS),
+    ("quantization", BEHAVIOUR | {"codebooks", "item_embedding"}),
+    ("contrast", BEHAVIOUR | {"item_embedding", "history", "query"}),
+    ("modality_contrast", BEHAVIOUR | {"item_embedding", "history", "query"}),
+    ("disentangle", BEHAVIOUR | SPECIFIC),
+  ],
+)
+def test_each_loss_moves_its_own_parameters_and_only_quantization_moves_codewords(params, batch, run, name, expected):
+  assert set(params) == BEHAVIOUR | SPECIFIC | DECODERS | {"codebooks", "item_embedding", "history", "query"}
+  _, _, gradient = run(params, batch, weights=only(name))
+  assert moved(gradient) == expected
+
+
+def test_features_of_missing_modalities_change_nothing_whatever_they_hold(params, batch, run):
+  _, expected, expected_gradient = run(params, batch)
+  expected_loss = sum(expected.terms[name] for name in LossWeights._fields)
+  expected_latents = latents(params, batch)
+  for garbage in (3.0, -1e4):
+    dirty = make_batch(missing=garbage)
+    assert (dirty["features"]["image"] != batch["features"]["image"]).any()
+    assert (dirty["history_features"]["text"] != batch["history_features"]["text"]).any()
+    loss, output, gradient = run(params, dirty)
+    assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert_trees_equal(output.terms, expected.terms)
+    assert_array_equal(output.counts, expected.counts)
+    assert_trees_equal(gradient, expected_gradient)
+    got = latents(params, dirty)
+    assert_array_equal(np.asarray(got.values)[got.present], np.asarray(expected_latents.values)[got.present])
+
+
+def test_counts_are_those_of_the_codes_of_present_rows(params, batch, run):
+  _, output, _ = run(params, batch)
+  values, present = latents(params, batch)
+  codes = call(SETTINGS, "quantize", params, values.reshape(-1, WIDTH)).codes
+  assert_array_equal(output.valid, np.asarray(present).reshape(-1))
+  for level in range(LEVELS):
+    assert_array_equal(output.counts[level], np.bincount(codes[output.valid, level], minlength=CODES))
+  assert_allclose(output.residuals[0], values.reshape(-1, WIDTH), atol=1e-6)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_reconstruction_decodes_codewords_or_while_unquantized_the_latents_themselves(params, batch, run, quantized):
+  _, output, _ = run(params, batch, quantized=quantized)
+  values = latents(params, batch).values
+  if quantized:
+    flat = values.reshape(-1, WIDTH)
+    values = call(SETTINGS, "quantize", params, flat).quantized.reshape(values.shape)
+  given = dict(zip(SETTINGS.streams, values, strict=True))
+  rebuilt = call(SETTINGS, "reconstruct", params, given, call(SETTINGS, "specific", params, batch["features"]))
+  expected = 0.0
+  for name in MODALITIES:
+    error = np.square(np.asarray(rebuilt[name], np.float64) - batch["features"][name]).mean(axis=-1)
+    expected += error[batch["present"][name]].mean() / len(MODALITIES)
+    assert_allclose(output.quantized[name], given[name], atol=1e-6)
+  assert_allclose(output.terms["reconstruction"], expected, rtol=1e-5)
+
+
+def test_codebooks_take_no_part_while_unquantized(params, batch, run):
+  loss, output, gradient = run(params, batch, quantized=False)
+  other_loss, _, other_gradient = run(params | {"codebooks": params["codebooks"] + 1}, batch, quantized=False)
+  assert output.terms["quantization"] == 0
+  assert other_loss == loss
+  assert_trees_equal(other_gradient, gradient)
+  assert not np.any(gradient["codebooks"])
+  assert loss != run(params, batch)[0]
+
+
+def test_equal_latents_in_all_streams_get_equal_codes(random_params):
+  settings = dataclasses.replace(SETTINGS, modalities=(("text", 5), ("image", 5)), item_id=False, normalize=False)
+  features = np.random.default_rng(2).normal(size=(len(SAMPLE), 5)).astype(np.float32)
+  present = np.ones(len(SAMPLE), bool)
+  batch = {
+    "items": SAMPLE, "features": dict.fromkeys(MODALITIES, features), "present": dict.fromkeys(MODALITIES, present)
+  }  # fmt: skip
+  params = random_params(Tokenizer(settings), batch)
+  params["behaviour_encoders_image"] = params["behaviour_encoders_text"]
+  values = latents(params, batch, settings).values
+  codes = call(settings, "quantize", params, values.reshape(-1, WIDTH)).codes.reshape(3, len(SAMPLE), LEVELS)
+  assert_array_equal(codes[1], codes[0])
+  assert_array_equal(codes[2], codes[0])
+  assert len(np.unique(codes[0], axis=0)) > 1
+
+
+def test_without_item_ids_the_numbers_of_items_do_not_matter(params, batch, run):
+  assert WITHOUT_ID.streams == ("text", "image", "fused")
+  own = {name: value for name, value in params.items() if name != "item_embedding"}
+  needed = jax.eval_shape(Tokenizer(WITHOUT_ID).init, jax.random.key(0), batch)["params"]
+  assert jax.tree.structure(own) == jax.tree.structure(needed)
+  loss, output, gradient = run(own, batch, settings=WITHOUT_ID)
+  assert moved(gradient) == set(own)
+  assert output.residuals.shape == (LEVELS, 3 * len(SAMPLE), WIDTH)
+  # Another numbering that keeps apart what is apart: numbers only tell false negatives.
+  renumbered = batch | {"items": (SAMPLE + 5) % ITEMS, "history_items": (HISTORY + 5) % ITEMS}
+  other_loss, _, other_gradient = run(own, renumbered, settings=WITHOUT_ID)
+  assert other_loss == loss
+  assert_trees_equal(other_gradient, gradient)
+
+
+CONTRASTS = LossWeights(0.0, 0.0, 1.0, 1.0, 0.0)
+
+
+def test_contrast_sees_no_item_outside_the_packed_histories(params, batch, run):
+  _, expected, gradient = run(params, batch, weights=CONTRASTS)
+  rows = np.abs(gradient["item_embedding"]["embedding"]).max(axis=1)
+  assert_array_equal(rows > 0, np.isin(np.arange(ITEMS), HISTORY[SEGMENTS > 0]))
+
+  # Other features in the catalogue sample: what the contrast makes of the histories stays what it was.
+  sample = batch | {"features": {name: value + 1 for name, value in batch["features"].items()}}
+  _, output, other = run(params, sample, weights=CONTRASTS)
+  for name in ("contrast", "modality_contrast", "contrast_accuracy"):
+    assert output.terms[name] == expected.terms[name]
+  assert output.terms["reconstruction"] != expected.terms["reconstruction"]
+  assert_trees_equal(other, gradient)
+
+
+def test_contrast_is_blind_to_padding_but_not_to_a_real_position(params, batch, run):
+  loss, _, gradient = run(params, batch, weights=CONTRASTS)
+
+  def shifted(where):
+    features = batch["history_features"]
+    return batch | {
+      "history_features": {
+        name: np.where(where[..., None], x + 1, x).astype(np.float32) for name, x in features.items()
+      }
+    }
+
+  padding_loss, _, padding_gradient = run(params, shifted(SEGMENTS == 0), weights=CONTRASTS)
+  assert padding_loss == loss
+  assert_trees_equal(padding_gradient, gradient)
+  known = np.any(list(batch["history_present"].values()), axis=0)
+  assert not known[1, 2], "an item of no modality: its features must not matter even at a real position"
+  for row, column in np.argwhere(SEGMENTS > 0).tolist():
+    where = np.zeros(SEGMENTS.shape, bool)
+    where[row, column] = True
+    # The gradient, not the loss: features may move within the reach of one codeword.
+    _, _, other = run(params, shifted(where), weights=CONTRASTS)
+    changed = any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (other, gradient)), strict=True))
+    assert changed == known[row, column], (row, column)
+
+
+def test_other_losses_see_the_catalogue_sample_alone(params, batch, run):
+  others = LossWeights(1.0, 1.0, 0.0, 0.0, 1.0)
+  loss, _, gradient = run(params, batch, weights=others)
+  changed = batch | {"history_features": {name: value + 1 for name, value in batch["history_features"].items()}}
+  other_loss, _, other_gradient = run(params, changed, weights=others)
+  assert other_loss == loss
+  assert_trees_equal(other_gradient, gradient)
+
+
+def test_a_position_is_contrasted_with_the_item_that_follows_it_in_its_own_history(params, batch, run):
+  """The contrast recomputed in float64 from the model's own vectors and states."""
+  _, output, _ = run(params, batch)
+  flat = HISTORY.reshape(-1)
+  features, present = (
+    {name: value.reshape(len(flat), *value.shape[2:]) for name, value in batch[part].items()}
+    for part in ("history_features", "history_present")
+  )
+  values = call(SETTINGS, "latents", params, flat, features, present).values
+  quantized = call(SETTINGS, "quantize", params, values.reshape(-1, WIDTH)).quantized.reshape(values.shape)
+  vectors = (quantized[3] + values[2]).reshape(*HISTORY.shape, WIDTH)
+  states = Tokenizer(SETTINGS).apply(
+    {"params": params}, vectors, SEGMENTS, POSITIONS, deterministic=True, method="history_states"
+  )
+  pairs = [(r, t) for r, t in np.ndindex(2, 5) if SEGMENTS[r, t] and SEGMENTS[r, t] == SEGMENTS[r, t + 1]]
+  assert len(pairs) == 6
+
+  def unit(x):
+    x = np.asarray(x, np.float64)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+  def nce(targets, pairs):
+    items = np.array([HISTORY[r, t + 1] for r, t in pairs])
+    scores = unit([states[r, t] for r, t in pairs]) @ unit([targets[r, t + 1] for r, t in pairs]).T / 0.5
+    losses = []
+    for row in range(len(pairs)):
+      kept = (items != items[row]) | (np.arange(len(pairs)) == row)
+      losses.append(np.log(np.exp(scores[row, kept]).sum()) - scores[row, row])
+    return np.mean(losses)
+
+  assert_allclose(output.terms["contrast"], nce(vectors, pairs), rtol=1e-4)
+  by_modality = []
+  for stream, name in enumerate(MODALITIES):
+    known = [(r, t) for r, t in pairs if batch["history_present"][name][r, t + 1]]
+    assert len(known) < len(pairs)
+    by_modality.append(nce(np.asarray(quantized[stream]).reshape(vectors.shape), known))
+  assert_allclose(output.terms["modality_contrast"], np.mean(by_modality), rtol=1e-4)

@@ -1,0 +1,112 @@
+"""Ranks by brute force and the metrics in closed form."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from bbqrec_jax.ops.ranking import (
+  NDCG_CUTOFFS,
+  RECALL_CUTOFFS,
+  ndcg_at,
+  ranking_metrics,
+  ranks_in_list,
+  recall_at,
+  reciprocal_rank,
+  target_ranks,
+)
+
+MISS = np.iinfo(np.int32).max
+
+
+def test_ranks_equal_a_count_of_the_items_not_below_the_target():
+  rng = np.random.default_rng(0)
+  scores = rng.integers(6, size=(40, 15)).astype(np.float32)  # Many ties.
+  targets = rng.integers(15, size=40)
+  expected = [
+    sum(scores[b, n] >= scores[b, targets[b]] for n in range(15) if n != targets[b]) for b in range(40)
+  ]  # fmt: skip
+  ranks = target_ranks(jnp.asarray(scores), jnp.asarray(targets))
+  assert_array_equal(ranks, expected)
+  assert ranks.dtype == jnp.int32
+
+
+def test_without_ties_ranks_equal_the_place_in_a_sort():
+  rng = np.random.default_rng(1)
+  scores = np.stack([rng.permutation(12) for _ in range(8)]).astype(np.float32)
+  targets = rng.integers(12, size=8)
+  expected = [list(np.argsort(-scores[b])).index(targets[b]) for b in range(8)]
+  assert_array_equal(target_ranks(jnp.asarray(scores), jnp.asarray(targets)), expected)
+
+
+def test_ties_count_against_the_target():
+  scores = jnp.array([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 2.0, 0.0]])
+  assert_array_equal(target_ranks(scores, jnp.array([0, 1])), [3, 1])
+
+
+def test_nan_scores_rank_the_target_worst_and_never_lift_it():
+  nan = np.nan
+  scores = jnp.array([[nan, 1.0, 2.0], [nan, nan, nan], [5.0, nan, 1.0], [-jnp.inf, -jnp.inf, 0.0]])
+  assert_array_equal(target_ranks(scores, jnp.array([0, 2, 0, 1])), [2, 2, 1, 2])
+
+
+def test_rank_in_a_list_is_the_targets_place_or_a_miss():
+  items = jnp.array([[4, 2, 7], [4, 2, 7], [9, -1, -1], [-1, -1, -1]])
+  assert_array_equal(ranks_in_list(items, jnp.array([7, 3, 9, 0])), [2, MISS, 0, MISS])
+
+
+RANKS = np.array([0, 1, 4, 5, 9, 10, 19, 20, MISS], np.int32)
+VALID = np.array([1, 1, 1, 1, 1, 0, 1, 1, 1], bool)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 20, 10**6])
+def test_recall_and_ndcg_equal_their_formulas(k):
+  kept = RANKS[VALID].astype(np.float64)
+  total, count = recall_at(jnp.asarray(RANKS), jnp.asarray(VALID), k)
+  assert (total, count) == ((kept < k).sum(), VALID.sum())
+  total, count = ndcg_at(jnp.asarray(RANKS), jnp.asarray(VALID), k)
+  assert_allclose(total, sum(1 / np.log2(rank + 2) for rank in kept if rank < k), rtol=1e-6)
+  assert count == VALID.sum()
+
+
+def test_ndcg_of_the_first_place_is_one_and_of_the_third_a_half():
+  total, count = ndcg_at(jnp.array([0, 2]), jnp.ones(2, bool), 5)
+  assert_allclose([total, count], [1.5, 2], rtol=1e-6)
+
+
+def test_reciprocal_rank_equals_its_formula_and_a_miss_counts_zero():
+  total, count = reciprocal_rank(jnp.asarray(RANKS), jnp.asarray(VALID))
+  assert_allclose(total, sum(1 / (rank + 1.0) for rank in RANKS[VALID].tolist() if rank < MISS), rtol=1e-6)
+  assert count == VALID.sum()
+  assert reciprocal_rank(jnp.array([MISS]), jnp.ones(1, bool)) == (0, 1)
+
+
+def test_sums_and_counts_of_two_batches_add_up_to_those_of_both():
+  whole = ranking_metrics(jnp.asarray(RANKS), jnp.asarray(VALID))
+  parts = [ranking_metrics(jnp.asarray(RANKS[part]), jnp.asarray(VALID[part])) for part in (slice(2), slice(2, None))]
+  assert set(whole) == {f"recall@{k}" for k in RECALL_CUTOFFS} | {f"ndcg@{k}" for k in NDCG_CUTOFFS} | {"mrr"}
+  for name, pair in whole.items():
+    assert_allclose(np.add(parts[0][name], parts[1][name]), pair, rtol=1e-6)
+
+
+def test_invalid_users_count_nowhere():
+  for total, count in ranking_metrics(jnp.asarray(RANKS), jnp.zeros(len(RANKS), bool)).values():
+    assert (total, count) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_recall_by_item_is_at_most_recall_by_id_string_and_less_where_ids_collide(seed):
+  rng = np.random.default_rng(seed)
+  ids = rng.integers(3, size=(20, 2))  # 20 items on at most 9 IDs.
+  by_id = rng.normal(size=(50, 3, 3)).astype(np.float32)
+  scores = by_id[:, ids[:, 0], ids[:, 1]]  # A model that knows items by ID alone scores namesakes alike.
+  targets = rng.integers(20, size=50)
+  ranks = target_ranks(jnp.asarray(scores), jnp.asarray(targets))
+  lower = []
+  for k in (1, 5, 10, 20):
+    first = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    by_string = np.mean([(ids[first[b]] == ids[targets[b]]).all(axis=1).any() for b in range(50)])
+    total, count = recall_at(ranks, jnp.ones(50, bool), k)
+    assert total / count <= by_string
+    lower.append(total / count < by_string)
+  assert any(lower)

@@ -1,0 +1,151 @@
+"""The artefact on disk: what is saved is what is loaded, and nothing else is."""
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+
+ARRAYS = ("codes", "stream_codes", "present", "codebooks")
+
+
+def make():
+  rng = np.random.default_rng(0)
+  return SemanticIds(
+    streams=("text", "image", "id", "fused"),
+    codes=rng.integers(5, size=(6, 3)).astype(np.int32),
+    stream_codes=rng.integers(5, size=(4, 6, 3)).astype(np.int32),
+    present=rng.random((4, 6)) < 0.6,
+    codebooks=rng.normal(size=(3, 5, 2)).astype(np.float32),
+    data_hash="0123abcd",
+  )
+
+
+@pytest.fixture
+def folder(tmp_path):
+  make().save(tmp_path / "ids")
+  return tmp_path / "ids"
+
+
+def test_loading_gives_back_what_was_saved(folder):
+  ids, loaded = make(), SemanticIds.load(folder)
+  assert (loaded.streams, loaded.data_hash, loaded.fingerprint) == (ids.streams, ids.data_hash, ids.fingerprint)
+  for name in ARRAYS:
+    assert_array_equal(getattr(loaded, name), getattr(ids, name), strict=True)
+
+
+def test_every_array_is_readable_without_pickle(folder):
+  assert {path.name for path in folder.iterdir()} == {f"{name}.npy" for name in ARRAYS} | {"semantic_ids.json"}
+  for name in ARRAYS:
+    assert_array_equal(np.load(folder / f"{name}.npy", allow_pickle=False), getattr(make(), name))
+
+
+def test_it_exists_only_once_its_last_file_is_written(folder, tmp_path):
+  assert SemanticIds.exists(folder)
+  assert not SemanticIds.exists(tmp_path / "elsewhere")
+  (folder / "semantic_ids.json").unlink()
+  assert not SemanticIds.exists(folder)
+
+
+def test_modalities_are_the_streams_that_are_neither_id_nor_fused():
+  assert make().modalities == ("text", "image")
+
+
+def test_vectors_are_sums_of_codewords_and_zero_where_the_stream_is_absent():
+  ids = make()
+  for s, stream in enumerate(ids.streams):
+    vectors = ids.vectors(stream)
+    assert vectors.dtype == np.float32
+    for item in range(6):
+      expected = sum(ids.codebooks[level, ids.stream_codes[s, item, level]] for level in range(3))
+      np.testing.assert_allclose(vectors[item], expected if ids.present[s, item] else 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda ids: {"codes": ids.codes + np.eye(6, 3, dtype=np.int32)},
+    lambda ids: {"stream_codes": ids.stream_codes[::-1]},
+    lambda ids: {"present": ~ids.present},
+    lambda ids: {"codebooks": np.nextafter(ids.codebooks, np.float32(9))},
+    lambda ids: {"data_hash": "0123abce"},
+    lambda ids: {"streams": ("image", "text", "id", "fused")},
+  ],
+  ids=["codes", "stream_codes", "present", "codebooks", "data_hash", "streams"],
+)
+def test_the_fingerprint_changes_with_every_part(change):
+  ids = make()
+  assert re.fullmatch("[0-9a-f]{16}", ids.fingerprint)
+  assert ids.fingerprint == make().fingerprint
+  assert dataclasses.replace(ids, **change(ids)).fingerprint != ids.fingerprint
+
+
+def refusal(folder):
+  with pytest.raises(InputError) as error:
+    SemanticIds.load(folder)
+  assert str(folder) in str(error.value)
+  assert "delete the folder and run the tokenizer again" in str(error.value)
+  return str(error.value)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_changed_array_is_refused_with_both_fingerprints(folder, name):
+  array = np.load(folder / f"{name}.npy")
+  array.flat[-1] = not array.flat[-1] if array.dtype == bool else array.flat[-1] + 1
+  np.save(folder / f"{name}.npy", array)
+  assert make().fingerprint in refusal(folder)
+
+
+@pytest.mark.parametrize("field", ["data_hash", "fingerprint"])
+def test_a_changed_description_is_refused(folder, field):
+  about = json.loads((folder / "semantic_ids.json").read_text())
+  about[field] = "f" * 16
+  (folder / "semantic_ids.json").write_text(json.dumps(about))
+  refusal(folder)
+
+
+@pytest.mark.parametrize("name", [*(f"{name}.npy" for name in ARRAYS), "semantic_ids.json"])
+def test_a_missing_a_truncated_and_an_empty_file_are_refused(folder, name):
+  whole = (folder / name).read_bytes()
+  for content in (whole[: len(whole) - 20], whole[:20], b""):
+    (folder / name).write_bytes(content)
+    refusal(folder)
+  (folder / name).unlink()
+  refusal(folder)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+  refusal(tmp_path / "nowhere")
+
+
+class Payload:
+  """Unpickling it makes a folder, which shows that it was unpickled."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.mkdir, (self.path,)
+
+
+def test_a_pickle_in_place_of_an_array_is_refused_and_not_run(folder, tmp_path):
+  mark = str(tmp_path / "unpickled")
+  (folder / "codes.npy").write_bytes(pickle.dumps(Payload(mark)))
+  refusal(folder)
+  np.save(folder / "codes.npy", np.array([Payload(mark)], dtype=object), allow_pickle=True)
+  refusal(folder)
+  assert not os.path.exists(mark)
+
+
+def test_object_arrays_are_not_written(tmp_path):
+  ids = dataclasses.replace(make(), codes=np.array([[object()]], dtype=object))
+  with pytest.raises(ValueError, match="allow_pickle"):
+    ids.save(tmp_path / "ids")
+  assert not SemanticIds.exists(tmp_path / "ids")

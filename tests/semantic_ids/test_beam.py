@@ -1,0 +1,141 @@
+"""Beam search over tables of log-probabilities that depend on the whole prefix, against brute force."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from bbqrec_jax.semantic_ids.beam import beam_search
+from bbqrec_jax.semantic_ids.trie import build_trie
+
+BATCH, ITEMS, LEVELS, CODES = 3, 20, 3, 4
+
+
+@pytest.fixture(scope="module")
+def ids():
+  chosen = np.random.default_rng(0).choice(CODES**LEVELS, size=ITEMS, replace=False)
+  return np.stack(np.unravel_index(chosen, (CODES,) * LEVELS), axis=1)
+
+
+@pytest.fixture(scope="module")
+def tables():
+  """For each level, log-probabilities [B, K ** level, K]: a distribution of its own for every prefix."""
+  rng = np.random.default_rng(1)
+  logits = [2 * rng.normal(size=(BATCH, CODES**level, CODES)) for level in range(LEVELS)]
+  return [(x - np.log(np.exp(x).sum(axis=-1, keepdims=True))).astype(np.float32) for x in logits]
+
+
+def prefix_number(codes):
+  number = 0
+  for code in codes:
+    number = number * CODES + int(code)
+  return number
+
+
+def exact(ids, tables):
+  """Log-probability of every item's ID, [B, N] float64."""
+  result = np.zeros((BATCH, len(ids)))
+  for b, item, level in np.ndindex(BATCH, len(ids), LEVELS):
+    result[b, item] += tables[level][b, prefix_number(ids[item, :level]), ids[item, level]]
+  return result
+
+
+def narrow(ids, table_row, width):
+  """Plain beam search over existing prefixes for one row: items, best first."""
+  beams = [((), 0.0)]
+  for level in range(LEVELS):
+    grown = [
+      ((*prefix, code), score + float(table_row[level][prefix_number(prefix), code]))
+      for prefix, score in beams
+      for code in range(CODES)
+      if (ids[:, : level + 1] == (*prefix, code)).all(axis=1).any()
+    ]
+    beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+  return [int(np.flatnonzero((ids == prefix).all(axis=1))[0]) for prefix, _ in beams]
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def search(trie, tables, width, exclude=None):
+  def step(state, level, codes):
+    # The state is the number of each beam's prefix: a beam reordered without its state would read another's row.
+    if codes is not None:
+      state = {"prefix": state["prefix"] * CODES + codes, "trail": state["trail"].at[..., level - 1].set(codes)}
+    from_trail = sum(state["trail"][..., i] * CODES ** (level - 1 - i) for i in range(level)) if level else 0
+    log_probs = jnp.take_along_axis(tables[level], state["prefix"][..., None], axis=1)
+    # Two leaves of different rank must stay together.
+    return jnp.where((state["prefix"] == from_trail)[..., None], log_probs, jnp.nan), state
+
+  state = {"prefix": jnp.zeros((BATCH, 1), jnp.int32), "trail": jnp.zeros((BATCH, 1, LEVELS), jnp.int32)}
+  return beam_search(trie, step, state, batch=BATCH, width=width, exclude=exclude)
+
+
+@pytest.fixture(scope="module")
+def trie(ids):
+  return build_trie(ids)
+
+
+@pytest.mark.parametrize("width", [ITEMS, ITEMS + 7])
+def test_a_beam_as_wide_as_the_catalogue_is_the_exact_ranking(ids, tables, trie, width):
+  result = search(trie, tables, width)
+  expected = exact(ids, tables)
+  order = np.argsort(-expected, axis=1)
+  assert_array_equal(result.items[:, :ITEMS], order)
+  assert_allclose(result.log_probs[:, :ITEMS], np.take_along_axis(expected, order, axis=1), atol=1e-5)
+  assert_array_equal(result.items[:, ITEMS:], np.full((BATCH, width - ITEMS), -1))
+  assert np.isneginf(result.log_probs[:, ITEMS:]).all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_a_narrow_beam_equals_plain_beam_search_and_its_log_probs_are_exact(ids, tables, trie, width):
+  result = search(trie, tables, width)
+  assert result.items.shape == (BATCH, width)
+  expected = exact(ids, tables)
+  for b in range(BATCH):
+    found = np.asarray(result.items[b])
+    assert len(set(found.tolist())) == width, "an item came back twice"
+    assert ((found >= 0) & (found < ITEMS)).all()
+    assert_array_equal(found, narrow(ids, [table[b] for table in tables], width))
+    assert_allclose(result.log_probs[b], expected[b, found], atol=1e-5)
+
+
+def test_the_example_has_a_row_where_a_narrow_beam_misses_the_best_item(ids, tables):
+  best = exact(ids, tables).argmax(axis=1)
+  assert any(narrow(ids, [table[b] for table in tables], 1)[0] != best[b] for b in range(BATCH))
+
+
+def test_excluded_items_never_come_back_and_the_others_keep_their_order(ids, tables, trie):
+  expected = exact(ids, tables)
+  order = np.argsort(-expected, axis=1)
+  # The best and the fifth of each row, and a filler.
+  exclude = np.stack([order[:, 0], np.full(BATCH, -1), order[:, 4]], axis=1)
+  exclude[2] = -1
+  result = search(trie, tables, ITEMS, jnp.asarray(exclude))
+  for b in range(BATCH):
+    left = [item for item in order[b] if item not in exclude[b]]
+    assert_array_equal(result.items[b], left + [-1] * (ITEMS - len(left)))
+    assert_allclose(result.log_probs[b, : len(left)], expected[b, left], atol=1e-5)
+    assert np.isneginf(result.log_probs[b, len(left) :]).all()
+
+
+def test_one_item_is_left_when_all_others_are_excluded_and_none_when_it_is_too(ids, tables, trie):
+  expected = exact(ids, tables)
+  exclude = np.stack([np.delete(np.arange(ITEMS), keep) for keep in (0, 7, 19)])
+  result = search(trie, tables, ITEMS, jnp.asarray(exclude))
+  assert_array_equal(result.items[:, 0], [0, 7, 19])
+  assert_allclose(result.log_probs[:, 0], expected[np.arange(3), [0, 7, 19]], atol=1e-5)
+  assert_array_equal(result.items[:, 1:], np.full((BATCH, ITEMS - 1), -1))
+  everything = np.tile(np.arange(ITEMS), (BATCH, 1))
+  assert_array_equal(search(trie, tables, ITEMS, jnp.asarray(everything)).items, np.full((BATCH, ITEMS), -1))
+
+
+def test_a_catalogue_of_two_items_fills_the_rest_of_the_beam_with_minus_one(ids, tables):
+  few = ids[[4, 9]]
+  result = search(build_trie(few), tables, 6)
+  expected = exact(few, tables)
+  order = np.argsort(-expected, axis=1)
+  assert_array_equal(result.items, np.pad(order, ((0, 0), (0, 4)), constant_values=-1))
+  assert_allclose(result.log_probs[:, :2], np.take_along_axis(expected, order, axis=1), atol=1e-5)
+  assert np.isneginf(result.log_probs[:, 2:]).all()

@@ -1,0 +1,112 @@
+"""The trie against the sets of prefixes it stands for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.semantic_ids.trie import build_trie
+
+
+def distinct_codes(seed=0, *, items=40, levels=3, codes=5):
+  rng = np.random.default_rng(seed)
+  chosen = rng.choice(codes**levels, size=items, replace=False)
+  return np.stack(np.unravel_index(chosen, (codes,) * levels), axis=1)
+
+
+def prefixes_by_walking(trie):
+  """For each level, the prefix of each node, found through `children` alone."""
+  levels, known = [], [()]
+  for level in range(trie.num_levels):
+    nodes, codes, valid = (np.asarray(x) for x in trie.children(level, jnp.arange(len(known))))
+    following = {}
+    for parent, prefix in enumerate(known):
+      for node, code in zip(nodes[parent][valid[parent]], codes[parent][valid[parent]], strict=True):
+        assert node not in following, "a node has two parents"
+        following[int(node)] = (*prefix, int(code))
+    known = [following[node] for node in range(len(following))]
+    levels.append(known)
+  return levels
+
+
+SHAPES = [(1, 3, 5), (5, 1, 5), (40, 3, 5), (27, 3, 3)]
+
+
+@pytest.mark.parametrize(("items", "levels", "codes"), SHAPES)
+def test_nodes_of_each_level_are_the_prefixes_of_the_items_ids_each_once(items, levels, codes):
+  ids = distinct_codes(items=items, levels=levels, codes=codes)
+  walked = prefixes_by_walking(build_trie(ids))
+  for level, prefixes in enumerate(walked):
+    assert len(set(prefixes)) == len(prefixes)
+    assert set(prefixes) == {tuple(row[: level + 1]) for row in ids.tolist()}
+
+
+@pytest.mark.parametrize(("items", "levels", "codes"), SHAPES)
+def test_every_leaf_is_one_item_and_every_item_one_leaf(items, levels, codes):
+  ids = distinct_codes(items=items, levels=levels, codes=codes)
+  trie = build_trie(ids)
+  leaves = prefixes_by_walking(trie)[-1]
+  assert_array_equal(np.sort(trie.items), np.arange(items))
+  assert_array_equal(np.array(leaves), ids[np.asarray(trie.items)])
+
+
+def test_children_are_ascending_ranges_of_the_next_level_as_wide_as_the_widest_parent():
+  ids = distinct_codes()
+  trie = build_trie(ids)
+  for level in range(trie.num_levels):
+    counts = {}
+    for row in {tuple(row[: level + 1]) for row in ids.tolist()}:
+      counts[row[:-1]] = counts.get(row[:-1], 0) + 1
+    assert trie.fanouts[level] == max(counts.values())
+    assert_array_equal(np.diff(trie.starts[level]), [counts[parent] for parent in sorted(counts)])
+    nodes, codes, valid = map(np.asarray, trie.children(level, jnp.arange(len(counts))))
+    assert nodes.shape[1] == trie.fanouts[level]
+    for parent in range(len(counts)):
+      assert (np.diff(codes[parent][valid[parent]]) > 0).all()
+    assert nodes[~valid].max(initial=0) == 0
+
+
+def test_children_keep_the_shape_of_the_parents():
+  trie = build_trie(distinct_codes())
+  parents = jnp.array([[0, 3, 1], [2, 2, 0]])
+  nodes, codes, valid = trie.children(1, parents)
+  for part in (nodes, codes, valid):
+    assert part.shape == (2, 3, trie.fanouts[1])
+  alone = trie.children(1, jnp.array([2]))
+  for part, expected in zip((nodes, codes, valid), alone, strict=True):
+    assert_array_equal(part[1, 0], expected[0])
+    assert_array_equal(part[1, 1], expected[0])
+
+
+def test_the_order_of_the_items_does_not_change_the_ids_of_the_trie():
+  ids = distinct_codes()
+  order = np.random.default_rng(1).permutation(len(ids))
+  trie, shuffled = build_trie(ids), build_trie(ids[order])
+  for level in range(trie.num_levels):
+    assert_array_equal(trie.codes[level], shuffled.codes[level])
+    assert_array_equal(trie.starts[level], shuffled.starts[level])
+  assert_array_equal(order[np.asarray(shuffled.items)], trie.items)
+
+
+@pytest.mark.parametrize(("first", "second"), [(3, 17), (0, 1), (38, 39)])
+def test_two_items_of_one_id_are_refused_and_both_named(first, second):
+  ids = distinct_codes()
+  ids[second] = ids[first]
+  with pytest.raises(InputError) as error:
+    build_trie(ids)
+  assert f"items {first} and {second} share the semantic ID {tuple(ids[first].tolist())}" in str(error.value)
+
+
+def test_a_negative_code_is_refused_and_the_item_named():
+  ids = distinct_codes()
+  ids[7, 1] = -1
+  with pytest.raises(InputError, match="item 7"):
+    build_trie(ids)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (4,)])
+def test_no_items_or_no_levels_are_refused_with_the_shape(shape):
+  with pytest.raises(InputError) as error:
+    build_trie(np.zeros(shape, int))
+  assert str(shape) in str(error.value)

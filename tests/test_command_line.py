@@ -1,0 +1,59 @@
+"""The programs as a shell meets them: bad input is one line on stderr, a status that is not 0, and nothing written."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def call(module, *arguments):
+  return subprocess.run(
+    [sys.executable, "-m", f"bbqrec_jax.{module}", *arguments],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=300,
+  )
+
+
+@pytest.mark.parametrize(
+  ("config", "arguments", "named"),
+  [
+    ("directory", ["--config.data.path=no/such/folder"], "no/such/folder"),
+    ("quickstart", ["--config.recommender.head=nosuch"], "recommender.head"),
+  ],
+)
+def test_bad_input_is_one_line(tmp_path, config, arguments, named):
+  workdir = tmp_path / "run"
+  result = call("main", f"--config=configs/{config}.py", f"--workdir={workdir}", *arguments)
+  assert result.returncode not in (0, None)
+  lines = result.stderr.splitlines()
+  assert len(lines) == 1, result.stderr
+  assert lines[0].startswith("error: ")
+  assert named in lines[0]
+  assert not workdir.exists()
+
+
+def test_an_unknown_config_field_is_named(tmp_path):
+  workdir = tmp_path / "run"
+  result = call("main", "--config=configs/quickstart.py", f"--workdir={workdir}", "--config.recommender.nosuch=1")
+  assert result.returncode != 0
+  assert "Traceback" not in result.stderr, result.stderr
+  assert "nosuch" in result.stderr
+  assert not workdir.exists()
+
+
+def test_recommending_from_no_run_is_one_line(tmp_path):
+  result = call("recommend", f"--workdir={tmp_path}", "--history=1,2")
+  assert result.returncode != 0
+  assert result.stderr.splitlines() == [
+    f"error: {tmp_path}/config.json does not exist: --workdir must be that of a run of bbqrec_jax.main"
+  ]
+  assert result.stdout == ""
+  assert not list(tmp_path.iterdir())

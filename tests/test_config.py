@@ -1,0 +1,215 @@
+"""The fields of a config: what is refused, in which words, and that the shipped files hold what they say."""
+
+import importlib.util
+import math
+import pathlib
+
+import pytest
+
+from bbqrec_jax.config import default_config, flatten, validate
+from bbqrec_jax.errors import InputError
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def load_config_file(path):
+  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def refusal(config):
+  with pytest.raises(InputError) as error:
+    validate(config)
+  message = str(error.value)
+  assert "\n" not in message
+  return message
+
+
+def test_the_default_config_is_valid():
+  validate(default_config())
+
+
+def test_configs_do_not_share_state():
+  changed = default_config()
+  changed.tokenizer.weights.contrast = 0.7
+  changed.recommender.optimizer.learning_rate = 0.5
+  fresh = default_config()
+  assert fresh.tokenizer.weights.contrast != 0.7
+  assert fresh.recommender.optimizer.learning_rate != 0.5
+  assert fresh.tokenizer.optimizer.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
+  module = load_config_file(path)
+  config = module.get_config()
+  validate(config)
+  assert flatten(config).keys() == flatten(default_config()).keys()
+  assert f"--config=configs/{path.name}" in module.__doc__
+
+
+def test_there_are_shipped_configs():
+  assert {"quickstart", "directory"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("name", ["nosuch", "tokenizer.nosuch", "recommender.optimizer.nosuch"])
+def test_an_unknown_field_cannot_be_set(name):
+  config = default_config()
+  with pytest.raises((KeyError, AttributeError)):
+    config.update_from_flattened_dict({name: 1})
+  *parents, field = name.split(".")
+  for parent in parents:
+    config = config[parent]
+  with pytest.raises((KeyError, AttributeError)):
+    setattr(config, field, 1)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.commitment", "recommender.optimizer.clip_norm", "seed"])
+def test_missing_and_unknown_fields_are_refused(name):
+  config = default_config()
+  *parents, field = name.split(".")
+  with config.unlocked():
+    holder = config
+    for parent in parents:
+      holder = holder[parent]
+    del holder[field]
+  assert refusal(config).startswith(f"config field {name} is missing")
+  with config.unlocked():
+    holder[field] = default_config()[name]
+    holder["misspelt"] = 1
+  prefix = "".join(f"{parent}." for parent in parents)
+  assert refusal(config).startswith(f"config field {prefix}misspelt is unknown")
+
+
+def test_a_value_of_another_type_cannot_be_set():
+  config = default_config()
+  for name, value in (("tokenizer.steps", "many"), ("tokenizer.hidden", 3), ("data.path", 4), ("seed", 0.5)):
+    with pytest.raises(TypeError):
+      config.update_from_flattened_dict({name: value})
+
+
+INTEGERS_FROM_ONE = [
+  name
+  for name, value in flatten(default_config()).items()
+  if isinstance(value, int)
+  and not isinstance(value, bool)
+  and not name.endswith((".warmup_steps", ".revival_patience", "seed", ".validation_users"))
+]
+INTEGERS_FROM_ZERO = [
+  name
+  for name, value in flatten(default_config()).items()
+  if isinstance(value, int) and not isinstance(value, bool) and name not in INTEGERS_FROM_ONE
+]
+FLOATS = [name for name, value in flatten(default_config()).items() if isinstance(value, float)]
+POSITIVE_FLOATS = ["tokenizer.temperature", "tokenizer.optimizer.clip_norm", "recommender.optimizer.clip_norm"]
+
+
+def with_field(name, value):
+  config = default_config()
+  config.update_from_flattened_dict({name: value})
+  return config
+
+
+@pytest.mark.parametrize("name", INTEGERS_FROM_ONE)
+@pytest.mark.parametrize("value", [0, -1])
+def test_counts_below_one_are_refused(name, value):
+  message = refusal(with_field(name, value))
+  assert message == f"config field {name} must be at least 1 and finite, got {value}"
+
+
+@pytest.mark.parametrize("name", INTEGERS_FROM_ZERO)
+def test_counts_that_may_be_zero(name):
+  validate(with_field(name, 0))
+  assert refusal(with_field(name, -1)) == f"config field {name} must be at least 0 and finite, got -1"
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
+def test_negative_and_infinite_numbers_are_refused(name, value):
+  assert refusal(with_field(name, value)) == f"config field {name} must be at least 0 and finite, got {value}"
+
+
+@pytest.mark.parametrize("name", POSITIVE_FLOATS)
+def test_divisors_must_not_be_zero(name):
+  assert refusal(with_field(name, 0.0)) == f"config field {name} must be greater than 0, got 0.0"
+
+
+@pytest.mark.parametrize("name", sorted(set(FLOATS) - set(POSITIVE_FLOATS)))
+def test_other_numbers_may_be_zero(name):
+  validate(with_field(name, 0.0))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.dropout", "recommender.dropout"])
+@pytest.mark.parametrize("value", [1.0, 1.5])
+def test_dropout_of_everything_is_refused(name, value):
+  assert refusal(with_field(name, value)) == f"config field {name} must be less than 1, got {value}"
+
+
+CHOICES = {
+  "partitioner": ("pmap", "single"),
+  "tokenizer.club.bound": ("full", "sampled"),
+  "data.source": ("synthetic", "directory", "recbole"),
+  "recommender.head": ("generative", "dense"),
+  "tokenizer.optimizer.schedule": ("constant", "cosine"),
+  "recommender.optimizer.schedule": ("constant", "cosine"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name):
+  for value in CHOICES[name]:
+    validate(with_field(name, value))
+  for value in ("nosuch", "", CHOICES[name][0].upper()):
+    message = refusal(with_field(name, value))
+    assert message.startswith(f"config field {name} must be one of ")
+    assert message.endswith(f", got {value!r}")
+    assert all(choice in message for choice in CHOICES[name])
+
+
+@pytest.mark.parametrize(
+  ("name", "choices"),
+  [("recommender.item_inputs", ("fused", "modalities", "item")), ("recommender.similarity", ("modalities", "fused"))],
+)
+def test_subsets(name, choices):
+  for value in choices:
+    validate(with_field(name, (value,)))
+  validate(with_field(name, choices))
+  message = refusal(with_field(name, (choices[0], "nosuch")))
+  assert message == f"config field {name} may hold {', '.join(choices)}, got 'nosuch'"
+
+
+def test_empty_subsets():
+  validate(with_field("recommender.similarity", ()))
+  assert refusal(with_field("recommender.item_inputs", ())).startswith("config field recommender.item_inputs is empty")
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"recommender.width": 63}, ("recommender.width = 63", "recommender.num_heads = 2")),
+    ({"recommender.num_heads": 3}, ("recommender.width = 64", "recommender.num_heads = 3")),
+    ({"tokenizer.code_width": 33}, ("tokenizer.code_width = 33", "tokenizer.history_heads = 2")),
+    ({"recommender.max_length": 33}, ("recommender.row_length = 32", "recommender.max_length = 33")),
+    ({"tokenizer.row_length": 19}, ("tokenizer.row_length = 19", "tokenizer.max_length = 20")),
+    ({"tokenizer.warmup_steps": 2000}, ("tokenizer.warmup_steps = 2000", "tokenizer.steps = 2000")),
+  ],
+)
+def test_fields_that_do_not_fit_together_are_refused(changes, named):
+  config = default_config()
+  config.update_from_flattened_dict(changes)
+  message = refusal(config)
+  assert all(field in message for field in named)
+
+
+def test_flatten():
+  nested = {"a": 1, "b": {"c": [2, 3], "d": {"e": "x"}}, "f": (), "g": []}
+  assert flatten(nested) == {"a": 1, "b.c": (2, 3), "b.d.e": "x", "f": (), "g": ()}
+  assert flatten({"a": {"b": 1}}, "top.") == {"top.a.b": 1}
+  config = default_config()
+  flat = flatten(config)
+  assert flat["tokenizer.weights.contrast"] == config.tokenizer.weights.contrast
+  assert flat == flatten(config.to_dict())
+  config.update_from_flattened_dict(flat)
+  assert flatten(config) == flat

@@ -1,0 +1,458 @@
+"""Whole runs on a small synthetic data set: what they write, how they go on, and recommending from them."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from bbqrec_jax import experiment
+from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.data.interactions import leave_one_out
+from bbqrec_jax.data.sources import load
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommend import load_config, parse_history, recommend, restore
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.train.logging import MetricsLog
+from bbqrec_jax.train.loop import Interrupted
+
+NUM_ITEMS, LEVELS, CODES = 80, 3, 16
+METRICS = {
+  *(f"recall@{k}" for k in (1, 5, 10, 20)), *(f"ndcg@{k}" for k in (5, 10, 20)), "mrr", "coverage@10",
+}  # fmt: skip
+
+
+def make_config(**changes):
+  config = default_config()
+  config.data.source = "synthetic"
+  config.update_from_flattened_dict({
+    "log_every": 10,
+    "data.synthetic.num_users": 200, "data.synthetic.num_items": NUM_ITEMS,
+    "tokenizer.num_codes": CODES, "tokenizer.num_levels": LEVELS, "tokenizer.code_width": 16, "tokenizer.hidden": (32,),
+    "tokenizer.steps": 60, "tokenizer.warmup_steps": 20, "tokenizer.evaluate_every": 40, "tokenizer.batch_items": 32,
+    "tokenizer.batch_rows": 4, "tokenizer.max_length": 10, "tokenizer.row_length": 16,
+    "tokenizer.kmeans_iterations": 5, "tokenizer.revival_patience": 10, "tokenizer.optimizer.warmup_steps": 5,
+    "recommender.width": 32, "recommender.mlp_width": 32, "recommender.num_layers": 1, "recommender.depth_layers": 1,
+    "recommender.dropout": 0.1, "recommender.max_length": 10, "recommender.row_length": 16,
+    "recommender.batch_rows": 32, "recommender.steps": 120, "recommender.evaluate_every": 40,
+    "recommender.optimizer.learning_rate": 5e-3, "recommender.optimizer.warmup_steps": 10,
+    "recommender.num_buckets": 8,
+    "evaluation.batch_size": 100, "evaluation.beam_width": 20,
+  })  # fmt: skip
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+GENERATIVE = {"recommender.head": "generative"}
+DENSE = {"recommender.head": "dense"}
+SASREC = DENSE | {"recommender.item_inputs": ("item",), "recommender.similarity": ()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_cache(tmp_path_factory):
+  """The runs of this file are much alike: what one has compiled, the next one need not."""
+  options = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compile_cache")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def finish(factory, name, changes):
+  workdir = factory.mktemp(name) / "run"
+  return workdir, experiment.run(make_config(**changes), workdir)
+
+
+@pytest.fixture(scope="module")
+def generative(tmp_path_factory, _compile_cache):
+  return finish(tmp_path_factory, "generative", GENERATIVE)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, _compile_cache):
+  return finish(tmp_path_factory, "dense", DENSE)
+
+
+@pytest.fixture(scope="module")
+def sasrec(tmp_path_factory, _compile_cache):
+  return finish(tmp_path_factory, "sasrec", SASREC)
+
+
+@pytest.fixture(params=["generative", "dense"])
+def semantic(request):
+  """Each of the two runs that have semantic IDs."""
+  return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["generative", "dense", "sasrec"])
+def finished(request):
+  """Each of the runs."""
+  return request.getfixturevalue(request.param)
+
+
+def read_json(path):
+  return json.loads(path.read_text(encoding="utf-8"))
+
+
+def without_seconds(results):
+  return {name: value for name, value in results.items() if name != "seconds"}
+
+
+def files_of(folder):
+  return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_results_hold_what_is_documented(finished):
+  workdir, results = finished
+  assert read_json(workdir / "results.json") == results
+  interactions = load(make_config().data).interactions
+  data = results["data"]
+  assert data["users"] == 200
+  assert data["items"] == NUM_ITEMS
+  assert data["interactions"] == interactions.num_interactions
+  assert data["split_hash"] == leave_one_out(interactions).split_hash
+  assert data["source"] == "synthetic"
+  for part in ("popularity", "validation", "test"):
+    assert results[part].keys() == METRICS
+    assert all(0.0 <= value <= 1.0 for value in results[part].values())
+    recalls = [results[part][f"recall@{k}"] for k in (1, 5, 10, 20)]
+    assert recalls == sorted(recalls)
+    assert results[part]["recall@1"] <= results[part]["mrr"]
+  assert results["seconds"].keys() == {"tokenizer", "recommender", "evaluation"}
+  assert results["seconds"]["recommender"] > 0.0
+  assert results["seconds"]["evaluation"] > 0.0
+  assert results["best_step"] in (40, 80, 120)
+
+
+def test_a_trained_model_beats_popularity(finished):
+  _, results = finished
+  for name in ("recall@10", "ndcg@10"):
+    assert results["test"][name] > results["popularity"][name]
+    assert results["validation"][name] > results["popularity"][name]
+
+
+def test_metrics_are_json_lines(finished):
+  workdir, results = finished
+  records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+  steps = {
+    (stage, kind): [record["step"] for record in records if (record["stage"], record["kind"]) == (stage, kind)]
+    for stage in ("tokenizer", "recommender")
+    for kind in ("train", "validation")
+  }
+  assert sum(len(each) for each in steps.values()) == len(records)
+  assert steps["recommender", "train"] == list(range(10, 121, 10))
+  assert steps["recommender", "validation"] == [40, 80, 120]
+  trained = "tokenizer" in os.listdir(workdir)
+  assert steps["tokenizer", "train"] == (list(range(10, 61, 10)) if trained else [])
+  assert steps["tokenizer", "validation"] == ([40, 60] if trained else [])
+  losses = [record["loss"] for record in records if (record["stage"], record["kind"]) == ("recommender", "train")]
+  assert losses[-1] < losses[0]
+  # The best validation is the one that results.json was taken from.
+  validation = {r["step"]: r["ndcg@10"] for r in records if (r["stage"], r["kind"]) == ("recommender", "validation")}
+  assert validation[results["best_step"]] == max(validation.values()) == results["validation"]["ndcg@10"]
+
+
+def test_the_tokenizer_reports_its_health(semantic):
+  workdir, results = semantic
+  health = read_json(workdir / "tokenizer" / "health.json")
+  assert results["seconds"]["tokenizer"] == health["seconds"] > 0.0
+  for name in ("usage", "perplexity", "dead"):
+    assert len(health[name]) == LEVELS
+  for usage, perplexity, dead in zip(health["usage"], health["perplexity"], health["dead"], strict=True):
+    assert usage * CODES == pytest.approx(CODES - dead)
+    assert 1.0 <= perplexity <= CODES - dead + 1e-9
+  ids = SemanticIds.load(workdir / "tokenizer")
+  fused = ids.stream_codes[ids.streams.index("fused")]
+  assert health["collision_rate_before"] == pytest.approx(1 - len(np.unique(fused, axis=0)) / NUM_ITEMS)
+  assert health["collision_rate_after"] == 0.0
+  assert ids.codes.shape == (NUM_ITEMS, LEVELS)
+  assert len(np.unique(ids.codes, axis=0)) == NUM_ITEMS
+  assert 0 <= ids.codes.min() <= ids.codes.max() < CODES
+
+
+def test_both_heads_share_one_tokenizer(generative, dense):
+  # The head is no part of stage 1: the same seed gives the same semantic IDs.
+  assert (
+    SemanticIds.load(generative[0] / "tokenizer").fingerprint == SemanticIds.load(dense[0] / "tokenizer").fingerprint
+  )
+
+
+def test_sasrec_trains_no_tokenizer(sasrec):
+  workdir, results = sasrec
+  assert not (workdir / "tokenizer").exists()
+  assert os.listdir(workdir / "checkpoints") == ["recommender"]
+  assert results["seconds"]["tokenizer"] == 0.0
+
+
+def test_a_finished_run_is_not_run_again(generative, monkeypatch):
+  workdir, results = generative
+
+  def refuse(*args, **kwargs):
+    raise AssertionError("a finished run must not train")
+
+  monkeypatch.setattr(experiment, "run_tokenizer", refuse)
+  monkeypatch.setattr(experiment, "run_recommender", refuse)
+  before = files_of(workdir)
+  assert experiment.run(make_config(**GENERATIVE), workdir) == results
+  assert files_of(workdir) == before
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"recommender.steps": 121}, "recommender.steps (there 120, now 121)"),
+    ({"recommender.head": "dense"}, "recommender.head (there 'generative', now 'dense')"),
+    ({"tokenizer.hidden": (64,)}, "tokenizer.hidden (there [32], now [64])"),
+    ({"data.synthetic.seed": 1}, "data.synthetic.seed (there 0, now 1)"),
+  ],
+)
+def test_another_config_in_the_same_workdir_is_refused(generative, changes, named):
+  workdir, _ = generative
+  before = {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
+  with pytest.raises(InputError) as error:
+    experiment.run(make_config(**(GENERATIVE | changes)), workdir)
+  message = str(error.value)
+  assert message.startswith(f"{workdir} holds another run, which differs in ")
+  assert named in message
+  assert "\n" not in message
+  assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"data.source": "directory", "data.path": "nowhere"}, "nowhere"),
+    ({"recommender.steps": 0}, "recommender.steps"),
+    ({"data.modalities": ("sound",)}, "sound"),
+  ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, named):
+  with pytest.raises(InputError, match=named):
+    experiment.run(make_config(**changes), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@contextlib.contextmanager
+def signal_when_logged(stage, kind, step):
+  """Sends SIGTERM to this process when a record is written: amid training, or amid an evaluation's turn."""
+  write = MetricsLog.write
+
+  def write_and_signal(self, *record):
+    write(self, *record)
+    if record[:3] == (stage, kind, step):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  MetricsLog.write = write_and_signal
+  try:
+    yield
+  finally:
+    MetricsLog.write = write
+
+
+def test_a_run_that_is_cut_again_and_again_ends_with_the_same_results(generative, tmp_path, monkeypatch):
+  workdir, expected = generative
+  config, cut = make_config(**GENERATIVE), tmp_path / "run"
+  cuts = [
+    ("tokenizer", "train", 10),  # Before the codebooks are fitted.
+    ("tokenizer", "train", 30),  # After.
+    ("recommender", "train", 30),  # Before the first validation.
+    ("recommender", "validation", 80),  # With one.
+    ("recommender", "train", 110),
+  ]
+  for stage, kind, step in cuts:
+    if stage == "recommender" and step == 30:
+      # Between the stages nothing is caught: the process is simply gone, here with an exception.
+      with monkeypatch.context() as patch:
+        patch.setattr(experiment, "run_recommender", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+          experiment.run(config, cut)
+      assert SemanticIds.exists(cut / "tokenizer")
+    with signal_when_logged(stage, kind, step), pytest.raises(Interrupted):
+      experiment.run(config, cut)
+    assert not (cut / "results.json").exists()
+  assert without_seconds(experiment.run(config, cut)) == without_seconds(expected)
+  assert SemanticIds.load(cut / "tokenizer").fingerprint == SemanticIds.load(workdir / "tokenizer").fingerprint
+
+
+def test_one_device_gives_a_run_of_its_own(tmp_path):
+  # Dropout is drawn per device, so the figures may differ; what is written may not.
+  config = make_config(**SASREC, partitioner="single")
+  config.recommender.steps = 40
+  results = experiment.run(config, tmp_path / "run")
+  assert results["best_step"] == 40
+  assert results["test"].keys() == METRICS
+
+
+def recommend_from(workdir, history, **options):
+  _, _, model, params, catalogue, trie, config = restore(workdir)
+  arguments = {"top": 10, "beam_width": config.evaluation.beam_width} | options
+  return recommend(model, params, catalogue, trie, np.array(history, np.int32), **arguments)
+
+
+def dense_scores(model, params, catalogue, batch):
+  """What the model says of every item after each history, [B, N] float64."""
+
+  def scores(params):
+    states = model.apply({"params": params}, catalogue, batch, method="last_states")
+    return model.apply({"params": params}, catalogue, states, method="dense_scores")
+
+  return np.asarray(jax.jit(scores)(params), np.float64)
+
+
+HISTORIES = ([3], [5, 9, 5, 70, 2], list(range(20, 45)))
+
+
+def test_load_config_gives_back_the_config(finished):
+  workdir, _ = finished
+  config = load_config(workdir)
+  # Where the data lies is no part of what a run is.
+  assert flatten(config) == read_flat(workdir)
+  assert config.is_locked
+
+
+def read_flat(workdir):
+  head = read_json(workdir / "config.json")["recommender"]["head"]
+  sasrec = not (workdir / "tokenizer").exists()
+  return flatten(make_config(**(SASREC if sasrec else DENSE if head == "dense" else GENERATIVE)))
+
+
+def test_recommendations_exist_are_new_and_come_best_first(finished):
+  workdir, _ = finished
+  _, _, model, params, catalogue, trie, config = restore(workdir)
+  for history in HISTORIES:
+    array = np.array(history, np.int32)
+    items, scores = recommend(model, params, catalogue, trie, array, top=10, beam_width=config.evaluation.beam_width)
+    assert len(items) == len(scores) == 10
+    assert len(set(items.tolist())) == 10
+    assert 0 <= items.min() <= items.max() < NUM_ITEMS
+    assert not set(items.tolist()) & set(history)
+    assert np.all(np.diff(scores) <= 0)
+    assert np.all(np.isfinite(scores))
+    assert np.all(scores <= 0)
+
+
+def test_dense_recommendations_against_brute_force(dense):
+  workdir, _ = dense
+  _, _, model, params, catalogue, trie, _ = restore(workdir)
+  assert trie is None
+  history = [5, 9, 70, 2]
+  rows = {"items": [history], "segments": [[1] * 4], "positions": [[0, 1, 2, 3]]}
+  batch = {name: np.array(grid, np.int32) for name, grid in rows.items()}
+  logits = dense_scores(model, params, catalogue, batch)[0]
+  expected = logits - np.log(np.sum(np.exp(logits)))
+  items, scores = recommend_from(workdir, history, top=NUM_ITEMS, repeat=True)
+  np.testing.assert_array_equal(np.sort(items), np.arange(NUM_ITEMS))
+  np.testing.assert_allclose(scores, np.sort(expected)[::-1], rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(scores, expected[items], rtol=1e-4, atol=1e-4)
+  new, new_scores = recommend_from(workdir, history, top=NUM_ITEMS)
+  keep = ~np.isin(items, history)
+  np.testing.assert_array_equal(new, items[keep])
+  np.testing.assert_array_equal(new_scores, scores[keep])
+
+
+def test_generative_recommendations_against_every_items_log_probability(generative):
+  workdir, _ = generative
+  _, _, model, params, catalogue, trie, _ = restore(workdir)
+  history = [5, 9, 70, 2]
+  rows = {"items": [history], "segments": [[1] * 4], "positions": [[0, 1, 2, 3]]}
+  batch = {name: np.array(grid, np.int32) for name, grid in rows.items()}
+
+  def log_probs(params):
+    state = model.apply({"params": params}, catalogue, batch, method="last_states")
+    return model.apply({"params": params}, catalogue, state, np.arange(NUM_ITEMS)[None], method="log_probs")
+
+  expected = np.asarray(jax.jit(log_probs)(params))[0]
+  # A beam as wide as the catalogue is an exact search.
+  items, scores = recommend(
+    model, params, catalogue, trie, np.array(history, np.int32), top=NUM_ITEMS, beam_width=NUM_ITEMS
+  )
+  assert sorted(items.tolist()) == sorted(set(range(NUM_ITEMS)) - set(history))
+  np.testing.assert_allclose(scores, expected[items], rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(scores, np.sort(np.delete(expected, history))[::-1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_model_is_what_recommends(dense):
+  # The restored parameters rank the test items as results.json says: judged here user by user, without `evaluate`.
+  workdir, results = dense
+  dataset, _, model, params, catalogue, _, _ = restore(workdir)
+  split = leave_one_out(dataset.interactions)
+  histories, length = split.history("test"), model.settings.max_length
+  batch = {name: np.zeros((200, length), np.int32) for name in ("items", "segments", "positions")}
+  for user in range(200):
+    last = histories.history(user)[-length:]
+    for name, values in (("items", last), ("segments", 1), ("positions", np.arange(len(last)))):
+      batch[name][user, : len(last)] = values
+  scores = dense_scores(model, params, catalogue, batch)
+  own = scores[np.arange(200), split.test_target]
+  hits = np.sum(scores >= own[:, None], axis=1) <= 10
+  # Rounding may swap near neighbours at the cut, for one user of the 200 at the very most.
+  assert results["test"]["recall@10"] == pytest.approx(hits.mean(), abs=1 / 200 + 1e-6)
+
+
+def test_parse_history():
+  np.testing.assert_array_equal(parse_history("3, 17,0", num_items=18), [3, 17, 0])
+  assert parse_history("3", num_items=4).dtype == np.int32
+
+
+@pytest.mark.parametrize(
+  ("text", "entry", "shown"),
+  [
+    ("3,80", 2, "'80'"),
+    ("-1", 1, "'-1'"),
+    ("", 1, "''"),
+    ("1,,2", 2, "''"),
+    ("1,2,x", 3, "'x'"),
+    ("1.5", 1, "'1.5'"),
+    ("1e1", 1, "'1e1'"),
+  ],
+)
+def test_bad_history_entries_are_refused(text, entry, shown):
+  with pytest.raises(InputError) as error:
+    parse_history(text, num_items=NUM_ITEMS)
+  assert str(error.value) == f"--history entry {entry}: expected an item number from 0 to 79, got {shown}"
+
+
+def test_a_workdir_without_a_run_is_refused(tmp_path):
+  with pytest.raises(InputError, match=r"config\.json does not exist: --workdir must be that of a run"):
+    restore(tmp_path)
+  with pytest.raises(InputError, match=r"config\.json does not exist"):
+    load_config(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def copied(sasrec, tmp_path):
+  """A copy of a finished run, to be damaged."""
+  shutil.copytree(sasrec[0], tmp_path / "run")
+  return tmp_path / "run"
+
+
+def test_an_unfinished_run_is_refused(copied):
+  (copied / "results.json").unlink()
+  with pytest.raises(InputError, match=r"holds no finished run \(no results\.json\)"):
+    restore(copied)
+
+
+def test_a_run_of_another_version_is_refused(copied):
+  config = read_json(copied / "config.json")
+  config["recommender"]["forgotten"] = 1
+  (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+  with pytest.raises(InputError, match=r"does not fit this version: field recommender\.forgotten is on one side only"):
+    restore(copied)
+
+
+def test_a_run_on_other_data_is_refused(copied):
+  config = read_json(copied / "config.json")
+  config["data"]["synthetic"]["seed"] = 5
+  (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+  with pytest.raises(InputError, match="was trained on"):
+    restore(copied)
