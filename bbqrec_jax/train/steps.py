@@ -25,7 +25,7 @@ def _updated(
 ) -> tuple[TrainState, Metrics]:
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = metrics | {"gradient_norm": optax.global_norm(gradients)}
+  metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics  # type: ignore[attr-defined]
 
 
