@@ -73,8 +73,8 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.num_layers = 2
   recommender.num_heads = 2
   recommender.mlp_width = 256
-  recommender.depth_layers = 2  # Layers of the generative head's depth transformer.
-  recommender.dropout = 0.2
+  recommender.depth_layers = 1  # Layers of the generative head's depth transformer.
+  recommender.dropout = 0.3
   recommender.max_length = 20  # T: the longest history.
   recommender.steps = 4000
   recommender.batch_rows = 32  # Rows of packed histories in a batch, over all devices.

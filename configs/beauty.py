@@ -1,6 +1,9 @@
 """Amazon-14 Beauty (22,363 users, 12,101 items), text and attributes: the split of TIGER, LETTER and S3-Rec.
 
-python -m bbqrec_jax.main --config=configs/beauty.py --workdir=runs/beauty --config.data.path=DIR
+    python -m bbqrec_jax.main --config=configs/beauty.py --workdir=runs/beauty --config.data.path=DIR
+    python -m bbqrec_jax.main --config=configs/beauty.py:dense --workdir=runs/dense --config.data.path=DIR
+
+@BEAUTY@
 """
 
 import ml_collections
@@ -8,11 +11,18 @@ import ml_collections
 from bbqrec_jax.config import default_config
 
 
-def get_config() -> ml_collections.ConfigDict:
-  """As `scientific.py`, with longer training for the larger catalogue."""
+def get_config(head: str = "generative") -> ml_collections.ConfigDict:
+  """As `scientific.py`, with longer training for the larger catalogue.
+
+  Args:
+    head: "generative" or "dense".
+  """
   config = default_config()
   config.data.modalities = ("text", "attribute")
   config.tokenizer.steps = 3000
+  config.recommender.head = head
   config.recommender.steps = 8000
   config.recommender.evaluate_every = 1000
+  if head == "dense":
+    config.recommender.dropout = 0.4
   return config

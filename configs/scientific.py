@@ -1,6 +1,9 @@
-"""Amazon-18 Scientific (8,317 users, 4,344 items), text and attributes.
+"""Amazon-18 Scientific (8,317 users, 4,344 items), text and attributes; either head.
 
-python -m bbqrec_jax.main --config=configs/scientific.py --workdir=runs/scientific --config.data.path=DIR
+    python -m bbqrec_jax.main --config=configs/scientific.py --workdir=runs/scientific --config.data.path=DIR
+    python -m bbqrec_jax.main --config=configs/scientific.py:dense --workdir=runs/dense --config.data.path=DIR
+
+@SCIENTIFIC@
 """
 
 import ml_collections
@@ -8,8 +11,16 @@ import ml_collections
 from bbqrec_jax.config import default_config
 
 
-def get_config() -> ml_collections.ConfigDict:
-  """Both stages at the paper's sizes: four levels of 256 codes."""
+def get_config(head: str = "generative") -> ml_collections.ConfigDict:
+  """Both stages at the paper's sizes, four levels of 256 codes.
+
+  Args:
+    head: "generative" or "dense", which learns (and overfits) faster.
+  """
   config = default_config()
   config.data.modalities = ("text", "attribute")
+  config.recommender.head = head
+  if head == "dense":
+    config.recommender.dropout = 0.4
+    config.recommender.steps = 3000
   return config

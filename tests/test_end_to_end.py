@@ -341,6 +341,16 @@ def test_recommendations_exist_are_new_and_come_best_first(finished):
     assert np.all(scores <= 0)
 
 
+def test_a_long_history_does_not_shorten_the_list(finished):
+  # 60 items may not come back, which the narrow beam would otherwise be full of; 20 are left.
+  items, scores = recommend_from(finished[0], range(60), top=15, beam_width=15)
+  assert len(items) == len(scores) == 15
+  assert items.min() >= 60
+  assert np.all(np.diff(scores) <= 0)
+  every, _ = recommend_from(finished[0], range(60), top=NUM_ITEMS, beam_width=15)
+  assert sorted(every.tolist()) == list(range(60, NUM_ITEMS))
+
+
 def test_dense_recommendations_against_brute_force(dense):
   workdir, _ = dense
   _, _, model, params, catalogue, trie, _ = restore(workdir)

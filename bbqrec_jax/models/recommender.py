@@ -53,8 +53,8 @@ class RecommenderSettings:
   num_layers: int = 2
   num_heads: int = 2
   mlp_width: int = 256
-  depth_layers: int = 2
-  dropout: float = 0.1
+  depth_layers: int = 1
+  dropout: float = 0.3
   max_length: int = 20
   num_streams: int = 2
   cross_pairs: bool = True

@@ -163,7 +163,8 @@ def test_four_devices_train_as_one(name):
   assert int(state.step) == int(single_state.step) == STEPS
   for step in range(STEPS):
     assert metrics[step].keys() >= {"loss", "gradient_norm"}
-    assert_trees_close(metrics[step], single_metrics[step], rtol=1e-5, atol=1e-7)
+    # The CLUB bound is a difference of two log-likelihoods of about 10, whose rounding is absolute: a few 1e-7.
+    assert_trees_close(metrics[step], single_metrics[step], **CLOSE)
     assert_trees_close(params[step + 1], single_params[step + 1], **CLOSE)
   if name == "tokenizer":
     assert_trees_close(state.critic, single_state.critic, **CLOSE)
