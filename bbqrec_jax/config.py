@@ -149,9 +149,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if flat[name] not in choices:
       raise InputError(f"config field {name} must be one of {', '.join(choices)}, got {flat[name]!r}")
   for name, choices in _SUBSETS.items():
-    for value in flat[name]:
-      if value not in choices:
-        raise InputError(f"config field {name} may hold {', '.join(choices)}, got {value!r}")
+    if not set(flat[name]) <= set(choices) or len(set(flat[name])) < len(flat[name]):
+      raise InputError(f"config field {name} may hold each of {', '.join(choices)} once, got {flat[name]!r}")
+  if not flat["tokenizer.hidden"] or not all(
+    isinstance(width, int) and width > 0 for width in flat["tokenizer.hidden"]
+  ):
+    raise InputError(f"config field tokenizer.hidden must be widths of at least 1, got {flat['tokenizer.hidden']!r}")
+  if flat["tokenizer.max_length"] == 1:
+    raise InputError("config field tokenizer.max_length must be at least 2: the contrast needs an item and the next")
   for name, value in flat.items():
     if isinstance(value, bool) or not isinstance(value, int | float):
       continue

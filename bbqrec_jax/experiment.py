@@ -12,6 +12,7 @@ from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import popularity_metrics
+from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.parallel import PARTITIONERS
@@ -28,6 +29,24 @@ def read_data(config: ml_collections.ConfigDict) -> tuple[Dataset, Split, dict[s
   return dataset, split, statistics(dataset, split)
 
 
+def _check_sizes(config: ml_collections.ConfigDict, *, num_items: int, num_devices: int) -> None:
+  """Refuses what would only come to light hours into the run.
+
+  Raises:
+    InputError: if the items outnumber the semantic IDs, or a batch cannot be spread evenly over the devices.
+  """
+  capacity = config.tokenizer.num_codes**config.tokenizer.num_levels
+  if needs_semantic_ids(config) and num_items > capacity:
+    raise InputError(
+      f"{num_items} items cannot each have their own semantic ID: tokenizer.num_levels = {config.tokenizer.num_levels}"
+      f" of tokenizer.num_codes = {config.tokenizer.num_codes} make {capacity}; raise one of them"
+    )
+  flat = flatten(config)
+  for name in ("tokenizer.batch_items", "tokenizer.batch_rows", "recommender.batch_rows", "evaluation.batch_size"):
+    if flat[name] % num_devices:
+      raise InputError(f"config field {name} = {flat[name]} must be a multiple of the {num_devices} devices")
+
+
 def _claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dict[str, Any]) -> None:
   """Writes what this run is into the workdir, or makes sure that the run found there is this one.
 
@@ -40,15 +59,14 @@ def _claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: di
   mine = json.loads(json.dumps(mine))
   path = workdir / "run.json"
   if path.exists():
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    theirs = read_json(path)
     differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
     if differing:
       shown = ", ".join(f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})" for name in differing)
       raise InputError(f"{workdir} holds another run, which differs in {shown}; use another --workdir")
     return
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-  path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+  write_json(workdir / "config.json", config.to_dict())
+  write_json(path, mine)
 
 
 def format_results(results: dict[str, Any]) -> str:
@@ -81,17 +99,18 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     InputError: for anything wrong with the config, the data or the workdir, before anything is computed.
   """
   validate(config)
+  partitioner = PARTITIONERS[config.partitioner]()
   dataset, split, figures = read_data(config)
+  _check_sizes(config, num_items=dataset.num_items, num_devices=partitioner.num_devices)
   _claim(workdir, config, figures)
   say(format_statistics(figures))
   finished = workdir / "results.json"
   if finished.exists():
-    results = json.loads(finished.read_text(encoding="utf-8"))
+    results = read_json(finished)
     say(f"{finished} is there already: this run is done")
     say(format_results(results))
     return results
 
-  partitioner = PARTITIONERS[config.partitioner]()
   log = MetricsLog(workdir)
   ids, tokenizer_seconds = None, 0.0
   try:
@@ -104,7 +123,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
         ids = run_tokenizer(
           config, dataset, split, data_hash=data_hash, workdir=workdir, partitioner=partitioner, log=log
         )
-      tokenizer_seconds = json.loads((folder / "health.json").read_text(encoding="utf-8"))["seconds"]
+      tokenizer_seconds = read_json(folder / "health.json")["seconds"]
     metrics, progress = run_recommender(
       config, ids, split, num_items=dataset.num_items, workdir=workdir, partitioner=partitioner, log=log
     )
@@ -123,6 +142,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
       "evaluation": progress["evaluation_seconds"],
     },
   }
-  finished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+  write_json(finished, results)
   say(format_results(results))
   return results

@@ -1,9 +1,7 @@
 """Recommends from a finished run: `python -m bbqrec_jax.recommend --workdir=DIR --history=3,17,256`."""
 
 import functools
-import json
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -14,19 +12,15 @@ from absl import app, flags, logging
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.pipeline import evaluation_batches
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.experiment import read_data
+from bbqrec_jax.json_files import read_json
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.recommender import Catalogue, Recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.trie import Trie
 from bbqrec_jax.train.checkpointing import Checkpointer
 from bbqrec_jax.train.recommender_stage import build_recommender, initial_state, needs_semantic_ids
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a finished run.", required=True)
-_HISTORY = flags.DEFINE_string("history", None, "Item numbers in time order, by commas.", required=True)
-_TOP = flags.DEFINE_integer("top", 10, "How many items to recommend.")
-_REPEAT = flags.DEFINE_bool("repeat", False, "Whether items of the history may be recommended again.")
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -39,7 +33,7 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   if not path.exists():
     raise InputError(f"{path} does not exist: --workdir must be that of a run of bbqrec_jax.main")
   config = default_config()
-  written = flatten(json.loads(path.read_text(encoding="utf-8")))
+  written = flatten(read_json(path))
   unknown = written.keys() ^ flatten(config).keys()
   if unknown:
     raise InputError(f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only")
@@ -93,15 +87,17 @@ def recommend(
   exclude = np.zeros(0, np.int64) if repeat else np.unique(history)
   histories = from_lengths(history, np.array([len(history)]), np.array(["history"]))
   batch = next(evaluation_batches(histories, np.zeros(1, np.int32), batch_size=1, max_length=model.settings.max_length))
-  states = apply(model, params, "last_states", catalogue, batch)
+  call = jax.jit(functools.partial(apply, model), static_argnums=1, static_argnames="width")
+  states = call(params, "last_states", catalogue, batch)
   if model.settings.head == "dense":
-    log_probs = np.array(jax.nn.log_softmax(apply(model, params, "dense_scores", catalogue, states))[0])
+    log_probs = np.array(jax.nn.log_softmax(call(params, "dense_scores", catalogue, states))[0])
     log_probs[exclude] = -np.inf
     items = np.argsort(-log_probs, kind="stable")[:top]
     scores = log_probs[items]
   else:
-    search = functools.partial(apply, model, width=max(beam_width, top), exclude=exclude[None])
-    beam = jax.jit(search, static_argnums=1)(params, "generate", catalogue, trie, states)
+    # As many beams more as there are items to leave out: those are barred only when their IDs are complete.
+    width = min(max(beam_width, top) + len(exclude), model.settings.num_items)
+    beam = call(params, "generate", catalogue, trie, states, width=width, exclude=exclude[None])
     items, scores = np.asarray(beam.items[0, :top]), np.asarray(beam.log_probs[0, :top])
   real = np.isfinite(scores)
   return items[real], scores[real]
@@ -117,7 +113,7 @@ def restore(workdir: pathlib.Path):
   if not (workdir / "results.json").exists():
     raise InputError(f"{workdir} holds no finished run (no results.json): start bbqrec_jax.main on it again")
   dataset, split, figures = read_data(config)
-  trained_on = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
+  trained_on = read_json(workdir / "run.json")
   for name in ("split_hash", "features_hash"):
     if trained_on[f"data {name}"] != figures[name]:
       raise InputError(
@@ -126,8 +122,8 @@ def restore(workdir: pathlib.Path):
       )
   ids = SemanticIds.load(workdir / "tokenizer") if needs_semantic_ids(config) else None
   model, catalogue, trie = build_recommender(config, ids, split.train, num_items=dataset.num_items)
-  best = json.loads((workdir / "results.json").read_text(encoding="utf-8"))["best_step"]
-  checkpointer = Checkpointer(workdir / "checkpoints" / "recommender", metric="ndcg@10")
+  best = read_json(workdir / "results.json")["best_step"]
+  checkpointer = Checkpointer(workdir / "checkpoints" / "recommender")
   state = checkpointer.restore_state(best, initial_state(config, model, catalogue))
   checkpointer.close()
   return dataset, ids, model, state.params, catalogue, trie, config
@@ -135,36 +131,42 @@ def restore(workdir: pathlib.Path):
 
 def main(argv: list[str]) -> None:
   """Prints the history and the recommended items with titles, semantic IDs and scores."""
-  del argv
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
+  options = flags.FLAGS
   try:
-    if _TOP.value < 1:
-      raise InputError(f"--top must be at least 1, got {_TOP.value}")
-    dataset, ids, model, params, catalogue, trie, config = restore(pathlib.Path(_WORKDIR.value))
-    history = parse_history(_HISTORY.value, num_items=dataset.num_items)
+    if options.top < 1:
+      raise InputError(f"--top must be at least 1, got {options.top}")
+    dataset, ids, model, params, catalogue, trie, config = restore(pathlib.Path(options.workdir))
+    history = parse_history(options.history, num_items=dataset.num_items)
     items, scores = recommend(
       model,
       params,
       catalogue,
       trie,
       history,
-      top=_TOP.value,
+      top=options.top,
       beam_width=config.evaluation.beam_width,
-      repeat=_REPEAT.value,
+      repeat=options.repeat,
     )
   except InputError as error:
-    sys.exit(f"error: {error}")
+    refuse(error)
 
   def line(item):
     code = "" if ids is None else " ".join(f"{value:3d}" for value in ids.codes[item]) + "  "
     return f"{item:6d}  {code}{dataset.titles[item]}"
 
-  print("history:\n" + "\n".join("                " + line(item) for item in history))
-  print("recommended:\n" + "\n".join(
-    f"{rank:4d}  {score:8.3f}  {line(item)}" for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1)
-  ))  # fmt: skip
+  print("history:", *(" " * 16 + line(item) for item in history), sep="\n")
+  rows = enumerate(zip(items, scores, strict=True), 1)
+  print("recommended:", *(f"{rank:4d}  {score:8.3f}  {line(item)}" for rank, (item, score) in rows), sep="\n")
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "The workdir of a finished run.")
+  flags.DEFINE_string("history", None, "Item numbers in time order, separated by commas.")
+  flags.DEFINE_integer("top", 10, "How many items to recommend.")
+  flags.DEFINE_bool("repeat", False, "Whether items of the history may be recommended again.")
+  flags.mark_flags_as_required(["workdir", "history"])
   app.run(main)

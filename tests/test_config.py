@@ -177,7 +177,8 @@ def test_subsets(name, choices):
     validate(with_field(name, (value,)))
   validate(with_field(name, choices))
   message = refusal(with_field(name, (choices[0], "nosuch")))
-  assert message == f"config field {name} may hold {', '.join(choices)}, got 'nosuch'"
+  assert message == f"config field {name} may hold each of {', '.join(choices)} once, got {(choices[0], 'nosuch')!r}"
+  assert "once" in refusal(with_field(name, (choices[0], choices[0])))
 
 
 def test_empty_subsets():

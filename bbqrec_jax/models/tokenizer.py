@@ -173,8 +173,8 @@ class TokenizerOutput(NamedTuple):
   Attributes:
     terms: the unweighted losses and the contrast's accuracy, each this device's share.
     counts: [L, K] how often the rows of the batch chose each code, over all streams.
-    residuals: [L, S * B, d] what each level was given.
-    valid: [S * B] bool, the rows of `residuals` whose stream is present.
+    residuals: [L, S, B, d] what each level was given.
+    valid: [S, B] bool, the rows of `residuals` whose stream is present.
     quantized: modality -> [B, d], what the CLUB bound predicts from; carries no gradient.
     specific: modality -> [B, d], what it predicts; carries no gradient.
   """
@@ -275,7 +275,8 @@ def tokenizer_loss(
     "contrast_accuracy": accuracy,
   }
   counts = quantize.code_counts(result.codes, model.settings.num_codes, valid=valid)
-  observed = jax.lax.stop_gradient((result.residuals, valid, behaviour, specific))
+  residuals = result.residuals.reshape(-1, *latents.values.shape)
+  observed = jax.lax.stop_gradient((residuals, latents.present, behaviour, specific))
   return loss, TokenizerOutput(terms, counts, *observed)
 
 

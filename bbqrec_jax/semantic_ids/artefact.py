@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.json_files import write_json
 
 _ARRAYS = ("codes", "stream_codes", "present", "codebooks")
 
@@ -60,7 +61,7 @@ class SemanticIds:
     for name in _ARRAYS:
       np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
     about = {"streams": self.streams, "data_hash": self.data_hash, "fingerprint": self.fingerprint}
-    (folder / "semantic_ids.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "semantic_ids.json", about)
 
   @classmethod
   def exists(cls, folder: pathlib.Path) -> bool:

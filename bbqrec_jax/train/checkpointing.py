@@ -9,29 +9,26 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+  """Keeps the newest checkpoint and the one that the run calls its best; no other record of metrics can disagree."""
+
+  best_step = -1
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    latest = max((checkpoint.step for checkpoint in checkpoints), default=-1)
+    return [checkpoint.step in (latest, self.best_step) for checkpoint in checkpoints]
+
+
 class Checkpointer:
   """Keeps the latest checkpoint and the best one."""
 
-  def __init__(self, directory: pathlib.Path, *, metric: str | None):
-    """Opens (or makes) the folder.
-
-    Args:
-      directory: where checkpoints of this stage live.
-      metric: the validation metric whose highest value is best; None keeps the latest alone.
-    """
-    keep: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(1)]
-    if metric is not None:
-      keep.append(
-        checkpoint_managers.BestN(
-          get_metric_fn=lambda metrics: metrics[metric], n=1, keep_checkpoints_without_metrics=False
-        )
-      )
-    self._metric = metric
+  def __init__(self, directory: pathlib.Path):
+    """Opens (or makes) the folder of one stage."""
+    self._policy = _LatestAndBest()
     self._manager = ocp.CheckpointManager(
       directory.absolute(),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
-      ),
+      options=ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
         "data": grain.checkpoint.CheckpointHandler(),
@@ -39,25 +36,26 @@ class Checkpointer:
       },
     )
 
-  def save(
-    self,
-    step: int,
-    state: Any,
-    data: grain.DatasetIterator,
-    progress: dict[str, Any],
-    metrics: dict[str, float] | None = None,
-  ) -> None:
-    """Saves in the background; does nothing if this step is saved already."""
+  def save(self, step: int, state: Any, data: grain.DatasetIterator, progress: dict[str, Any]) -> None:
+    """Saves in the background; does nothing if this step is saved already.
+
+    Args:
+      step: steps taken.
+      state: of the training.
+      data: the input pipeline's iterator.
+      progress: where the run stands; its `best_step` is kept besides the latest.
+    """
     if step in self._manager.all_steps():
       return
+    self._policy.best_step = progress["best_step"]
     self._manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         data=grain.checkpoint.CheckpointSave(data),
-        progress=ocp.args.JsonSave(progress),
+        # A copy: the run goes on and changes its own while this one is written.
+        progress=ocp.args.JsonSave(dict(progress)),
       ),
-      metrics=metrics,
     )
 
   def restore_latest(self, like: Any, data: grain.DatasetIterator) -> tuple[Any, dict[str, Any]] | None:

@@ -54,7 +54,7 @@ class Plan:
   Attributes:
     name: of the stage.
     steps: how many there are.
-    log_every: steps between training metrics.
+    log_every: steps between training metrics; they are looked at before each evaluation too.
     evaluate_every: steps between evaluations, each followed by a checkpoint.
     evaluate: state -> metrics.
     select: the metric whose highest value is the best model; None takes the last state.
@@ -109,7 +109,7 @@ def fit(
   state = partitioner.replicate(state)
   shared = partitioner.replicate(shared)
   data = iter(batches)
-  checkpointer = Checkpointer(directory, metric=plan.select)
+  checkpointer = Checkpointer(directory)
   progress: dict[str, Any] = {
     "step": 0, "best_step": -1, "best": -math.inf, "worse": 0, "finished": False,
     "training_seconds": 0.0, "evaluation_seconds": 0.0,
@@ -137,15 +137,17 @@ def fit(
         progress["step"] += 1
         bar.advance()
         done = progress["step"] >= plan.steps
-        if progress["step"] % plan.log_every == 0 or done:
+        evaluating = progress["step"] % plan.evaluate_every == 0 or done
+        # Looked at before every checkpoint: none is ever written of a state that has diverged.
+        if progress["step"] % plan.log_every == 0 or evaluating or caught:
           _log_training(plan.name, progress["step"], metrics, log, bar)
-        if progress["step"] % plan.evaluate_every == 0 or done:
+        if evaluating:
           progress["training_seconds"] += spent()
           values = plan.evaluate(state)
           progress["evaluation_seconds"] += spent()
           log.write(plan.name, "validation", progress["step"], values)
           progress = _judge(plan, progress, values, done)
-          checkpointer.save(progress["step"], state, data, progress, values)
+          checkpointer.save(progress["step"], state, data, progress)
         if caught:
           progress["training_seconds"] += spent()
           checkpointer.save(progress["step"], state, data, progress)

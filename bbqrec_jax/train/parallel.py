@@ -29,7 +29,7 @@ class Partitioner(Protocol):
   num_devices: int
 
   def replicate(self, tree: Any) -> Any:
-    """Puts a state, or data shared by all devices, where the steps will find it."""
+    """Copies a state, or data shared by all devices, to where the steps will find it."""
     ...
 
   def compile_step(self, step: StepFunction) -> StepFunction:
@@ -48,7 +48,7 @@ class SingleDevice:
 
   def replicate(self, tree: Any) -> Any:
     """Puts the tree on the first local device."""
-    return jax.device_put(tree, jax.local_devices()[0])
+    return jax.device_put(tree, jax.local_devices()[0], may_alias=False)
 
   def compile_step(self, step: StepFunction) -> StepFunction:
     """Jits the step."""
@@ -72,7 +72,7 @@ class Pmap:
 
   def replicate(self, tree: Any) -> Any:
     """Puts a copy on every local device; a tree left on one device could not be donated."""
-    return jax.device_put(tree, self._replicated)
+    return jax.device_put(tree, self._replicated, may_alias=False)
 
   def _split(self, batch: Any) -> Any:
     count = len(self.devices)

@@ -144,7 +144,8 @@ def make_tokenizer_step(
     (loss, output), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
     loss, terms, counts, gradients = reduce_shares((loss, output.terms, output.counts, gradients), axis_name)
     metrics = {"loss": loss, **terms, "perplexity_level_1": perplexity(counts[0])}
-    revival_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+    # A number that no device has, so that no device's dropout draws from this key.
+    revival_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**32 - 1)
     state, metrics = _updated(state, optimizer, gradients, metrics)
     if disentangling is not None:
       critic, critic_opt_state, likelihood = disentangling.update(
@@ -164,10 +165,15 @@ def make_tokenizer_step(
       residuals, valid = output.residuals, output.valid
       if axis_name is not None:
         # Every device must move the same codes to the same places.
-        residuals = jax.lax.all_gather(residuals, axis_name, axis=1, tiled=True)
-        valid = jax.lax.all_gather(valid, axis_name, tiled=True)
+        residuals = jax.lax.all_gather(residuals, axis_name, axis=2, tiled=True)
+        valid = jax.lax.all_gather(valid, axis_name, axis=1, tiled=True)
       codebooks, idle = jax.vmap(revive_codes, in_axes=(0, 0, 0, 0, None, None))(
-        jax.random.split(revival_key, len(idle)), state.params["codebooks"], idle, residuals, valid, revival_patience
+        jax.random.split(revival_key, len(idle)),
+        state.params["codebooks"],
+        idle,
+        residuals.reshape(len(idle), -1, residuals.shape[-1]),
+        valid.reshape(-1),
+        revival_patience,
       )
       codebooks = jnp.where(quantized, codebooks, state.params["codebooks"])
       state = state.replace(params=state.params | {"codebooks": codebooks})  # type: ignore[attr-defined]

@@ -1,6 +1,5 @@
 """Stage 1 from data to semantic IDs."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -18,6 +17,7 @@ from bbqrec_jax.data.pipeline import (
   evaluation_batches,
   tokenizer_batches,
 )
+from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.tokenizer import LossWeights, Tokenizer, TokenizerSettings
@@ -269,8 +269,7 @@ def run_tokenizer(
   health["contrast_recall@10"] = contrast_recall(state.params, latents, codes[-1])
   last = split.train.items[split.train.offsets[1:] - 1]
   health["cohesion"] = behaviour_cohesion(codes[-1], last, split.validation_target)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "health.json").write_text(json.dumps(health, indent=2) + "\n", encoding="utf-8")
+  write_json(folder / "health.json", health)
   ids.save(folder)
   say(format_health(health))
   return ids

@@ -196,10 +196,11 @@ def test_counts_are_those_of_the_codes_of_present_rows(params, batch, run):
   _, output, _ = run(params, batch)
   values, present = latents(params, batch)
   codes = call(SETTINGS, "quantize", params, values.reshape(-1, WIDTH)).codes
-  assert_array_equal(output.valid, np.asarray(present).reshape(-1))
+  assert_array_equal(output.valid, np.asarray(present))
+  valid = np.asarray(present).reshape(-1)
   for level in range(LEVELS):
-    assert_array_equal(output.counts[level], np.bincount(codes[output.valid, level], minlength=CODES))
-  assert_allclose(output.residuals[0], values.reshape(-1, WIDTH), atol=1e-6)
+    assert_array_equal(output.counts[level], np.bincount(codes[valid, level], minlength=CODES))
+  assert_allclose(output.residuals[0], values.reshape(output.residuals[0].shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -252,7 +253,7 @@ def test_without_item_ids_the_numbers_of_items_do_not_matter(params, batch, run)
   assert jax.tree.structure(own) == jax.tree.structure(needed)
   loss, output, gradient = run(own, batch, settings=WITHOUT_ID)
   assert moved(gradient) == set(own)
-  assert output.residuals.shape == (LEVELS, 3 * len(SAMPLE), WIDTH)
+  assert output.residuals.shape == (LEVELS, 3, len(SAMPLE), WIDTH)
   # Another numbering that keeps apart what is apart: numbers only tell false negatives.
   renumbered = batch | {"items": (SAMPLE + 5) % ITEMS, "history_items": (HISTORY + 5) % ITEMS}
   other_loss, _, other_gradient = run(own, renumbered, settings=WITHOUT_ID)

@@ -116,7 +116,7 @@ def test_metrics_are_logged_when_the_plan_says_so(tmp_path):
   records = toy.records()
   assert {record["stage"] for record in records} == {"toy"}
   train = {record["step"]: (record["loss"], record["half"]) for record in records if record["kind"] == "train"}
-  assert train == {step: (total(step), total(step) / 2) for step in (3, 6, 9, 10)}
+  assert train == {step: (total(step), total(step) / 2) for step in (3, 4, 6, 8, 9, 10)}
   validation = [(record["step"], record["score"]) for record in records if record["kind"] == "validation"]
   assert validation == [(4, 0.25), (8, 0.5), (10, 0.125)]
 
@@ -188,7 +188,7 @@ def test_a_metric_that_is_not_finite_stops_the_run(tmp_path, value):
   with pytest.raises(FloatingPointError, match=rf"^toy: half is {value} at step 6; "):
     toy.fit()
   assert toy.evaluated == [4]
-  assert [record["step"] for record in toy.records() if record["kind"] == "train"] == [3]
+  assert [record["step"] for record in toy.records() if record["kind"] == "train"] == [3, 4]
 
 
 def interrupt_at(event, step, signum=signal.SIGTERM):
@@ -257,8 +257,8 @@ def test_a_checkpoint_holds_what_it_was_given_even_if_that_moves_on(tmp_path, mo
     return written(value, *args, **kwargs)
 
   data = iter(make_batches())
-  checkpointer = Checkpointer(tmp_path / "checkpoints", metric=None)
-  progress = {"step": 1}
+  checkpointer = Checkpointer(tmp_path / "checkpoints")
+  progress = {"step": 1, "best_step": -1}
   state = {"w": jnp.ones(3)}
   monkeypatch.setattr(json, "dumps", slow)
   checkpointer.save(1, state, data, progress)
@@ -267,7 +267,7 @@ def test_a_checkpoint_holds_what_it_was_given_even_if_that_moves_on(tmp_path, mo
   checkpointer.close()
   monkeypatch.undo()
   fresh = iter(make_batches())
-  checkpointer = Checkpointer(tmp_path / "checkpoints", metric=None)
+  checkpointer = Checkpointer(tmp_path / "checkpoints")
   restored, saved_progress = checkpointer.restore_latest(state, fresh)
   checkpointer.close()
   assert saved_progress == {"step": 1}
