@@ -270,7 +270,7 @@ def test_a_checkpoint_holds_what_it_was_given_even_if_that_moves_on(tmp_path, mo
   checkpointer = Checkpointer(tmp_path / "checkpoints")
   restored, saved_progress = checkpointer.restore_latest(state, fresh)
   checkpointer.close()
-  assert saved_progress == {"step": 1}
+  assert saved_progress == {"step": 1, "best_step": -1}
   np.testing.assert_array_equal(restored["w"], np.ones(3))
   np.testing.assert_array_equal(next(fresh), np.zeros(4))
 
