@@ -12,16 +12,15 @@ from bbqrec_jax.config import default_config
 
 
 def get_config(head: str = "generative") -> ml_collections.ConfigDict:
-  """As `scientific.py`, with longer training for the larger catalogue.
+  """As `scientific.py`, with longer training for three times the histories.
 
   Args:
     head: "generative" or "dense".
   """
   config = default_config()
   config.data.modalities = ("text", "attribute")
-  config.tokenizer.steps = 3000
   config.recommender.head = head
-  config.recommender.steps = 8000
+  config.recommender.steps = 6000
   config.recommender.evaluate_every = 1000
   if head == "dense":
     config.recommender.dropout = 0.4

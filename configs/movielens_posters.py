@@ -20,5 +20,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.recommender.max_length = 100
   config.recommender.row_length = 100
   config.recommender.batch_rows = 16
-  config.recommender.steps = 3000
+  config.recommender.steps = 1500
+  config.recommender.evaluate_every = 250
   return config

@@ -20,6 +20,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.tokenizer.batch_items = 256
   config.tokenizer.batch_rows = 8
   config.tokenizer.evaluate_every = 400
-  config.recommender.steps = 2000
-  config.recommender.evaluate_every = 250
+  config.recommender.steps = 1200
+  config.recommender.evaluate_every = 300
   return config
