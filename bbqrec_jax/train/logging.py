@@ -3,6 +3,7 @@
 import datetime
 import json
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -49,7 +50,11 @@ class Progress:
     self._start = time.monotonic()
     self._bar: Any = None
     if sys.stdout.isatty():
-      self._bar = tqdm.tqdm(total=total, initial=done, desc=name, unit="step", file=sys.stdout, dynamic_ncols=True)
+      # With the usual fallback where the terminal gives no size; tqdm alone would show nothing there.
+      size = shutil.get_terminal_size()
+      self._bar = tqdm.tqdm(
+        total=total, initial=done, desc=name, unit="step", file=sys.stdout, ncols=size.columns, nrows=size.lines
+      )
 
   def advance(self) -> None:
     """One step is done."""
