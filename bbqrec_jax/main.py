@@ -26,7 +26,9 @@ def parse_flags(argv: list[str]) -> list[str]:
       meant = f"did you mean {close[0]}? " if close else ""
       refuse(InputError(f"config field {field[1]} is unknown: {meant}all fields are in bbqrec_jax/config.py"))
   try:
-    return app.parse_flags_with_usage(argv)
+    rest = app.parse_flags_with_usage(argv)
+    flags.FLAGS.config.items()  # A config file that cannot be loaded is only missed when it is used.
+    return rest
   except (AttributeError, KeyError, TypeError, ImportError, OSError) as error:
     refuse(InputError(f"the config cannot be used: {error}"))
 

@@ -27,6 +27,7 @@ def call(module, *arguments):
   [
     ("directory", ["--config.data.path=no/such/folder"], "no/such/folder"),
     ("quickstart", ["--config.recommender.head=nosuch"], "recommender.head"),
+    ("nosuch", [], "configs/nosuch.py"),
   ],
 )
 def test_bad_input_is_one_line(tmp_path, config, arguments, named):
