@@ -2,7 +2,8 @@
 
     python -m bbqrec_jax.main --config=configs/directory.py --workdir=runs/mine --config.data.path=DIR
 
-`--config.recommender.head=dense` trains the full softmax instead of the generative head.
+`--config.recommender.head=dense` trains the full softmax instead of the generative head. Time and figures
+depend on the folder; those of `scientific.py` are an example.
 """
 
 import ml_collections

@@ -1,6 +1,8 @@
 """MovieLens-100K with its posters (943 users, 1,682 items): text and image, 15 % of the posters missing and masked out.
 
 python -m bbqrec_jax.main --config=configs/movielens_posters.py --workdir=runs/posters --config.data.path=DIR
+
+On two CPU cores about 12 minutes. Test Recall@10 / NDCG@10: 0.0954 / 0.0506 (popularity 0.0498 / 0.0220).
 """
 
 import ml_collections
