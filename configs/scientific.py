@@ -3,7 +3,8 @@
     python -m bbqrec_jax.main --config=configs/scientific.py --workdir=runs/scientific --config.data.path=DIR
     python -m bbqrec_jax.main --config=configs/scientific.py:dense --workdir=runs/dense --config.data.path=DIR
 
-On two CPU cores 8 minutes (dense) to 12 minutes (generative). Test Recall@10 / NDCG@10: generative 0.0855 / 0.0589, dense 0.1008 / 0.0696
+On two CPU cores 8 minutes (dense) to 12 minutes (generative).
+Test Recall@10 / NDCG@10: generative 0.0855 / 0.0589, dense 0.1008 / 0.0696
 (popularity 0.0231 / 0.0162).
 """
 
