@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.ops.quantize import GRADIENTS, QUANTIZERS
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -32,7 +33,19 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.num_levels = 4  # L: codes in a semantic ID.
   tokenizer.num_codes = 256  # K: codewords a level.
   tokenizer.hidden = (512, 256)  # Encoder widths between the features and d; decoders mirror them.
-  tokenizer.item_id = True  # The learnable item ID (z_ID) takes part in the fused latent.
+  tokenizer.artefact = ""  # Folder of a tokenizer trained before (a run's tokenizer/), to use it and train none.
+  tokenizer.quantizer = "rq_vae"  # "rq_vae" (learned residual codebooks), "rq_kmeans" (residual k-means of the features
+  # themselves, nothing learned), or a function added to QUANTIZERS in bbqrec_jax/ops/quantize.py.
+  tokenizer.codebooks = "shared"  # "shared" by all streams, one "per_stream", or a "single" one for all levels too.
+  tokenizer.codebook_update = (
+    "loss"  # Codewords follow the quantization "loss", or "moving_average" of what chose them.
+  )
+  tokenizer.codeword_decay = 0.98  # Of those averages.
+  tokenizer.gradient = "straight_through"  # Through the codewords: "straight_through" or "rotation".
+  tokenizer.balanced_last = False  # Balance the last level's codes over each batch (Sinkhorn) while training.
+  tokenizer.item_id = "added"  # The learnable item ID (z_ID): "added" to the fused latent, its own "stream", or "none".
+  tokenizer.semantic_id = "fused"  # IDs of the "fused" stream, of the modalities "concatenated", or of the "item_id".
+  tokenizer.repair = "reassign"  # Colliding items: "reassign" to the nearest free ID, or a counting "suffix" level.
   tokenizer.normalize = True  # Layer-normalise the modalities' and the fused latents before they are quantized.
   tokenizer.history_layers = 1  # Layers of the transformer behind the sequence-to-item contrast.
   tokenizer.history_heads = 2
@@ -41,19 +54,23 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.steps = 2000
   tokenizer.warmup_steps = 200  # Steps on unquantized latents, before k-means fits the codebooks to them.
   tokenizer.kmeans_iterations = 20
-  tokenizer.kmeans_points = 65536  # Latents that the codebooks are fitted to, drawn at random where there are more.
-  tokenizer.revival_patience = 50  # Steps without use after which a code is moved to a live residual; 0: never.
+  tokenizer.kmeans_points = 65536  # Latents that k-means is seeded from, drawn at random; its iterations see all.
+  tokenizer.revival_threshold = 0.1  # A code chosen less than this share of 1 / K is moved to a live residual; 0: never
   tokenizer.batch_items = 512  # Items of the catalogue sample in a batch.
   tokenizer.batch_rows = 16  # Rows of packed histories in a batch, over all devices.
   tokenizer.row_length = 32  # Items in a row.
   tokenizer.evaluate_every = 500  # Steps between two health checks (and checkpoints).
   tokenizer.commitment = 0.25  # beta of the quantization loss.
-  tokenizer.temperature = 0.07  # Of the contrast.
+  tokenizer.temperature = 0.07  # Of the contrast, or where it starts.
+  tokenizer.learn_temperature = False
+  tokenizer.level_dropout = 0.5  # Share of items that the contrast sees by their first codeword alone.
+  tokenizer.specific_dropout = 0.5  # Share of items decoded from codes alone in a step, so that codes carry content.
   tokenizer.weights = weights = ml_collections.ConfigDict()  # One weight a loss.
   weights.reconstruction = 1.0
+  weights.fused_reconstruction = 1.0  # Every modality from the fused codes alone.
   weights.quantization = 1.0
-  weights.contrast = 0.1  # State of the history against the fused vector of the next item.
-  weights.modality_contrast = 0.1  # The same state against each modality's vector of the next item.
+  weights.contrast = 1.0  # State of the history against the fused vector of the next item.
+  weights.modality_contrast = 1.0  # The same state against each modality's vector of the next item.
   weights.disentangle = 0.01  # CLUB bound between each modality's quantized and specific latents; 0 leaves it out.
   tokenizer.club = club = ml_collections.ConfigDict()
   club.bound = "full"  # Negatives of the bound: "full" (every row of the batch) or "sampled" (one drawn row).
@@ -104,6 +121,13 @@ def _optimizer(*, learning_rate: float, weight_decay: float, warmup_steps: int) 
 _CHOICES = {
   "partitioner": ("pmap", "single"),
   "data.source": ("synthetic", "directory", "recbole"),
+  "tokenizer.quantizer": (*QUANTIZERS, "rq_kmeans"),
+  "tokenizer.codebooks": ("shared", "per_stream", "single"),
+  "tokenizer.codebook_update": ("loss", "moving_average"),
+  "tokenizer.gradient": tuple(GRADIENTS),
+  "tokenizer.item_id": ("added", "stream", "none"),
+  "tokenizer.semantic_id": ("fused", "concatenated", "item_id"),
+  "tokenizer.repair": ("reassign", "suffix"),
   "tokenizer.club.bound": ("full", "sampled"),
   "recommender.head": ("generative", "dense"),
   "tokenizer.optimizer.schedule": ("constant", "cosine"),
@@ -117,7 +141,6 @@ _MAY_BE_ZERO = {
   "seed",
   "data.synthetic.seed",
   "tokenizer.warmup_steps",
-  "tokenizer.revival_patience",
   "tokenizer.optimizer.warmup_steps",
   "recommender.optimizer.warmup_steps",
   "evaluation.validation_users",
@@ -163,12 +186,24 @@ def validate(config: ml_collections.ConfigDict) -> None:
     lowest = 0 if name in _MAY_BE_ZERO or isinstance(value, float) else 1
     if not value >= lowest or value == float("inf"):
       raise InputError(f"config field {name} must be at least {lowest} and finite, got {value}")
-  for name in ("tokenizer.dropout", "recommender.dropout"):
+  for name in ("tokenizer.dropout", "tokenizer.codeword_decay", "tokenizer.revival_threshold", "recommender.dropout"):
     if flat[name] >= 1:
       raise InputError(f"config field {name} must be less than 1, got {flat[name]}")
   for name in ("tokenizer.temperature", "tokenizer.optimizer.clip_norm", "recommender.optimizer.clip_norm"):
     if flat[name] <= 0:
       raise InputError(f"config field {name} must be greater than 0, got {flat[name]}")
+  for name in ("tokenizer.specific_dropout", "tokenizer.level_dropout"):
+    if flat[name] > 1:
+      raise InputError(f"config field {name} must be at most 1, got {flat[name]}")
+  if flat["tokenizer.semantic_id"] == "item_id" and (
+    flat["tokenizer.item_id"] == "none" or flat["tokenizer.quantizer"] == "rq_kmeans"
+  ):
+    raise InputError(
+      "config field tokenizer.semantic_id = 'item_id' needs learnable item IDs: set tokenizer.item_id to added or"
+      " stream, and tokenizer.quantizer to one that learns"
+    )
+  if flat["tokenizer.balanced_last"] and flat["tokenizer.quantizer"] != "rq_vae":
+    raise InputError("config field tokenizer.balanced_last works with tokenizer.quantizer = 'rq_vae' alone")
   for width, heads in (
     ("recommender.width", "recommender.num_heads"),
     ("tokenizer.code_width", "tokenizer.history_heads"),

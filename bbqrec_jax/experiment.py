@@ -14,9 +14,10 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import popularity_metrics
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.semantic_ids.repair import check_capacity
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.parallel import PARTITIONERS
-from bbqrec_jax.train.recommender_stage import needs_semantic_ids, run_recommender
+from bbqrec_jax.train.recommender_stage import check_fingerprint, needs_semantic_ids, run_recommender, tokenizer_folder
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer
 
 _SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
@@ -29,18 +30,16 @@ def read_data(config: ml_collections.ConfigDict) -> tuple[Dataset, Split, dict[s
   return dataset, split, statistics(dataset, split)
 
 
-def _check_sizes(config: ml_collections.ConfigDict, *, num_items: int, num_devices: int) -> None:
+def _check_sizes(config: ml_collections.ConfigDict, *, num_items: int, num_modalities: int, num_devices: int) -> None:
   """Refuses what would only come to light hours into the run.
 
   Raises:
     InputError: if the items outnumber the semantic IDs, or a batch cannot be spread evenly over the devices.
   """
-  capacity = config.tokenizer.num_codes**config.tokenizer.num_levels
-  if needs_semantic_ids(config) and num_items > capacity:
-    raise InputError(
-      f"{num_items} items cannot each have their own semantic ID: tokenizer.num_levels = {config.tokenizer.num_levels}"
-      f" of tokenizer.num_codes = {config.tokenizer.num_codes} make {capacity}; raise one of them"
-    )
+  t = config.tokenizer
+  if needs_semantic_ids(config):
+    levels = t.num_levels * (num_modalities if t.semantic_id == "concatenated" else 1) + (t.repair == "suffix")
+    check_capacity(num_items, levels, t.num_codes)
   flat = flatten(config)
   for name in ("tokenizer.batch_items", "tokenizer.batch_rows", "recommender.batch_rows", "evaluation.batch_size"):
     if flat[name] % num_devices:
@@ -101,7 +100,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   validate(config)
   partitioner = PARTITIONERS[config.partitioner]()
   dataset, split, figures = read_data(config)
-  _check_sizes(config, num_items=dataset.num_items, num_devices=partitioner.num_devices)
+  _check_sizes(
+    config,
+    num_items=dataset.num_items,
+    num_modalities=len(dataset.modalities),
+    num_devices=partitioner.num_devices,
+  )
   _claim(workdir, config, figures)
   say(format_statistics(figures))
   finished = workdir / "results.json"
@@ -115,15 +119,17 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   ids, tokenizer_seconds = None, 0.0
   try:
     if needs_semantic_ids(config):
-      folder, data_hash = workdir / "tokenizer", f"{figures['split_hash']} {figures['features_hash']}"
-      if SemanticIds.exists(folder):
+      folder, data_hash = tokenizer_folder(config, workdir), f"{figures['split_hash']} {figures['features_hash']}"
+      if config.tokenizer.artefact or SemanticIds.exists(folder):
         ids = SemanticIds.load(folder)
+        ids.check_data(data_hash, where=folder)
         say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
       else:
         ids = run_tokenizer(
           config, dataset, split, data_hash=data_hash, workdir=workdir, partitioner=partitioner, log=log
         )
-      tokenizer_seconds = read_json(folder / "health.json")["seconds"]
+      check_fingerprint(workdir, ids)
+      tokenizer_seconds = 0.0 if config.tokenizer.artefact else read_json(folder / "health.json")["seconds"]
     metrics, progress = run_recommender(
       config, ids, split, num_items=dataset.num_items, workdir=workdir, partitioner=partitioner, log=log
     )

@@ -20,7 +20,13 @@ from bbqrec_jax.models.recommender import Catalogue, Recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.trie import Trie
 from bbqrec_jax.train.checkpointing import Checkpointer
-from bbqrec_jax.train.recommender_stage import build_recommender, initial_state, needs_semantic_ids
+from bbqrec_jax.train.recommender_stage import (
+  build_recommender,
+  check_fingerprint,
+  initial_state,
+  needs_semantic_ids,
+  tokenizer_folder,
+)
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -120,7 +126,10 @@ def restore(workdir: pathlib.Path):
         f"{dataset.source} has {name} {figures[name]}, the run in {workdir} was trained on"
         f" {trained_on[f'data {name}']}: give it its own data"
       )
-  ids = SemanticIds.load(workdir / "tokenizer") if needs_semantic_ids(config) else None
+  ids = None
+  if needs_semantic_ids(config):
+    ids = SemanticIds.load(tokenizer_folder(config, workdir))
+    check_fingerprint(workdir, ids)
   model, catalogue, trie = build_recommender(config, ids, split.train, num_items=dataset.num_items)
   best = read_json(workdir / "results.json")["best_step"]
   checkpointer = Checkpointer(workdir / "checkpoints" / "recommender")

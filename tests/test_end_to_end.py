@@ -35,7 +35,7 @@ def make_config(**changes):
     "tokenizer.num_codes": CODES, "tokenizer.num_levels": LEVELS, "tokenizer.code_width": 16, "tokenizer.hidden": (32,),
     "tokenizer.steps": 60, "tokenizer.warmup_steps": 20, "tokenizer.evaluate_every": 40, "tokenizer.batch_items": 32,
     "tokenizer.batch_rows": 4, "tokenizer.max_length": 10, "tokenizer.row_length": 16,
-    "tokenizer.kmeans_iterations": 5, "tokenizer.revival_patience": 10, "tokenizer.optimizer.warmup_steps": 5,
+    "tokenizer.kmeans_iterations": 5, "tokenizer.optimizer.warmup_steps": 5,
     "recommender.width": 32, "recommender.mlp_width": 32, "recommender.num_layers": 1, "recommender.depth_layers": 1,
     "recommender.dropout": 0.1, "recommender.max_length": 10, "recommender.row_length": 16,
     "recommender.batch_rows": 32, "recommender.steps": 120, "recommender.evaluate_every": 40,

@@ -206,10 +206,32 @@ class _PackedIterator(grain.DatasetIterator):
 class FeatureStore:
   """Standardised feature rows on demand; the arrays may be memory-mapped and never need to fit into memory."""
 
-  def __init__(self, features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]):
-    """Computes each modality's mean and standard deviation over the items that have it."""
+  def __init__(
+    self,
+    features: Mapping[str, np.ndarray],
+    present: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray] | None = None,
+  ):
+    """Computes each modality's mean and standard deviation over the items that have it.
+
+    Args:
+      features: [N, D] by modality, memory-mapped or not.
+      present: [N] bool by modality.
+      arrays: the statistics to use instead, as `arrays` gives them.
+    """
     self.features, self.present = features, present
-    self.statistics = {name: standardization(features[name], present[name]) for name in features}
+    if arrays is None:
+      self.statistics = {name: standardization(features[name], present[name]) for name in features}
+    else:
+      self.statistics = {name: (arrays[f"mean/{name}"], arrays[f"deviation/{name}"]) for name in features}
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """The statistics by name, `mean/<modality>` and `deviation/<modality>`, each [D] float32."""
+    return {
+      f"{part}/{name}": value
+      for name, pair in self.statistics.items()
+      for part, value in zip(("mean", "deviation"), pair, strict=True)
+    }
 
   def rows(self, items: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(features, present) of `items` [B]: modality -> [B, D] float32, zero where absent, and [B] bool."""

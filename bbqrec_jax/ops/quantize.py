@@ -1,9 +1,9 @@
-"""Residual vector quantization: nearest codes, straight-through gradients, k-means initialisation, revival, statistics.
+"""Residual vector quantization: nearest or balanced codes, and gradients that pass through them.
 
 Distances are float32 whatever the type of the latents, and no [B, K, d] array is ever formed.
 """
 
-import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -55,12 +55,98 @@ def nearest_code(x: jax.Array, codebook: jax.Array) -> jax.Array:
   return jnp.argmin(code_distances(x, codebook), axis=-1).astype(jnp.int32)
 
 
+def balanced_code(
+  x: jax.Array,
+  codebook: jax.Array,
+  *,
+  valid: jax.Array | None = None,
+  epsilon: float = 0.05,
+  iterations: int = 50,
+  axis_name: str | None = None,
+) -> jax.Array:
+  """A near code for each row such that all codes are chosen about alike, by Sinkhorn iterations (Cuturi, 2013).
+
+  The codes are those of the entropic optimal transport from the rows of the global batch to the codewords, each
+  codeword taking the same mass; as for the last level of LC-Rec (Zheng et al., 2024).
+
+  Args:
+    x: [B, d].
+    codebook: [K, d].
+    valid: [B] bool; an invalid row gets a code, and takes no part in the balance. None: all are valid.
+    epsilon: of the entropy, in units of the largest distance less the smallest; smaller is nearer to the hard optimum.
+    iterations: of the scaling of columns and rows.
+    axis_name: the mapped axis over which the batch is split, or None.
+
+  Returns:
+    [B] int32.
+  """
+  x, codebook = jax.lax.stop_gradient((x, codebook))
+  distances = code_distances(x, codebook) + jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+  here = jnp.ones(x.shape[0], bool) if valid is None else valid
+
+  def over_devices(value, reduce):
+    return value if axis_name is None else reduce(value, axis_name)
+
+  largest = over_devices(jnp.max(jnp.where(here[:, None], distances, -jnp.inf)), jax.lax.pmax)
+  smallest = over_devices(jnp.min(jnp.where(here[:, None], distances, jnp.inf)), jax.lax.pmin)
+  scores = -(distances - smallest) / (jnp.maximum(largest - smallest, 1e-12) * epsilon)
+  scores = jnp.where(here[:, None], scores, 0.0)
+
+  def iterate(_, potential):
+    # Rows first: each valid row's mass is 1 after it, so that a codeword's share is the sum over rows.
+    share = jax.nn.softmax(scores + potential[None], axis=-1)
+    mass = over_devices(jnp.sum(jnp.where(here[:, None], share, 0.0), axis=0), jax.lax.psum)
+    return potential - jnp.log(jnp.maximum(mass, 1e-30))
+
+  potential = jax.lax.fori_loop(0, iterations, iterate, jnp.zeros(codebook.shape[0], jnp.float32))
+  return jnp.argmax(scores + potential[None], axis=-1).astype(jnp.int32)
+
+
 def straight_through(z: jax.Array, quantized: jax.Array) -> jax.Array:
   """The value of `quantized` with the gradient of `z` (Bengio et al., 2013): z + stop_gradient(quantized - z)."""
   return z + jax.lax.stop_gradient(quantized - z)
 
 
-def residual_quantize(z: jax.Array, codebooks: jax.Array) -> ResidualQuantization:
+def rotation_trick(z: jax.Array, quantized: jax.Array) -> jax.Array:
+  """The value of `quantized`, a gradient turned and scaled as the latent is on its way to it (Fifty et al., 2025).
+
+  `quantized` = scale x R z with R the rotation in the plane of the two; R and the scale carry no gradient, so the angle
+  between gradient and latent is kept on the way back. Where one of the two is zero it is `straight_through`.
+
+  Args:
+    z: [B, d] latents.
+    quantized: [B, d].
+
+  Returns:
+    [B, d] of z's dtype.
+  """
+  fixed = jax.lax.stop_gradient
+  z32, q32 = z.astype(jnp.float32), fixed(quantized.astype(jnp.float32))
+  lengths = [jnp.linalg.norm(fixed(x), axis=-1, keepdims=True) for x in (z32, q32)]
+  turns = (lengths[0] > 1e-6) & (lengths[1] > 1e-6)
+  u, v = (jnp.where(turns, fixed(x) / jnp.maximum(n, 1e-6), 0.0) for x, n in zip((z32, q32), lengths, strict=True))
+  middle = u + v
+  norm = jnp.linalg.norm(middle, axis=-1, keepdims=True)
+  # Opposite directions have no one rotation between them.
+  turns &= norm > 1e-6
+  middle = middle / jnp.maximum(norm, 1e-6)
+  along = jnp.sum(middle * z32, axis=-1, keepdims=True)
+  rotated = z32 - 2.0 * along * middle + 2.0 * jnp.sum(u * z32, axis=-1, keepdims=True) * v
+  rotated = rotated * jnp.where(turns, lengths[1] / jnp.maximum(lengths[0], 1e-6), 1.0)
+  # The value exactly, whatever rounding the rotation brings.
+  rotated = rotated + fixed(q32 - rotated)
+  return jnp.where(turns, rotated, straight_through(z32, q32)).astype(z.dtype)
+
+
+GRADIENTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+  "straight_through": straight_through,
+  "rotation": rotation_trick,
+}
+
+
+def residual_quantize(
+  z: jax.Array, codebooks: jax.Array, *, choose_last: Callable[[jax.Array, jax.Array], jax.Array] = nearest_code
+) -> ResidualQuantization:
   """Quantizes each row level by level, each level taking what the levels before it left over.
 
   The residual passes on no gradient to the codewords of earlier levels: each codeword is moved by its own level's loss
@@ -69,6 +155,7 @@ def residual_quantize(z: jax.Array, codebooks: jax.Array) -> ResidualQuantizatio
   Args:
     z: [B, d] latents.
     codebooks: [L, K, d].
+    choose_last: (residuals [B, d], codebook [K, d]) -> codes [B] of the last level; a `balanced_code`, say.
 
   Returns:
     A `ResidualQuantization`.
@@ -79,8 +166,8 @@ def residual_quantize(z: jax.Array, codebooks: jax.Array) -> ResidualQuantizatio
   if codebooks.ndim != 3:
     raise ValueError(f"codebooks must be [levels, codes, width], got shape {codebooks.shape}")
   residual, residuals, codewords, codes = z, [], [], []
-  for codebook in codebooks:
-    code = nearest_code(residual, codebook)
+  for level, codebook in enumerate(codebooks):
+    code = (choose_last if level == len(codebooks) - 1 else nearest_code)(residual, codebook)
     codeword = codebook[code]
     residuals.append(residual)
     codewords.append(codeword)
@@ -94,153 +181,31 @@ def residual_quantize(z: jax.Array, codebooks: jax.Array) -> ResidualQuantizatio
   )
 
 
-def quantization_error(result: ResidualQuantization, *, commitment: float = 0.25) -> jax.Array:
+# (latents [B, d], codebooks [L, K, d]) -> ResidualQuantization; what a config's `tokenizer.quantizer` may name. A new
+# quantizer is one such function and one line here.
+QUANTIZERS: dict[str, Callable[[jax.Array, jax.Array], ResidualQuantization]] = {"rq_vae": residual_quantize}
+
+
+def quantization_error(
+  result: ResidualQuantization, *, commitment: float = 0.25, learn_codebooks: bool = True
+) -> jax.Array:
   """|sg(r) - e|^2 + commitment |r - sg(e)|^2, averaged over levels (RQ-VAE).
 
   Args:
     result: a residual quantization of B rows.
     commitment: the weight beta that pulls latents to their codewords.
+    learn_codebooks: whether the first term, which moves the codewords, is there; not where moving averages move them.
 
   Returns:
     [B] float32, one value a row; the squared norms are sums over the width.
   """
   residuals, codewords = result.residuals.astype(jnp.float32), result.codewords.astype(jnp.float32)
-  codebook_term = jnp.sum(jnp.square(jax.lax.stop_gradient(residuals) - codewords), axis=-1)
-  commitment_term = jnp.sum(jnp.square(residuals - jax.lax.stop_gradient(codewords)), axis=-1)
-  return jnp.mean(codebook_term + commitment * commitment_term, axis=0)
+  error = commitment * jnp.sum(jnp.square(residuals - jax.lax.stop_gradient(codewords)), axis=-1)
+  if learn_codebooks:
+    error += jnp.sum(jnp.square(jax.lax.stop_gradient(residuals) - codewords), axis=-1)
+  return jnp.mean(error, axis=0)
 
 
 def decode(codes: jax.Array, codebooks: jax.Array) -> jax.Array:
   """Sum of the codewords that `codes` name: [..., L], [L, K, d] -> [..., d]."""
   return sum(codebooks[level][codes[..., level]] for level in range(codebooks.shape[0]))  # type: ignore[return-value]
-
-
-def code_counts(codes: jax.Array, num_codes: int, *, valid: jax.Array | None = None) -> jax.Array:
-  """How often each code occurs at each level: codes [B, L], valid [B] -> [L, K] float32."""
-  batch, levels = codes.shape
-  weight = jnp.ones(batch, jnp.float32) if valid is None else valid.astype(jnp.float32)
-  index = codes + num_codes * jnp.arange(levels)[None]
-  flat = jnp.zeros(levels * num_codes, jnp.float32).at[index].add(weight[:, None])
-  return flat.reshape(levels, num_codes)
-
-
-def perplexity(counts: jax.Array) -> jax.Array:
-  """Exponential of the entropy of code use: [..., K] -> [...]; K when all are used alike, 1 when one code is."""
-  share = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1e-12)
-  return jnp.exp(-jnp.sum(share * jnp.log(jnp.maximum(share, 1e-12)), axis=-1))
-
-
-def revive_codes(
-  key: jax.Array, codebook: jax.Array, idle: jax.Array, residuals: jax.Array, valid: jax.Array, patience: int
-) -> tuple[jax.Array, jax.Array]:
-  """Moves the codewords of one level that nothing chose for `patience` steps to randomly drawn live residuals.
-
-  Args:
-    key: random key, the same on every device.
-    codebook: [K, d].
-    idle: [K] int32, the steps since each code was last chosen.
-    residuals: [B, d] what this level was given in this step (on every device: all of them).
-    valid: [B] bool, the rows that may be drawn.
-    patience: a code idle for more steps than this is moved.
-
-  Returns:
-    The codebook, and `idle` with the moved codes back at 0. Nothing moves where no row is valid.
-  """
-  # A random order with the valid rows first: two dead codes take two rows, while there are as many.
-  order = jnp.argsort(jnp.where(valid, jax.random.uniform(key, valid.shape), 2.0))
-  dead = (idle > patience) & jnp.any(valid)
-  rows = order[(jnp.cumsum(dead) - 1) % jnp.maximum(jnp.sum(valid), 1)]
-  codebook = jnp.where(dead[:, None], residuals[rows].astype(codebook.dtype), codebook)
-  return codebook, jnp.where(dead, 0, idle)
-
-
-def _plus_plus_seeds(key: jax.Array, points: jax.Array, weights: jax.Array, num_codes: int) -> jax.Array:
-  """k-means++ seeding (Arthur & Vassilvitskii, 2007): each seed drawn in proportion to weight x squared distance."""
-  first_key, key = jax.random.split(key)
-  log_weights = jnp.log(weights)
-  first = jax.random.categorical(first_key, log_weights)
-  seeds = jnp.zeros((num_codes, points.shape[1]), jnp.float32).at[0].set(points[first])
-  distance = jnp.sum(jnp.square(points - points[first][None]), axis=-1)
-
-  def add(index, carry):
-    seeds, distance = carry
-    # Fewer distinct points than codes: every distance is 0, and a plain weighted draw repeats a point.
-    logits = jnp.where(jnp.any((distance > 0) & (weights > 0)), jnp.log(distance), 0.0) + log_weights
-    chosen = points[jax.random.categorical(jax.random.fold_in(key, index), logits)]
-    return seeds.at[index].set(chosen), jnp.minimum(distance, jnp.sum(jnp.square(points - chosen[None]), axis=-1))
-
-  seeds, _ = jax.lax.fori_loop(1, num_codes, add, (seeds, distance))
-  return seeds
-
-
-@functools.partial(jax.jit, static_argnames=("num_codes", "iterations", "block"))
-def kmeans(
-  key: jax.Array,
-  points: jax.Array,
-  *,
-  num_codes: int,
-  weights: jax.Array | None = None,
-  iterations: int = 20,
-  block: int = 16384,
-) -> tuple[jax.Array, jax.Array]:
-  """Lloyd's k-means from k-means++ seeds; an emptied cluster takes the point farthest from its own centre.
-
-  Args:
-    key: random key.
-    points: [N, d].
-    num_codes: K.
-    weights: [N] float >= 0, or None for all alike; rows of weight 0 take no part.
-    iterations: Lloyd steps after the seeding.
-    block: rows whose distances are held at once; memory is block x K, not N x K.
-
-  Returns:
-    (centres [K, d] float32, codes [N] int32).
-  """
-  points = points.astype(jnp.float32)
-  weights = jnp.ones(points.shape[0], jnp.float32) if weights is None else weights.astype(jnp.float32)
-  points = jnp.where(weights[:, None] > 0, points, 0.0)  # What takes no part may be NaN.
-  live = jnp.maximum(jnp.sum(weights > 0), 1)
-
-  def assign(centres):
-    def one(x):
-      distances = code_distances(x[None], centres)[0]
-      code = jnp.argmin(distances)
-      return code.astype(jnp.int32), distances[code] + jnp.sum(jnp.square(x))
-
-    return jax.lax.map(one, points, batch_size=min(block, points.shape[0]))
-
-  def step(_, centres):
-    codes, distance = assign(centres)
-    mass = jax.ops.segment_sum(weights, codes, num_codes)
-    means = jax.ops.segment_sum(points * weights[:, None], codes, num_codes) / jnp.maximum(mass, 1e-12)[:, None]
-    # The e-th empty cluster takes the e-th farthest point, so that no two of them take the same one.
-    _, farthest = jax.lax.top_k(jnp.where(weights > 0, distance, -jnp.inf), min(num_codes, points.shape[0]))
-    empty = mass <= 0
-    turn = jnp.minimum(jnp.cumsum(empty) - 1, jnp.minimum(live, farthest.shape[0]) - 1)
-    return jnp.where(empty[:, None], points[farthest[turn]], means)
-
-  centres = jax.lax.fori_loop(0, iterations, step, _plus_plus_seeds(key, points, weights, num_codes))
-  return centres, assign(centres)[0]
-
-
-def residual_kmeans(
-  key: jax.Array,
-  points: jax.Array,
-  *,
-  num_levels: int,
-  num_codes: int,
-  weights: jax.Array | None = None,
-  iterations: int = 20,
-) -> jax.Array:
-  """Codebooks [L, K, d] by k-means on the points, then on what it leaves over, and so on.
-
-  The mean squared residual does not rise from one level to the next.
-  """
-  residual, levels = points.astype(jnp.float32), []
-  for level in range(num_levels):
-    centres, codes = kmeans(
-      jax.random.fold_in(key, level), residual, num_codes=num_codes, weights=weights, iterations=iterations
-    )
-    residual = residual - centres[codes]
-    levels.append(centres)
-  return jnp.stack(levels)

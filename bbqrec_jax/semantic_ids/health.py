@@ -42,6 +42,29 @@ def codebook_health(before: np.ndarray, after: np.ndarray, *, num_codes: int) ->
   }
 
 
+def linear_r2(x: np.ndarray, y: np.ndarray) -> float:
+  """How much of `y` a linear map of `x` tells: the R^2 on odd rows of a least-squares fit to the even ones.
+
+  Args:
+    x: [n, d] float.
+    y: [n, e] float.
+
+  Returns:
+    1 where y follows from x, about 0 where x says nothing, and less where the fit does not carry over to other rows;
+    NaN where there are too few rows or y does not vary.
+  """
+  x = np.concatenate([x, np.ones((len(x), 1))], axis=1).astype(np.float64)
+  y = y.astype(np.float64)
+  if len(x) < 4 * x.shape[1]:
+    return float("nan")
+  # A ridge far below the data's own scale keeps constant columns from making the system singular.
+  gram = x[::2].T @ x[::2]
+  weights = np.linalg.solve(gram + 1e-6 * np.trace(gram) / len(gram) * np.eye(len(gram)), x[::2].T @ y[::2])
+  rest = np.square(y[1::2] - x[1::2] @ weights).sum()
+  spread = np.square(y[1::2] - y[::2].mean(axis=0)).sum()
+  return float(1.0 - rest / spread) if spread > 0 else float("nan")
+
+
 def format_health(health: dict[str, Any]) -> str:
   """A table, a line a level, and a warning in words for each level that uses under half of its reachable codes."""
   lines = ["level  codes used  perplexity  dead  distinct prefixes"]
@@ -65,6 +88,13 @@ def format_health(health: dict[str, Any]) -> str:
     lines.append(
       f"held-out next items that share the first code: {cohesion['level1']:.1%} (by chance {cohesion['floor1']:.1%}),"
       f" the first two: {cohesion['level2']:.1%} ({cohesion['floor2']:.1%})"
+    )
+  if health.get("contrast_recall@10") is not None:
+    lines.append(f"sequence-to-item Recall@10 on validation: {health['contrast_recall@10']:.4f}")
+  for name, error in health.get("reconstruction", {}).items():
+    lines.append(
+      f"reconstruction of {name}: mean squared error {error:.3f}, from the ID's codes alone"
+      f" {health['reconstruction_from_codes'][name]:.3f} (1 is the mean of the features)"
     )
   return "\n".join(lines + warnings)
 

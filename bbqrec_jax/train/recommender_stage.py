@@ -12,6 +12,7 @@ from bbqrec_jax.data.interactions import Interactions, Split, select_users
 from bbqrec_jax.data.pipeline import PackedHistories, recommender_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker, sample_users
+from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSettings, code_columns
 from bbqrec_jax.ops.similarity import equal_frequency_edges, stream_pairs
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -28,6 +29,29 @@ def needs_semantic_ids(config: Any) -> bool:
   """Whether anything in the recommender reads codes; SASRec, say, does not."""
   r = config.recommender
   return r.head == "generative" or bool(r.similarity) or tuple(r.item_inputs) != ("item",)
+
+
+def tokenizer_folder(config: Any, workdir: pathlib.Path) -> pathlib.Path:
+  """Where a run's semantic IDs are: its own, or those that its config names."""
+  return pathlib.Path(config.tokenizer.artefact) if config.tokenizer.artefact else workdir / "tokenizer"
+
+
+def check_fingerprint(workdir: pathlib.Path, ids: SemanticIds) -> None:
+  """Notes which semantic IDs a workdir's recommender reads, or makes sure that they are still the same.
+
+  Raises:
+    InputError: if it was trained on others; names both fingerprints.
+  """
+  path = workdir / "recommender.json"
+  if not path.exists():
+    write_json(path, {"semantic_ids": ids.fingerprint})
+    return
+  trained_on = read_json(path)["semantic_ids"]
+  if trained_on != ids.fingerprint:
+    raise InputError(
+      f"{workdir}: the recommender reads semantic IDs with fingerprint {trained_on}, the tokenizer's have"
+      f" {ids.fingerprint}; give it back its own, or use another --workdir"
+    )
 
 
 def similarity_streams(config: Any, ids: SemanticIds | None) -> tuple[str, ...]:
@@ -103,7 +127,7 @@ def build_catalogue(
       sources += [(ids.stream_codes[index], ids.present[index]) for index in indices]
     if sources:
       codes, present = zip(*sources, strict=True)
-      columns = code_columns(list(codes), list(present), num_codes=config.tokenizer.num_codes)
+      columns = code_columns(list(codes), list(present), num_codes=ids.num_codes)
   if ids is not None and streams:
     vectors = np.stack([ids.vectors(name) for name in streams], axis=1)
     samples = sampled_similarities(vectors, histories, pairs, max_length=r.max_length, seed=config.seed)
@@ -117,7 +141,7 @@ def build_catalogue(
   settings = RecommenderSettings(
     num_items=num_items,
     num_levels=semantic_ids.shape[1],
-    num_codes=config.tokenizer.num_codes,
+    num_codes=0 if ids is None else ids.num_codes,
     num_columns=columns.shape[1],
     item_embedding="item" in r.item_inputs,
     head=r.head,

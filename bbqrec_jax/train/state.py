@@ -9,6 +9,30 @@ import optax
 
 
 @flax.struct.dataclass
+class CodebookUse:
+  """What is known of each codeword's use (see `TokenizerSettings.codebook_shape` for G and L').
+
+  Attributes:
+    usage: [G, L', K] float32, moving average of each code's share of the choices that make semantic IDs.
+    mass: [G, L', K] float32, moving average of how many rows chose it; None unless codewords follow averages.
+    total: [G, L', K, d] float32, moving average of the sum of those rows; None likewise.
+  """
+
+  usage: jax.Array
+  mass: Any = None
+  total: Any = None
+
+  @classmethod
+  def create(cls, codebooks: jax.Array, *, moving_average: bool) -> "CodebookUse":
+    """Of codebooks [G, L', K, d] that are as good as new: all codes in equal use."""
+    codebooks = jnp.asarray(codebooks)
+    usage = jnp.full(codebooks.shape[:-1], 1.0 / codebooks.shape[-2])
+    if not moving_average:
+      return cls(usage)
+    return cls(usage, jnp.ones(codebooks.shape[:-1]), codebooks.astype(jnp.float32))
+
+
+@flax.struct.dataclass
 class TrainState:
   """Everything that a step changes.
 
@@ -17,7 +41,7 @@ class TrainState:
     params: the model's parameters.
     opt_state: the optimiser's.
     key: the run's base random key; a step uses fold_in(key, step), then fold_in of the device's index.
-    idle: [L, K] int32, steps since each code was last chosen (the tokenizer); None elsewhere.
+    codes: how the codewords are used (the tokenizer); None elsewhere.
     critic: parameters of the CLUB bound's network (the tokenizer); None elsewhere.
     critic_opt_state: its own optimiser's.
   """
@@ -26,16 +50,16 @@ class TrainState:
   params: Any
   opt_state: optax.OptState
   key: jax.Array
-  idle: jax.Array | None = None
+  codes: CodebookUse | None = None
   critic: Any = None
   critic_opt_state: optax.OptState | None = None
 
   @classmethod
   def create(
-    cls, params: Any, optimizer: optax.GradientTransformation, *, seed: int, idle: jax.Array | None = None
+    cls, params: Any, optimizer: optax.GradientTransformation, *, seed: int, codes: CodebookUse | None = None
   ) -> "TrainState":
     """The state before the first step."""
-    return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(seed), idle)
+    return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(seed), codes)
 
 
 def step_key(state: TrainState, axis_name: str | None) -> jax.Array:

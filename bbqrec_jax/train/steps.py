@@ -1,6 +1,7 @@
 """The training steps: pure functions of (state, shared data, batch), the same on one device and on many."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,12 +11,20 @@ import optax
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.recommender import Catalogue, Recommender
-from bbqrec_jax.models.tokenizer import Bound, LossWeights, Tokenizer, tokenizer_loss
+from bbqrec_jax.models.tokenizer import (
+  Bound,
+  LossWeights,
+  Tokenizer,
+  TokenizerOutput,
+  TokenizerSettings,
+  by_codebook,
+  tokenizer_loss,
+)
 from bbqrec_jax.ops.club import club_full, club_sampled, gaussian_log_likelihood
-from bbqrec_jax.ops.quantize import perplexity, revive_codes
+from bbqrec_jax.ops.codebooks import code_counts, moving_average, perplexity, revive_codes
 from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.train.parallel import StepFunction, reduce_shares
-from bbqrec_jax.train.state import TrainState, step_key
+from bbqrec_jax.train.state import CodebookUse, TrainState, step_key
 
 Metrics = dict[str, jax.Array]
 
@@ -91,15 +100,85 @@ class Disentangling:
     return params, opt_state, likelihoods[-1]
 
 
+@dataclasses.dataclass(frozen=True)
+class CodebookUpkeep:
+  """What happens to the codewords beside the loss: moving averages, and revival of codes out of use.
+
+  Attributes:
+    settings: of the tokenizer.
+    revival_threshold: a code that makes up less than this share of an even use of its level is moved to a live residual
+      of the streams that make the semantic IDs; 0 never moves one.
+    usage_decay: of the average that share is taken of.
+    codeword_decay: of the averages that codewords follow, where they do.
+  """
+
+  settings: TokenizerSettings
+  revival_threshold: float = 0.25
+  usage_decay: float = 0.98
+  codeword_decay: float = 0.98
+
+  def __call__(
+    self, codebooks: jax.Array, use: CodebookUse, output: TokenizerOutput, *, key: jax.Array, axis_name: str | None
+  ) -> tuple[jax.Array, CodebookUse, jax.Array]:
+    """Keeps codebooks [G, L', K, d] up after a step.
+
+    Args:
+      codebooks: after the optimiser.
+      use: what was known of their use.
+      output: of the step's loss.
+      key: random key, the same on every device.
+      axis_name: the mapped axis over which the batch is split, or None.
+
+    Returns:
+      (codebooks, use, counts [G, L', K] of this step's choices that make semantic IDs).
+    """
+    s = self.settings
+    num_codes = codebooks.shape[-2]
+
+    def spread(mask):
+      """[S, B] -> one flag a row of each codebook, [G, L', R]."""
+      return by_codebook(s, jnp.broadcast_to(mask[:, None], (len(s.streams), s.num_levels, mask.shape[1])))
+
+    # Codebooks that streams share are judged by the streams that make the IDs; its own codebook, by each stream.
+    judged = jnp.array([s.codebooks == "per_stream" or name in s.id_streams for name in s.streams])
+    chosen = by_codebook(s, jnp.swapaxes(output.codes, 1, 2))
+    residuals = by_codebook(s, output.residuals)
+    present, counted = spread(output.present), spread(output.present & judged[:, None])
+
+    if s.moving_average:
+      average = functools.partial(moving_average, decay=self.codeword_decay, axis_name=axis_name)
+      averaged = jax.vmap(jax.vmap(average))
+      codebooks, mass, total = averaged(codebooks, use.mass, use.total, chosen, residuals, present)
+      use = use.replace(mass=mass, total=total)  # type: ignore[attr-defined]
+
+    counts = jax.vmap(jax.vmap(lambda code, weight: code_counts(code, num_codes, weights=weight)))(chosen, counted)
+    counts = reduce_shares(counts, axis_name)
+    rows = jnp.sum(counts, axis=-1, keepdims=True)
+    share = jnp.where(rows > 0, counts / jnp.maximum(rows, 1.0), use.usage)
+    usage = self.usage_decay * use.usage + (1.0 - self.usage_decay) * share
+    if self.revival_threshold:
+      if axis_name is not None:
+        # Every device must move the same codes to the same places.
+        residuals, counted = (jax.lax.all_gather(x, axis_name, axis=2, tiled=True) for x in (residuals, counted))
+      keys = jax.random.split(key, counts.shape[:2])
+      revive = jax.vmap(jax.vmap(functools.partial(revive_codes, threshold=self.revival_threshold)))
+      codebooks, revived = revive(keys, codebooks, usage, residuals, counted)
+      if s.moving_average:
+        moved = revived != usage
+        mass = jnp.where(moved, 1.0, use.mass)
+        total = jnp.where(moved[..., None], codebooks, use.total)
+        use = use.replace(mass=mass, total=total)  # type: ignore[attr-defined]
+      usage = revived
+    return codebooks, use.replace(usage=usage), counts  # type: ignore[attr-defined]
+
+
 def make_tokenizer_step(
   model: Tokenizer,
   optimizer: optax.GradientTransformation,
   *,
   weights: LossWeights,
-  commitment: float,
-  temperature: float,
   warmup_steps: int,
-  revival_patience: int,
+  upkeep: CodebookUpkeep,
   disentangling: Disentangling | None = None,
 ) -> StepFunction:
   """The step of stage 1.
@@ -108,10 +187,8 @@ def make_tokenizer_step(
     model: the tokenizer.
     optimizer: of all its parameters.
     weights: of the losses.
-    commitment: beta of the quantization loss.
-    temperature: of the contrast.
     warmup_steps: steps on unquantized latents; the codebooks are fitted to the latents when they end.
-    revival_patience: steps without use after which a code is moved to a live residual; 0 never moves one.
+    upkeep: of the codewords, from then on.
     disentangling: the CLUB bound; None leaves it out. Its network is fitted to the latents of each batch after the main
       step, so that the next one judges it on rows it has not been fitted to.
 
@@ -129,23 +206,14 @@ def make_tokenizer_step(
 
     def loss_function(params):
       return tokenizer_loss(
-        model,
-        params,
-        batch,
-        weights=weights,
-        quantized=quantized,
-        commitment=commitment,
-        temperature=temperature,
-        bound=bound,
-        key=key,
-        axis_name=axis_name,
+        model, params, batch, weights=weights, quantized=quantized, bound=bound, key=key, axis_name=axis_name
       )
 
     (loss, output), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
-    loss, terms, counts, gradients = reduce_shares((loss, output.terms, output.counts, gradients), axis_name)
-    metrics = {"loss": loss, **terms, "perplexity_level_1": perplexity(counts[0])}
+    loss, terms, gradients = reduce_shares((loss, output.terms, gradients), axis_name)
+    metrics = {"loss": loss, **terms}
     # A number that no device has, so that no device's dropout draws from this key.
-    revival_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**32 - 1)
+    upkeep_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**32 - 1)
     state, metrics = _updated(state, optimizer, gradients, metrics)
     if disentangling is not None:
       critic, critic_opt_state, likelihood = disentangling.update(
@@ -159,25 +227,14 @@ def make_tokenizer_step(
       state = state.replace(critic=critic, critic_opt_state=critic_opt_state)  # type: ignore[attr-defined]
       metrics["critic_likelihood"] = likelihood
 
-    assert state.idle is not None
-    idle = jnp.where(counts > 0, 0, state.idle + 1)
-    if revival_patience:
-      residuals, valid = output.residuals, output.valid
-      if axis_name is not None:
-        # Every device must move the same codes to the same places.
-        residuals = jax.lax.all_gather(residuals, axis_name, axis=2, tiled=True)
-        valid = jax.lax.all_gather(valid, axis_name, axis=1, tiled=True)
-      codebooks, idle = jax.vmap(revive_codes, in_axes=(0, 0, 0, 0, None, None))(
-        jax.random.split(revival_key, len(idle)),
-        state.params["codebooks"],
-        idle,
-        residuals.reshape(len(idle), -1, residuals.shape[-1]),
-        valid.reshape(-1),
-        revival_patience,
-      )
-      codebooks = jnp.where(quantized, codebooks, state.params["codebooks"])
-      state = state.replace(params=state.params | {"codebooks": codebooks})  # type: ignore[attr-defined]
-    return state.replace(idle=jnp.where(quantized, idle, 0)), metrics  # type: ignore[attr-defined]
+    assert state.codes is not None
+    before = state.params["codebooks"]
+    codebooks, use, counts = upkeep(before, state.codes, output, key=upkeep_key, axis_name=axis_name)
+    metrics["perplexity_level_1"] = perplexity(counts[-1, 0])
+    codebooks, use = jax.tree.map(
+      lambda new, old: jnp.where(quantized, new, old), (codebooks, use), (before, state.codes)
+    )
+    return state.replace(params=state.params | {"codebooks": codebooks}, codes=use), metrics  # type: ignore[attr-defined]
 
   return step
 

@@ -1,6 +1,8 @@
 """Stage 1 from data to semantic IDs."""
 
+import dataclasses
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -20,32 +22,60 @@ from bbqrec_jax.data.pipeline import (
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.critic import ClubCritic
-from bbqrec_jax.models.tokenizer import LossWeights, Tokenizer, TokenizerSettings
+from bbqrec_jax.models.frozen import (
+  RQ_KMEANS,
+  FrozenTokenizer,
+  artefact_codebooks,
+  content_latents,
+  encode_blocks,
+  frozen_parameters,
+  id_space,
+)
+from bbqrec_jax.models.tokenizer import LossWeights, Tokenizer, TokenizerSettings, stream_codebooks
 from bbqrec_jax.ops.contrastive import normalize
-from bbqrec_jax.ops.quantize import residual_kmeans
+from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.ops.ranking import target_ranks
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, format_health
-from bbqrec_jax.semantic_ids.repair import reassign_collisions
+from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, format_health, linear_r2
+from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.loop import Plan, fit
 from bbqrec_jax.train.optimizer import make_optimizer
 from bbqrec_jax.train.parallel import Partitioner
-from bbqrec_jax.train.state import TrainState
-from bbqrec_jax.train.steps import Disentangling, make_tokenizer_step
+from bbqrec_jax.train.state import CodebookUse, TrainState
+from bbqrec_jax.train.steps import CodebookUpkeep, Disentangling, make_tokenizer_step
+
+# Items whose reconstruction and disentangling are looked at: figures about a catalogue, not work that grows with it.
+_LOOKED_AT = 8192
 
 
 def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
-  """The shapes that a config and a data set give."""
+  """The shapes and choices that a config and a data set give."""
   t = config.tokenizer
+  modalities = tuple((name, array.shape[1]) for name, array in dataset.features.items())
+  shared = {"num_items": dataset.num_items, "num_levels": t.num_levels, "num_codes": t.num_codes}
+  if t.quantizer == RQ_KMEANS:
+    return TokenizerSettings(
+      modalities, **shared, code_width=sum(width for _, width in modalities), item_id="none",
+      semantic_id=t.semantic_id, codebooks="per_stream", quantizer=RQ_KMEANS,
+    )  # fmt: skip
   return TokenizerSettings(
-    modalities=tuple((name, array.shape[1]) for name, array in dataset.features.items()),
-    num_items=dataset.num_items,
+    modalities,
+    **shared,
     code_width=t.code_width,
-    num_levels=t.num_levels,
-    num_codes=t.num_codes,
     hidden=tuple(t.hidden),
     item_id=t.item_id,
+    semantic_id=t.semantic_id,
+    codebooks=t.codebooks,
+    quantizer=t.quantizer,
+    gradient=t.gradient,
+    balanced_last=t.balanced_last,
+    moving_average=t.codebook_update == "moving_average",
+    learn_temperature=t.learn_temperature,
+    temperature=t.temperature,
+    specific_dropout=t.specific_dropout,
+    level_dropout=t.level_dropout,
+    commitment=t.commitment,
     normalize=t.normalize,
     history_layers=t.history_layers,
     history_heads=t.history_heads,
@@ -64,49 +94,100 @@ class CatalogueEncoder:
 
     def encode(params, items, features, present):
       latents = apply(model, params, "latents", items, features, present)
-      flat = latents.values.reshape(-1, latents.values.shape[-1])
-      codes = apply(model, params, "quantize", flat).codes
-      return latents.values, latents.present, codes.reshape(*latents.values.shape[:2], -1)
+      return latents.values, latents.present, apply(model, params, "quantize", latents.values).codes
 
     self._encode = jax.jit(encode)
 
   def __call__(self, params: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(latents [S, N, d], present [S, N], codes [S, N, L])."""
-    num_items, blocks = self._model.settings.num_items, []
-    for first in range(0, num_items, self._block):
-      # The last block reaches back, so that every block has one shape and is compiled once.
-      items = np.arange(self._block) + min(first, num_items - self._block)
-      fresh = items >= first
-      result = jax.device_get(self._encode(params, items, *self._store.rows(items)))
-      blocks.append([part[:, fresh] for part in result])
-    latents, present, codes = (np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True))
-    return latents, present, codes
+    return encode_blocks(
+      lambda items: self._encode(params, items, *self._store.rows(items)),
+      self._model.settings.num_items,
+      block=self._block,
+    )
 
 
 def fit_codebooks(
-  latents: np.ndarray, present: np.ndarray, *, num_levels: int, num_codes: int, iterations: int, points: int, seed: int
+  settings: TokenizerSettings, latents: np.ndarray, present: np.ndarray, *, iterations: int, points: int, seed: int
 ) -> np.ndarray:
-  """Residual k-means over the present latents of all streams.
+  """Residual k-means over the present latents of the streams that each codebook serves.
 
   Args:
+    settings: of the tokenizer.
     latents: [S, N, d].
     present: [S, N] bool.
-    num_levels: L.
-    num_codes: K.
     iterations: of Lloyd's algorithm at each level.
-    points: latents that are used; drawn at random where there are more.
+    points: latents that the seeds are drawn from; the iterations see all of them.
     seed: of the draw and of the seeding.
 
   Returns:
-    [L, K, d] float32.
+    [G, L', K, d] float32 (see `TokenizerSettings.codebook_shape`).
   """
-  rows = latents[present]
-  if len(rows) > points:
-    rows = rows[np.random.default_rng(seed).choice(len(rows), points, replace=False)]
-  fitted = residual_kmeans(
-    jax.random.key(seed), jnp.asarray(rows), num_levels=num_levels, num_codes=num_codes, iterations=iterations
-  )
-  return np.asarray(fitted)
+  sets, levels, num_codes, width = settings.codebook_shape
+  rows, here = latents.reshape(sets, -1, width), present.reshape(sets, -1)
+
+  def fitted(number, *, num_levels, num_codes):
+    return residual_kmeans(
+      seed, rows[number], num_levels=num_levels, num_codes=num_codes, weights=here[number].astype(np.float32),
+      iterations=iterations, sample=points,
+    )  # fmt: skip
+
+  if settings.codebooks != "single":
+    return np.stack([fitted(number, num_levels=levels, num_codes=num_codes) for number in range(sets)])
+  # One codebook for all levels: it needs codewords of each level's scale.
+  parts = np.array_split(np.arange(num_codes), min(settings.num_levels, num_codes))
+  scales = fitted(0, num_levels=len(parts), num_codes=len(parts[0]))
+  return np.concatenate([scale[: len(part)] for scale, part in zip(scales, parts, strict=True)])[None, None]
+
+
+class Inspection:
+  """What the tokenizer makes of a sample of items: reconstruction errors, what specific latents say of behaviour."""
+
+  def __init__(self, model: Tokenizer, store: FeatureStore, *, seed: int):
+    """Draws the items once."""
+    settings = model.settings
+    count = min(settings.num_items, _LOOKED_AT)
+    items = np.random.default_rng(seed).permutation(settings.num_items)[:count]
+    self._names, self._batches = settings.names, []
+    for first in range(0, count, 1024):
+      chosen = items[first : first + 1024]
+      chosen = np.concatenate([chosen, np.full(-len(chosen) % min(1024, count), chosen[0])])
+      fresh = np.arange(len(chosen)) < min(1024, count - first)
+      self._batches.append((chosen, *store.rows(chosen), fresh))
+
+    def look(params, items, features, present):
+      latents = apply(model, params, "latents", items, features, present)
+      quantized = apply(model, params, "quantize", latents.values).quantized
+      specific = apply(model, params, "specific", features)
+      own = {name: quantized[settings.streams.index(name)] for name in settings.names}
+      fused = dict.fromkeys(settings.names, quantized[-1])
+      nothing = jax.tree.map(jnp.zeros_like, specific)
+
+      def errors(behaviour, specific):
+        rebuilt = apply(model, params, "reconstruct", behaviour, specific)
+        return {name: jnp.mean(jnp.square(rebuilt[name] - features[name]), axis=-1) for name in settings.names}
+
+      behaviour = {name: latents.values[settings.streams.index(name)] for name in settings.names}
+      return errors(own, specific), errors(fused, nothing), specific, behaviour
+
+    self._look = jax.jit(look)
+
+  def __call__(self, params: Any) -> dict[str, dict[str, float]]:
+    """By modality: `reconstruction`, `reconstruction_from_codes` (of the fused stream, alone), `specific_r2`."""
+    parts = [
+      jax.tree.map(lambda array, fresh=fresh: np.asarray(array)[fresh], self._look(params, items, features, present))
+      for items, features, present, fresh in self._batches
+    ]
+    own, fused, specific, behaviour = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    result: dict[str, dict[str, float]] = {"reconstruction": {}, "reconstruction_from_codes": {}, "specific_r2": {}}
+    for name in self._names:
+      here = np.concatenate([present[name][fresh] for _, _, present, fresh in self._batches])
+      if not here.any():
+        continue
+      result["reconstruction"][name] = float(own[name][here].mean())
+      result["reconstruction_from_codes"][name] = float(fused[name][here].mean())
+      result["specific_r2"][name] = linear_r2(specific[name][here], behaviour[name][here])
+    return result
 
 
 class ContrastRecall:
@@ -114,7 +195,7 @@ class ContrastRecall:
 
   def __init__(self, model: Tokenizer, split: Split, *, users: int = 4096):
     """Judges the first `users` users."""
-    self._split, self._users, self._max_length = split, users, model.settings.max_length
+    self._split, self._users, self._settings = split, users, model.settings
     item_id = "id" in model.settings.streams
 
     def rank(params, latents, quantized, batch):
@@ -136,11 +217,11 @@ class ContrastRecall:
 
   def __call__(self, params: Any, latents: np.ndarray, codes: np.ndarray) -> float:
     """Recall@10 for latents [S, N, d] and the fused stream's codes [N, L]."""
-    codebooks = params["codebooks"]
+    codebooks = stream_codebooks(self._settings, params["codebooks"])[-1]
     quantized = sum(codebooks[level][codes[:, level]] for level in range(len(codebooks)))
     ranks, seen = [], 0
     for batch in evaluation_batches(
-      self._split.train, self._split.validation_target, batch_size=256, max_length=self._max_length
+      self._split.train, self._split.validation_target, batch_size=256, max_length=self._settings.max_length
     ):
       valid = batch.pop("valid")
       ranks.append(np.asarray(self._rank(params, latents, quantized, batch))[valid])
@@ -148,6 +229,107 @@ class ContrastRecall:
       if seen >= self._users:
         break
     return float(np.mean(np.concatenate(ranks) < 10))
+
+
+def build_semantic_ids(
+  config: Any,
+  settings: TokenizerSettings,
+  latents: np.ndarray,
+  present: np.ndarray,
+  codes: np.ndarray,
+  codebooks: np.ndarray,
+  encoder: dict[str, np.ndarray],
+  *,
+  data_hash: str,
+) -> tuple[SemanticIds, np.ndarray]:
+  """Repairs collisions: (the artefact, the IDs before repair [N, P L])."""
+  raw, id_latents, id_codebooks = id_space(settings, latents, codes, codebooks)
+  if config.tokenizer.repair == "suffix":
+    repaired = suffix_collisions(raw, num_codes=settings.num_codes)
+  else:
+    repaired = reassign_collisions(raw, id_latents, id_codebooks)
+  ids = SemanticIds(
+    streams=settings.streams,
+    codes=repaired,
+    stream_codes=codes,
+    present=present,
+    codebooks=codebooks,
+    data_hash=data_hash,
+    settings=dataclasses.asdict(settings) | {"repair": config.tokenizer.repair},
+    encoder=encoder,
+  )
+  return ids, raw
+
+
+def tokenizer_health(settings: TokenizerSettings, codes: np.ndarray, split: Split) -> dict[str, Any]:
+  """Use, collisions and cohesion of IDs [N, L'] as the quantizer chose them."""
+  last = split.train.items[split.train.offsets[1:] - 1]
+  return codebook_health(codes, codes, num_codes=settings.num_codes) | {
+    "cohesion": behaviour_cohesion(codes, last, split.validation_target)
+  }
+
+
+def _finish(ids: SemanticIds, raw: np.ndarray, health: dict[str, Any], folder: pathlib.Path) -> SemanticIds:
+  """Completes the health report with what repair did, and writes it and the artefact."""
+  repaired = codebook_health(raw, ids.codes[:, : raw.shape[1]], num_codes=ids.num_codes)
+  health |= {
+    "collision_rate_after": codebook_health(ids.codes, ids.codes, num_codes=ids.num_codes)["collision_rate_before"]
+  }
+  health["moved"] = repaired["moved"] if ids.codes.shape == raw.shape else int(np.sum(ids.codes[:, -1] > 0))
+  write_json(folder / "health.json", health)
+  ids.save(folder)
+  say(format_health(health))
+  return ids
+
+
+def run_kmeans_tokenizer(
+  config: Any, dataset: Dataset, split: Split, *, data_hash: str, workdir: pathlib.Path
+) -> SemanticIds:
+  """Semantic IDs by residual k-means of the standardised features, one codebook a stream: no gradient, no behaviour.
+
+  Returns:
+    As `run_tokenizer`.
+  """
+  start = time.monotonic()
+  t, settings = config.tokenizer, tokenizer_settings(config, dataset)
+  store = FeatureStore(dataset.features, dataset.present)
+
+  class Stream:
+    """One stream's latents [N, d], made of the features a block at a time."""
+
+    def __init__(self, index):
+      self.index = index
+
+    def __len__(self):
+      return dataset.num_items
+
+    def __getitem__(self, rows):
+      return content_latents(*store.rows(np.arange(dataset.num_items)[rows]))[0][self.index]
+
+  streams: list[Any] = [Stream(index) for index in range(len(settings.streams))]
+  weights = [*(np.asarray(store.present[name], np.float32) for name in settings.names), None]
+  codebooks = np.stack([
+    residual_kmeans(
+      config.seed, streams[index], num_levels=t.num_levels, num_codes=t.num_codes, weights=weight,
+      iterations=t.kmeans_iterations, sample=t.kmeans_points, block=4096,
+    )
+    for index, weight in enumerate(weights)
+  ])  # fmt: skip
+  encoder = store.arrays()
+  frozen = FrozenTokenizer(settings, encoder, codebooks)
+  latents, present, codes = encode_blocks(lambda items: frozen(*store.rows(items)), dataset.num_items, block=2048)
+  ids, raw = build_semantic_ids(config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash)
+  health = tokenizer_health(settings, raw, split)
+  health |= {"reconstruction": {}, "reconstruction_from_codes": {}, "contrast_recall@10": None}
+  fused = ids.vectors("fused")
+  columns = np.cumsum([0] + [width for _, width in settings.modalities])
+  for index, name in enumerate(settings.names):
+    here, mine = present[index], slice(columns[index], columns[index + 1])
+    for key, vectors in (("reconstruction", ids.vectors(name)), ("reconstruction_from_codes", fused)):
+      error = np.square(vectors[here, mine] - latents[index][here, mine])
+      health[key][name] = float(error.sum(axis=1).mean())  # The latents are already divided by the root of the width.
+  health["seconds"] = time.monotonic() - start
+  return _finish(ids, raw, health, workdir / "tokenizer")
 
 
 def run_tokenizer(
@@ -167,6 +349,8 @@ def run_tokenizer(
   """
   t, folder = config.tokenizer, workdir / "tokenizer"
   settings = tokenizer_settings(config, dataset)
+  if settings.quantizer == RQ_KMEANS:
+    return run_kmeans_tokenizer(config, dataset, split, data_hash=data_hash, workdir=workdir)
   model = Tokenizer(settings)
   store = FeatureStore(dataset.features, dataset.present)
   process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -186,8 +370,8 @@ def run_tokenizer(
   items = np.arange(1)
   example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
   params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
-  idle = jnp.zeros((t.num_levels, t.num_codes), jnp.int32)
-  state = TrainState.create(params, optimizer, seed=config.seed, idle=idle)
+  use = CodebookUse.create(params["codebooks"], moving_average=settings.moving_average)
+  state = TrainState.create(params, optimizer, seed=config.seed, codes=use)
   disentangling = None
   if t.weights.disentangle:
     critic = ClubCritic(dataset.modalities, t.code_width)
@@ -199,32 +383,38 @@ def run_tokenizer(
     )
   encode = CatalogueEncoder(model, store)
   contrast_recall = ContrastRecall(model, split)
+  inspect = Inspection(model, store, seed=config.seed)
 
   def before_step(step: int, state: TrainState) -> TrainState:
     if step != t.warmup_steps:
       return state
     latents, present, _ = encode(state.params)
     codebooks = fit_codebooks(
-      latents,
-      present,
-      num_levels=t.num_levels,
-      num_codes=t.num_codes,
-      iterations=t.kmeans_iterations,
-      points=t.kmeans_points,
-      seed=config.seed,
+      settings, latents, present, iterations=t.kmeans_iterations, points=t.kmeans_points, seed=config.seed
     )
+    use = CodebookUse.create(jnp.asarray(codebooks), moving_average=settings.moving_average)
     params = state.params | {"codebooks": partitioner.replicate(codebooks)}
-    return state.replace(params=params)  # type: ignore[attr-defined]
+    return state.replace(params=params, codes=partitioner.replicate(use))  # type: ignore[attr-defined]
+
+  def examine(state: TrainState) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
+    """The health report of a state, and the catalogue's latents, present and codes."""
+    encoded = encode(state.params)
+    latents, _, codes = encoded
+    codebooks = artefact_codebooks(settings, jax.device_get(state.params["codebooks"]))
+    raw, _, _ = id_space(settings, latents, codes, codebooks)
+    health = tokenizer_health(settings, raw, split) | inspect(state.params)
+    health["contrast_recall@10"] = contrast_recall(state.params, latents, codes[-1])
+    return health, encoded
 
   def evaluate(state: TrainState) -> dict[str, float]:
-    latents, _, codes = encode(state.params)
-    health = codebook_health(codes[-1], codes[-1], num_codes=t.num_codes)
-    return {
-      "usage_level_1": health["usage"][0],
-      "perplexity_level_1": health["perplexity"][0],
-      "collision_rate": health["collision_rate_before"],
-      "contrast_recall@10": contrast_recall(state.params, latents, codes[-1]),
-    }
+    health, _ = examine(state)
+    write_json(folder / "health.json", health)
+    values = {"collision_rate": health["collision_rate_before"], "contrast_recall@10": health["contrast_recall@10"]}
+    for name in ("usage", "perplexity"):
+      values |= {f"{name}_level_{level + 1}": value for level, value in enumerate(health[name])}
+    for name in ("cohesion", "reconstruction", "reconstruction_from_codes", "specific_r2"):
+      values |= {f"{name}_{part}": value for part, value in health[name].items()}
+    return values
 
   plan = Plan(
     name="tokenizer",
@@ -238,10 +428,8 @@ def run_tokenizer(
     model,
     optimizer,
     weights=LossWeights(**t.weights),
-    commitment=t.commitment,
-    temperature=t.temperature,
     warmup_steps=t.warmup_steps,
-    revival_patience=t.revival_patience,
+    upkeep=CodebookUpkeep(settings, t.revival_threshold, codeword_decay=t.codeword_decay),
     disentangling=disentangling,
   )
   state, progress = fit(
@@ -254,22 +442,10 @@ def run_tokenizer(
     directory=workdir / "checkpoints" / "tokenizer",
     log=log,
   )
-  latents, present, codes = encode(state.params)
-  codebooks = np.asarray(state.params["codebooks"])
-  ids = SemanticIds(
-    streams=settings.streams,
-    codes=reassign_collisions(codes[-1], latents[-1], codebooks),
-    stream_codes=codes,
-    present=present,
-    codebooks=codebooks,
-    data_hash=data_hash,
-  )
-  health = codebook_health(codes[-1], ids.codes, num_codes=t.num_codes)
+  health, (latents, present, codes) = examine(state)
+  params = jax.device_get(state.params)
+  codebooks = artefact_codebooks(settings, params["codebooks"])
+  encoder = frozen_parameters(settings, params) | store.arrays()
+  ids, raw = build_semantic_ids(config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash)
   health["seconds"] = progress["training_seconds"] + progress["evaluation_seconds"]
-  health["contrast_recall@10"] = contrast_recall(state.params, latents, codes[-1])
-  last = split.train.items[split.train.offsets[1:] - 1]
-  health["cohesion"] = behaviour_cohesion(codes[-1], last, split.validation_target)
-  write_json(folder / "health.json", health)
-  ids.save(folder)
-  say(format_health(health))
-  return ids
+  return _finish(ids, raw, health, folder)

@@ -10,16 +10,24 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.models.critic import ClubCritic
-from bbqrec_jax.models.tokenizer import LossWeights, Tokenizer, TokenizerSettings, tokenizer_loss
+from bbqrec_jax.models.tokenizer import (
+  LossWeights,
+  Tokenizer,
+  TokenizerSettings,
+  by_codebook,
+  stream_codebooks,
+  tokenizer_loss,
+)
 from bbqrec_jax.ops.club import club_full
+from bbqrec_jax.ops.quantize import QUANTIZERS, residual_quantize
 
 ITEMS, LEVELS, CODES, WIDTH = 12, 2, 4, 6
 MODALITIES = ("text", "image")
 SETTINGS = TokenizerSettings(
   modalities=(("text", 5), ("image", 3)), num_items=ITEMS, code_width=WIDTH, num_levels=LEVELS, num_codes=CODES,
-  hidden=(7,), history_layers=1, history_heads=2, max_length=6, dropout=0.3,
+  hidden=(7,), temperature=0.5, history_layers=1, history_heads=2, max_length=6, dropout=0.3,
 )  # fmt: skip
-WITHOUT_ID = dataclasses.replace(SETTINGS, item_id=False)
+WITHOUT_ID = dataclasses.replace(SETTINGS, item_id="none")
 # Items 0..7 occur in histories, 8 and 9 at padding alone, 10 and 11 in the catalogue sample alone.
 HISTORY = np.array([[0, 1, 2, 3, 4, 8], [5, 6, 7, 1, 9, 8]])
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 0, 0]])
@@ -73,9 +81,7 @@ def run(random_params):
   @functools.partial(jax.jit, static_argnames="settings")
   def compiled(params, batch, weights, quantized, settings):
     def loss(params):
-      return tokenizer_loss(
-        Tokenizer(settings), params, batch, weights=weights, quantized=quantized, bound=bound, temperature=0.5
-      )
+      return tokenizer_loss(Tokenizer(settings), params, batch, weights=weights, quantized=quantized, bound=bound)
 
     (value, output), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     return value, output, gradient
@@ -132,7 +138,9 @@ def test_an_item_of_no_modality_is_its_id_alone(params, batch):
 
 def test_normalised_modalities_are_the_layer_norm_of_the_plain_ones(params, batch):
   plain = latents(params, batch, dataclasses.replace(SETTINGS, normalize=False)).values
-  assert_allclose(latents(params, batch).values[:2], layer_norm(plain[:2]), atol=1e-5)
+  values, present = latents(params, batch)
+  here = np.asarray(present)[:2]
+  assert_allclose(np.asarray(values)[:2][here], layer_norm(plain[:2])[here], atol=1e-5)
 
 
 def test_specific_latents_have_zero_mean_and_unit_variance(params, batch):
@@ -163,6 +171,7 @@ DECODERS = {"decoders_text", "decoders_image"}
   ("name", "expected"),
   [
     ("reconstruction", BEHAVIOUR | SPECIFIC | DECODERS),
+    ("fused_reconstruction", BEHAVIOUR | DECODERS | {"item_embedding"}),
     ("quantization", BEHAVIOUR | {"codebooks", "item_embedding"}),
     ("contrast", BEHAVIOUR | {"item_embedding", "history", "query"}),
     ("modality_contrast", BEHAVIOUR | {"item_embedding", "history", "query"}),
@@ -186,21 +195,21 @@ def test_features_of_missing_modalities_change_nothing_whatever_they_hold(params
     loss, output, gradient = run(params, dirty)
     assert_allclose(loss, expected_loss, rtol=1e-6)
     assert_trees_equal(output.terms, expected.terms)
-    assert_array_equal(output.counts, expected.counts)
+    assert_array_equal(output.codes, expected.codes)
     assert_trees_equal(gradient, expected_gradient)
     got = latents(params, dirty)
     assert_array_equal(np.asarray(got.values)[got.present], np.asarray(expected_latents.values)[got.present])
 
 
-def test_counts_are_those_of_the_codes_of_present_rows(params, batch, run):
+def test_codes_and_residuals_are_those_of_the_latents(params, batch, run):
   _, output, _ = run(params, batch)
   values, present = latents(params, batch)
-  codes = call(SETTINGS, "quantize", params, values.reshape(-1, WIDTH)).codes
-  assert_array_equal(output.valid, np.asarray(present))
-  valid = np.asarray(present).reshape(-1)
-  for level in range(LEVELS):
-    assert_array_equal(output.counts[level], np.bincount(codes[valid, level], minlength=CODES))
-  assert_allclose(output.residuals[0], values.reshape(output.residuals[0].shape), atol=1e-6)
+  result = call(SETTINGS, "quantize", params, values)
+  assert_array_equal(output.codes, result.codes)
+  assert_array_equal(output.present, present)
+  assert_allclose(output.residuals, result.residuals, atol=1e-6)
+  assert_allclose(output.residuals[:, 0], values, atol=1e-6)
+  assert_allclose(output.residuals[:, 1], values - result.codewords[:, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -208,8 +217,7 @@ def test_reconstruction_decodes_codewords_or_while_unquantized_the_latents_thems
   _, output, _ = run(params, batch, quantized=quantized)
   values = latents(params, batch).values
   if quantized:
-    flat = values.reshape(-1, WIDTH)
-    values = call(SETTINGS, "quantize", params, flat).quantized.reshape(values.shape)
+    values = call(SETTINGS, "quantize", params, values).quantized
   given = dict(zip(SETTINGS.streams, values, strict=True))
   rebuilt = call(SETTINGS, "reconstruct", params, given, call(SETTINGS, "specific", params, batch["features"]))
   expected = 0.0
@@ -231,7 +239,7 @@ def test_codebooks_take_no_part_while_unquantized(params, batch, run):
 
 
 def test_equal_latents_in_all_streams_get_equal_codes(random_params):
-  settings = dataclasses.replace(SETTINGS, modalities=(("text", 5), ("image", 5)), item_id=False, normalize=False)
+  settings = dataclasses.replace(SETTINGS, modalities=(("text", 5), ("image", 5)), item_id="none", normalize=False)
   features = np.random.default_rng(2).normal(size=(len(SAMPLE), 5)).astype(np.float32)
   present = np.ones(len(SAMPLE), bool)
   batch = {
@@ -240,7 +248,7 @@ def test_equal_latents_in_all_streams_get_equal_codes(random_params):
   params = random_params(Tokenizer(settings), batch)
   params["behaviour_encoders_image"] = params["behaviour_encoders_text"]
   values = latents(params, batch, settings).values
-  codes = call(settings, "quantize", params, values.reshape(-1, WIDTH)).codes.reshape(3, len(SAMPLE), LEVELS)
+  codes = call(settings, "quantize", params, values).codes
   assert_array_equal(codes[1], codes[0])
   assert_array_equal(codes[2], codes[0])
   assert len(np.unique(codes[0], axis=0)) > 1
@@ -253,7 +261,7 @@ def test_without_item_ids_the_numbers_of_items_do_not_matter(params, batch, run)
   assert jax.tree.structure(own) == jax.tree.structure(needed)
   loss, output, gradient = run(own, batch, settings=WITHOUT_ID)
   assert moved(gradient) == set(own)
-  assert output.residuals.shape == (LEVELS, 3, len(SAMPLE), WIDTH)
+  assert output.residuals.shape == (3, LEVELS, len(SAMPLE), WIDTH)
   # Another numbering that keeps apart what is apart: numbers only tell false negatives.
   renumbered = batch | {"items": (SAMPLE + 5) % ITEMS, "history_items": (HISTORY + 5) % ITEMS}
   other_loss, _, other_gradient = run(own, renumbered, settings=WITHOUT_ID)
@@ -261,7 +269,7 @@ def test_without_item_ids_the_numbers_of_items_do_not_matter(params, batch, run)
   assert_trees_equal(other_gradient, gradient)
 
 
-CONTRASTS = LossWeights(0.0, 0.0, 1.0, 1.0, 0.0)
+CONTRASTS = LossWeights(0.0, 0.0, 0.0, 1.0, 1.0, 0.0)
 
 
 def test_contrast_sees_no_item_outside_the_packed_histories(params, batch, run):
@@ -304,7 +312,7 @@ def test_contrast_is_blind_to_padding_but_not_to_a_real_position(params, batch, 
 
 
 def test_other_losses_see_the_catalogue_sample_alone(params, batch, run):
-  others = LossWeights(1.0, 1.0, 0.0, 0.0, 1.0)
+  others = LossWeights(1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
   loss, _, gradient = run(params, batch, weights=others)
   changed = batch | {"history_features": {name: value + 1 for name, value in batch["history_features"].items()}}
   other_loss, _, other_gradient = run(params, changed, weights=others)
@@ -321,7 +329,7 @@ def test_a_position_is_contrasted_with_the_item_that_follows_it_in_its_own_histo
     for part in ("history_features", "history_present")
   )
   values = call(SETTINGS, "latents", params, flat, features, present).values
-  quantized = call(SETTINGS, "quantize", params, values.reshape(-1, WIDTH)).quantized.reshape(values.shape)
+  quantized = call(SETTINGS, "quantize", params, values).quantized
   vectors = (quantized[3] + values[2]).reshape(*HISTORY.shape, WIDTH)
   states = Tokenizer(SETTINGS).apply(
     {"params": params}, vectors, SEGMENTS, POSITIONS, deterministic=True, method="history_states"
@@ -349,3 +357,105 @@ def test_a_position_is_contrasted_with_the_item_that_follows_it_in_its_own_histo
     assert len(known) < len(pairs)
     by_modality.append(nce(np.asarray(quantized[stream]).reshape(vectors.shape), known))
   assert_allclose(output.terms["modality_contrast"], np.mean(by_modality), rtol=1e-4)
+
+
+def test_the_fused_codes_alone_are_asked_to_rebuild_every_modality(params, batch, run):
+  _, output, _ = run(params, batch)
+  fused = call(SETTINGS, "quantize", params, latents(params, batch).values).quantized[-1]
+  nothing = {name: np.zeros((len(SAMPLE), WIDTH), np.float32) for name in MODALITIES}
+  rebuilt = call(SETTINGS, "reconstruct", params, dict.fromkeys(MODALITIES, fused), nothing)
+  expected = 0.0
+  for name in MODALITIES:
+    error = np.square(np.asarray(rebuilt[name], np.float64) - batch["features"][name]).mean(axis=-1)
+    expected += error[batch["present"][name]].mean() / len(MODALITIES)
+  assert_allclose(output.terms["fused_reconstruction"], expected, rtol=1e-5)
+
+
+def test_with_every_specific_latent_withheld_they_cannot_help_reconstruction(params, batch):
+  on_device = jax.tree.map(jnp.asarray, batch)
+
+  def gradient(share):
+    settings = dataclasses.replace(SETTINGS, specific_dropout=share, dropout=0.0)
+
+    def loss(params):
+      return tokenizer_loss(
+        Tokenizer(settings), params, on_device, weights=only("reconstruction"), key=jax.random.key(0)
+      )[0]
+
+    return moved(jax.jit(jax.grad(loss))(params))
+
+  assert gradient(1.0) == BEHAVIOUR | DECODERS
+  assert gradient(0.5) == BEHAVIOUR | SPECIFIC | DECODERS
+
+
+def test_a_row_that_lacks_a_modality_has_its_fused_latent_there(params, batch):
+  values, present = latents(params, batch)
+  present = np.asarray(present)
+  assert (~present).any()
+  for stream in range(len(SETTINGS.streams)):
+    absent = ~present[stream]
+    assert_array_equal(np.asarray(values)[stream][absent], np.asarray(values)[-1][absent])
+
+
+def test_an_item_id_of_its_own_stream_alone_is_not_in_the_fused_latent(params, batch):
+  values, _ = latents(params, batch, dataclasses.replace(SETTINGS, item_id="stream", normalize=False))
+  added, _ = latents(params, batch, dataclasses.replace(SETTINGS, normalize=False))
+  assert_array_equal(values[2], added[2])
+  assert_allclose(added[3] - values[3], added[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("codebooks", ["shared", "per_stream", "single"])
+def test_each_stream_is_quantized_with_the_codebooks_that_serve_it(batch, random_params, codebooks):
+  settings = dataclasses.replace(SETTINGS, codebooks=codebooks)
+  params = random_params(Tokenizer(settings), batch)
+  assert params["codebooks"].shape == settings.codebook_shape
+  assert settings.codebook_shape[:2] == {"shared": (1, 2), "per_stream": (4, 2), "single": (1, 1)}[codebooks]
+  values = latents(params, batch, settings).values
+  result = call(settings, "quantize", params, values)
+  books = np.asarray(stream_codebooks(settings, params["codebooks"]))
+  assert books.shape == (4, LEVELS, CODES, WIDTH)
+  for stream in range(4):
+    alone = residual_quantize(values[stream], jnp.asarray(books[stream]))
+    assert_array_equal(result.codes[stream], alone.codes)
+    for name in ("quantized", "residuals", "codewords"):
+      assert_allclose(getattr(result, name)[stream], getattr(alone, name), atol=1e-6)
+  sorted_rows = by_codebook(settings, result.residuals)
+  assert sorted_rows.shape[:2] == settings.codebook_shape[:2]
+  assert_allclose(np.sort(sorted_rows.reshape(-1)), np.sort(np.asarray(result.residuals).reshape(-1)))
+  for level in range(LEVELS):
+    rows = np.asarray(sorted_rows)[-1, level % settings.codebook_shape[1]]
+    wanted = np.asarray(result.residuals)[-1, level]
+    assert all(np.any(np.all(rows == row, axis=-1)) for row in wanted)
+
+
+def test_a_learned_temperature_starts_where_it_is_set_and_has_a_gradient(batch, random_params):
+  settings = dataclasses.replace(SETTINGS, learn_temperature=True)
+  params = Tokenizer(settings).init(jax.random.key(0), batch)["params"]
+  assert_allclose(call(settings, "temperature", params), 0.5, rtol=1e-6)
+  low = params | {"log_temperature": jnp.log(1e-4)}
+  assert_allclose(call(settings, "temperature", low), 0.01, rtol=1e-6)
+
+  def loss(params):
+    return tokenizer_loss(Tokenizer(settings), params, jax.tree.map(jnp.asarray, batch), weights=only("contrast"))[0]
+
+  assert float(jax.jit(jax.grad(loss))(params)["log_temperature"]) != 0
+
+
+def test_codewords_that_follow_averages_get_no_gradient(params, batch, run):
+  _, output, gradient = run(params, batch, settings=dataclasses.replace(SETTINGS, moving_average=True))
+  assert not np.any(gradient["codebooks"])
+  _, plain, _ = run(params, batch)
+  assert_allclose(output.terms["quantization"], plain.terms["quantization"] * 0.25 / 1.25, rtol=1e-5)
+
+
+def test_another_quantizer_is_one_function_and_one_line(params, batch, monkeypatch):
+  def zeros(z, codebooks):
+    fixed = residual_quantize(jnp.zeros_like(z), codebooks)
+    return fixed._replace(residuals=jnp.broadcast_to(z, fixed.residuals.shape))
+
+  monkeypatch.setitem(QUANTIZERS, "zeros", zeros)
+  settings = dataclasses.replace(SETTINGS, quantizer="zeros")
+  values = latents(params, batch, settings).values
+  result = call(settings, "quantize", params, values)
+  assert len(np.unique(np.asarray(result.codes).reshape(-1, LEVELS), axis=0)) == 1
+  assert_array_equal(result.residuals[:, 0], values)

@@ -1,4 +1,4 @@
-"""Residual quantization against a float64 greedy search, its gradients in closed form, k-means on known clusters."""
+"""Residual quantization against a float64 greedy search, its gradients in closed form, balanced codes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,24 +7,18 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.ops.quantize import (
-  code_counts,
+  balanced_code,
   code_distances,
   decode,
-  kmeans,
   nearest_code,
-  perplexity,
   quantization_error,
-  residual_kmeans,
   residual_quantize,
-  revive_codes,
+  rotation_trick,
   straight_through,
 )
 
 BATCH, LEVELS, CODES, WIDTH = 24, 3, 5, 6
-NUM_POINTS = 120
 
-_kmeans = jax.jit(kmeans, static_argnames=("num_codes", "iterations", "block"))
-_revive = jax.jit(revive_codes)
 _error_gradients = jax.jit(
   jax.grad(
     lambda z, codebooks, commitment: jnp.sum(
@@ -52,32 +46,6 @@ def greedy(z, codebooks):
     residuals.append(residual)
     residual = residual - codebook[codes[-1]]
   return np.stack(codes, axis=1), np.stack(residuals)
-
-
-@pytest.fixture(scope="module")
-def clusters():
-  """Points [80, 2] of four clusters far apart, their labels, and the clusters' means."""
-  rng = np.random.default_rng(3)
-  labels = np.arange(80) % 4
-  points = 20.0 * np.array([[0, 0], [1, 0], [0, 1], [1, 1]])[labels] + rng.normal(size=(80, 2))
-  return points.astype(np.float32), labels, np.stack([points[labels == label].mean(axis=0) for label in range(4)])
-
-
-def cluster(points, *, seed=0, weights=None, block=16384):
-  """Four-means padded with rows of weight 0 to one shape, so that the tests share one compiled program."""
-  weights = np.ones(len(points)) if weights is None else weights
-  missing = NUM_POINTS - len(points)
-  points = np.pad(points, ((0, missing), (0, 0)), mode="edge")
-  weights = np.pad(weights, (0, missing))
-  centres, codes = _kmeans(
-    jax.random.key(seed), jnp.asarray(points, jnp.float32), num_codes=4, weights=jnp.asarray(weights), block=block
-  )
-  return np.asarray(centres), np.asarray(codes)[: NUM_POINTS - missing]
-
-
-def in_order(rows):
-  rows = np.asarray(rows)
-  return rows[np.lexsort(np.round(rows).T)]
 
 
 def test_residual_quantize_equals_greedy_search_in_float64():
@@ -164,126 +132,95 @@ def test_codebook_term_moves_only_chosen_codewords_of_its_level_and_commitment_o
       by_latent[row] += commitment * 2 * difference / LEVELS
   assert_allclose(codebook_gradient, by_codeword, atol=1e-5)
   assert_allclose(z_gradient, by_latent, atol=1e-5)
-  counts = np.asarray(code_counts(jnp.asarray(codes), CODES))
+  counts = np.stack([np.bincount(codes[:, level], minlength=CODES) for level in range(LEVELS)])
   assert (counts == 0).any(), "no codeword is unused: the next line would assert nothing"
   assert not np.any(np.asarray(codebook_gradient)[counts == 0])
 
 
-def test_code_counts_equal_bincounts_over_valid_rows():
-  rng = np.random.default_rng(4)
-  codes = rng.integers(CODES, size=(BATCH, LEVELS))
-  valid = rng.random(BATCH) < 0.6
-  for rows, given in ((np.ones(BATCH, bool), None), (valid, jnp.asarray(valid))):
-    expected = [np.bincount(codes[rows, level], minlength=CODES) for level in range(LEVELS)]
-    assert_array_equal(code_counts(jnp.asarray(codes), CODES, valid=given), expected)
+def test_without_learned_codebooks_the_error_is_the_commitment_alone():
+  z, codebooks = sample()
+  result = residual_quantize(jnp.asarray(z), jnp.asarray(codebooks))
+  both = quantization_error(result, commitment=0.5)
+  assert_allclose(quantization_error(result, commitment=0.5, learn_codebooks=False), both / 3, rtol=1e-6)
 
 
-def test_perplexity_is_k_when_uniform_one_when_single_and_the_exponential_entropy_between():
-  counts = np.array([[7, 7, 7, 7], [0, 9, 0, 0], [1, 2, 3, 0], [0, 0, 0, 0]], np.float32)
-  share = np.array([1, 2, 3]) / 6
-  expected = [4.0, 1.0, np.exp(-np.sum(share * np.log(share))), 1.0]
-  assert_allclose(perplexity(jnp.asarray(counts)), expected, rtol=1e-6)
+def rotation_in_float64(z, quantized):
+  """The matrix that turns z's direction into that of `quantized` in their plane, and scales its length."""
+  u, v = z / np.linalg.norm(z), quantized / np.linalg.norm(quantized)
+  cosine = u @ v
+  other = v - cosine * u
+  sine = np.linalg.norm(other)
+  w = other / sine
+  turn = np.eye(len(z)) + sine * (np.outer(w, u) - np.outer(u, w)) + (cosine - 1) * (np.outer(u, u) + np.outer(w, w))
+  return np.linalg.norm(quantized) / np.linalg.norm(z) * turn
 
 
-def revival_case():
+def test_rotation_trick_has_the_codewords_value_and_a_gradient_turned_and_scaled_with_it():
+  z, codebooks = sample()
+  quantized = np.asarray(residual_quantize(jnp.asarray(z), jnp.asarray(codebooks)).quantized)
+  cotangent = np.random.default_rng(2).normal(size=z.shape).astype(np.float32)
+  value, pull = jax.vjp(rotation_trick, jnp.asarray(z), jnp.asarray(quantized))
+  assert_allclose(value, quantized, atol=1e-6)
+  z_gradient, quantized_gradient = pull(jnp.asarray(cotangent))
+  expected = [rotation_in_float64(*rows[:2]).T @ rows[2] for rows in zip(z, quantized, cotangent, strict=True)]
+  assert_allclose(z_gradient, expected, rtol=1e-4, atol=1e-4)
+  assert not np.any(quantized_gradient)
+
+
+@pytest.mark.parametrize(
+  ("z", "quantized"), [([0.0, 0.0], [1.0, 2.0]), ([1.0, 2.0], [0.0, 0.0]), ([1.0, 2.0], [-1.0, -2.0])]
+)
+def test_rotation_trick_is_straight_through_where_no_rotation_is_defined(z, quantized):
+  value, pull = jax.vjp(rotation_trick, jnp.array([z]), jnp.array([quantized]))
+  assert_allclose(value, [quantized], atol=1e-6)
+  cotangent = jnp.array([[3.0, -1.0]])
+  assert_array_equal(pull(cotangent)[0], cotangent)
+
+
+def test_balanced_codes_use_every_codeword_alike_where_the_nearest_are_few():
+  rng = np.random.default_rng(3)
+  x = jnp.asarray(rng.normal(size=(40, 3)).astype(np.float32))
+  # One codeword in the midst of the points, the others far away.
+  codebook = jnp.asarray(np.concatenate([np.zeros((1, 3)), 5 * np.eye(3)]).astype(np.float32))
+  assert np.bincount(nearest_code(x, codebook), minlength=4).max() > 30
+  counts = np.bincount(balanced_code(x, codebook, epsilon=0.01, iterations=200), minlength=4)
+  assert counts.min() >= 8
+  assert counts.max() <= 12
+
+
+def test_balanced_codes_are_the_nearest_where_those_are_balanced_already():
+  codebook = np.eye(3, dtype=np.float32) * 4
+  x = np.repeat(codebook, 5, axis=0) + np.random.default_rng(4).normal(scale=0.3, size=(15, 3)).astype(np.float32)
+  assert_array_equal(balanced_code(jnp.asarray(x), jnp.asarray(codebook)), np.repeat(np.arange(3), 5))
+
+
+def test_invalid_rows_take_no_part_in_the_balance():
   rng = np.random.default_rng(5)
-  codebook = rng.normal(size=(6, 2)).astype(np.float32)
-  residuals = 10 + rng.normal(size=(9, 2)).astype(np.float32)
-  valid = np.zeros(9, bool)
-  valid[[2, 5, 6]] = True
-  residuals[~valid] = np.nan
-  return codebook, np.array([0, 5, 3, 9, 4, 0], np.int32), residuals, valid
+  x = rng.normal(size=(24, 3)).astype(np.float32)
+  codebook = jnp.asarray(rng.normal(size=(4, 3)).astype(np.float32))
+  valid = np.arange(24) % 3 != 0
+  garbage = np.where(valid[:, None], x, np.float32(50.0))
+  codes = balanced_code(jnp.asarray(garbage), codebook, valid=jnp.asarray(valid))
+  assert_array_equal(np.asarray(codes)[valid], balanced_code(jnp.asarray(x[valid]), codebook))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_revival_moves_only_codes_idle_beyond_patience_and_only_to_valid_residuals(seed):
-  codebook, idle, residuals, valid = revival_case()
-  moved, left = _revive(jax.random.key(seed), *map(jnp.asarray, (codebook, idle, residuals, valid)), 3)
-  assert_array_equal(moved[np.array([0, 2, 5])], codebook[[0, 2, 5]])
-  for code in (1, 3, 4):
-    assert any(np.array_equal(moved[code], row) for row in residuals[valid])
-  assert_array_equal(left, [0, 0, 3, 0, 0, 0])
+def test_balanced_codes_are_those_of_the_global_batch():
+  rng = np.random.default_rng(6)
+  x = jnp.asarray(rng.normal(size=(24, 3)).astype(np.float32))
+  codebook = jnp.asarray(rng.normal(size=(4, 3)).astype(np.float32))
+  mapped = jax.vmap(lambda rows: balanced_code(rows, codebook, axis_name="batch"), axis_name="batch")
+  assert_array_equal(np.asarray(mapped(x.reshape(4, 6, 3))).reshape(-1), balanced_code(x, codebook))
 
 
-def test_revival_draws_from_all_valid_residuals():
-  codebook, idle, residuals, valid = revival_case()
-  drawn = set()
-  for seed in range(12):
-    moved, _ = _revive(jax.random.key(seed), *map(jnp.asarray, (codebook, idle, residuals, valid)), 3)
-    drawn |= {tuple(row) for row in np.asarray(moved)[[1, 3, 4]].tolist()}
-  assert drawn == {tuple(row) for row in residuals[valid].tolist()}
-
-
-def test_revival_moves_nothing_where_no_row_is_valid():
-  codebook, idle, residuals, valid = revival_case()
-  moved, left = _revive(jax.random.key(0), *map(jnp.asarray, (codebook, idle, residuals, valid & False)), 3)
-  assert_array_equal(moved, codebook)
-  assert_array_equal(left, idle)
-
-
-def test_kmeans_finds_well_separated_clusters(clusters):
-  points, labels, means = clusters
-  centres, codes = cluster(points)
-  assert_allclose(in_order(centres), in_order(means), atol=1e-3)
-  assert_allclose(centres[codes], means[labels], atol=1e-3)
-
-
-def test_kmeans_without_weights_counts_every_row_alike(clusters):
-  points, labels, means = clusters
-  centres, codes = kmeans(jax.random.key(0), jnp.asarray(points), num_codes=4)
-  assert_allclose(in_order(centres), in_order(means), atol=1e-3)
-  assert_allclose(np.asarray(centres)[codes], means[labels], atol=1e-3)
-
-
-def test_kmeans_centres_are_weighted_means(clusters):
-  points, labels, _ = clusters
-  weights = 1.0 + np.arange(80) % 7
-  expected = [np.average(points[labels == label], axis=0, weights=weights[labels == label]) for label in range(4)]
-  centres, _ = cluster(points, weights=weights)
-  assert_allclose(in_order(centres), in_order(expected), atol=1e-3)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_of_weight_zero_take_no_part_in_kmeans(clusters, seed):
-  points, _, means = clusters
-  garbage = 1000 * np.random.default_rng(6).normal(size=(40, 2)).astype(np.float32)
-  weights = np.concatenate([np.zeros(40), np.ones(80)])
-  centres, _ = cluster(np.concatenate([garbage, points]), seed=seed, weights=weights)
-  assert_allclose(in_order(centres), in_order(means), atol=1e-3)
-
-
-def test_kmeans_with_fewer_distinct_points_than_codes_puts_a_centre_on_each():
-  points = np.array([[0, 0], [0, 0], [3, 1], [3, 1], [-2, 5]], np.float32)
-  centres, codes = _kmeans(jax.random.key(0), jnp.asarray(points), num_codes=8)
-  assert np.isfinite(centres).all()
-  assert_array_equal(np.asarray(centres)[codes], points)
-
-
-def test_blocked_assignment_equals_unblocked():
-  points = np.random.default_rng(7).normal(size=(NUM_POINTS, 2))
-  whole, whole_codes = cluster(points)
-  parts, part_codes = cluster(points, block=50)
-  assert_array_equal(part_codes, whole_codes)
-  assert_allclose(parts, whole, atol=1e-6)
-
-
-def test_mean_squared_residual_falls_with_each_level_of_residual_kmeans_and_ignores_rows_of_weight_zero():
-  points = np.random.default_rng(8).normal(size=(96, 4)).astype(np.float32)
-  together = np.concatenate([points, np.full((5, 4), 300, np.float32)])
-  weights = np.concatenate([np.ones(96), np.zeros(5)])
-  codebooks = np.asarray(
-    residual_kmeans(jax.random.key(0), jnp.asarray(together), num_levels=3, num_codes=6, weights=jnp.asarray(weights)),
-    np.float64,
+def test_only_the_last_level_takes_another_choice():
+  z, codebooks = sample()
+  plain = residual_quantize(jnp.asarray(z), jnp.asarray(codebooks))
+  other = residual_quantize(
+    jnp.asarray(z), jnp.asarray(codebooks), choose_last=lambda x, codebook: jnp.zeros(len(x), jnp.int32)
   )
-  assert codebooks.shape == (3, 6, 4)
-  assert np.abs(codebooks).max() < 5, "a codeword went after a row of weight zero"
-  codes, _ = greedy(points, codebooks)
-  residual = points.astype(np.float64)
-  energies = [np.square(residual).sum(axis=1).mean()]
-  for level in range(3):
-    residual = residual - codebooks[level][codes[:, level]]
-    energies.append(np.square(residual).sum(axis=1).mean())
-  assert (np.diff(energies) < 0).all(), energies
+  assert_array_equal(other.codes[:, :-1], plain.codes[:, :-1])
+  assert not np.any(other.codes[:, -1])
+  assert_allclose(other.quantized, decode(other.codes, jnp.asarray(codebooks)), atol=1e-6)
 
 
 def test_unequal_widths_are_refused_with_both_shapes():

@@ -23,8 +23,10 @@ def make():
     codes=rng.integers(5, size=(6, 3)).astype(np.int32),
     stream_codes=rng.integers(5, size=(4, 6, 3)).astype(np.int32),
     present=rng.random((4, 6)) < 0.6,
-    codebooks=rng.normal(size=(3, 5, 2)).astype(np.float32),
+    codebooks=rng.normal(size=(1, 3, 5, 2)).astype(np.float32),
     data_hash="0123abcd",
+    settings={"num_levels": 3, "hidden": [8], "repair": "reassign"},
+    encoder={"mean/text": np.arange(3.0), "params/a/kernel": np.eye(2, dtype=np.float32)},
   )
 
 
@@ -39,10 +41,17 @@ def test_loading_gives_back_what_was_saved(folder):
   assert (loaded.streams, loaded.data_hash, loaded.fingerprint) == (ids.streams, ids.data_hash, ids.fingerprint)
   for name in ARRAYS:
     assert_array_equal(getattr(loaded, name), getattr(ids, name), strict=True)
+  assert loaded.settings == ids.settings
+  assert loaded.encoder.keys() == ids.encoder.keys()
+  for name, array in ids.encoder.items():
+    assert_array_equal(loaded.encoder[name], array, strict=True)
 
 
 def test_every_array_is_readable_without_pickle(folder):
-  assert {path.name for path in folder.iterdir()} == {f"{name}.npy" for name in ARRAYS} | {"semantic_ids.json"}
+  assert {path.name for path in folder.iterdir()} == {f"{name}.npy" for name in ARRAYS} | {
+    "semantic_ids.json",
+    "encoder.npz",
+  }
   for name in ARRAYS:
     assert_array_equal(np.load(folder / f"{name}.npy", allow_pickle=False), getattr(make(), name))
 
@@ -58,13 +67,18 @@ def test_modalities_are_the_streams_that_are_neither_id_nor_fused():
   assert make().modalities == ("text", "image")
 
 
-def test_vectors_are_sums_of_codewords_and_zero_where_the_stream_is_absent():
+@pytest.mark.parametrize("shared", [True, False])
+def test_vectors_are_sums_of_codewords_and_zero_where_the_stream_is_absent(shared):
   ids = make()
+  if not shared:
+    own = np.random.default_rng(1).normal(size=(4, 3, 5, 2)).astype(np.float32)
+    ids = dataclasses.replace(ids, codebooks=own)
+  assert ids.num_codes == 5
   for s, stream in enumerate(ids.streams):
     vectors = ids.vectors(stream)
     assert vectors.dtype == np.float32
     for item in range(6):
-      expected = sum(ids.codebooks[level, ids.stream_codes[s, item, level]] for level in range(3))
+      expected = sum(ids.codebooks[0 if shared else s, n, ids.stream_codes[s, item, n]] for n in range(3))
       np.testing.assert_allclose(vectors[item], expected if ids.present[s, item] else 0.0, atol=1e-6)
 
 
@@ -76,9 +90,12 @@ def test_vectors_are_sums_of_codewords_and_zero_where_the_stream_is_absent():
     lambda ids: {"present": ~ids.present},
     lambda ids: {"codebooks": np.nextafter(ids.codebooks, np.float32(9))},
     lambda ids: {"data_hash": "0123abce"},
+    lambda ids: {"settings": ids.settings | {"hidden": [9]}},
+    lambda ids: {"encoder": ids.encoder | {"mean/text": np.arange(1.0, 4.0)}},
+    lambda ids: {"encoder": {"mean/image": ids.encoder["mean/text"]}},
     lambda ids: {"streams": ("image", "text", "id", "fused")},
   ],
-  ids=["codes", "stream_codes", "present", "codebooks", "data_hash", "streams"],
+  ids=["codes", "stream_codes", "present", "codebooks", "data_hash", "settings", "encoder", "names", "streams"],
 )
 def test_the_fingerprint_changes_with_every_part(change):
   ids = make()
@@ -103,6 +120,11 @@ def test_a_changed_array_is_refused_with_both_fingerprints(folder, name):
   assert make().fingerprint in refusal(folder)
 
 
+def test_a_changed_encoder_is_refused_with_both_fingerprints(folder):
+  np.savez(folder / "encoder.npz", **(make().encoder | {"mean/text": np.zeros(3)}))
+  assert make().fingerprint in refusal(folder)
+
+
 @pytest.mark.parametrize("field", ["data_hash", "fingerprint"])
 def test_a_changed_description_is_refused(folder, field):
   about = json.loads((folder / "semantic_ids.json").read_text())
@@ -111,7 +133,7 @@ def test_a_changed_description_is_refused(folder, field):
   refusal(folder)
 
 
-@pytest.mark.parametrize("name", [*(f"{name}.npy" for name in ARRAYS), "semantic_ids.json"])
+@pytest.mark.parametrize("name", [*(f"{name}.npy" for name in ARRAYS), "encoder.npz", "semantic_ids.json"])
 def test_a_missing_a_truncated_and_an_empty_file_are_refused(folder, name):
   whole = (folder / name).read_bytes()
   for content in (whole[: len(whole) - 20], whole[:20], b""):

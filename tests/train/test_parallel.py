@@ -18,8 +18,8 @@ from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSet
 from bbqrec_jax.models.tokenizer import LossWeights, Tokenizer, TokenizerSettings
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.train.parallel import PARTITIONERS, Pmap, SingleDevice
-from bbqrec_jax.train.state import TrainState, step_key
-from bbqrec_jax.train.steps import Disentangling, make_recommender_step, make_tokenizer_step
+from bbqrec_jax.train.state import CodebookUse, TrainState, step_key
+from bbqrec_jax.train.steps import CodebookUpkeep, Disentangling, make_recommender_step, make_tokenizer_step
 
 NUM_ITEMS, LEVELS, CODES = 40, 3, 4
 STEPS = 3
@@ -84,7 +84,7 @@ def recommender_problem(head):
 
 
 @functools.cache
-def tokenizer_problem(*, revival_patience):
+def tokenizer_problem(*, revival_threshold, **choices):
   """(first state, step function, shared data, batches); codes are switched on by the second step."""
   num_codes = 16
   rng = np.random.default_rng(2)
@@ -98,6 +98,7 @@ def tokenizer_problem(*, revival_patience):
     TokenizerSettings(
       modalities=(("text", 9), ("image", 6)), num_items=NUM_ITEMS, code_width=8, num_levels=2, num_codes=num_codes,
       hidden=(16,), max_length=8, dropout=0.0,
+      temperature=0.2, specific_dropout=0.0, level_dropout=0.0, **choices,
     )
   )  # fmt: skip
   params = jax.jit(model.init)(jax.random.key(0), batches[0])["params"]
@@ -108,14 +109,13 @@ def tokenizer_problem(*, revival_patience):
   step = make_tokenizer_step(
     model,
     optimizer,
-    weights=LossWeights(reconstruction=1.0, quantization=0.7, contrast=0.5, modality_contrast=0.3, disentangle=0.2),
-    commitment=0.25,
-    temperature=0.2,
+    weights=LossWeights(quantization=0.7, contrast=0.5, modality_contrast=0.3, disentangle=0.2),
     warmup_steps=1,
-    revival_patience=revival_patience,
+    upkeep=CodebookUpkeep(model.settings, revival_threshold, usage_decay=0.5),
     disentangling=Disentangling(critic, optimizer, steps=2, full=True),
   )
-  state = TrainState.create(jax.device_get(params), optimizer, seed=0, idle=np.zeros((2, num_codes), np.int32))
+  use = CodebookUse.create(params["codebooks"], moving_average=model.settings.moving_average)
+  state = TrainState.create(jax.device_get(params), optimizer, seed=0, codes=jax.device_get(use))
   state = state.replace(critic=critic_params, critic_opt_state=optimizer.init(critic_params))
   return state, step, None, batches
 
@@ -123,9 +123,12 @@ def tokenizer_problem(*, revival_patience):
 PROBLEMS = {
   "generative": lambda: recommender_problem("generative"),
   "dense": lambda: recommender_problem("dense"),
-  # No code stays idle for 100 steps: which residual a dead code moves to is a draw of its own.
-  "tokenizer": lambda: tokenizer_problem(revival_patience=100),
-  "revival": lambda: tokenizer_problem(revival_patience=1),
+  # Without revival: which residual a code out of use moves to is a draw of its own.
+  "tokenizer": lambda: tokenizer_problem(revival_threshold=0.0),
+  "averages": lambda: tokenizer_problem(
+    revival_threshold=0.0, moving_average=True, balanced_last=True, learn_temperature=True, codebooks="per_stream"
+  ),
+  "revival": lambda: tokenizer_problem(revival_threshold=0.3),
 }
 
 
@@ -156,7 +159,7 @@ def assert_trees_close(actual, expected, **tolerance):
 
 
 @pytest.mark.usefixtures("four_devices")
-@pytest.mark.parametrize("name", ["generative", "dense", "tokenizer"])
+@pytest.mark.parametrize("name", ["generative", "dense", "tokenizer", "averages"])
 def test_four_devices_train_as_one(name):
   single_state, single_params, single_metrics = train(SingleDevice, name)
   state, params, metrics = train(Pmap, name)
@@ -166,9 +169,9 @@ def test_four_devices_train_as_one(name):
     # The CLUB bound is a difference of two log-likelihoods of about 10, whose rounding is absolute: a few 1e-7.
     assert_trees_close(metrics[step], single_metrics[step], **CLOSE)
     assert_trees_close(params[step + 1], single_params[step + 1], **CLOSE)
-  if name == "tokenizer":
+  if name in ("tokenizer", "averages"):
     assert_trees_close(state.critic, single_state.critic, **CLOSE)
-    np.testing.assert_array_equal(state.idle, single_state.idle)
+    assert_trees_close(state.codes, single_state.codes, **CLOSE)
   np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(single_state.key))
   # The comparison says something only of parameters that move.
   moved = jax.tree.map(lambda before, after: bool(np.any(before != after)), single_params[0], single_params[-1])
@@ -181,7 +184,7 @@ def test_four_devices_train_as_one(name):
 def test_replicas_agree(name):
   state, _, _ = train(Pmap, name)
   for path, leaf in jax.tree_util.tree_leaves_with_path(
-    (state.params, state.opt_state, state.critic, state.step, state.idle)
+    (state.params, state.opt_state, state.critic, state.step, state.codes)
   ):
     shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
     assert len(shards) == 4, jax.tree_util.keystr(path)
@@ -190,13 +193,13 @@ def test_replicas_agree(name):
 
 
 @pytest.mark.usefixtures("four_devices")
-def test_revival_moves_idle_codes_alone():
+def test_revival_moves_codes_out_of_use_alone():
   kept, kept_params, _ = train(Pmap, "tokenizer")
   revived, revived_params, _ = train(Pmap, "revival")
-  # Codes came into use with the second of three steps: one that nothing chose since has been idle for 2, and is moved.
-  dead = np.asarray(kept.idle) == 2
+  # Codes came into use with the second of three steps. One that nothing chose since is at a quarter of its even share.
+  dead = np.asarray(kept.codes.usage) < 0.3 / kept.codes.usage.shape[-1]
   assert 0 < dead.sum() < dead.size
-  np.testing.assert_array_equal(np.asarray(revived.idle) == 0, dead | (np.asarray(kept.idle) == 0))
+  np.testing.assert_allclose(revived.codes.usage, np.where(dead, 1 / 16, kept.codes.usage), rtol=1e-6)
   moved = np.any(kept_params[-1]["codebooks"] != revived_params[-1]["codebooks"], axis=-1)
   np.testing.assert_array_equal(moved, dead)
 

@@ -8,8 +8,8 @@ import pytest
 
 from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.tokenizer import LossWeights, Tokenizer, TokenizerSettings, tokenizer_loss
-from bbqrec_jax.train.state import TrainState
-from bbqrec_jax.train.steps import Disentangling, make_tokenizer_step
+from bbqrec_jax.train.state import CodebookUse, TrainState
+from bbqrec_jax.train.steps import CodebookUpkeep, Disentangling, make_tokenizer_step
 
 MODALITIES = (("text", 6), ("image", 5))
 NAMES = tuple(name for name, _ in MODALITIES)
@@ -64,7 +64,7 @@ def test_the_bound_moves_both_encoders_and_not_its_own_network(
   tokenizer, batch, disentangling, critic_params, random_params
 ):
   params = random_params(tokenizer, batch)
-  only_bound = LossWeights(0.0, 0.0, 0.0, 0.0, 1.0)
+  only_bound = LossWeights(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 
   def loss(params, critic):
     bound = disentangling.bound(critic, key=jax.random.key(0), axis_name=None)
@@ -115,16 +115,15 @@ def test_a_step_moves_the_network_by_its_own_optimiser_alone(tokenizer, batch, c
   params = random_params(tokenizer, batch)
 
   def after(disentangling):
-    state = TrainState.create(params, optimizer, seed=0, idle=jnp.zeros((2, 4), jnp.int32))
+    use = CodebookUse.create(params["codebooks"], moving_average=False)
+    state = TrainState.create(params, optimizer, seed=0, codes=use)
     state = state.replace(critic=critic_params, critic_opt_state=disentangling.optimizer.init(critic_params))
     step = make_tokenizer_step(
       tokenizer,
       optimizer,
       weights=LossWeights(),
-      commitment=0.25,
-      temperature=0.07,
       warmup_steps=0,
-      revival_patience=0,
+      upkeep=CodebookUpkeep(tokenizer.settings, revival_threshold=0.0),
       disentangling=disentangling,
     )
     return jax.jit(lambda state: step(state, None, batch, axis_name=None))(state)

@@ -1,0 +1,101 @@
+"""Semantic IDs for new items: `python -m bbqrec_jax.assign --tokenizer=DIR --features=DIR --output=DIR`."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from absl import app, flags, logging
+
+from bbqrec_jax.data.features import load_modalities, open_array
+from bbqrec_jax.data.pipeline import FeatureStore
+from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.models.frozen import FrozenTokenizer, encode_blocks, id_space, settings_from_json
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions, suffix_collisions
+
+
+def assign(
+  ids: SemanticIds, features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray], *, block: int = 2048
+) -> SemanticIds:
+  """Quantizes unseen items with a tokenizer that no longer learns; no item that has an ID changes it.
+
+  Features are standardised with the statistics of the items that the tokenizer was trained on, and an unseen item's ID
+  vector is the mean of the learned ones. Collisions are repaired among the new items alone.
+
+  Args:
+    ids: of the N known items.
+    features: modality -> [n, D] of the new items, memory-mapped or not.
+    present: modality -> [n] bool.
+    block: items that are quantized at once.
+
+  Returns:
+    The IDs of N + n items, the new ones at the end.
+
+  Raises:
+    InputError: if the modalities or their widths are not the tokenizer's, or the IDs do not suffice.
+  """
+  settings = settings_from_json(ids.settings)
+  widths = {name: array.shape[1] for name, array in features.items()}
+  if widths != dict(settings.modalities):
+    raise InputError(
+      f"the tokenizer was trained on modalities {dict(settings.modalities)} (name: width), the new items have {widths}"
+    )
+  ordered = {name: features[name] for name in settings.names}
+  store = FeatureStore(ordered, present, ids.encoder)
+  frozen = FrozenTokenizer(settings, ids.encoder, ids.codebooks)
+  count = len(next(iter(ordered.values())))
+  latents, here, codes = encode_blocks(lambda items: frozen(*store.rows(items)), count, block=block)
+  raw, id_latents, id_codebooks = id_space(settings, latents, codes, ids.codebooks)
+  if ids.settings["repair"] == "suffix":
+    own = suffix_collisions(raw, num_codes=ids.num_codes, taken=ids.codes)
+  else:
+    own = reassign_collisions(raw, id_latents, id_codebooks, taken=ids.codes)
+  return dataclasses.replace(
+    ids,
+    codes=np.concatenate([ids.codes, own]),
+    stream_codes=np.concatenate([ids.stream_codes, codes], axis=1),
+    present=np.concatenate([ids.present, here], axis=1),
+  )
+
+
+def load_new_items(folder: pathlib.Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """The features of new items, `<modality>_features.npy` with one row an item, and `has_<modality>.npy` where given.
+
+  Raises:
+    InputError: if a modality is missing or damaged, or their rows differ in number.
+  """
+  count = len(open_array(folder / f"{names[0]}_features.npy"))
+  if not count:
+    raise InputError(f"{folder / names[0]}_features.npy: expected a row for each new item, got none")
+  return load_modalities(folder, names, num_items=count)
+
+
+def main(argv: list[str]) -> None:
+  """Writes an artefact with the new items' IDs and prints how many collided."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  options = flags.FLAGS
+  output = pathlib.Path(options.output)
+  try:
+    ids = SemanticIds.load(pathlib.Path(options.tokenizer))
+    if SemanticIds.exists(output):
+      raise InputError(f"{output} holds semantic IDs already: choose another --output")
+    features, present = load_new_items(pathlib.Path(options.features), settings_from_json(ids.settings).names)
+    extended = assign(ids, features, present)
+  except InputError as error:
+    refuse(error)
+  extended.save(output)
+  known, new = len(ids.codes), len(extended.codes) - len(ids.codes)
+  print(f"{new} new items after {known} known ones, in {output}, fingerprint {extended.fingerprint}")
+  print(f"collisions of the new items after repair: {collision_rate(extended.codes[known:]):.1%}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("tokenizer", None, "The tokenizer/ folder of a run.")
+  flags.DEFINE_string("features", None, "Folder with <modality>_features.npy, a row for each new item.")
+  flags.DEFINE_string("output", None, "Folder for the IDs of the known and the new items together.")
+  flags.mark_flags_as_required(["tokenizer", "features", "output"])
+  app.run(main)
