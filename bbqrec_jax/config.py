@@ -61,7 +61,7 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.row_length = 32  # Items in a row.
   tokenizer.evaluate_every = 500  # Steps between two health checks (and checkpoints).
   tokenizer.commitment = 0.25  # beta of the quantization loss.
-  tokenizer.temperature = 0.07  # Of the contrast, or where it starts.
+  tokenizer.temperature = 0.1  # Of the contrast, or where it starts.
   tokenizer.learn_temperature = False
   tokenizer.level_dropout = 0.5  # Share of items that the contrast sees by their first codeword alone.
   tokenizer.specific_dropout = 0.5  # Share of items decoded from codes alone in a step, so that codes carry content.
@@ -69,7 +69,7 @@ def default_config() -> ml_collections.ConfigDict:
   weights.reconstruction = 1.0
   weights.fused_reconstruction = 1.0  # Every modality from the fused codes alone.
   weights.quantization = 1.0
-  weights.contrast = 1.0  # State of the history against the fused vector of the next item.
+  weights.contrast = 2.0  # State of the history against the fused vector of the next item.
   weights.modality_contrast = 1.0  # The same state against each modality's vector of the next item.
   weights.disentangle = 0.01  # CLUB bound between each modality's quantized and specific latents; 0 leaves it out.
   tokenizer.club = club = ml_collections.ConfigDict()

@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions
+from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions, suffix_collisions
 
 
 def quantize(latents, codebooks):
@@ -134,3 +134,47 @@ def test_distinct_ids_come_back_unchanged_and_the_input_is_left_alone():
 def test_collision_rate_is_the_share_of_items_that_are_not_the_first_holder():
   assert collision_rate(np.array([[0, 1], [0, 1], [0, 1], [1, 1]])) == 0.5
   assert collision_rate(np.array([[0, 1], [1, 0]])) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_new_items_take_nothing_that_is_taken_and_else_what_they_would_take(seed):
+  codes, latents, codebooks = catalogue(seed, items=20, levels=3, codes=3, spread=0.4)
+  taken = np.array(list(itertools.product(range(3), repeat=3)))[seed::5]
+  repaired = reassign_collisions(codes, latents, codebooks, taken=taken)
+  together = np.concatenate([taken, repaired])
+  assert len(np.unique(together, axis=0)) == len(together)
+  # Against the search over all IDs: known items hold theirs whatever their error is.
+  quantized = sum(codebooks[level][codes[:, level]] for level in range(3))
+  order = sorted(range(20), key=lambda item: (np.square(latents[item] - quantized[item]).sum(), item))
+  held, result = {tuple(row) for row in taken.tolist()}, {}
+  for item in order:
+    if tuple(codes[item]) not in held:
+      result[item] = tuple(codes[item].tolist())
+      held.add(result[item])
+  for item in order:
+    if item not in result:
+      result[item] = next(wanted for wanted in preference(latents[item], codebooks) if wanted not in held)
+      held.add(result[item])
+  assert_array_equal(repaired, [result[item] for item in range(20)])
+
+
+def test_taken_ids_count_against_the_capacity():
+  codebooks = np.random.default_rng(1).normal(size=(1, 4, 2))
+  with pytest.raises(InputError, match=r"5 items.*1 levels of 4 codes make 4"):
+    reassign_collisions(np.zeros((3, 1), int), np.zeros((3, 2)), codebooks, taken=np.array([[0], [1]]))
+
+
+def test_suffixes_count_the_items_of_one_id_in_order():
+  codes = np.array([[1, 2], [0, 0], [1, 2], [1, 2], [0, 1], [0, 0]])
+  expected = [[1, 2, 0], [0, 0, 0], [1, 2, 1], [1, 2, 2], [0, 1, 0], [0, 0, 1]]
+  repaired = suffix_collisions(codes, num_codes=3)
+  assert_array_equal(repaired, expected)
+  assert repaired.dtype == np.int32
+  taken = np.array([[0, 0, 0], [0, 0, 1], [2, 2, 0]])
+  after = suffix_collisions(np.array([[0, 0], [2, 2], [1, 1]]), num_codes=3, taken=taken)
+  assert_array_equal(after, [[0, 0, 2], [2, 2, 1], [1, 1, 0]])
+
+
+def test_more_items_of_one_id_than_a_suffix_can_count_are_refused():
+  with pytest.raises(InputError, match=r"4 items share the ID \[5, 6\].*tell 3 apart; set tokenizer\.repair=reassign"):
+    suffix_collisions(np.array([[5, 6]] * 4), num_codes=3)

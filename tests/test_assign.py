@@ -1,0 +1,229 @@
+"""New items: what they are given, what they must not change, and what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from bbqrec_jax.assign import assign, load_new_items, main
+from bbqrec_jax.data.pipeline import FeatureStore
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.models.frozen import (
+  FrozenTokenizer,
+  content_latents,
+  encode_blocks,
+  frozen_parameters,
+  id_space,
+  settings_from_json,
+)
+from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
+
+ITEMS, LEVELS, CODES, WIDTH = 30, 2, 8, 4
+MODALITIES = (("text", 8), ("image", 5))
+
+
+def make_features(count, *, seed=0):
+  rng = np.random.default_rng(seed)
+  features = {name: rng.normal(3.0, 2.0, (count, width)).astype(np.float32) for name, width in MODALITIES}
+  present = {"text": np.ones(count, bool), "image": rng.random(count) < 0.7}
+  return features, present
+
+
+def make_ids(random_params, *, repair="reassign", **choices):
+  """An artefact as the tokenizer stage builds it, from random parameters."""
+  settings = TokenizerSettings(
+    MODALITIES, num_items=ITEMS, code_width=WIDTH, num_levels=LEVELS, num_codes=CODES, hidden=(6,), **choices
+  )
+  if settings.quantizer == "rq_kmeans":
+    settings = dataclasses.replace(settings, code_width=13, item_id="none", codebooks="per_stream")
+  features, present = make_features(ITEMS)
+  store = FeatureStore(features, present)
+  if settings.quantizer == "rq_kmeans":
+    params, encoder = {}, store.arrays()
+  else:
+    items = np.arange(1)
+    example = {"items": items} | dict(zip(("features", "present"), store.rows(items), strict=True))
+    params = random_params(Tokenizer(settings), example)
+    encoder = frozen_parameters(settings, params) | store.arrays()
+  own = params["item_embedding"]["embedding"] if settings.item_id != "none" else None
+  rows = store.rows(np.arange(ITEMS))
+  start = np.zeros((settings.codebook_shape[0], LEVELS, CODES, settings.code_width), np.float32)
+  latents, _, _ = FrozenTokenizer(settings, encoder, start)(*rows, own)
+  # Codewords amid the latents, so that items are told apart at all.
+  drawn = np.random.default_rng(2).permutation(ITEMS)[: LEVELS * CODES].reshape(LEVELS, CODES)
+  scale = np.array([1.0, 0.3], np.float32)[:, None, None]
+  books = [latents[stream][drawn] * scale for stream in range(len(settings.streams))]
+  codebooks = np.stack(books if settings.codebooks == "per_stream" else books[-1:])
+  if settings.codebooks == "single":
+    codebooks = np.repeat(codebooks[:, :1], LEVELS, axis=1)
+  frozen = FrozenTokenizer(settings, encoder, codebooks)
+  latents, here, codes = frozen(*rows, own)
+  raw, id_latents, id_codebooks = id_space(settings, latents, codes, codebooks)
+  if repair == "suffix":
+    repaired = suffix_collisions(raw, num_codes=CODES)
+  else:
+    repaired = reassign_collisions(raw, id_latents, id_codebooks)
+  settings = dataclasses.asdict(settings) | {"repair": repair}
+  return SemanticIds(
+    tuple(settings_from_json(settings).streams), repaired, codes, here, codebooks, "hash", settings, encoder
+  )
+
+
+CHOICES = [
+  {},
+  {"repair": "suffix"},
+  {"codebooks": "per_stream", "semantic_id": "concatenated"},
+  {"codebooks": "single", "item_id": "none", "learn_temperature": True, "normalize": False},
+  {"item_id": "stream"},
+  {"quantizer": "rq_kmeans"},
+  {"quantizer": "rq_kmeans", "semantic_id": "concatenated", "repair": "suffix"},
+]
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_new_items_get_ids_of_their_own_and_no_known_item_changes(random_params, choices):
+  ids = make_ids(random_params, **choices)
+  features, present = make_features(12, seed=3)
+  extended = assign(ids, features, present, block=7)
+  assert_array_equal(extended.codes[:ITEMS], ids.codes)
+  assert_array_equal(extended.stream_codes[:, :ITEMS], ids.stream_codes)
+  assert_array_equal(extended.present[:, :ITEMS], ids.present)
+  assert extended.codes.shape == (ITEMS + 12, ids.codes.shape[1])
+  assert len(np.unique(extended.codes, axis=0)) == ITEMS + 12
+  assert extended.fingerprint != ids.fingerprint
+  whole = assign(ids, features, present)
+  assert_array_equal(whole.codes, extended.codes)
+
+
+def test_an_item_with_the_features_of_a_known_one_and_no_id_of_its_own_gets_its_codes(random_params):
+  ids = make_ids(random_params, item_id="none")
+  extended = assign(ids, *make_features(ITEMS))
+  assert_array_equal(extended.stream_codes[:, ITEMS:], ids.stream_codes)
+  assert_array_equal(extended.present[:, ITEMS:], ids.present)
+
+
+def test_an_unseen_items_id_vector_is_the_mean_of_the_learned_ones(random_params):
+  ids = make_ids(random_params)
+  frozen = FrozenTokenizer(settings_from_json(ids.settings), ids.encoder, ids.codebooks)
+  features, present = make_features(4, seed=5)
+  latents, _, _ = frozen(features, present)
+  stream = ids.streams.index("id")
+  assert_allclose(latents[stream], np.tile(ids.encoder["item_id"], (4, 1)))
+
+
+def test_loaded_from_disk_it_assigns_the_same(random_params, tmp_path):
+  ids = make_ids(random_params)
+  ids.save(tmp_path / "ids")
+  new = make_features(9, seed=2)
+  assert_array_equal(assign(SemanticIds.load(tmp_path / "ids"), *new).codes, assign(ids, *new).codes)
+
+
+def test_other_modalities_or_widths_are_refused_with_both(random_params):
+  ids = make_ids(random_params)
+  features, present = make_features(3)
+  with pytest.raises(InputError, match=r"'text': 8, 'image': 5.*have \{'text': 8\}"):
+    assign(ids, {"text": features["text"]}, {"text": present["text"]})
+  with pytest.raises(InputError, match=r"'text': 8.*'text': 7"):
+    assign(ids, features | {"text": features["text"][:, :7]}, present)
+
+
+def test_more_items_than_ids_are_refused(random_params):
+  with pytest.raises(InputError, match=r"65 items.*2 levels of 8 codes make 64"):
+    assign(make_ids(random_params), *make_features(35))
+
+
+def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_path, monkeypatch, capsys):
+  ids = make_ids(random_params)
+  ids.save(tmp_path / "ids")
+  features, _ = make_features(6, seed=4)
+  folder = tmp_path / "new"
+  folder.mkdir()
+  features["image"][2] = 0.0
+  for name, array in features.items():
+    np.save(folder / f"{name}_features.npy", array)
+
+  class Options:
+    tokenizer, output = str(tmp_path / "ids"), str(tmp_path / "out")
+
+  Options.features = str(folder)
+  given = type("Flags", (), {"FLAGS": _Flags(Options)})
+  monkeypatch.setattr("bbqrec_jax.assign.flags", given)
+  main(["assign"])
+  written = SemanticIds.load(tmp_path / "out")
+  assert len(written.codes) == ITEMS + 6
+  assert not written.present[written.streams.index("image"), ITEMS + 2]
+  assert "6 new items after 30 known ones" in capsys.readouterr().out
+  with pytest.raises(SystemExit) as error:
+    main(["assign"])
+  assert error.value.code == 2
+  assert "holds semantic IDs already" in capsys.readouterr().err
+
+
+class _Flags:
+  """What `main` reads of absl's flags."""
+
+  def __init__(self, options):
+    self._options = options
+
+  def __getitem__(self, name):
+    return type("Flag", (), {"present": 1})
+
+  def __getattr__(self, name):
+    return getattr(self._options, name)
+
+
+def test_new_items_without_a_modality_file_or_with_unequal_rows_are_refused(tmp_path):
+  with pytest.raises(InputError, match=r"text_features\.npy: expected a \.npy file, found nothing"):
+    load_new_items(tmp_path, ("text", "image"))
+  np.save(tmp_path / "text_features.npy", np.ones((3, 8), np.float32))
+  np.save(tmp_path / "image_features.npy", np.ones((2, 5), np.float32))
+  with pytest.raises(InputError, match=r"image_features\.npy: expected 3 rows.*got 2"):
+    load_new_items(tmp_path, ("text", "image"))
+  np.save(tmp_path / "text_features.npy", np.ones((0, 8), np.float32))
+  with pytest.raises(InputError, match="expected a row for each new item, got none"):
+    load_new_items(tmp_path, ("text", "image"))
+
+
+def test_content_latents_are_scaled_features_each_in_its_own_columns():
+  features, present = make_features(5)
+  values, masks = content_latents(features, present)
+  assert values.shape == (3, 5, 13)
+  image = np.where(present["image"][:, None], features["image"], 0) / np.sqrt(5)
+  assert_allclose(values[2], np.concatenate([features["text"] / np.sqrt(8), image], axis=1), rtol=1e-6)
+  assert_array_equal(values[0, :, 8:], 0)
+  here = present["image"]
+  assert_array_equal(values[1][here, :8], 0)
+  assert_array_equal(values[1][~here], values[2][~here])
+  assert_array_equal(masks, [present["text"], here, np.ones(5, bool)])
+
+
+def test_concatenated_ids_are_a_residual_quantization_in_the_product_space(random_params):
+  ids = make_ids(random_params, codebooks="per_stream", semantic_id="concatenated")
+  settings = settings_from_json(ids.settings)
+  rng = np.random.default_rng(0)
+  latents = rng.normal(size=(4, ITEMS, WIDTH)).astype(np.float32)
+  codes, joined, codebooks = id_space(settings, latents, ids.stream_codes, ids.codebooks)
+  assert codes.shape == (ITEMS, 2 * LEVELS)
+  assert_array_equal(codes[:, :LEVELS], ids.stream_codes[0])
+  assert_array_equal(codes[:, LEVELS:], ids.stream_codes[1])
+  decoded = sum(codebooks[level][codes[:, level]] for level in range(2 * LEVELS))
+  expected = [sum(ids.codebooks[s, n][ids.stream_codes[s][:, n]] for n in range(LEVELS)) for s in range(2)]
+  assert_allclose(decoded, np.concatenate(expected, axis=1), rtol=1e-6)
+  assert_array_equal(joined, np.concatenate([latents[0], latents[1]], axis=1))
+
+
+def test_blocks_of_one_shape_are_joined_in_order():
+  shapes = []
+
+  def encode(items):
+    shapes.append(len(items))
+    return items[None, :, None] * 1.0, items[None] % 2 == 0, items[None, :, None]
+
+  latents, present, codes = encode_blocks(encode, 10, block=4)
+  assert shapes == [4, 4, 4]
+  for array in (latents[0, :, 0], codes[0, :, 0]):
+    assert_array_equal(array, np.arange(10))
+  assert_array_equal(present[0], np.arange(10) % 2 == 0)
