@@ -71,6 +71,7 @@ def default_config() -> ml_collections.ConfigDict:
   weights.quantization = 1.0
   weights.contrast = 2.0  # State of the history against the fused vector of the next item.
   weights.modality_contrast = 1.0  # The same state against each modality's vector of the next item.
+  weights.item_id = 0.05  # Mean squared norm of the item IDs: they say no more than behaviour needs them to.
   weights.disentangle = 0.01  # CLUB bound between each modality's quantized and specific latents; 0 leaves it out.
   tokenizer.club = club = ml_collections.ConfigDict()
   club.bound = "full"  # Negatives of the bound: "full" (every row of the batch) or "sampled" (one drawn row).
@@ -90,10 +91,12 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.num_layers = 2
   recommender.num_heads = 2
   recommender.mlp_width = 256
+  recommender.softmax_over = "existing"  # What a code of the generative head competes with: codes that lead on to
+  # items ("existing"), or "all" codes of its level.
   recommender.depth_layers = 1  # Layers of the generative head's depth transformer.
   recommender.dropout = 0.3
   recommender.max_length = 20  # T: the longest history.
-  recommender.steps = 4000
+  recommender.steps = 2000
   recommender.batch_rows = 32  # Rows of packed histories in a batch, over all devices.
   recommender.row_length = 32  # Positions in a row.
   recommender.evaluate_every = 500  # Steps between two validations (and checkpoints).
@@ -130,6 +133,7 @@ _CHOICES = {
   "tokenizer.repair": ("reassign", "suffix"),
   "tokenizer.club.bound": ("full", "sampled"),
   "recommender.head": ("generative", "dense"),
+  "recommender.softmax_over": ("existing", "all"),
   "tokenizer.optimizer.schedule": ("constant", "cosine"),
   "recommender.optimizer.schedule": ("constant", "cosine"),
 }

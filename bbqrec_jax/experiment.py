@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -16,7 +16,7 @@ from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import check_capacity
 from bbqrec_jax.train.logging import MetricsLog, say
-from bbqrec_jax.train.parallel import PARTITIONERS
+from bbqrec_jax.train.parallel import PARTITIONERS, Partitioner
 from bbqrec_jax.train.recommender_stage import check_fingerprint, needs_semantic_ids, run_recommender, tokenizer_folder
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer
 
@@ -84,6 +84,71 @@ def format_results(results: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
+class _Run(NamedTuple):
+  """What both stages of a run start from."""
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  partitioner: Partitioner
+  dataset: Dataset
+  split: Split
+  figures: dict[str, Any]
+
+
+def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
+  """Checks everything that can be checked before anything is computed, and shows the data."""
+  validate(config)
+  partitioner = PARTITIONERS[config.partitioner]()
+  dataset, split, figures = read_data(config)
+  _check_sizes(
+    config,
+    num_items=dataset.num_items,
+    num_modalities=len(dataset.modalities),
+    num_devices=partitioner.num_devices,
+  )
+  _claim(workdir, config, figures)
+  say(format_statistics(figures))
+  return _Run(config, workdir, partitioner, dataset, split, figures)
+
+
+def _semantic_ids(run: _Run, log: MetricsLog) -> SemanticIds:
+  """The semantic IDs that the run's config names, or those of its own tokenizer, trained if it is not yet."""
+  folder = tokenizer_folder(run.config, run.workdir)
+  data_hash = f"{run.figures['split_hash']} {run.figures['features_hash']}"
+  if run.config.tokenizer.artefact or SemanticIds.exists(folder):
+    ids = SemanticIds.load(folder)
+    ids.check_data(data_hash, where=folder)
+    say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
+    return ids
+  return run_tokenizer(
+    run.config,
+    run.dataset,
+    run.split,
+    data_hash=data_hash,
+    workdir=run.workdir,
+    partitioner=run.partitioner,
+    log=log,
+  )
+
+
+def tokenize(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+  """Stage 1 alone: trains the tokenizer of a run, or goes on with it. `run` on the same workdir then does the rest.
+
+  Returns:
+    What `tokenizer/health.json` holds.
+
+  Raises:
+    InputError: as `run`.
+  """
+  prepared = _begin(config, workdir)
+  log = MetricsLog(workdir)
+  try:
+    _semantic_ids(prepared, log)
+  finally:
+    log.close()
+  return read_json(tokenizer_folder(config, workdir) / "health.json")
+
+
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   """Runs, or goes on with, what `config` describes.
 
@@ -97,17 +162,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   Raises:
     InputError: for anything wrong with the config, the data or the workdir, before anything is computed.
   """
-  validate(config)
-  partitioner = PARTITIONERS[config.partitioner]()
-  dataset, split, figures = read_data(config)
-  _check_sizes(
-    config,
-    num_items=dataset.num_items,
-    num_modalities=len(dataset.modalities),
-    num_devices=partitioner.num_devices,
-  )
-  _claim(workdir, config, figures)
-  say(format_statistics(figures))
+  prepared = _begin(config, workdir)
+  dataset, split, figures = prepared.dataset, prepared.split, prepared.figures
   finished = workdir / "results.json"
   if finished.exists():
     results = read_json(finished)
@@ -119,19 +175,18 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   ids, tokenizer_seconds = None, 0.0
   try:
     if needs_semantic_ids(config):
-      folder, data_hash = tokenizer_folder(config, workdir), f"{figures['split_hash']} {figures['features_hash']}"
-      if config.tokenizer.artefact or SemanticIds.exists(folder):
-        ids = SemanticIds.load(folder)
-        ids.check_data(data_hash, where=folder)
-        say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
-      else:
-        ids = run_tokenizer(
-          config, dataset, split, data_hash=data_hash, workdir=workdir, partitioner=partitioner, log=log
-        )
+      ids = _semantic_ids(prepared, log)
       check_fingerprint(workdir, ids)
-      tokenizer_seconds = 0.0 if config.tokenizer.artefact else read_json(folder / "health.json")["seconds"]
+      if not config.tokenizer.artefact:
+        tokenizer_seconds = read_json(workdir / "tokenizer" / "health.json")["seconds"]
     metrics, progress = run_recommender(
-      config, ids, split, num_items=dataset.num_items, workdir=workdir, partitioner=partitioner, log=log
+      config,
+      ids,
+      split,
+      num_items=dataset.num_items,
+      workdir=workdir,
+      partitioner=prepared.partitioner,
+      log=log,
     )
   finally:
     log.close()

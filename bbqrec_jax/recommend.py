@@ -18,7 +18,6 @@ from bbqrec_jax.json_files import read_json
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.recommender import Catalogue, Recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.semantic_ids.trie import Trie
 from bbqrec_jax.train.checkpointing import Checkpointer
 from bbqrec_jax.train.recommender_stage import (
   build_recommender,
@@ -67,7 +66,6 @@ def recommend(
   model: Recommender,
   params: Any,
   catalogue: Catalogue,
-  trie: Trie | None,
   history: np.ndarray,
   *,
   top: int,
@@ -80,7 +78,6 @@ def recommend(
     model: the recommender.
     params: its parameters.
     catalogue: the items.
-    trie: their IDs, for the generative head.
     history: [n] int, in time order; the last `max_length` count.
     top: how many items; fewer come back if the catalogue has fewer.
     beam_width: of the generative head; at least `top` beams are kept.
@@ -103,14 +100,14 @@ def recommend(
   else:
     # As many beams more as there are items to leave out: those are barred only when their IDs are complete.
     width = min(max(beam_width, top) + len(exclude), model.settings.num_items)
-    beam = call(params, "generate", catalogue, trie, states, width=width, exclude=exclude[None])
+    beam = call(params, "generate", catalogue, states, width=width, exclude=exclude[None])
     items, scores = np.asarray(beam.items[0, :top]), np.asarray(beam.log_probs[0, :top])
   real = np.isfinite(scores)
   return items[real], scores[real]
 
 
 def restore(workdir: pathlib.Path):
-  """(dataset, ids, model, params, catalogue, trie, config) of the best model in a finished workdir.
+  """(dataset, ids, model, params, catalogue, config) of the best model in a finished workdir.
 
   Raises:
     InputError: if the run is not finished, or the data is not what it was trained on.
@@ -130,12 +127,12 @@ def restore(workdir: pathlib.Path):
   if needs_semantic_ids(config):
     ids = SemanticIds.load(tokenizer_folder(config, workdir))
     check_fingerprint(workdir, ids)
-  model, catalogue, trie = build_recommender(config, ids, split.train, num_items=dataset.num_items)
+  model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items)
   best = read_json(workdir / "results.json")["best_step"]
   checkpointer = Checkpointer(workdir / "checkpoints" / "recommender")
   state = checkpointer.restore_state(best, initial_state(config, model, catalogue))
   checkpointer.close()
-  return dataset, ids, model, state.params, catalogue, trie, config
+  return dataset, ids, model, state.params, catalogue, config
 
 
 def main(argv: list[str]) -> None:
@@ -148,13 +145,12 @@ def main(argv: list[str]) -> None:
   try:
     if options.top < 1:
       raise InputError(f"--top must be at least 1, got {options.top}")
-    dataset, ids, model, params, catalogue, trie, config = restore(pathlib.Path(options.workdir))
+    dataset, ids, model, params, catalogue, config = restore(pathlib.Path(options.workdir))
     history = parse_history(options.history, num_items=dataset.num_items)
     items, scores = recommend(
       model,
       params,
       catalogue,
-      trie,
       history,
       top=options.top,
       beam_width=config.evaluation.beam_width,

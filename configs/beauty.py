@@ -20,10 +20,13 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config = default_config()
   config.data.modalities = ("text", "attribute")
   config.recommender.head = head
-  config.recommender.steps = 6000
+  config.recommender.steps = 4000
   config.recommender.evaluate_every = 1000
+  config.evaluation.validation_users = 8192
   if head == "dense":
     config.recommender.width = 128
     config.recommender.mlp_width = 512
     config.recommender.dropout = 0.5
+    config.recommender.steps = 3000
+    config.recommender.evaluate_every = 500
   return config

@@ -26,5 +26,6 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
     config.recommender.width = 128
     config.recommender.mlp_width = 512
     config.recommender.dropout = 0.5
-    config.recommender.steps = 2500
+    config.recommender.steps = 1500
+    config.recommender.evaluate_every = 250
   return config

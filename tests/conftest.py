@@ -1,5 +1,6 @@
 """Four CPU devices for every test, set before anything imports JAX, and the real data where a checkout has it."""
 
+import contextlib
 import os
 import pathlib
 
@@ -30,6 +31,41 @@ def random_params():
     return jax.tree_util.tree_map_with_path(one, shapes)
 
   return make
+
+
+@contextlib.contextmanager
+def _jax_options(**options):
+  import jax
+
+  before = {name: jax.config.values[name] for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def _cache_folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("compile_cache")
+
+
+@pytest.fixture(scope="module")
+def compile_cache(_cache_folder):
+  """For files of whole runs, which are much alike: what one has compiled, the next one need not."""
+  with _jax_options(
+    jax_compilation_cache_dir=str(_cache_folder),
+    jax_persistent_cache_min_compile_time_secs=0.0,
+    jax_persistent_cache_min_entry_size_bytes=-1,
+  ):
+    yield
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+  """For runs of a few small steps: they take less time than the compiler's optimisations would."""
+  with _jax_options(jax_disable_most_optimizations=True):
+    yield
 
 
 @pytest.fixture(scope="session")

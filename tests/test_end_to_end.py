@@ -52,20 +52,7 @@ DENSE = {"recommender.head": "dense"}
 SASREC = DENSE | {"recommender.item_inputs": ("item",), "recommender.similarity": ()}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_cache(tmp_path_factory):
-  """The runs of this file are much alike: what one has compiled, the next one need not."""
-  options = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compile_cache")),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
 def finish(factory, name, changes):
@@ -74,17 +61,17 @@ def finish(factory, name, changes):
 
 
 @pytest.fixture(scope="module")
-def generative(tmp_path_factory, _compile_cache):
+def generative(tmp_path_factory, compile_cache):
   return finish(tmp_path_factory, "generative", GENERATIVE)
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory, _compile_cache):
+def dense(tmp_path_factory, compile_cache):
   return finish(tmp_path_factory, "dense", DENSE)
 
 
 @pytest.fixture(scope="module")
-def sasrec(tmp_path_factory, _compile_cache):
+def sasrec(tmp_path_factory, compile_cache):
   return finish(tmp_path_factory, "sasrec", SASREC)
 
 
@@ -294,9 +281,9 @@ def test_one_device_gives_a_run_of_its_own(tmp_path):
 
 
 def recommend_from(workdir, history, **options):
-  _, _, model, params, catalogue, trie, config = restore(workdir)
+  _, _, model, params, catalogue, config = restore(workdir)
   arguments = {"top": 10, "beam_width": config.evaluation.beam_width} | options
-  return recommend(model, params, catalogue, trie, np.array(history, np.int32), **arguments)
+  return recommend(model, params, catalogue, np.array(history, np.int32), **arguments)
 
 
 def dense_scores(model, params, catalogue, batch):
@@ -328,10 +315,10 @@ def read_flat(workdir):
 
 def test_recommendations_exist_are_new_and_come_best_first(finished):
   workdir, _ = finished
-  _, _, model, params, catalogue, trie, config = restore(workdir)
+  _, _, model, params, catalogue, config = restore(workdir)
   for history in HISTORIES:
     array = np.array(history, np.int32)
-    items, scores = recommend(model, params, catalogue, trie, array, top=10, beam_width=config.evaluation.beam_width)
+    items, scores = recommend(model, params, catalogue, array, top=10, beam_width=config.evaluation.beam_width)
     assert len(items) == len(scores) == 10
     assert len(set(items.tolist())) == 10
     assert 0 <= items.min() <= items.max() < NUM_ITEMS
@@ -353,8 +340,8 @@ def test_a_long_history_does_not_shorten_the_list(finished):
 
 def test_dense_recommendations_against_brute_force(dense):
   workdir, _ = dense
-  _, _, model, params, catalogue, trie, _ = restore(workdir)
-  assert trie is None
+  _, _, model, params, catalogue, _ = restore(workdir)
+  assert catalogue.trie is None
   history = [5, 9, 70, 2]
   rows = {"items": [history], "segments": [[1] * 4], "positions": [[0, 1, 2, 3]]}
   batch = {name: np.array(grid, np.int32) for name, grid in rows.items()}
@@ -372,7 +359,7 @@ def test_dense_recommendations_against_brute_force(dense):
 
 def test_generative_recommendations_against_every_items_log_probability(generative):
   workdir, _ = generative
-  _, _, model, params, catalogue, trie, _ = restore(workdir)
+  _, _, model, params, catalogue, _ = restore(workdir)
   history = [5, 9, 70, 2]
   rows = {"items": [history], "segments": [[1] * 4], "positions": [[0, 1, 2, 3]]}
   batch = {name: np.array(grid, np.int32) for name, grid in rows.items()}
@@ -383,9 +370,7 @@ def test_generative_recommendations_against_every_items_log_probability(generati
 
   expected = np.asarray(jax.jit(log_probs)(params))[0]
   # A beam as wide as the catalogue is an exact search.
-  items, scores = recommend(
-    model, params, catalogue, trie, np.array(history, np.int32), top=NUM_ITEMS, beam_width=NUM_ITEMS
-  )
+  items, scores = recommend(model, params, catalogue, np.array(history, np.int32), top=NUM_ITEMS, beam_width=NUM_ITEMS)
   assert sorted(items.tolist()) == sorted(set(range(NUM_ITEMS)) - set(history))
   np.testing.assert_allclose(scores, expected[items], rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(scores, np.sort(np.delete(expected, history))[::-1], rtol=1e-4, atol=1e-4)

@@ -12,12 +12,11 @@ from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.recommender import Catalogue, Recommender
 from bbqrec_jax.ops.ranking import ranking_metrics, ranks_in_list, target_ranks
-from bbqrec_jax.semantic_ids.trie import Trie
 
 _COVERAGE_CUTOFF = 10
 
 
-def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, tuple[Catalogue, Trie], Any], Any]:
+def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalogue, Any], Any]:
   """The function that ranks one batch, ready to be compiled by a partitioner.
 
   Args:
@@ -25,17 +24,16 @@ def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, tuple[
     beam_width: of the generative head; a target outside the beam is a miss at every cutoff.
 
   Returns:
-    (params, (catalogue, trie), batch) -> {"ranks": [B] int32, "top": [B, 10] int32}.
+    (params, catalogue, batch) -> {"ranks": [B] int32, "top": [B, 10] int32}.
   """
 
-  def rank(params: Any, shared: tuple[Catalogue, Trie], batch: Any) -> dict[str, jax.Array]:
-    catalogue, trie = shared
+  def rank(params: Any, catalogue: Catalogue, batch: Any) -> dict[str, jax.Array]:
     states = apply(model, params, "last_states", catalogue, batch)
     if model.settings.head == "dense":
       scores = apply(model, params, "dense_scores", catalogue, states)
       top = jax.lax.top_k(scores, min(_COVERAGE_CUTOFF, scores.shape[1]))[1]
       return {"ranks": target_ranks(scores, batch["targets"]), "top": top}
-    beam = apply(model, params, "generate", catalogue, trie, states, width=beam_width)
+    beam = apply(model, params, "generate", catalogue, states, width=beam_width)
     return {"ranks": ranks_in_list(beam.items, batch["targets"]), "top": beam.items[:, :_COVERAGE_CUTOFF]}
 
   return rank

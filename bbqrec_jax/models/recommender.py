@@ -41,6 +41,8 @@ class RecommenderSettings:
     num_streams: streams whose similarity reweights attention; 0 gives the plain backbone.
     cross_pairs: whether pairs of different streams have tables too.
     num_buckets: similarity buckets.
+    softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
+      "all" K.
   """
 
   num_items: int
@@ -59,6 +61,7 @@ class RecommenderSettings:
   num_streams: int = 2
   cross_pairs: bool = True
   num_buckets: int = 32
+  softmax_over: str = "existing"
 
   @property
   def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -76,12 +79,14 @@ class Catalogue:
       absent.
     vectors: [N, S, d_code] float32 quantized vectors whose similarities reweight attention; zero rows where absent.
     edges: [P, n_buckets - 1] float32 bucket edges of each stream pair.
+    trie: of the semantic IDs; the generative head decodes over it, and others need none.
   """
 
   semantic_ids: jax.Array
   columns: jax.Array
   vectors: jax.Array
   edges: jax.Array
+  trie: Trie | None = None
 
 
 def code_columns(codes: list[np.ndarray], present: list[np.ndarray], *, num_codes: int) -> np.ndarray:
@@ -194,10 +199,7 @@ class Recommender(nn.Module):
       own = jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
       loss = masked_mean(jax.nn.logsumexp(scores, axis=1) - own, real, axis_name=axis_name)
       return loss, {"nll": loss}
-    codes = catalogue.semantic_ids[targets]
-    logits = self.head(states, codes, deterministic=deterministic)
-    own = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
-    surprise = jax.nn.logsumexp(logits, axis=-1) - own
+    surprise = -self.level_log_probs(catalogue, states, targets, deterministic=deterministic)
     levels = [masked_mean(surprise[:, level], real, axis_name=axis_name) for level in range(self.settings.num_levels)]
     loss = sum(levels[1:], start=levels[0])
     return loss, {"nll": loss} | {f"nll_level_{level + 1}": value for level, value in enumerate(levels)}
@@ -208,20 +210,48 @@ class Recommender(nn.Module):
     last = jnp.maximum(jnp.sum(batch["segments"] > 0, axis=1) - 1, 0)
     return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
 
+  def level_log_probs(
+    self, catalogue: Catalogue, states: jax.Array, items: jax.Array, *, deterministic: bool = True
+  ) -> jax.Array:
+    """Log-probability of each code of given items' IDs, by teacher forcing: states [P, d], items [P] -> [P, L] float32.
+
+    With `softmax_over` "existing", the softmax runs over the children of the trie's node alone: the probabilities of
+    all items then sum to one, and nothing is spent on learning which IDs exist, which the search knows anyway (this
+    project's choice).
+    """
+    codes = catalogue.semantic_ids[items]
+    logits = self.head(states, codes, deterministic=deterministic)
+    own = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+    if self.settings.softmax_over == "all":
+      return own - jax.nn.logsumexp(logits, axis=-1)
+    assert catalogue.trie is not None
+    totals = []
+    for level in range(self.settings.num_levels):
+      _, among, valid = catalogue.trie.children(level, catalogue.trie.parents[items, level])
+      children = jnp.take_along_axis(logits[:, level], among, axis=-1)
+      totals.append(jax.nn.logsumexp(jnp.where(valid, children, -jnp.inf), axis=-1))
+    return own - jnp.stack(totals, axis=1)
+
   def generate(
-    self, catalogue: Catalogue, trie: Trie, states: jax.Array, *, width: int, exclude: jax.Array | None = None
+    self, catalogue: Catalogue, states: jax.Array, *, width: int, exclude: jax.Array | None = None
   ) -> BeamResult:
     """The `width` most probable items by constrained beam search: states [B, d] -> `BeamResult`."""
+    assert catalogue.trie is not None
     return beam_search(
-      trie, self.head.step, self.head.start(states), batch=states.shape[0], width=width, exclude=exclude
+      catalogue.trie,
+      self.head.step,
+      self.head.start(states),
+      batch=states.shape[0],
+      width=width,
+      normalize=self.settings.softmax_over == "existing",
+      exclude=exclude,
     )
 
   def log_probs(self, catalogue: Catalogue, states: jax.Array, items: jax.Array) -> jax.Array:
-    """Log-probability of given items' IDs, by teacher forcing: states [B, d], items [B, n] -> [B, n] float32."""
+    """Log-probability of given items' IDs: states [B, d], items [B, n] -> [B, n] float32."""
     batch, count = items.shape
-    codes = catalogue.semantic_ids[items].reshape(batch * count, -1)
-    logits = jax.nn.log_softmax(self.head(jnp.repeat(states, count, axis=0), codes))
-    return jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0].sum(axis=-1).reshape(batch, count)
+    levels = self.level_log_probs(catalogue, jnp.repeat(states, count, axis=0), items.reshape(-1))
+    return levels.sum(axis=-1).reshape(batch, count)
 
   def __call__(self, catalogue: Catalogue, batch: dict[str, Any]) -> jax.Array:
     """The loss, without dropout; touches every parameter, for `init`."""

@@ -66,14 +66,14 @@ class TokenizerSettings:
   balanced_last: bool = False
   moving_average: bool = False
   learn_temperature: bool = False
-  temperature: float = 0.07
+  temperature: float = 0.1
   specific_dropout: float = 0.5
   level_dropout: float = 0.5
   commitment: float = 0.25
   normalize: bool = True
   history_layers: int = 1
   history_heads: int = 2
-  max_length: int = 50
+  max_length: int = 20
   dropout: float = 0.1
 
   @property
@@ -282,8 +282,9 @@ class LossWeights(NamedTuple):
   reconstruction: float | jax.Array = 1.0
   fused_reconstruction: float | jax.Array = 1.0
   quantization: float | jax.Array = 1.0
-  contrast: float | jax.Array = 0.1
-  modality_contrast: float | jax.Array = 0.1
+  contrast: float | jax.Array = 2.0
+  modality_contrast: float | jax.Array = 1.0
+  item_id: float | jax.Array = 0.05
   disentangle: float | jax.Array = 0.01
 
 
@@ -386,6 +387,12 @@ def tokenizer_loss(
   quantization = masked_mean(error.reshape(-1), latents.present.reshape(-1), axis_name=axis_name)
   quantization = jnp.where(quantized, quantization, 0.0)
 
+  item_id = jnp.asarray(0.0)
+  if "id" in streams:
+    everyone = jnp.ones(len(batch["items"]), bool)
+    squared = jnp.sum(jnp.square(latents.values[streams.index("id")]), axis=-1)
+    item_id = masked_mean(squared, everyone, axis_name=axis_name)
+
   disentangle = jnp.asarray(0.0) if bound is None else bound(behaviour, specific, batch["present"])
 
   contrast, modality_contrast, accuracy = _contrast(run, through_codebook, batch, s, key=key, axis_name=axis_name)
@@ -395,6 +402,7 @@ def tokenizer_loss(
     "quantization": quantization,
     "contrast": contrast,
     "modality_contrast": modality_contrast,
+    "item_id": item_id,
     "disentangle": disentangle,
   }
   loss = sum((getattr(weights, name) * value for name, value in terms.items()), start=jnp.asarray(0.0))

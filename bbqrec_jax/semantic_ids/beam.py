@@ -40,6 +40,7 @@ def beam_search(
   *,
   batch: int,
   width: int,
+  normalize: bool = False,
   exclude: jax.Array | None = None,
 ) -> BeamResult:
   """Searches the trie level by level; meant to be traced once, inside jit, as one program.
@@ -55,6 +56,8 @@ def beam_search(
     state: the decoder's first state, leaves [B, 1, ...].
     batch: B.
     width: W, how many beams are kept and returned.
+    normalize: whether each level's probabilities are made to sum to one over the children of a beam's node, so that
+      those of all items do; `step` may then return any logits.
     exclude: [B, E] int, items that must not be returned; -1 fills. They are barred at the last level, so where many
       are, a narrow beam may return fewer than W items.
 
@@ -67,7 +70,10 @@ def beam_search(
   for level in range(trie.num_levels):
     log_probs, state = step(state, level, codes)
     children, child_codes, valid = trie.children(level, nodes)
-    candidates = scores[..., None] + jnp.take_along_axis(log_probs.astype(jnp.float32), child_codes, axis=-1)
+    log_probs = jnp.take_along_axis(log_probs.astype(jnp.float32), child_codes, axis=-1)
+    if normalize:
+      log_probs = jax.nn.log_softmax(jnp.where(valid, log_probs, -jnp.inf), axis=-1)
+    candidates = scores[..., None] + log_probs
     if exclude is not None and level + 1 == trie.num_levels:
       valid &= _allowed(trie.items[children], exclude)
     candidates = jnp.where(valid, candidates, -jnp.inf).reshape(batch, -1)

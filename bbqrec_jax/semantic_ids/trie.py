@@ -21,12 +21,14 @@ class Trie:
     starts: for each level, [parents + 1] int32: the children of parent p are nodes starts[p]..starts[p + 1] - 1. The
       first level has one parent, the root.
     items: [N] int32, the item at each node of the last level.
+    parents: [N, L] int32, for each item and level the node of the level above that the item's ID goes through.
     fanouts: for each level, the most children that any parent has.
   """
 
   codes: tuple[jax.Array, ...]
   starts: tuple[jax.Array, ...]
   items: jax.Array
+  parents: jax.Array
   fanouts: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
   @property
@@ -75,4 +77,6 @@ def build_trie(codes: np.ndarray) -> Trie:
     starts.append(jnp.asarray(start))
     fanouts.append(int(np.diff(start).max()))
     parent_rows = rows
-  return Trie(tuple(level_codes), tuple(starts), jnp.asarray(order, jnp.int32), tuple(fanouts))
+  parents = np.zeros(codes.shape, np.int32)
+  parents[order, 1:] = np.cumsum(changed[:, :-1], axis=0) - 1
+  return Trie(tuple(level_codes), tuple(starts), jnp.asarray(order, jnp.int32), jnp.asarray(parents), tuple(fanouts))

@@ -128,6 +128,7 @@ def fit(
     before, clock = clock, time.monotonic()
     return clock - before
 
+  recent: list[Any] = []  # Metrics of the steps since they were last looked at.
   bar = Progress(plan.name, total=plan.steps, done=progress["step"])
   with _caught_signals() as caught:
     try:
@@ -135,12 +136,14 @@ def fit(
         state = plan.before_step(progress["step"], state)
         state, metrics = step(state, shared, next(data))
         progress["step"] += 1
+        recent.append(metrics)
         bar.advance()
         done = progress["step"] >= plan.steps
         evaluating = progress["step"] % plan.evaluate_every == 0 or done
         # Looked at before every checkpoint: none is ever written of a state that has diverged.
         if progress["step"] % plan.log_every == 0 or evaluating or caught:
-          _log_training(plan.name, progress["step"], metrics, log, bar)
+          _log_training(plan.name, progress["step"], recent, log, bar)
+          recent.clear()
         if evaluating:
           progress["training_seconds"] += spent()
           values = plan.evaluate(state)
@@ -161,13 +164,18 @@ def fit(
   return state, progress
 
 
-def _log_training(name: str, step: int, metrics: Any, log: MetricsLog, bar: Progress) -> None:
-  values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-  for term, value in values.items():
-    if not math.isfinite(value):
-      raise FloatingPointError(f"{name}: {term} is {value} at step {step}; lower the learning rate or the clip norm")
-  log.write(name, "train", step, values)
-  bar.report({"loss": values["loss"]})
+def _log_training(name: str, step: int, recent: list[Any], log: MetricsLog, bar: Progress) -> None:
+  """Logs the metrics of `step`, the last of `recent`, once all of those are known to be finite."""
+  looked_at = [{key: float(value) for key, value in metrics.items()} for metrics in jax.device_get(recent)]
+  for number, values in enumerate(looked_at, start=step - len(recent) + 1):
+    broken = [term for term, value in values.items() if not math.isfinite(value)]
+    if broken:
+      # The terms that broke, not the sums and norms that follow from them, where there are such.
+      terms = [term for term in broken if term not in ("loss", "gradient_norm")] or broken
+      found = ", ".join(f"{term} is {values[term]}" for term in terms)
+      raise FloatingPointError(f"{name}: {found} at step {number}; lower the learning rate or the clip norm")
+  log.write(name, "train", step, looked_at[-1])
+  bar.report({"loss": looked_at[-1]["loss"]})
 
 
 def _judge(plan: Plan, progress: dict[str, Any], values: dict[str, float], done: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSettings, code_columns
 from bbqrec_jax.ops.similarity import equal_frequency_edges, stream_pairs
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.semantic_ids.trie import Trie, build_trie
+from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.train.logging import MetricsLog
 from bbqrec_jax.train.loop import Plan, fit
 from bbqrec_jax.train.optimizer import make_optimizer
@@ -155,18 +155,25 @@ def build_catalogue(
     num_streams=len(streams),
     cross_pairs=r.cross_pairs,
     num_buckets=r.num_buckets,
+    softmax_over=r.softmax_over,
   )
-  catalogue = Catalogue(*(jnp.asarray(array) for array in (semantic_ids, columns, vectors, edges)))
+  trie = build_trie(semantic_ids) if r.head == "generative" else None
+  catalogue = Catalogue(
+    semantic_ids=jnp.asarray(semantic_ids),
+    columns=jnp.asarray(columns),
+    vectors=jnp.asarray(vectors),
+    edges=jnp.asarray(edges),
+    trie=trie,
+  )
   return catalogue, settings
 
 
 def build_recommender(
   config: Any, ids: SemanticIds | None, histories: Interactions, *, num_items: int
-) -> tuple[Recommender, Catalogue, Trie | None]:
-  """The model, the catalogue it reads, and the trie its generative head decodes over (None for the dense head)."""
+) -> tuple[Recommender, Catalogue]:
+  """The model, and the catalogue it reads."""
   catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items)
-  trie = build_trie(ids.codes) if ids is not None and settings.head == "generative" else None
-  return Recommender(settings), catalogue, trie
+  return Recommender(settings), catalogue
 
 
 def initial_state(config: Any, model: Recommender, catalogue: Catalogue) -> TrainState:
@@ -194,7 +201,7 @@ def run_recommender(
     ({"validation": metrics, "test": metrics} of the best model on all users, the loop's progress record).
   """
   r, e = config.recommender, config.evaluation
-  model, catalogue, trie = build_recommender(config, ids, split.train, num_items=num_items)
+  model, catalogue = build_recommender(config, ids, split.train, num_items=num_items)
   histories = PackedHistories(
     split.train,
     batch_rows=r.batch_rows,
@@ -206,7 +213,7 @@ def run_recommender(
     process_count=jax.process_count(),
   )
   ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
-  shared = partitioner.replicate((catalogue, trie))
+  shared = partitioner.replicate(catalogue)
   some = sample_users(split, e.validation_users, seed=config.seed)
   some_histories = select_users(split.train, some)
 

@@ -26,7 +26,7 @@ class CodebookUse:
   def create(cls, codebooks: jax.Array, *, moving_average: bool) -> "CodebookUse":
     """Of codebooks [G, L', K, d] that are as good as new: all codes in equal use."""
     codebooks = jnp.asarray(codebooks)
-    usage = jnp.full(codebooks.shape[:-1], 1.0 / codebooks.shape[-2])
+    usage = jnp.full(codebooks.shape[:-1], 1.0 / codebooks.shape[-2], jnp.float32)
     if not moving_average:
       return cls(usage)
     return cls(usage, jnp.ones(codebooks.shape[:-1]), codebooks.astype(jnp.float32))

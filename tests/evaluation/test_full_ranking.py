@@ -95,7 +95,7 @@ def test_dense_evaluation_against_brute_force(stage):
   result = evaluate(
     jax.jit(make_ranker(model, beam_width=1)),
     params,
-    (catalogue, None),
+    catalogue,
     histories,
     targets,
     batch_size=10,

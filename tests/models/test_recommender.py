@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from bbqrec_jax.models.heads import GenerativeHead
 from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSettings, code_columns
 from bbqrec_jax.semantic_ids.trie import build_trie
 
@@ -37,6 +38,7 @@ def catalogue():
     columns=jnp.asarray(columns),
     vectors=jnp.asarray(vectors, jnp.float32),
     edges=jnp.asarray(edges, jnp.float32),
+    trie=build_trie(ids),
   )
 
 
@@ -215,17 +217,16 @@ def test_masked_positions_change_neither_the_loss_nor_its_gradient(params, dense
   assert loss_and_gradient(settings, own, catalogue, batch | real)[0][0] != value
 
 
-@jax.jit
-def generate(params, catalogue, trie, queries, exclude):
+@functools.partial(jax.jit, static_argnames="settings")
+def generate(settings, params, catalogue, queries, exclude):
   """Two more items than there are."""
-  return Recommender(SETTINGS).apply(
-    {"params": params}, catalogue, trie, queries, width=ITEMS + 2, exclude=exclude, method="generate"
+  return Recommender(settings).apply(
+    {"params": params}, catalogue, queries, width=ITEMS + 2, exclude=exclude, method="generate"
   )
 
 
-@pytest.fixture(scope="module")
-def trie(catalogue):
-  return build_trie(np.asarray(catalogue.semantic_ids))
+ALL_CODES = dataclasses.replace(SETTINGS, softmax_over="all")
+BOTH = pytest.mark.parametrize("settings", [SETTINGS, ALL_CODES], ids=["existing", "all"])
 
 
 @pytest.fixture(scope="module")
@@ -235,19 +236,57 @@ def queries():
 
 @pytest.fixture(scope="module")
 def exact(params, catalogue, queries):
+  """A function from settings to the log-probability of every item."""
   every = jnp.tile(jnp.arange(ITEMS), (3, 1))
-  return np.asarray(call(SETTINGS, "log_probs", params, catalogue, queries, every))
+  return lambda settings: np.asarray(call(settings, "log_probs", params, catalogue, queries, every))
 
 
-def test_generating_as_many_items_as_exist_gives_the_exact_ranking(params, catalogue, trie, queries, exact):
-  order = np.argsort(-exact, axis=1)
-  assert np.diff(np.take_along_axis(exact, order, axis=1)).max() < -1e-4, "near-ties: the order would be chance"
-  result = generate(params, catalogue, trie, queries, jnp.full((3, 4), -1))
+@BOTH
+def test_log_probs_are_those_of_the_heads_logits_among_the_codes_they_compete_with(
+  params, catalogue, queries, exact, settings
+):
+  ids = np.asarray(catalogue.semantic_ids)
+  head = GenerativeHead(
+    LEVELS, CODES, WIDTH, SETTINGS.depth_layers, SETTINGS.num_heads, SETTINGS.mlp_width, SETTINGS.dropout
+  )
+  log_probs = exact(settings)
+  alone = 0
+  for query in range(len(queries)):
+    states = jnp.tile(queries[query], (ITEMS, 1))
+    logits = np.asarray(head.apply({"params": params["head"]}, states, jnp.asarray(ids)), np.float64)
+    for item in range(ITEMS):
+      expected = 0.0
+      for level in range(LEVELS):
+        siblings = {row[level] for row in ids.tolist() if row[:level] == ids[item, :level].tolist()}
+        among = sorted(siblings) if settings.softmax_over == "existing" else range(CODES)
+        alone += len(siblings) == 1
+        row = logits[item, level]
+        expected += row[ids[item, level]] - np.log(np.exp(row[list(among)]).sum())
+      assert_allclose(log_probs[query, item], expected, atol=1e-4)
+  assert alone > 0, "no code is without competition: the example leaves that untried"
+
+
+def test_probabilities_of_the_existing_items_sum_to_one(exact):
+  assert_allclose(np.exp(exact(SETTINGS).astype(np.float64)).sum(axis=1), np.ones(3), rtol=1e-5)
+  assert np.exp(exact(ALL_CODES)).sum(axis=1).max() < 0.9, "the others spend theirs on IDs that no item has"
+
+
+@BOTH
+def test_generating_as_many_items_as_exist_gives_the_exact_ranking(params, catalogue, queries, exact, settings):
+  log_probs = exact(settings)
+  order = np.argsort(-log_probs, axis=1)
+  assert np.diff(np.take_along_axis(log_probs, order, axis=1)).max() < -1e-4, "near-ties: the order would be chance"
+  result = generate(settings, params, catalogue, queries, jnp.full((3, 4), -1))
   assert_array_equal(result.items, np.pad(order, ((0, 0), (0, 2)), constant_values=-1))
-  assert_allclose(result.log_probs[:, :ITEMS], np.take_along_axis(exact, order, axis=1), atol=1e-5)
+  assert_allclose(result.log_probs[:, :ITEMS], np.take_along_axis(log_probs, order, axis=1), atol=1e-5)
 
 
-def test_generating_leaves_out_excluded_items(params, catalogue, trie, queries, exact):
-  order = np.argsort(-exact, axis=1)
-  result = generate(params, catalogue, trie, queries, jnp.asarray(order[:, :4]))
+@BOTH
+def test_generating_leaves_out_excluded_items_and_changes_no_others_probability(
+  params, catalogue, queries, exact, settings
+):
+  log_probs = exact(settings)
+  order = np.argsort(-log_probs, axis=1)
+  result = generate(settings, params, catalogue, queries, jnp.asarray(order[:, :4]))
   assert_array_equal(result.items, np.pad(order[:, 4:], ((0, 0), (0, 6)), constant_values=-1))
+  assert_allclose(result.log_probs[:, : ITEMS - 4], np.take_along_axis(log_probs, order[:, 4:], axis=1), atol=1e-5)

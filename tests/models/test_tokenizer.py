@@ -173,6 +173,7 @@ DECODERS = {"decoders_text", "decoders_image"}
     ("reconstruction", BEHAVIOUR | SPECIFIC | DECODERS),
     ("fused_reconstruction", BEHAVIOUR | DECODERS | {"item_embedding"}),
     ("quantization", BEHAVIOUR | {"codebooks", "item_embedding"}),
+    ("item_id", {"item_embedding"}),
     ("contrast", BEHAVIOUR | {"item_embedding", "history", "query"}),
     ("modality_contrast", BEHAVIOUR | {"item_embedding", "history", "query"}),
     ("disentangle", BEHAVIOUR | SPECIFIC),
@@ -261,6 +262,7 @@ def test_without_item_ids_the_numbers_of_items_do_not_matter(params, batch, run)
   assert jax.tree.structure(own) == jax.tree.structure(needed)
   loss, output, gradient = run(own, batch, settings=WITHOUT_ID)
   assert moved(gradient) == set(own)
+  assert output.terms["item_id"] == 0
   assert output.residuals.shape == (3, LEVELS, len(SAMPLE), WIDTH)
   # Another numbering that keeps apart what is apart: numbers only tell false negatives.
   renumbered = batch | {"items": (SAMPLE + 5) % ITEMS, "history_items": (HISTORY + 5) % ITEMS}
@@ -269,7 +271,7 @@ def test_without_item_ids_the_numbers_of_items_do_not_matter(params, batch, run)
   assert_trees_equal(other_gradient, gradient)
 
 
-CONTRASTS = LossWeights(0.0, 0.0, 0.0, 1.0, 1.0, 0.0)
+CONTRASTS = LossWeights(**dict.fromkeys(LossWeights._fields, 0.0))._replace(contrast=1.0, modality_contrast=1.0)
 
 
 def test_contrast_sees_no_item_outside_the_packed_histories(params, batch, run):
@@ -312,7 +314,7 @@ def test_contrast_is_blind_to_padding_but_not_to_a_real_position(params, batch, 
 
 
 def test_other_losses_see_the_catalogue_sample_alone(params, batch, run):
-  others = LossWeights(1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
+  others = ONES._replace(contrast=0.0, modality_contrast=0.0)
   loss, _, gradient = run(params, batch, weights=others)
   changed = batch | {"history_features": {name: value + 1 for name, value in batch["history_features"].items()}}
   other_loss, _, other_gradient = run(params, changed, weights=others)
@@ -386,6 +388,12 @@ def test_with_every_specific_latent_withheld_they_cannot_help_reconstruction(par
 
   assert gradient(1.0) == BEHAVIOUR | DECODERS
   assert gradient(0.5) == BEHAVIOUR | SPECIFIC | DECODERS
+
+
+def test_the_item_id_term_is_the_mean_squared_norm_of_the_sampled_ids(params, batch, run):
+  _, output, _ = run(params, batch)
+  ids = np.asarray(params["item_embedding"]["embedding"])[SAMPLE]
+  assert_allclose(output.terms["item_id"], np.square(ids).sum(axis=1).mean(), rtol=1e-6)
 
 
 def test_a_row_that_lacks_a_modality_has_its_fused_latent_there(params, batch):

@@ -67,6 +67,16 @@ def test_children_are_ascending_ranges_of_the_next_level_as_wide_as_the_widest_p
     assert nodes[~valid].max(initial=0) == 0
 
 
+def test_parents_are_the_nodes_that_each_items_id_goes_through():
+  ids = distinct_codes()
+  trie = build_trie(ids)
+  assert_array_equal(trie.parents[:, 0], np.zeros(len(ids)))
+  walked = prefixes_by_walking(trie)
+  for item, row in enumerate(ids.tolist()):
+    for level in range(1, trie.num_levels):
+      assert walked[level - 1][int(trie.parents[item, level])] == tuple(row[:level])
+
+
 def test_children_keep_the_shape_of_the_parents():
   trie = build_trie(distinct_codes())
   parents = jnp.array([[0, 3, 1], [2, 2, 0]])

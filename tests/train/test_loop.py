@@ -185,10 +185,28 @@ def test_a_metric_that_is_not_finite_stops_the_run(tmp_path, value):
     return state, metrics | {"half": jnp.where(state.step >= 5, value, metrics["half"])}
 
   toy = Toy(tmp_path, step=breaks)
-  with pytest.raises(FloatingPointError, match=rf"^toy: half is {value} at step 6; "):
+  # Looked at after step 6, and the step that broke is named.
+  with pytest.raises(FloatingPointError, match=rf"^toy: half is {value} at step 5; "):
     toy.fit()
   assert toy.evaluated == [4]
   assert [record["step"] for record in toy.records() if record["kind"] == "train"] == [3, 4]
+
+
+def test_the_terms_that_broke_are_named_and_not_what_follows_from_them(tmp_path):
+  def breaks(state, shared, batch, *, axis_name):
+    state, metrics = counting_step(state, shared, batch, axis_name=axis_name)
+    bad = jnp.where(state.step >= 2, jnp.nan, 1.0)
+    return state, {"loss": bad, "fine": metrics["half"], "contrast": bad, "club": -bad, "gradient_norm": bad}
+
+  with pytest.raises(FloatingPointError, match=r"^toy: club is nan, contrast is nan at step 2; "):
+    Toy(tmp_path / "terms", step=breaks).fit()
+
+  def overflows(state, shared, batch, *, axis_name):
+    state, metrics = counting_step(state, shared, batch, axis_name=axis_name)
+    return state, metrics | {"gradient_norm": jnp.where(state.step >= 2, jnp.inf, 1.0)}
+
+  with pytest.raises(FloatingPointError, match=r"^toy: gradient_norm is inf at step 2; "):
+    Toy(tmp_path / "norm", step=overflows).fit()
 
 
 def interrupt_at(event, step, signum=signal.SIGTERM):

@@ -55,6 +55,7 @@ def make_catalogue():
     columns=jnp.asarray(code_columns([codes, others], [everywhere, somewhere], num_codes=CODES)),
     vectors=jnp.asarray(vectors),
     edges=jnp.tile(jnp.linspace(-0.8, 0.8, 7), (3, 1)),
+    trie=build_trie(codes),
   )
 
 
@@ -249,7 +250,6 @@ def test_a_batch_that_does_not_divide_is_refused():
 @pytest.mark.parametrize("head", ["dense", "generative"])
 def test_compile_map_equals_jit(head):
   state, _, catalogue, _ = recommender_problem(head)
-  trie = build_trie(np.asarray(catalogue.semantic_ids)) if head == "generative" else None
   rng = np.random.default_rng(0)
   lengths = rng.integers(1, 9, (8, 1))
   real = np.arange(8) < lengths
@@ -262,10 +262,10 @@ def test_compile_map_equals_jit(head):
   # Parameters far from their small first values, so that no two items tie within rounding.
   params = jax.tree.map(lambda leaf: leaf + rng.normal(scale=0.3, size=leaf.shape).astype(np.float32), state.params)
   ranker = make_ranker(make_recommender(head), beam_width=NUM_ITEMS)
-  expected = jax.jit(ranker)(params, (catalogue, trie), batch)
+  expected = jax.jit(ranker)(params, catalogue, batch)
   assert len(np.unique(expected["ranks"])) > 2
   for partitioner in (Pmap(), SingleDevice()):
-    shared = partitioner.replicate((catalogue, trie))
+    shared = partitioner.replicate(catalogue)
     result = partitioner.compile_map(ranker)(partitioner.replicate(params), shared, batch)
     assert result.keys() == {"ranks", "top"}
     np.testing.assert_array_equal(result["ranks"], expected["ranks"])

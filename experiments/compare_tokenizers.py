@@ -1,0 +1,160 @@
+"""Tokenizers side by side: health, cohesion, and what a recommender makes of their semantic IDs.
+
+    python experiments/compare_tokenizers.py --config=configs/scientific.py --config.data.path=DIR --workdir=runs/sci
+    python experiments/compare_tokenizers.py --config=configs/scientific.py:dense ... (the same path and workdir)
+
+trains every variant with every seed (`--variants`, `--seeds`), then the config's recommender on its IDs
+(`--norecommender`: none), and prints the tables. What is done already is not done again, tokenizers are shared by the
+heads, and the work can be split over processes by seed or variant; `--report` prints the tables of whatever is there.
+Semantic IDs published for the data set, `sid_*.npy` in its folder, are measured by the same code.
+"""
+
+import copy
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.data.interactions import Split
+from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.experiment import read_data, run, tokenize
+from bbqrec_jax.json_files import read_json
+from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health
+
+# Each changes what it names and nothing else.
+VARIANTS: dict[str, dict[str, Any]] = {
+  "bound": {},
+  "rq_kmeans": {"tokenizer.quantizer": "rq_kmeans"},
+  "fragmented": {"tokenizer.codebooks": "per_stream"},
+  "no_disentangle": {"tokenizer.weights.disentangle": 0.0},
+  "no_item_id": {"tokenizer.item_id": "none"},
+  "no_contrast": {"tokenizer.weights.contrast": 0.0, "tokenizer.weights.modality_contrast": 0.0},
+}
+
+
+def change(config: Any, changes: dict[str, Any]) -> Any:
+  """A copy of a config with fields changed."""
+  changed = copy.deepcopy(config)
+  changed.update_from_flattened_dict(changes)
+  return changed
+
+
+def do(config: Any, workdir: pathlib.Path, *, variants: list[str], seeds: list[int], recommender: bool) -> None:
+  """Trains what is asked for and not there yet."""
+  for seed in seeds:
+    for variant in variants:
+      own = change(config, VARIANTS[variant] | {"seed": seed})
+      folder = workdir / variant / str(seed)
+      # Of all heads alike: a tokenizer knows nothing of the recommender.
+      neutral = flatten(default_config().recommender, "recommender.")
+      tokenize(change(own, neutral), folder)
+      if recommender:
+        artefact = {"tokenizer.artefact": str(folder / "tokenizer")}
+        run(change(own, artefact), folder / own.recommender.head)
+
+
+def measure(codes: np.ndarray, split: Split) -> dict[str, Any]:
+  """The health of semantic IDs [N, L] that were made elsewhere."""
+  last = split.train.items[split.train.offsets[1:] - 1]
+  health = codebook_health(codes, codes, num_codes=int(codes.max()) + 1)
+  return health | {"cohesion": behaviour_cohesion(codes, last, split.validation_target)}
+
+
+def mean(values: list[float], form: str) -> str:
+  """Mean, and from two values on the standard deviation, in a `form` such as ".3f"."""
+  if not values or None in values:
+    return ""
+  spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+  return f"{np.mean(values):{form}}{spread}"
+
+
+def table(rows: list[list[str]]) -> str:
+  """A Markdown table; the first row is its head."""
+  lines = [f"| {' | '.join(row)} |" for row in rows]
+  return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def health_row(name: str, healths: list[dict[str, Any]]) -> list[str]:
+  """A line of the first table."""
+
+  def column(read, form):
+    return mean([read(health) for health in healths], form)
+
+  return [
+    name,
+    str(len(healths)),
+    column(lambda h: 100 * min(h["usage"]), ".1f"),
+    column(lambda h: h["perplexity"][0], ".0f"),
+    column(lambda h: 100 * h["collision_rate_before"], ".1f"),
+    column(lambda h: 100 * h["cohesion"]["level1"], ".1f"),
+    column(lambda h: 100 * h["cohesion"]["floor1"], ".2f"),
+    column(lambda h: 100 * h["cohesion"]["level2"], ".1f"),
+    column(lambda h: 100 * h["cohesion"]["floor2"], ".2f"),
+    column(lambda h: h.get("contrast_recall@10"), ".4f"),
+  ]
+
+
+def report(config: Any, workdir: pathlib.Path) -> str:
+  """The tables of all that is done."""
+  dataset, split, figures = read_data(config)
+  healths = [
+    ["tokenizer", "seeds", "least usage %", "perplexity, level 1", "collisions %", "cohesion 1 %", "by chance",
+     "cohesion 2 %", "by chance", "S2I Recall@10"]
+  ]  # fmt: skip
+  metrics = [["tokenizer", "head", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10"]]
+  for variant in VARIANTS:
+    # An unfinished tokenizer has a health report too, but no artefact.
+    done = sorted((workdir / variant).glob("*/tokenizer/semantic_ids.json"))
+    if done:
+      healths.append(health_row(variant, [read_json(path.with_name("health.json")) for path in done]))
+    for head in ("generative", "dense"):
+      results = [read_json(path) for path in sorted((workdir / variant).glob(f"*/{head}/results.json"))]
+      if results:
+        cells = [mean([result[part][name] for result in results], ".4f") for part in ("validation", "test")
+                 for name in ("recall@10", "ndcg@10")]  # fmt: skip
+        metrics.append([variant, head, str(len(results)), *cells])
+  for path in sorted(pathlib.Path(dataset.source).glob("sid_*.npy")):
+    healths.append(health_row(f"published: {path.stem}", [measure(np.load(path), split)]))
+  head = (
+    f"{figures['name']}: {figures['users']:,} users, {figures['items']:,} items, {figures['interactions']:,}"
+    f" interactions, split {figures['split_hash']}; cohesion over {len(split.validation_target):,} held-out pairs"
+  )
+  return "\n\n".join([head, table(healths), *([table(metrics)] if len(metrics) > 1 else [])])
+
+
+def main(argv: list[str]) -> None:
+  """Does the work that the flags ask for, and prints the tables."""
+  del argv
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  options = flags.FLAGS
+  try:
+    for name in options.variants:
+      if name not in VARIANTS:
+        raise InputError(f"--variants: expected some of {', '.join(VARIANTS)}, got {name!r}")
+    for seed in options.seeds:
+      if not seed.isdecimal():
+        raise InputError(f"--seeds: expected whole numbers from 0, got {seed!r}")
+    workdir = pathlib.Path(options.workdir)
+    if not options.report:
+      do(
+        options.config, workdir,
+        variants=options.variants, seeds=[int(seed) for seed in options.seeds], recommender=options.recommender,
+      )  # fmt: skip
+    print(report(options.config, workdir))
+  except InputError as error:
+    refuse(error)
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "The config that every variant starts from.")
+  flags.DEFINE_string("workdir", None, "Gets a folder for each variant and seed.")
+  flags.DEFINE_list("variants", list(VARIANTS), "Which tokenizers.")
+  flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of everything random.")
+  flags.DEFINE_bool("recommender", True, "Whether to train the config's recommender on each tokenizer's IDs.")
+  flags.DEFINE_bool("report", False, "Train nothing; print the tables of what is there.")
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)
