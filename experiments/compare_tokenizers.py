@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "rq_kmeans": {"tokenizer.quantizer": "rq_kmeans"},
   "fragmented": {"tokenizer.codebooks": "per_stream"},
   "no_disentangle": {"tokenizer.weights.disentangle": 0.0},
+  "disentangle_1": {"tokenizer.weights.disentangle": 1.0},
   "no_item_id": {"tokenizer.item_id": "none"},
   "no_contrast": {"tokenizer.weights.contrast": 0.0, "tokenizer.weights.modality_contrast": 0.0},
 }
@@ -94,6 +95,7 @@ def health_row(name: str, healths: list[dict[str, Any]]) -> list[str]:
     column(lambda h: 100 * h["cohesion"]["level2"], ".1f"),
     column(lambda h: 100 * h["cohesion"]["floor2"], ".2f"),
     column(lambda h: h.get("contrast_recall@10"), ".4f"),
+    column(lambda h: np.mean(list(h["specific_r2"].values())) if "specific_r2" in h else None, ".3f"),
   ]
 
 
@@ -102,7 +104,7 @@ def report(config: Any, workdir: pathlib.Path) -> str:
   dataset, split, figures = read_data(config)
   healths = [
     ["tokenizer", "seeds", "least usage %", "perplexity, level 1", "collisions %", "cohesion 1 %", "by chance",
-     "cohesion 2 %", "by chance", "S2I Recall@10"]
+     "cohesion 2 %", "by chance", "S2I Recall@10", "probe R²"]
   ]  # fmt: skip
   metrics = [["tokenizer", "head", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10"]]
   for variant in VARIANTS:

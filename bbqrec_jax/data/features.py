@@ -1,6 +1,7 @@
 """Item features: one array a modality, memory-mapped, checked and summarised a block of rows at a time."""
 
 import hashlib
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,10 +16,24 @@ LARGEST = float(np.finfo(np.float32).max)
 BLOCK = 2**22
 
 
+def release(array: np.ndarray) -> None:
+  """Lets go of the pages of a memory-mapped file that were read: the system's cache keeps them, the process does not.
+
+  Nothing happens to an array that is not mapped, or that could be written to.
+  """
+  base = array.base
+  while isinstance(base, np.ndarray):
+    base = base.base
+  if isinstance(base, mmap.mmap) and not array.flags.writeable and hasattr(base, "madvise"):
+    base.madvise(mmap.MADV_DONTNEED)
+
+
 def row_blocks(array: np.ndarray) -> Iterator[slice]:
-  """Slices that cover the rows of a [N, D] array, each of about `BLOCK` elements."""
+  """Slices that cover the rows of a [N, D] array, each of about `BLOCK` elements; mapped pages are released behind."""
   step = max(1, BLOCK // max(1, array.shape[1]))
-  return (slice(start, start + step) for start in range(0, len(array), step))
+  for start in range(0, len(array), step):
+    yield slice(start, start + step)
+    release(array)
 
 
 def open_array(path: Path) -> np.ndarray:

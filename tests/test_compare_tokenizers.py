@@ -1,0 +1,65 @@
+"""The comparison of tokenizers: what it trains, what it leaves alone, and its tables."""
+
+import importlib.util
+import pathlib
+
+import numpy as np
+import pytest
+
+from bbqrec_jax.config import default_config
+from bbqrec_jax.data.interactions import Split, from_lengths
+from bbqrec_jax.json_files import read_json
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "experiments" / "compare_tokenizers.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+  spec = importlib.util.spec_from_file_location("compare_tokenizers", SCRIPT)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope="module")
+def config():
+  config = default_config()
+  config.update_from_flattened_dict({
+    "data.source": "synthetic", "data.synthetic.num_users": 60, "data.synthetic.num_items": 40,
+    "tokenizer.num_levels": 2, "tokenizer.num_codes": 8, "tokenizer.kmeans_iterations": 2, "recommender.head": "dense",
+    "recommender.width": 8, "recommender.mlp_width": 8, "recommender.num_layers": 1, "recommender.similarity": (),
+    "recommender.steps": 4, "recommender.evaluate_every": 2, "evaluation.batch_size": 60,
+  })  # fmt: skip
+  return config
+
+
+@pytest.mark.usefixtures("compile_cache", "quick_compile")
+def test_each_seed_gets_a_tokenizer_and_a_recommender_and_the_report_means_over_them(script, config, tmp_path):
+  script.do(config, tmp_path, variants=["rq_kmeans"], seeds=[0, 1], recommender=True)
+  results = [read_json(tmp_path / "rq_kmeans" / seed / "dense" / "results.json") for seed in ("0", "1")]
+  healths = [read_json(tmp_path / "rq_kmeans" / seed / "tokenizer" / "health.json") for seed in ("0", "1")]
+  assert results[0]["test"] != results[1]["test"], "two seeds, two runs"
+  written = (tmp_path / "rq_kmeans" / "0" / "dense" / "results.json").stat().st_mtime_ns
+  script.do(config, tmp_path, variants=["rq_kmeans"], seeds=[0], recommender=True)
+  assert (tmp_path / "rq_kmeans" / "0" / "dense" / "results.json").stat().st_mtime_ns == written, "done already"
+
+  report = script.report(config, tmp_path)
+  rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| rq")]
+  health, metrics = rows
+  assert health[1] == metrics[2] == "2"
+  cohesion = [100 * health["cohesion"]["level1"] for health in healths]
+  assert health[5] == f"{np.mean(cohesion):.1f} ± {np.std(cohesion, ddof=1):.1f}"
+  assert health[9] == health[10] == "", "no sequence model, no specific encoders"
+  ndcg = [result["test"]["ndcg@10"] for result in results]
+  assert metrics[-1] == f"{np.mean(ndcg):.4f} ± {np.std(ndcg, ddof=1):.4f}"
+
+
+def test_ids_made_elsewhere_are_measured_by_hand_counted_figures(script):
+  codes = np.array([[0, 0], [0, 1], [1, 0], [1, 0]])
+  train = from_lengths(np.array([0, 1, 2, 3]), np.array([2, 2]), np.array(["a", "b"]))
+  split = Split(train, np.array([0, 2], np.int32), np.array([0, 0], np.int32), "hash")
+  health = script.measure(codes, split)
+  # Item 1 then 0: one code shared. Item 3 then 2: both.
+  assert (health["cohesion"]["level1"], health["cohesion"]["level2"]) == (1.0, 0.5)
+  assert health["collision_rate_before"] == 0.25
+  assert health["usage"] == [1.0, 1.0]
