@@ -23,6 +23,7 @@ def default_config() -> ml_collections.ConfigDict:
   data.path = ""  # The folder of "directory" and "recbole".
   data.modalities = ()  # Names of the modalities to use, in order; () means all that are found.
   data.drop_short_users = False  # Drop users with fewer than 3 interactions instead of refusing them.
+  data.drop_incomplete_items = False  # Drop items that lack one of the modalities, and whatever was done with them.
   data.synthetic = synthetic = ml_collections.ConfigDict()
   synthetic.num_users = 2000
   synthetic.num_items = 600
@@ -63,7 +64,7 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.commitment = 0.25  # beta of the quantization loss.
   tokenizer.temperature = 0.1  # Of the contrast, or where it starts.
   tokenizer.learn_temperature = False
-  tokenizer.level_dropout = 0.5  # Share of items that the contrast sees by their first codeword alone.
+  tokenizer.level_dropout = 0.5  # Share of items that the contrast sees by a prefix of their codewords alone.
   tokenizer.specific_dropout = 0.5  # Share of items decoded from codes alone in a step, so that codes carry content.
   tokenizer.weights = weights = ml_collections.ConfigDict()  # One weight a loss.
   weights.reconstruction = 1.0

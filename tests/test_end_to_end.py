@@ -379,7 +379,7 @@ def test_generative_recommendations_against_every_items_log_probability(generati
 def test_the_best_model_is_what_recommends(dense):
   # The restored parameters rank the test items as results.json says: judged here user by user, without `evaluate`.
   workdir, results = dense
-  dataset, _, model, params, catalogue, _, _ = restore(workdir)
+  dataset, _, model, params, catalogue, _ = restore(workdir)
   split = leave_one_out(dataset.interactions)
   histories, length = split.history("test"), model.settings.max_length
   batch = {name: np.zeros((200, length), np.int32) for name in ("items", "segments", "positions")}

@@ -3,15 +3,19 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import choose_modalities
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, drop_short_users, from_lengths
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.data.synthetic import make_synthetic
 from bbqrec_jax.errors import InputError
 
 __all__ = [
   "Dataset",
+  "complete_items",
   "format_statistics",
   "load",
   "load_directory",
@@ -21,16 +25,59 @@ __all__ = [
 ]
 
 
+def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
+  """The data set without the items that lack a modality, the others renumbered in their order, and their interactions.
+
+  Args:
+    dataset: a data set of N items.
+    drop_short: drop the users that are left with too few interactions rather than refuse them.
+
+  Raises:
+    InputError: if no item has every modality, or users are left with fewer than 3 interactions.
+  """
+  keep = np.logical_and.reduce(list(dataset.present.values()))
+  if not keep.any():
+    raise InputError(
+      f"{dataset.source}: expected items with every one of {', '.join(dataset.modalities)}, found none; leave a"
+      " modality out (data.modalities) or set data.drop_incomplete_items=False"
+    )
+  old = dataset.interactions
+  kept = keep[old.items]
+  lengths = np.add.reduceat(np.append(kept, False).astype(np.int64), old.offsets[:-1]) * (old.lengths > 0)
+  interactions = from_lengths((np.cumsum(keep) - 1)[old.items[kept]], lengths, old.users)
+  short = int(np.sum(lengths < MINIMUM_LENGTH))
+  if short == len(lengths) or (short and not drop_short):
+    raise InputError(
+      f"{dataset.source}: without the {np.sum(~keep)} items that lack a modality, {short} of {len(lengths)} users have"
+      f" fewer than {MINIMUM_LENGTH} interactions; --config.data.drop_short_users=True drops them"
+    )
+  return dataclasses.replace(
+    dataset,
+    interactions=drop_short_users(interactions),
+    features={name: array[keep] for name, array in dataset.features.items()},
+    present={name: mask[keep] for name, mask in dataset.present.items()},
+    titles=tuple(title for title, here in zip(dataset.titles, keep, strict=True) if here),
+  )
+
+
 def load(settings: Any) -> Dataset:
   """Loads what `config.data` names.
 
   Args:
-    settings: has `source` ("synthetic", "directory" or "recbole"), `path`, `modalities`, `drop_short_users`, and
-      `synthetic` with `num_users`, `num_items` and `seed`.
+    settings: has `source` ("synthetic", "directory" or "recbole"), `path`, `modalities`, `drop_short_users`,
+      `drop_incomplete_items`, and `synthetic` with `num_users`, `num_items` and `seed`.
 
   Raises:
     InputError: if the source is unknown, or what it names is missing or wrong.
   """
+  dataset = _load(settings)
+  if settings.drop_incomplete_items:
+    return complete_items(dataset, drop_short=settings.drop_short_users)
+  return dataset
+
+
+def _load(settings: Any) -> Dataset:
+  """All of what `config.data` names."""
   folder_sources = {"directory": load_directory, "recbole": load_recbole}
   if settings.source in folder_sources:
     return folder_sources[settings.source](

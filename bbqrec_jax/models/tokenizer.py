@@ -42,8 +42,8 @@ class TokenizerSettings:
     temperature: of the contrast, or where it starts.
     specific_dropout: share of items whose decoders get no specific latent in a step, so that the codes must carry what
       the item is (this project's choice: nothing else asks the codewords for content).
-    level_dropout: share of items that the contrast sees by their first codeword alone, so that the first level learns
-      what follows what (this project's choice, after the quantizer dropout of SoundStream).
+    level_dropout: share of items that the contrast sees by their first codewords alone, one to L - 1 of them, so that
+      every prefix of an ID learns what follows what (this project's choice, after SoundStream's quantizer dropout).
     commitment: beta of the quantization loss.
     normalize: whether the modalities' and the fused latents are layer-normalised before they are quantized.
     history_layers: layers of the small causal transformer of the sequence-to-item contrast.
@@ -349,15 +349,16 @@ def tokenizer_loss(
     rngs = {"dropout": key} if training else None
     return apply(model, params, method, *args, rngs=rngs, **kwargs)
 
-  def through_codebook(latents, *, balance=False, first_alone=None):
+  def through_codebook(latents, *, balance=False, levels=None):
     """The quantization of stacked streams, and straight-through codewords, or latents while there is no codebook.
 
-    `first_alone` [B] marks the items whose first codeword alone is passed on.
+    `levels` [B] says how many of each item's codewords, from the first, are passed on; None is all.
     """
     result = run("quantize", latents.values, latents.present, balance=balance, axis_name=axis_name)
     codewords = result.quantized
-    if first_alone is not None:
-      codewords = jnp.where(first_alone[:, None], result.codewords[:, 0], codewords)
+    if levels is not None:
+      kept = jnp.arange(s.num_levels)[:, None] < levels
+      codewords = jnp.sum(jnp.where(kept[..., None], result.codewords, 0.0), axis=1)
     passed = quantize.GRADIENTS[s.gradient](latents.values, codewords)
     return result, jnp.where(quantized, passed, latents.values)
 
@@ -420,10 +421,12 @@ def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
     for part in ("history_features", "history_present")
   )
   latents = run("latents", items, features, present)
-  first_alone = None
-  if key is not None and settings.level_dropout:
-    first_alone = jax.random.bernoulli(jax.random.fold_in(key, 4), settings.level_dropout, items.shape)
-  _, passed = through_codebook(latents, first_alone=first_alone)
+  levels = None
+  if key is not None and settings.level_dropout and settings.num_levels > 1:
+    dropped, number = (jax.random.fold_in(key, index) for index in (4, 5))
+    prefix = jax.random.randint(number, items.shape, 1, settings.num_levels)
+    levels = jnp.where(jax.random.bernoulli(dropped, settings.level_dropout, items.shape), prefix, settings.num_levels)
+  _, passed = through_codebook(latents, levels=levels)
   temperature = run("temperature")
   vectors = passed[-1]
   if "id" in streams:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bbqrec_jax.data.interactions import leave_one_out
-from bbqrec_jax.data.sources import format_statistics, load, load_directory, statistics
+from bbqrec_jax.data.sources import complete_items, format_statistics, load, load_directory, statistics
 from bbqrec_jax.errors import InputError
 
 SEQUENCES = "ann 0 1 2\nbob 3 2 1 0\ncy 2 2 3\n"
@@ -208,7 +208,9 @@ def test_a_recbole_folder_is_recognised(folder):
   ids=["empty", "missing", "file"],
 )
 def test_what_is_no_folder_is_refused(name, parts):
-  settings = SimpleNamespace(source="directory", path=name, modalities=(), drop_short_users=False)
+  settings = SimpleNamespace(
+    source="directory", path=name, modalities=(), drop_short_users=False, drop_incomplete_items=False
+  )
   with pytest.raises(InputError) as error:
     load(settings)
   assert all(part in str(error.value) for part in parts)
@@ -216,10 +218,39 @@ def test_what_is_no_folder_is_refused(name, parts):
 
 def test_load_passes_the_settings_on(folder):
   (folder / "sequences.txt").write_text(SEQUENCES + "dee 1\n")
-  settings = SimpleNamespace(source="directory", path=str(folder), modalities=("text",), drop_short_users=True)
+  settings = SimpleNamespace(
+    source="directory", path=str(folder), modalities=("text",), drop_short_users=True, drop_incomplete_items=False
+  )
   dataset = load(settings)
   assert dataset.modalities == ("text",)
   assert dataset.interactions.num_users == 3
+
+
+def test_incomplete_items_and_what_was_done_with_them_are_dropped(folder):
+  (folder / "sequences.txt").write_text("ann 0 1 2\nbob 3 2 1 0\ncy 2 2 3\n")
+  settings = SimpleNamespace(
+    source="directory", path=str(folder), modalities=(), drop_short_users=True, drop_incomplete_items=True
+  )
+  dataset = load(settings)  # Item 1 has no image; ann is left with two interactions.
+  assert histories(dataset) == {"bob": [2, 1, 0], "cy": [1, 1, 2]}
+  assert dataset.titles == ("A", "Ć", "D")
+  np.testing.assert_array_equal(dataset.features["text"], TEXT[[0, 2, 3]])
+  np.testing.assert_array_equal(dataset.features["image"], IMAGE[[0, 2, 3]])
+  assert all(mask.all() for mask in dataset.present.values())
+
+
+def test_users_left_short_without_incomplete_items_are_refused(folder):
+  settings = SimpleNamespace(
+    source="directory", path=str(folder), modalities=(), drop_short_users=False, drop_incomplete_items=True
+  )
+  with pytest.raises(InputError, match=r"without the 1 items .* 1 of 3 users .*drop_short_users=True drops them"):
+    load(settings)
+
+
+def test_a_catalogue_without_a_complete_item_is_refused(folder):
+  np.save(folder / "has_text.npy", np.array([0, 1, 0, 0]))
+  with pytest.raises(InputError, match=r"items with every one of image, text, found none"):
+    complete_items(load_directory(folder))
 
 
 def test_statistics_against_counts_by_hand(folder):

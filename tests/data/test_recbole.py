@@ -202,5 +202,7 @@ def test_features_of_another_catalogue_are_refused(folder):
 
 
 def test_load_reads_recbole(folder):
-  settings = SimpleNamespace(source="recbole", path=str(folder), modalities=("text",), drop_short_users=False)
+  settings = SimpleNamespace(
+    source="recbole", path=str(folder), modalities=("text",), drop_short_users=False, drop_incomplete_items=False
+  )
   assert load(settings).modalities == ("text",)

@@ -124,7 +124,10 @@ def test_impossible_sizes_are_refused(name, value):
 
 def settings(**changes):
   made = SimpleNamespace(num_users=20, num_items=30, seed=3)
-  defaults = {"source": "synthetic", "path": "", "modalities": (), "drop_short_users": False, "synthetic": made}
+  defaults = {
+    "source": "synthetic", "path": "", "modalities": (), "drop_short_users": False, "drop_incomplete_items": False,
+    "synthetic": made,
+  }  # fmt: skip
   return SimpleNamespace(**(defaults | changes))
 
 
