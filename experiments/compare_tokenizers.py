@@ -4,9 +4,11 @@
     python experiments/compare_tokenizers.py --config=configs/scientific.py:dense ... (the same path and workdir)
 
 trains every variant with every seed (`--variants`, `--seeds`), then the config's recommender on its IDs
-(`--norecommender`: none), and prints the tables. What is done already is not done again, tokenizers are shared by the
-heads, and the work can be split over processes by seed or variant; `--report` prints the tables of whatever is there.
-Semantic IDs published for the data set, `sid_*.npy` in its folder, are measured by the same code.
+(`--norecommender`: none), and prints the tables. `--ids_alone` trains another recommender that knows items by their IDs
+and by nothing else, with a full softmax: what the IDs themselves tell of behaviour. What is done already is not done
+again, tokenizers are shared by the heads, and the work can be split over processes by seed or variant; `--report`
+prints the tables of whatever is there. Semantic IDs published for the data set, `sid_*.npy` in its folder, are measured
+by the same code.
 """
 
 import copy
@@ -24,16 +26,29 @@ from bbqrec_jax.experiment import read_data, run, tokenize
 from bbqrec_jax.json_files import read_json
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health
 
-# Each changes what it names and nothing else.
+# Each changes what it names and nothing else, but for "fragmented": each modality is quantized on its own, with
+# codebooks of its own and bound to nothing, and an ID is the modalities' codes one after the other (as in MQL4GRec).
 VARIANTS: dict[str, dict[str, Any]] = {
   "bound": {},
   "rq_kmeans": {"tokenizer.quantizer": "rq_kmeans"},
-  "fragmented": {"tokenizer.codebooks": "per_stream"},
+  "fragmented": {
+    "tokenizer.codebooks": "per_stream",
+    "tokenizer.semantic_id": "concatenated",
+    "tokenizer.item_id": "none",
+    "tokenizer.weights.contrast": 0.0,
+    "tokenizer.weights.modality_contrast": 0.0,
+    "tokenizer.weights.fused_reconstruction": 0.0,
+    "tokenizer.weights.disentangle": 0.0,
+  },
+  "own_codebooks": {"tokenizer.codebooks": "per_stream"},
   "no_disentangle": {"tokenizer.weights.disentangle": 0.0},
   "disentangle_1": {"tokenizer.weights.disentangle": 1.0},
   "no_item_id": {"tokenizer.item_id": "none"},
   "no_contrast": {"tokenizer.weights.contrast": 0.0, "tokenizer.weights.modality_contrast": 0.0},
 }
+
+IDS_ALONE = {"recommender.head": "dense", "recommender.item_inputs": ("fused",), "recommender.similarity": ()}
+HEADS = ("generative", "dense", "ids_alone")
 
 
 def change(config: Any, changes: dict[str, Any]) -> Any:
@@ -43,7 +58,9 @@ def change(config: Any, changes: dict[str, Any]) -> Any:
   return changed
 
 
-def do(config: Any, workdir: pathlib.Path, *, variants: list[str], seeds: list[int], recommender: bool) -> None:
+def do(
+  config: Any, workdir: pathlib.Path, *, variants: list[str], seeds: list[int], recommender: bool, ids_alone: bool
+) -> None:
   """Trains what is asked for and not there yet."""
   for seed in seeds:
     for variant in variants:
@@ -52,9 +69,11 @@ def do(config: Any, workdir: pathlib.Path, *, variants: list[str], seeds: list[i
       # Of all heads alike: a tokenizer knows nothing of the recommender.
       neutral = flatten(default_config().recommender, "recommender.")
       tokenize(change(own, neutral), folder)
+      artefact = {"tokenizer.artefact": str(folder / "tokenizer")}
       if recommender:
-        artefact = {"tokenizer.artefact": str(folder / "tokenizer")}
         run(change(own, artefact), folder / own.recommender.head)
+      if ids_alone:
+        run(change(own, artefact | IDS_ALONE), folder / "ids_alone")
 
 
 def measure(codes: np.ndarray, split: Split) -> dict[str, Any]:
@@ -91,9 +110,9 @@ def health_row(name: str, healths: list[dict[str, Any]]) -> list[str]:
     column(lambda h: h["perplexity"][0], ".0f"),
     column(lambda h: 100 * h["collision_rate_before"], ".1f"),
     column(lambda h: 100 * h["cohesion"]["level1"], ".1f"),
-    column(lambda h: 100 * h["cohesion"]["floor1"], ".2f"),
-    column(lambda h: 100 * h["cohesion"]["level2"], ".1f"),
-    column(lambda h: 100 * h["cohesion"]["floor2"], ".2f"),
+    column(lambda h: h["cohesion"]["level1"] / h["cohesion"]["floor1"], ".1f"),
+    column(lambda h: 100 * h["cohesion"]["level2"], ".2f"),
+    column(lambda h: h["cohesion"]["level2"] / h["cohesion"]["floor2"], ".1f"),
     column(lambda h: h.get("contrast_recall@10"), ".4f"),
     column(lambda h: np.mean(list(h["specific_r2"].values())) if "specific_r2" in h else None, ".3f"),
   ]
@@ -103,8 +122,8 @@ def report(config: Any, workdir: pathlib.Path) -> str:
   """The tables of all that is done."""
   dataset, split, figures = read_data(config)
   healths = [
-    ["tokenizer", "seeds", "least usage %", "perplexity, level 1", "collisions %", "cohesion 1 %", "by chance",
-     "cohesion 2 %", "by chance", "S2I Recall@10", "probe R²"]
+    ["tokenizer", "seeds", "least usage %", "perplexity, level 1", "collisions %", "cohesion 1 %", "times chance",
+     "cohesion 2 %", "times chance", "S2I Recall@10", "probe R²"]
   ]  # fmt: skip
   metrics = [["tokenizer", "head", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10"]]
   for variant in VARIANTS:
@@ -112,7 +131,7 @@ def report(config: Any, workdir: pathlib.Path) -> str:
     done = sorted((workdir / variant).glob("*/tokenizer/semantic_ids.json"))
     if done:
       healths.append(health_row(variant, [read_json(path.with_name("health.json")) for path in done]))
-    for head in ("generative", "dense"):
+    for head in HEADS:
       results = [read_json(path) for path in sorted((workdir / variant).glob(f"*/{head}/results.json"))]
       if results:
         cells = [mean([result[part][name] for result in results], ".4f") for part in ("validation", "test")
@@ -145,6 +164,7 @@ def main(argv: list[str]) -> None:
       do(
         options.config, workdir,
         variants=options.variants, seeds=[int(seed) for seed in options.seeds], recommender=options.recommender,
+        ids_alone=options.ids_alone,
       )  # fmt: skip
     print(report(options.config, workdir))
   except InputError as error:
@@ -157,6 +177,7 @@ if __name__ == "__main__":
   flags.DEFINE_list("variants", list(VARIANTS), "Which tokenizers.")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of everything random.")
   flags.DEFINE_bool("recommender", True, "Whether to train the config's recommender on each tokenizer's IDs.")
+  flags.DEFINE_bool("ids_alone", False, "Whether to train a recommender that knows items by their IDs alone.")
   flags.DEFINE_bool("report", False, "Train nothing; print the tables of what is there.")
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main)

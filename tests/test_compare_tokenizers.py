@@ -35,17 +35,18 @@ def config():
 
 @pytest.mark.usefixtures("compile_cache", "quick_compile")
 def test_each_seed_gets_a_tokenizer_and_a_recommender_and_the_report_means_over_them(script, config, tmp_path):
-  script.do(config, tmp_path, variants=["rq_kmeans"], seeds=[0, 1], recommender=True)
+  script.do(config, tmp_path, variants=["rq_kmeans"], seeds=[0, 1], recommender=True, ids_alone=True)
   results = [read_json(tmp_path / "rq_kmeans" / seed / "dense" / "results.json") for seed in ("0", "1")]
   healths = [read_json(tmp_path / "rq_kmeans" / seed / "tokenizer" / "health.json") for seed in ("0", "1")]
   assert results[0]["test"] != results[1]["test"], "two seeds, two runs"
   written = (tmp_path / "rq_kmeans" / "0" / "dense" / "results.json").stat().st_mtime_ns
-  script.do(config, tmp_path, variants=["rq_kmeans"], seeds=[0], recommender=True)
+  script.do(config, tmp_path, variants=["rq_kmeans"], seeds=[0], recommender=True, ids_alone=True)
   assert (tmp_path / "rq_kmeans" / "0" / "dense" / "results.json").stat().st_mtime_ns == written, "done already"
 
   report = script.report(config, tmp_path)
   rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| rq")]
-  health, metrics = rows
+  health, metrics, alone = rows
+  assert (metrics[1], alone[1]) == ("dense", "ids_alone")
   assert health[1] == metrics[2] == "2"
   cohesion = [100 * health["cohesion"]["level1"] for health in healths]
   assert health[5] == f"{np.mean(cohesion):.1f} ± {np.std(cohesion, ddof=1):.1f}"

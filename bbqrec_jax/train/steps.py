@@ -11,15 +11,8 @@ import optax
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.recommender import Catalogue, Recommender
-from bbqrec_jax.models.tokenizer import (
-  Bound,
-  LossWeights,
-  Tokenizer,
-  TokenizerOutput,
-  TokenizerSettings,
-  by_codebook,
-  tokenizer_loss,
-)
+from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, by_codebook
+from bbqrec_jax.models.tokenizer_loss import Bound, LossWeights, TokenizerOutput, tokenizer_loss
 from bbqrec_jax.ops.club import club_full, club_sampled, gaussian_log_likelihood
 from bbqrec_jax.ops.codebooks import code_counts, moving_average, perplexity, revive_codes
 from bbqrec_jax.ops.reduction import masked_mean

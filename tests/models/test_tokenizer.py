@@ -10,14 +10,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.models.critic import ClubCritic
-from bbqrec_jax.models.tokenizer import (
-  LossWeights,
-  Tokenizer,
-  TokenizerSettings,
-  by_codebook,
-  stream_codebooks,
-  tokenizer_loss,
-)
+from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, by_codebook, stream_codebooks
+from bbqrec_jax.models.tokenizer_loss import LossWeights, tokenizer_loss
 from bbqrec_jax.ops.club import club_full
 from bbqrec_jax.ops.quantize import QUANTIZERS, residual_quantize
 
@@ -388,6 +382,26 @@ def test_with_every_specific_latent_withheld_they_cannot_help_reconstruction(par
 
   assert gradient(1.0) == BEHAVIOUR | DECODERS
   assert gradient(0.5) == BEHAVIOUR | SPECIFIC | DECODERS
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_an_item_seen_by_a_prefix_of_its_codewords_is_seen_without_the_last(params, batch, share):
+  on_device = jax.tree.map(jnp.asarray, batch)
+  settings = dataclasses.replace(SETTINGS, level_dropout=share, dropout=0.0)
+
+  @jax.jit
+  def contrast(codebooks):
+    loss, _ = tokenizer_loss(
+      Tokenizer(settings), params | {"codebooks": codebooks}, on_device, weights=only("contrast"), key=jax.random.key(0)
+    )
+    return loss
+
+  codebooks = jnp.asarray(params["codebooks"])
+  # One offset for all codewords of a level: the choices stay what they are.
+  first, last = (contrast(codebooks.at[:, level].add(0.5)) for level in (0, LEVELS - 1))
+  plain = contrast(codebooks)
+  assert first != plain
+  assert (last == plain) == (share == 1.0)
 
 
 def test_the_item_id_term_is_the_mean_squared_norm_of_the_sampled_ids(params, batch, run):

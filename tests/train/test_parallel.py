@@ -15,7 +15,8 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import make_ranker
 from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSettings, code_columns
-from bbqrec_jax.models.tokenizer import LossWeights, Tokenizer, TokenizerSettings
+from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
+from bbqrec_jax.models.tokenizer_loss import LossWeights
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.train.parallel import PARTITIONERS, Pmap, SingleDevice
 from bbqrec_jax.train.state import CodebookUse, TrainState, step_key

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from bbqrec_jax.models.critic import ClubCritic
-from bbqrec_jax.models.tokenizer import LossWeights, Tokenizer, TokenizerSettings, tokenizer_loss
+from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
+from bbqrec_jax.models.tokenizer_loss import LossWeights, tokenizer_loss
 from bbqrec_jax.train.state import CodebookUse, TrainState
 from bbqrec_jax.train.steps import CodebookUpkeep, Disentangling, make_tokenizer_step
 

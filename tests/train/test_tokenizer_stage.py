@@ -16,7 +16,8 @@ from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.models.frozen import FrozenTokenizer, settings_from_json
-from bbqrec_jax.models.tokenizer import LossWeights, TokenizerSettings
+from bbqrec_jax.models.tokenizer import TokenizerSettings
+from bbqrec_jax.models.tokenizer_loss import LossWeights
 from bbqrec_jax.ops.quantize import QUANTIZERS, residual_quantize
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train import tokenizer_stage

@@ -1,0 +1,141 @@
+"""What is looked at of a tokenizer while it trains and after: use, cohesion, reconstruction, disentangling, recall."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bbqrec_jax.data.interactions import Split
+from bbqrec_jax.data.pipeline import FeatureStore, evaluation_batches
+from bbqrec_jax.models.apply import apply
+from bbqrec_jax.models.frozen import encode_blocks
+from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, stream_codebooks
+from bbqrec_jax.ops.contrastive import normalize
+from bbqrec_jax.ops.ranking import target_ranks
+from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, linear_r2
+
+# Items whose reconstruction and disentangling are looked at: figures about a catalogue, not work that grows with it.
+_LOOKED_AT = 8192
+
+
+class CatalogueEncoder:
+  """Latents and codes of every item, a block of items at a time."""
+
+  def __init__(self, model: Tokenizer, store: FeatureStore, *, block: int = 2048):
+    """`block` items are encoded at once."""
+    self._model, self._store = model, store
+    self._block = min(block, model.settings.num_items)
+
+    def encode(params, items, features, present):
+      latents = apply(model, params, "latents", items, features, present)
+      return latents.values, latents.present, apply(model, params, "quantize", latents.values).codes
+
+    self._encode = jax.jit(encode)
+
+  def __call__(self, params: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(latents [S, N, d], present [S, N], codes [S, N, L])."""
+    return encode_blocks(
+      lambda items: self._encode(params, items, *self._store.rows(items)),
+      self._model.settings.num_items,
+      block=self._block,
+    )
+
+
+class Inspection:
+  """What the tokenizer makes of a sample of items: reconstruction errors, what specific latents say of behaviour."""
+
+  def __init__(self, model: Tokenizer, store: FeatureStore, *, seed: int):
+    """Draws the items once."""
+    settings = model.settings
+    count = min(settings.num_items, _LOOKED_AT)
+    items = np.random.default_rng(seed).permutation(settings.num_items)[:count]
+    self._names, self._batches = settings.names, []
+    for first in range(0, count, 1024):
+      chosen = items[first : first + 1024]
+      chosen = np.concatenate([chosen, np.full(-len(chosen) % min(1024, count), chosen[0])])
+      fresh = np.arange(len(chosen)) < min(1024, count - first)
+      self._batches.append((chosen, *store.rows(chosen), fresh))
+
+    def look(params, items, features, present):
+      latents = apply(model, params, "latents", items, features, present)
+      quantized = apply(model, params, "quantize", latents.values).quantized
+      specific = apply(model, params, "specific", features)
+      own = {name: quantized[settings.streams.index(name)] for name in settings.names}
+      fused = dict.fromkeys(settings.names, quantized[-1])
+      nothing = jax.tree.map(jnp.zeros_like, specific)
+
+      def errors(behaviour, specific):
+        rebuilt = apply(model, params, "reconstruct", behaviour, specific)
+        return {name: jnp.mean(jnp.square(rebuilt[name] - features[name]), axis=-1) for name in settings.names}
+
+      behaviour = {name: latents.values[settings.streams.index(name)] for name in settings.names}
+      return errors(own, specific), errors(fused, nothing), specific, behaviour
+
+    self._look = jax.jit(look)
+
+  def __call__(self, params: Any) -> dict[str, dict[str, float]]:
+    """By modality: `reconstruction`, `reconstruction_from_codes` (of the fused stream, alone), `specific_r2`."""
+    parts = [
+      jax.tree.map(lambda array, fresh=fresh: np.asarray(array)[fresh], self._look(params, items, features, present))
+      for items, features, present, fresh in self._batches
+    ]
+    own, fused, specific, behaviour = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    result: dict[str, dict[str, float]] = {"reconstruction": {}, "reconstruction_from_codes": {}, "specific_r2": {}}
+    for name in self._names:
+      here = np.concatenate([present[name][fresh] for _, _, present, fresh in self._batches])
+      if not here.any():
+        continue
+      result["reconstruction"][name] = float(own[name][here].mean())
+      result["reconstruction_from_codes"][name] = float(fused[name][here].mean())
+      result["specific_r2"][name] = linear_r2(specific[name][here], behaviour[name][here])
+    return result
+
+
+class ContrastRecall:
+  """Sequence-to-item Recall@10 on validation: how well the tokenizer's own history states find the next item."""
+
+  def __init__(self, model: Tokenizer, split: Split, *, users: int = 4096):
+    """Judges the first `users` users."""
+    self._split, self._users, self._settings = split, users, model.settings
+    item_id = "id" in model.settings.streams
+
+    def rank(params, latents, quantized, batch):
+      vectors = quantized + latents[model.settings.streams.index("id")] if item_id else quantized
+      states = apply(
+        model,
+        params,
+        "history_states",
+        vectors[batch["items"]],
+        batch["segments"],
+        batch["positions"],
+        deterministic=True,
+      )
+      last = jnp.maximum(jnp.sum(batch["segments"], axis=1) - 1, 0)
+      state = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+      return target_ranks(normalize(state) @ normalize(vectors).T, batch["targets"])
+
+    self._rank = jax.jit(rank)
+
+  def __call__(self, params: Any, latents: np.ndarray, codes: np.ndarray) -> float:
+    """Recall@10 for latents [S, N, d] and the fused stream's codes [N, L]."""
+    codebooks = stream_codebooks(self._settings, params["codebooks"])[-1]
+    quantized = sum(codebooks[level][codes[:, level]] for level in range(len(codebooks)))
+    ranks, seen = [], 0
+    for batch in evaluation_batches(
+      self._split.train, self._split.validation_target, batch_size=256, max_length=self._settings.max_length
+    ):
+      valid = batch.pop("valid")
+      ranks.append(np.asarray(self._rank(params, latents, quantized, batch))[valid])
+      seen += int(valid.sum())
+      if seen >= self._users:
+        break
+    return float(np.mean(np.concatenate(ranks) < 10))
+
+
+def tokenizer_health(settings: TokenizerSettings, codes: np.ndarray, split: Split) -> dict[str, Any]:
+  """Use, collisions and cohesion of IDs [N, L'] as the quantizer chose them."""
+  last = split.train.items[split.train.offsets[1:] - 1]
+  return codebook_health(codes, codes, num_codes=settings.num_codes) | {
+    "cohesion": behaviour_cohesion(codes, last, split.validation_target)
+  }
