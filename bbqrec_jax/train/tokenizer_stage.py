@@ -271,13 +271,16 @@ def run_tokenizer(
     codebooks = artefact_codebooks(settings, jax.device_get(state.params["codebooks"]))
     raw, _, _ = id_space(settings, latents, codes, codebooks)
     health = tokenizer_health(settings, raw, split) | inspect(state.params)
-    health["contrast_recall@10"] = contrast_recall(state.params, latents, codes[-1])
+    # Without the contrast nothing has taught the history's states where to point.
+    health["contrast_recall@10"] = contrast_recall(state.params, latents, codes[-1]) if t.weights.contrast else None
     return health, encoded
 
   def evaluate(state: TrainState) -> dict[str, float]:
     health, _ = examine(state)
     write_json(folder / "health.json", health)
-    values = {"collision_rate": health["collision_rate_before"], "contrast_recall@10": health["contrast_recall@10"]}
+    values = {"collision_rate": health["collision_rate_before"]}
+    if t.weights.contrast:
+      values["contrast_recall@10"] = health["contrast_recall@10"]
     for name in ("usage", "perplexity"):
       values |= {f"{name}_level_{level + 1}": value for level, value in enumerate(health[name])}
     for name in ("cohesion", "reconstruction", "reconstruction_from_codes", "specific_r2"):
