@@ -64,7 +64,6 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.commitment = 0.25  # beta of the quantization loss.
   tokenizer.temperature = 0.1  # Of the contrast, or where it starts.
   tokenizer.learn_temperature = False
-  tokenizer.own_history = "neutral"  # The other items of a history to its contrast: "negative", or "neutral".
   tokenizer.level_dropout = 0.5  # Share of items that the contrast sees by a prefix of their codewords alone.
   tokenizer.specific_dropout = 0.5  # Share of items decoded from codes alone in a step, so that codes carry content.
   tokenizer.weights = weights = ml_collections.ConfigDict()  # One weight a loss.
@@ -133,7 +132,6 @@ _CHOICES = {
   "tokenizer.item_id": ("added", "stream", "none"),
   "tokenizer.semantic_id": ("fused", "concatenated", "item_id"),
   "tokenizer.repair": ("reassign", "suffix"),
-  "tokenizer.own_history": ("neutral", "negative"),
   "tokenizer.club.bound": ("full", "sampled"),
   "recommender.head": ("generative", "dense"),
   "recommender.softmax_over": ("existing", "all"),

@@ -40,8 +40,6 @@ class TokenizerSettings:
       the item is (this project's choice: nothing else asks the codewords for content).
     level_dropout: share of items that the contrast sees by their first codewords alone, one to L - 1 of them, so that
       every prefix of an ID learns what follows what (this project's choice, after SoundStream's quantizer dropout).
-    own_history: what the other items of a user's own history are to the contrast: "negative" like anybody's, or
-      "neutral" (this project's choice: they are too often alike for pushing them apart to be right).
     commitment: beta of the quantization loss.
     normalize: whether the modalities' and the fused latents are layer-normalised before they are quantized.
     history_layers: layers of the small causal transformer of the sequence-to-item contrast.
@@ -67,7 +65,6 @@ class TokenizerSettings:
   temperature: float = 0.1
   specific_dropout: float = 0.5
   level_dropout: float = 0.5
-  own_history: str = "neutral"
   commitment: float = 0.25
   normalize: bool = True
   history_layers: int = 1

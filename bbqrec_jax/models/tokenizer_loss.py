@@ -1,6 +1,5 @@
 """The losses of stage 1: what binds the tokenizer's codes to content and to behaviour."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -182,17 +181,15 @@ def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
   segments = batch["segments"]
   has_target = ((segments > 0) & (segments == jnp.roll(segments, -1, axis=1))).at[:, -1].set(False).reshape(-1)
 
-  groups = None
-  if settings.own_history == "neutral":
-    first_row = 0 if axis_name is None else rows * jax.lax.axis_index(axis_name)
-    row = first_row + jnp.arange(rows)
-    groups = (row[:, None] * (columns + 1) + segments).reshape(-1)
-  against = functools.partial(info_nce, states, temperature=temperature, groups=groups, axis_name=axis_name)
-  contrast, aux = against(vectors[following], items[following], has_target)
+  contrast, aux = info_nce(
+    states, vectors[following], items[following], has_target, temperature=temperature, axis_name=axis_name
+  )
   modality = jnp.asarray(0.0)
   for name in names:
     known = has_target & present[name][following]
     stream = passed[streams.index(name)]
-    value, _ = against(stream[following], items[following], known)
+    value, _ = info_nce(
+      states, stream[following], items[following], known, temperature=temperature, axis_name=axis_name
+    )
     modality += value / len(names)
   return contrast, modality, aux["accuracy"]

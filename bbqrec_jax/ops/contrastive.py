@@ -21,15 +21,14 @@ def info_nce(
   valid: jax.Array,
   *,
   temperature: float | jax.Array = 0.07,
-  groups: jax.Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """InfoNCE with cosine similarity (van den Oord et al., 2018).
 
       -log exp(cos(u_i, e_i) / t) / sum_j exp(cos(u_i, e_j) / t)
 
-  where j runs over the targets of the global batch, leaving out those that are the same item as i's own, or of i's own
-  group (they would be false negatives). Equal in value and gradient to one device that holds the whole batch.
+  where j runs over the targets of the global batch, leaving out those that are the same item as i's own (they would be
+  false negatives). Equal in value and gradient to one device that holds the whole batch.
 
   Args:
     queries: [B, d] sequence states u.
@@ -37,8 +36,6 @@ def info_nce(
     target_ids: [B] int, the items behind `targets`.
     valid: [B] bool; an invalid row is neither a query nor a negative.
     temperature: t, a number or a scalar array if it is learned.
-    groups: [B] int, numbers of groups, unique over devices, whose targets are not one another's negatives: one user's
-      history, say. None: no groups.
     axis_name: the mapped axis over which the batch is split, or None.
 
   Returns:
@@ -52,16 +49,14 @@ def info_nce(
     raise ValueError(f"queries and targets must have one shape, got {queries.shape} and {targets.shape}")
   # Zeroed before anything is computed: what is NaN in an invalid row would otherwise reach the gradients.
   queries, targets = (normalize(jnp.where(valid[:, None], x, 0.0)) for x in (queries, targets))
-
-  def everywhere(x):
-    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
-
-  all_targets = everywhere(targets)
+  all_targets, all_ids, all_valid = targets, target_ids, valid
+  if axis_name is not None:
+    all_targets, all_ids, all_valid = (
+      jax.lax.all_gather(x, axis_name, tiled=True) for x in (targets, target_ids, valid)
+    )
   positive = jnp.sum(queries * targets, axis=-1) / temperature
   scores = jnp.dot(queries, all_targets.T, precision=jax.lax.Precision.HIGHEST) / temperature
-  negative = everywhere(valid)[None, :] & (target_ids[:, None] != everywhere(target_ids)[None, :])
-  if groups is not None:
-    negative &= groups[:, None] != everywhere(groups)[None, :]
+  negative = all_valid[None, :] & (target_ids[:, None] != all_ids[None, :])
   scores = jnp.where(negative, scores, -jnp.inf)
   log_normalizer = jnp.logaddexp(positive, jax.nn.logsumexp(scores, axis=-1))
   loss = masked_mean(log_normalizer - positive, valid, axis_name=axis_name)

@@ -65,7 +65,6 @@ def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
     temperature=t.temperature,
     specific_dropout=t.specific_dropout,
     level_dropout=t.level_dropout,
-    own_history=t.own_history,
     commitment=t.commitment,
     normalize=t.normalize,
     history_layers=t.history_layers,

@@ -77,17 +77,6 @@ def test_the_same_item_elsewhere_in_the_batch_is_no_negative():
   )
 
 
-def test_targets_of_one_group_are_no_negatives_of_one_another():
-  queries, targets, _, _ = batch()
-  groups = np.arange(BATCH) // 5
-  rows = np.arange(BATCH)
-  expected = [row_loss(queries, targets, groups != groups[row], row) for row in rows]
-  loss, _ = _info_nce(
-    jnp.asarray(queries), jnp.asarray(targets), rows, jnp.ones(BATCH, bool), groups=jnp.asarray(groups)
-  )
-  assert_allclose(loss, np.mean(expected), rtol=1e-5)
-
-
 def test_a_batch_of_one_item_has_no_negative_and_no_loss():
   queries, targets, ids, valid = batch()
 
@@ -128,19 +117,18 @@ def test_info_nce_over_four_devices_equals_one_in_value_and_gradient():
   rng = np.random.default_rng(9)
   params = {name: jnp.asarray(rng.normal(size=(WIDTH, WIDTH)), jnp.float32) for name in ("queries", "targets")}
 
-  def loss(params, queries, targets, ids, valid, groups, axis_name=None):
-    return info_nce(
-      queries @ params["queries"], targets @ params["targets"], ids, valid, groups=groups, axis_name=axis_name
-    )
+  def loss(params, queries, targets, ids, valid, axis_name=None):
+    return info_nce(queries @ params["queries"], targets @ params["targets"], ids, valid, axis_name=axis_name)
 
   def one_share(params, *data):
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params, *data, axis_name="devices")
     return jax.lax.psum((value, aux, gradient), "devices")
 
-  data = (queries, targets, ids, valid, jnp.arange(BATCH) % 5)  # Each group on several devices.
-  split = [x.reshape(DEVICES, BATCH // DEVICES, *x.shape[1:]) for x in data]
-  value, aux, gradient = jax.pmap(one_share, axis_name="devices", in_axes=(None, *[0] * len(data)))(params, *split)
-  (expected, expected_aux), expected_gradient = jax.value_and_grad(loss, has_aux=True)(params, *data)
+  split = [x.reshape(DEVICES, BATCH // DEVICES, *x.shape[1:]) for x in (queries, targets, ids, valid)]
+  value, aux, gradient = jax.pmap(one_share, axis_name="devices", in_axes=(None, 0, 0, 0, 0))(params, *split)
+  (expected, expected_aux), expected_gradient = jax.value_and_grad(loss, has_aux=True)(
+    params, queries, targets, ids, valid
+  )
   for device in range(DEVICES):
     assert_allclose(value[device], expected, rtol=1e-5)
     assert_allclose(aux["accuracy"][device], expected_aux["accuracy"], rtol=1e-6)

@@ -42,7 +42,7 @@ ALTERNATIVES = {
   "fragmented": {
     "tokenizer.codebooks": "per_stream", "tokenizer.codebook_update": "moving_average",
     "tokenizer.item_id": "stream", "tokenizer.semantic_id": "concatenated", "tokenizer.weights.disentangle": 0.0,
-    "tokenizer.weights.item_id": 0.0, "tokenizer.own_history": "negative",
+    "tokenizer.weights.item_id": 0.0,
   },
   "single": {
     "tokenizer.codebooks": "single", "tokenizer.gradient": "rotation", "tokenizer.item_id": "none",
@@ -232,8 +232,7 @@ def test_the_defaults_of_the_functions_are_those_of_the_config():
   settings = TokenizerSettings(modalities=(("text", 3),), num_items=5)
   for field in ("code_width", "num_levels", "num_codes", "hidden", "item_id", "semantic_id", "codebooks", "quantizer",
                 "gradient", "balanced_last", "learn_temperature", "temperature", "specific_dropout", "level_dropout",
-                "own_history", "commitment", "normalize", "history_layers", "history_heads", "max_length",
-                "dropout"):  # fmt: skip
+                "commitment", "normalize", "history_layers", "history_heads", "max_length", "dropout"):  # fmt: skip
     assert getattr(settings, field) == getattr(t, field), field
   assert settings.moving_average == (t.codebook_update == "moving_average")
   assert jax.tree.structure(dict(t.weights)) == jax.tree.structure(LossWeights()._asdict())
