@@ -12,13 +12,17 @@ from bbqrec_jax.config import default_config
 
 
 def get_config(head: str = "generative") -> ml_collections.ConfigDict:
-  """As `scientific.py`, with longer training for three times the histories.
+  """As `scientific.py`, with longer training for three times the histories, and a sharper contrast: here behaviour says
+  more that the features do not.
 
   Args:
     head: "generative" or "dense".
   """
   config = default_config()
   config.data.modalities = ("text", "attribute")
+  config.tokenizer.temperature = 0.2
+  config.tokenizer.steps = 4000
+  config.tokenizer.evaluate_every = 1000
   config.recommender.head = head
   config.recommender.steps = 4000
   config.recommender.evaluate_every = 1000

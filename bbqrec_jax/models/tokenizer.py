@@ -62,9 +62,9 @@ class TokenizerSettings:
   balanced_last: bool = False
   moving_average: bool = False
   learn_temperature: bool = False
-  temperature: float = 0.1
+  temperature: float = 0.3
   specific_dropout: float = 0.5
-  level_dropout: float = 0.5
+  level_dropout: float = 0.75
   commitment: float = 0.25
   normalize: bool = True
   history_layers: int = 1
