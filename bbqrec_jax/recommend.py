@@ -98,8 +98,7 @@ def recommend(
     items = np.argsort(-log_probs, kind="stable")[:top]
     scores = log_probs[items]
   else:
-    # As many beams more as there are items to leave out: those are barred only when their IDs are complete.
-    width = min(max(beam_width, top) + len(exclude), model.settings.num_items)
+    width = min(max(beam_width, top), model.settings.num_items)
     beam = call(params, "generate", catalogue, states, width=width, exclude=exclude[None])
     items, scores = np.asarray(beam.items[0, :top]), np.asarray(beam.log_probs[0, :top])
   real = np.isfinite(scores)

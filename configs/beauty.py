@@ -12,8 +12,9 @@ from bbqrec_jax.config import default_config
 
 
 def get_config(head: str = "generative") -> ml_collections.ConfigDict:
-  """As `scientific.py`, with longer training for three times the histories, and a sharper contrast: here behaviour says
-  more that the features do not.
+  """As `scientific.py`, with longer training for three times the histories.
+
+  The contrast is sharper too: here behaviour says more that the features do not.
 
   Args:
     head: "generative" or "dense".

@@ -23,16 +23,6 @@ class BeamResult(NamedTuple):
   log_probs: jax.Array
 
 
-def _allowed(items: jax.Array, exclude: jax.Array) -> jax.Array:
-  """Whether each of items [B, w, F] is none of its row's `exclude` [B, E]."""
-
-  # One excluded item at a time: [B, w, F, E] would be the largest array of the search.
-  def one(allowed, item):
-    return allowed & (items != item[:, None, None]), None
-
-  return jax.lax.scan(one, jnp.ones(items.shape, bool), exclude.T)[0]
-
-
 def beam_search(
   trie: Trie,
   step: Callable[[DecoderState, int, jax.Array | None], tuple[jax.Array, DecoderState]],
@@ -58,8 +48,8 @@ def beam_search(
     width: W, how many beams are kept and returned.
     normalize: whether each level's probabilities are made to sum to one over the children of a beam's node, so that
       those of all items do; `step` may then return any logits.
-    exclude: [B, E] int, items that must not be returned; -1 fills. They are barred at the last level, so where many
-      are, a narrow beam may return fewer than W items.
+    exclude: [B, E] int, items that must not be returned; -1 fills. A node with nothing else under it is passed over at
+      every level, so a beam of any width stays full while there are items.
 
   Returns:
     A `BeamResult` of W columns.
@@ -74,8 +64,8 @@ def beam_search(
     if normalize:
       log_probs = jax.nn.log_softmax(jnp.where(valid, log_probs, -jnp.inf), axis=-1)
     candidates = scores[..., None] + log_probs
-    if exclude is not None and level + 1 == trie.num_levels:
-      valid &= _allowed(trie.items[children], exclude)
+    if exclude is not None:
+      valid &= ~trie.emptied(level, children, exclude)
     candidates = jnp.where(valid, candidates, -jnp.inf).reshape(batch, -1)
     kept = min(width, candidates.shape[1], trie.codes[level].shape[0])
     scores, chosen = jax.lax.top_k(candidates, kept)

@@ -22,6 +22,7 @@ class Trie:
       first level has one parent, the root.
     items: [N] int32, the item at each node of the last level.
     parents: [N, L] int32, for each item and level the node of the level above that the item's ID goes through.
+    leaves: for each level, [n] int32, how many items stand under each node; all 1 at the last.
     fanouts: for each level, the most children that any parent has.
   """
 
@@ -29,6 +30,7 @@ class Trie:
   starts: tuple[jax.Array, ...]
   items: jax.Array
   parents: jax.Array
+  leaves: tuple[jax.Array, ...]
   fanouts: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
   @property
@@ -44,6 +46,31 @@ class Trie:
     valid = nodes < last[..., None]
     nodes = jnp.where(valid, nodes, 0)
     return nodes, self.codes[level][nodes], valid
+
+  def emptied(self, level: int, nodes: jax.Array, excluded: jax.Array) -> jax.Array:
+    """Whether nothing is left under a node once items are taken away.
+
+    Args:
+      level: of the nodes.
+      nodes: [B, ...] int.
+      excluded: [B, E] int, items; -1 fills, and an item may be there twice.
+
+    Returns:
+      bool of the shape of `nodes`.
+    """
+    excluded = jnp.sort(excluded, axis=1)
+    repeated = jnp.pad(excluded[:, 1:] == excluded[:, :-1], ((0, 0), (1, 0)))
+    below = self.items[nodes] if level + 1 == self.num_levels else None
+    through = excluded if below is not None else self.parents[jnp.maximum(excluded, 0), level + 1]
+    through = jnp.where(repeated | (excluded < 0), -1, through)
+
+    # One excluded item at a time: [B, ..., E] would be the largest array of a search.
+    def count(total, node):
+      hit = (nodes if below is None else below) == node.reshape(-1, *[1] * (nodes.ndim - 1))
+      return total + hit, None
+
+    taken, _ = jax.lax.scan(count, jnp.zeros(nodes.shape, jnp.int32), through.T)
+    return taken >= self.leaves[level][nodes]
 
 
 def build_trie(codes: np.ndarray) -> Trie:
@@ -68,7 +95,7 @@ def build_trie(codes: np.ndarray) -> Trie:
       f"items {order[row - 1]} and {order[row]} share the semantic ID {tuple(ordered[row].tolist())}: repair collisions"
       " before building a trie"
     )
-  level_codes, starts, fanouts = [], [], []
+  level_codes, starts, fanouts, leaves = [], [], [], []
   parent_rows = np.zeros(1, np.int64)
   for level in range(codes.shape[1]):
     rows = np.flatnonzero(changed[:, level])
@@ -76,7 +103,15 @@ def build_trie(codes: np.ndarray) -> Trie:
     level_codes.append(jnp.asarray(ordered[rows, level]))
     starts.append(jnp.asarray(start))
     fanouts.append(int(np.diff(start).max()))
+    leaves.append(jnp.asarray(np.diff(rows, append=len(codes)), jnp.int32))
     parent_rows = rows
   parents = np.zeros(codes.shape, np.int32)
   parents[order, 1:] = np.cumsum(changed[:, :-1], axis=0) - 1
-  return Trie(tuple(level_codes), tuple(starts), jnp.asarray(order, jnp.int32), jnp.asarray(parents), tuple(fanouts))
+  return Trie(
+    codes=tuple(level_codes),
+    starts=tuple(starts),
+    items=jnp.asarray(order, jnp.int32),
+    parents=jnp.asarray(parents),
+    leaves=tuple(leaves),
+    fanouts=tuple(fanouts),
+  )

@@ -131,6 +131,24 @@ def test_one_item_is_left_when_all_others_are_excluded_and_none_when_it_is_too(i
   assert_array_equal(search(trie, tables, ITEMS, jnp.asarray(everything)).items, np.full((BATCH, ITEMS), -1))
 
 
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_a_narrow_beam_with_exclusions_is_plain_beam_search_over_what_is_left(ids, tables, trie, width):
+  # Most items go, whole branches among them, some are named twice: the beam stays as full as there are items.
+  gone = np.random.default_rng(2).permuted(np.tile(np.arange(ITEMS), (BATCH, 1)), axis=1)[:, : ITEMS - 4]
+  result = search(
+    trie, tables, width, jnp.asarray(np.concatenate([gone, gone[:, :3], np.full((BATCH, 2), -1)], axis=1))
+  )
+  expected = exact(ids, tables)
+  for b in range(BATCH):
+    left = np.setdiff1d(np.arange(ITEMS), gone[b])
+    assert len(np.unique(ids[left, 0])) < len(np.unique(ids[:, 0])), "no branch is gone"
+    found = left[narrow(ids[left], [table[b] for table in tables], width)]
+    assert_array_equal(result.items[b, : len(found)], found)
+    assert_allclose(result.log_probs[b, : len(found)], expected[b, found], atol=1e-5)
+    assert len(found) == min(width, 4)
+    assert_array_equal(result.items[b, len(found) :], np.full(width - len(found), -1))
+
+
 def test_a_catalogue_of_two_items_fills_the_rest_of_the_beam_with_minus_one(ids, tables):
   few = ids[[4, 9]]
   result = search(build_trie(few), tables, 6)

@@ -77,6 +77,31 @@ def test_parents_are_the_nodes_that_each_items_id_goes_through():
       assert walked[level - 1][int(trie.parents[item, level])] == tuple(row[:level])
 
 
+@pytest.mark.parametrize(("items", "levels", "codes"), SHAPES)
+def test_leaves_count_the_items_under_each_node(items, levels, codes):
+  ids = distinct_codes(items=items, levels=levels, codes=codes)
+  trie = build_trie(ids)
+  for level, prefixes in enumerate(prefixes_by_walking(trie)):
+    expected = [(ids[:, : level + 1] == prefix).all(axis=1).sum() for prefix in prefixes]
+    assert_array_equal(trie.leaves[level], expected)
+
+
+def test_a_node_is_emptied_once_every_item_under_it_is_taken_away():
+  ids = distinct_codes()
+  trie = build_trie(ids)
+  excluded = np.random.default_rng(1).integers(-1, len(ids), (2, 60))  # Repeats and fillers among them.
+  for level, prefixes in enumerate(prefixes_by_walking(trie)):
+    nodes = jnp.arange(len(prefixes))
+    emptied = trie.emptied(level, jnp.stack([nodes, nodes]), jnp.asarray(excluded))
+    for row in range(2):
+      left = np.delete(ids, excluded[row][excluded[row] >= 0], axis=0)
+      alive = {tuple(prefix) for prefix in left[:, : level + 1].tolist()}
+      assert_array_equal(emptied[row], [prefix not in alive for prefix in prefixes])
+    if level + 1 == trie.num_levels:
+      assert emptied.any()
+      assert not emptied.all()
+
+
 def test_children_keep_the_shape_of_the_parents():
   trie = build_trie(distinct_codes())
   parents = jnp.array([[0, 3, 1], [2, 2, 0]])
