@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.models.heads import HEADS, named
 from bbqrec_jax.ops.quantize import GRADIENTS, QUANTIZERS
 
 
@@ -81,7 +82,8 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.optimizer = _optimizer(learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50)
 
   config.recommender = recommender = ml_collections.ConfigDict()
-  recommender.head = "generative"  # "generative" (codes one by one, beam search) or "dense" (full softmax).
+  recommender.head = "generative"  # "generative" (codes one by one, beam search), "dense" (full softmax), "parallel"
+  # (each code by itself), "hybrid" (beam search, then ranked by the full softmax), or your own as "module:function".
   recommender.item_inputs = ("fused", "modalities", "item")  # What an item's vector sums: its ID's codes, its
   # modalities' own codes, a vector of its own. ("item",) alone is SASRec, and needs no tokenizer.
   recommender.similarity = ("modalities",)  # Streams whose similarity reweights attention: "modalities", "fused"; ()
@@ -133,7 +135,6 @@ _CHOICES = {
   "tokenizer.semantic_id": ("fused", "concatenated", "item_id"),
   "tokenizer.repair": ("reassign", "suffix"),
   "tokenizer.club.bound": ("full", "sampled"),
-  "recommender.head": ("generative", "dense"),
   "recommender.softmax_over": ("existing", "all"),
   "tokenizer.optimizer.schedule": ("constant", "cosine"),
   "recommender.optimizer.schedule": ("constant", "cosine"),
@@ -176,6 +177,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for name, choices in _CHOICES.items():
     if flat[name] not in choices:
       raise InputError(f"config field {name} must be one of {', '.join(choices)}, got {flat[name]!r}")
+  try:
+    named(flat["recommender.head"], HEADS)
+  except ValueError as error:
+    raise InputError(f"config field recommender.head: {error}") from error
   for name, choices in _SUBSETS.items():
     if not set(flat[name]) <= set(choices) or len(set(flat[name])) < len(flat[name]):
       raise InputError(f"config field {name} may hold each of {', '.join(choices)} once, got {flat[name]!r}")

@@ -16,7 +16,8 @@ from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.experiment import read_data
 from bbqrec_jax.json_files import read_json
 from bbqrec_jax.models.apply import apply
-from bbqrec_jax.models.recommender import Catalogue, Recommender
+from bbqrec_jax.models.catalogue import Catalogue
+from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.checkpointing import Checkpointer
 from bbqrec_jax.train.recommender_stage import (
@@ -80,29 +81,22 @@ def recommend(
     catalogue: the items.
     history: [n] int, in time order; the last `max_length` count.
     top: how many items; fewer come back if the catalogue has fewer.
-    beam_width: of the generative head; at least `top` beams are kept.
+    beam_width: of a head that searches; at least `top` beams are kept.
     repeat: whether items of the history may come back.
 
   Returns:
-    (items [top], scores [top]), best first; the score is the log-probability of the item's semantic ID (generative) or
-    its log-probability among all items (dense).
+    (items [top], scores [top]), best first; the score is the item's log-probability: of its semantic ID (generative),
+    among all items (dense, parallel), or among the candidates (hybrid).
   """
   exclude = np.zeros(0, np.int64) if repeat else np.unique(history)
   histories = from_lengths(history, np.array([len(history)]), np.array(["history"]))
   batch = next(evaluation_batches(histories, np.zeros(1, np.int32), batch_size=1, max_length=model.settings.max_length))
   call = jax.jit(functools.partial(apply, model), static_argnums=1, static_argnames="width")
   states = call(params, "last_states", catalogue, batch)
-  if model.settings.head == "dense":
-    log_probs = np.array(jax.nn.log_softmax(call(params, "dense_scores", catalogue, states))[0])
-    log_probs[exclude] = -np.inf
-    items = np.argsort(-log_probs, kind="stable")[:top]
-    scores = log_probs[items]
-  else:
-    width = min(max(beam_width, top), model.settings.num_items)
-    beam = call(params, "generate", catalogue, states, width=width, exclude=exclude[None])
-    items, scores = np.asarray(beam.items[0, :top]), np.asarray(beam.log_probs[0, :top])
-  real = np.isfinite(scores)
-  return items[real], scores[real]
+  width = min(max(beam_width, top), model.settings.num_items)
+  found = call(params, "search", catalogue, states, width=width, exclude=exclude[None])
+  items, scores = np.asarray(found.items[0, :top]), np.asarray(found.log_probs[0, :top])
+  return items[items >= 0], scores[items >= 0]
 
 
 def restore(workdir: pathlib.Path):

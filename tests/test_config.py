@@ -151,7 +151,6 @@ CHOICES = {
   "partitioner": ("pmap", "single"),
   "tokenizer.club.bound": ("full", "sampled"),
   "data.source": ("synthetic", "directory", "recbole"),
-  "recommender.head": ("generative", "dense"),
   "tokenizer.optimizer.schedule": ("constant", "cosine"),
   "recommender.optimizer.schedule": ("constant", "cosine"),
 }
@@ -166,6 +165,18 @@ def test_choices(name):
     assert message.startswith(f"config field {name} must be one of ")
     assert message.endswith(f", got {value!r}")
     assert all(choice in message for choice in CHOICES[name])
+
+
+@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid", "bbqrec_jax.models.heads:ParallelHead"])
+def test_heads(head):
+  validate(with_field("recommender.head", head))
+
+
+@pytest.mark.parametrize("head", ["nosuch", "", "nosuch:head", "bbqrec_jax.models.heads:nosuch", "Dense"])
+def test_a_head_that_is_nowhere_is_refused(head):
+  message = refusal(with_field("recommender.head", head))
+  assert message.startswith("config field recommender.head: expected one of generative, dense, parallel, hybrid, or ")
+  assert f"got {head!r}" in message
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ def dense_scores(model, params, catalogue, batch):
 
   def scores(params):
     states = model.apply({"params": params}, catalogue, batch, method="last_states")
-    return model.apply({"params": params}, catalogue, states, method="dense_scores")
+    return model.apply({"params": params}, catalogue, states, method="scores")
 
   return np.asarray(jax.jit(scores)(params), np.float64)
 

@@ -10,7 +10,8 @@ import numpy as np
 from bbqrec_jax.data.interactions import Interactions, Split
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.models.apply import apply
-from bbqrec_jax.models.recommender import Catalogue, Recommender
+from bbqrec_jax.models.catalogue import Catalogue
+from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.ops.ranking import ranking_metrics, ranks_in_list, target_ranks
 
 _COVERAGE_CUTOFF = 10
@@ -21,7 +22,7 @@ def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalo
 
   Args:
     model: the recommender.
-    beam_width: of the generative head; a target outside the beam is a miss at every cutoff.
+    beam_width: of a head that searches; a target outside the beam is a miss at every cutoff.
 
   Returns:
     (params, catalogue, batch) -> {"ranks": [B] int32, "top": [B, 10] int32}.
@@ -29,11 +30,11 @@ def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalo
 
   def rank(params: Any, catalogue: Catalogue, batch: Any) -> dict[str, jax.Array]:
     states = apply(model, params, "last_states", catalogue, batch)
-    if model.settings.head == "dense":
-      scores = apply(model, params, "dense_scores", catalogue, states)
+    if model.exact:
+      scores = apply(model, params, "scores", catalogue, states)
       top = jax.lax.top_k(scores, min(_COVERAGE_CUTOFF, scores.shape[1]))[1]
       return {"ranks": target_ranks(scores, batch["targets"]), "top": top}
-    beam = apply(model, params, "generate", catalogue, states, width=beam_width)
+    beam = apply(model, params, "search", catalogue, states, width=beam_width)
     return {"ranks": ranks_in_list(beam.items, batch["targets"]), "top": beam.items[:, :_COVERAGE_CUTOFF]}
 
   return rank

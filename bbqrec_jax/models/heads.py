@@ -1,12 +1,98 @@
-"""Prediction heads: what turns the state of a history into a ranking of items."""
+"""Prediction heads: what turns the state of a history into a ranking of items.
 
-from typing import Any
+A head is a flax module with
+
+- `losses(items, states [P, d], targets [P], *, deterministic)` -> the parts of its loss by name, each [P] float32;
+- `exact`, and where that is True `scores(items, states [B, d])` -> [B, N], else
+  `search(items, states [B, d], *, width, exclude)` -> `BeamResult`.
+
+`items` is an `Items`: the catalogue, and the vectors that the sequence model knows its items by.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from bbqrec_jax.models.backbones import TransformerLayer
+from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
+from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
+
+
+class Items(NamedTuple):
+  """What a head is told of the items.
+
+  Attributes:
+    catalogue: their semantic IDs, and the trie of those.
+    vectors: items [...] int -> their vectors [..., d]; None gives all, [N, d].
+  """
+
+  catalogue: Catalogue
+  vectors: Callable[..., jax.Array]
+
+
+class DenseHead(nn.Module):
+  """Full softmax over the catalogue: the product of the state and each item's vector (SASRec with cross-entropy)."""
+
+  exact: ClassVar[bool] = True
+
+  def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
+    """The negative log-likelihood of each target, `nll_dense` [P]."""
+    del deterministic
+    scores = self.scores(items, states)
+    own = jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
+    return {"nll_dense": jax.nn.logsumexp(scores, axis=1) - own}
+
+  def scores(self, items: Items, states: jax.Array) -> jax.Array:
+    """Logits of all items, [B, N] float32."""
+    return jnp.dot(states, items.vectors().T, preferred_element_type=jnp.float32)
+
+
+class ParallelHead(nn.Module):
+  """Predicts the L codes of the next item from one state, each without regard to the others (as RPG does).
+
+  Items are scored exactly: the score of an item is the sum of its codes' log-probabilities.
+
+  Attributes:
+    num_levels: L.
+    num_codes: K.
+    mlp_width: width of each level's residual feed-forward part.
+  """
+
+  num_levels: int
+  num_codes: int
+  mlp_width: int
+  exact: ClassVar[bool] = True
+
+  @nn.compact
+  def __call__(self, states: jax.Array) -> jax.Array:
+    """Log-probabilities of the codes of every level: [P, d] -> [L, P, K] float32."""
+    levels = []
+    for level in range(self.num_levels):
+      hidden = nn.gelu(nn.Dense(self.mlp_width, name=f"hidden_{level}")(states))
+      hidden = states + nn.Dense(states.shape[-1], name=f"out_{level}")(hidden)
+      logits = nn.Dense(self.num_codes, name=f"output_{level}")(nn.LayerNorm(name=f"norm_{level}")(hidden))
+      levels.append(jax.nn.log_softmax(logits.astype(jnp.float32)))
+    return jnp.stack(levels)
+
+  def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
+    """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [P] and on."""
+    del deterministic
+    codes = items.catalogue.semantic_ids[targets]
+    log_probs = self(states)
+    return {
+      f"nll_level_{level + 1}": -jnp.take_along_axis(log_probs[level], codes[:, level, None], axis=1)[:, 0]
+      for level in range(self.num_levels)
+    }
+
+  def scores(self, items: Items, states: jax.Array) -> jax.Array:
+    """Sums of the log-probabilities of each item's codes, [B, N] float32."""
+    codes = items.catalogue.semantic_ids
+    levels = [log_probs[:, codes[:, level]] for level, log_probs in enumerate(self(states))]
+    return sum(levels[1:], start=levels[0])
 
 
 class GenerativeHead(nn.Module):
@@ -22,6 +108,7 @@ class GenerativeHead(nn.Module):
     num_heads: its heads.
     mlp_width: width of its feed-forward parts.
     dropout: its dropout rate.
+    softmax_over: what a code competes with: the codes that lead on to items ("existing"), or "all" K.
   """
 
   num_levels: int
@@ -31,6 +118,8 @@ class GenerativeHead(nn.Module):
   num_heads: int
   mlp_width: int
   dropout: float = 0.0
+  softmax_over: str = "existing"
+  exact: ClassVar[bool] = False
 
   def setup(self):
     """Makes the parameters and submodules."""
@@ -102,3 +191,115 @@ class GenerativeHead(nn.Module):
     unfolded = jax.tree.map(lambda leaf: leaf.reshape(batch, beams, *leaf.shape[1:]), presents)
     log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, self.num_codes)
     return log_probs, {"input": summed, "past": unfolded}
+
+  def level_log_probs(
+    self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool = True
+  ) -> jax.Array:
+    """Log-probability of each code of given items' IDs, by teacher forcing: states [P, d], items [P] -> [P, L] float32.
+
+    With `softmax_over` "existing", the softmax runs over the children of the trie's node alone: the probabilities of
+    all items then sum to one, and nothing is spent on learning which IDs exist, which the search knows anyway (this
+    project's choice).
+    """
+    trie, codes = items.catalogue.trie, items.catalogue.semantic_ids[targets]
+    logits = self(states, codes, deterministic=deterministic)
+    own = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+    if self.softmax_over == "all":
+      return own - jax.nn.logsumexp(logits, axis=-1)
+    assert trie is not None
+    totals = []
+    for level in range(self.num_levels):
+      _, among, valid = trie.children(level, trie.parents[targets, level])
+      children = jnp.take_along_axis(logits[:, level], among, axis=-1)
+      totals.append(jax.nn.logsumexp(jnp.where(valid, children, -jnp.inf), axis=-1))
+    return own - jnp.stack(totals, axis=1)
+
+  def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
+    """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [P] and on."""
+    log_probs = self.level_log_probs(items, states, targets, deterministic=deterministic)
+    return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.num_levels)}
+
+  def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
+    """The `width` most probable items by beam search over the trie; see `beam_search`."""
+    assert items.catalogue.trie is not None
+    return beam_search(
+      items.catalogue.trie,
+      self.step,
+      self.start(states),
+      batch=states.shape[0],
+      width=width,
+      normalize=self.softmax_over == "existing",
+      exclude=exclude,
+    )
+
+
+class HybridHead(nn.Module):
+  """The generative head finds candidates and the dense one ranks them (as LIGER does); both are trained.
+
+  Attributes:
+    settings: of the recommender.
+  """
+
+  settings: RecommenderSettings
+  exact: ClassVar[bool] = False
+
+  def setup(self):
+    """Makes the two heads."""
+    self.generative, self.dense = _generative(self.settings), DenseHead()
+
+  def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
+    """Those of both heads."""
+    return self.generative.losses(items, states, targets, deterministic=deterministic) | self.dense.losses(
+      items, states, targets, deterministic=deterministic
+    )
+
+  def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
+    """The candidates of the beam in the order of the dense head; log-probabilities are among the candidates."""
+    found = self.generative.search(items, states, width=width, exclude=exclude).items
+    vectors = items.vectors(jnp.maximum(found, 0))
+    scores = jnp.einsum("bd,bwd->bw", states, vectors, preferred_element_type=jnp.float32)
+    log_probs = jax.nn.log_softmax(jnp.where(found < 0, -jnp.inf, scores), axis=-1)
+    best, order = jax.lax.top_k(jnp.where(found < 0, -jnp.inf, log_probs), width)
+    return BeamResult(items=jnp.take_along_axis(found, order, axis=1), log_probs=best)
+
+
+def _generative(s: RecommenderSettings) -> GenerativeHead:
+  return GenerativeHead(
+    s.num_levels, s.num_codes, s.width, s.depth_layers, s.num_heads, s.mlp_width, s.dropout, s.softmax_over
+  )
+
+
+HEADS: dict[str, Callable[[RecommenderSettings], Any]] = {
+  "generative": _generative,
+  "dense": lambda s: DenseHead(),
+  "parallel": lambda s: ParallelHead(s.num_levels, s.num_codes, s.mlp_width),
+  "hybrid": HybridHead,
+}
+
+
+def make_head(settings: RecommenderSettings) -> Any:
+  """The head that the settings name.
+
+  Args:
+    settings: `head` is one of `HEADS`, or "module:function", where the function is given the settings and returns a
+      head.
+
+  Raises:
+    ValueError: if there is no such module or function.
+  """
+  return named(settings.head, HEADS)(settings)
+
+
+def named(name: str, known: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+  """What a config names: one of `known`, or the function of "module:function".
+
+  Raises:
+    ValueError: if there is no such module or function.
+  """
+  if name in known:
+    return known[name]
+  module, _, function = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(f"expected one of {', '.join(known)}, or module:function, got {name!r} ({error})") from error

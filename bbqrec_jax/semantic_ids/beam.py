@@ -23,6 +23,14 @@ class BeamResult(NamedTuple):
   log_probs: jax.Array
 
 
+def filled_beam(items: jax.Array, log_probs: jax.Array, *, width: int) -> BeamResult:
+  """Items and log-probabilities [B, w], best first, with the W - w columns that lack filled: -1 and -inf."""
+  missing = ((0, 0), (0, width - items.shape[1]))
+  return BeamResult(
+    items=jnp.pad(items, missing, constant_values=-1), log_probs=jnp.pad(log_probs, missing, constant_values=-jnp.inf)
+  )
+
+
 def beam_search(
   trie: Trie,
   step: Callable[[DecoderState, int, jax.Array | None], tuple[jax.Array, DecoderState]],
@@ -78,9 +86,4 @@ def beam_search(
       ),
       state,
     )
-  items = jnp.where(jnp.isneginf(scores), -1, trie.items[nodes])
-  missing = width - items.shape[1]
-  return BeamResult(
-    items=jnp.pad(items, ((0, 0), (0, missing)), constant_values=-1),
-    log_probs=jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf),
-  )
+  return filled_beam(jnp.where(jnp.isneginf(scores), -1, trie.items[nodes]), scores, width=width)

@@ -13,7 +13,8 @@ from bbqrec_jax.data.pipeline import PackedHistories, recommender_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker, sample_users
 from bbqrec_jax.json_files import read_json, write_json
-from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSettings, code_columns
+from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.ops.similarity import equal_frequency_edges, stream_pairs
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.trie import build_trie
@@ -28,7 +29,7 @@ from bbqrec_jax.train.steps import make_recommender_step
 def needs_semantic_ids(config: Any) -> bool:
   """Whether anything in the recommender reads codes; SASRec, say, does not."""
   r = config.recommender
-  return r.head == "generative" or bool(r.similarity) or tuple(r.item_inputs) != ("item",)
+  return r.head != "dense" or bool(r.similarity) or tuple(r.item_inputs) != ("item",)
 
 
 def tokenizer_folder(config: Any, workdir: pathlib.Path) -> pathlib.Path:
@@ -157,7 +158,7 @@ def build_catalogue(
     num_buckets=r.num_buckets,
     softmax_over=r.softmax_over,
   )
-  trie = build_trie(semantic_ids) if r.head == "generative" else None
+  trie = build_trie(semantic_ids) if r.head != "dense" else None
   catalogue = Catalogue(
     semantic_ids=jnp.asarray(semantic_ids),
     columns=jnp.asarray(columns),

@@ -9,7 +9,8 @@ import pytest
 
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker, popularity_metrics, sample_users, summarize
-from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSettings
+from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
+from bbqrec_jax.models.recommender import Recommender
 
 NUM_ITEMS, MAX_LENGTH = 30, 6
 MISS = np.iinfo(np.int32).max

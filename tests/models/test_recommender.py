@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.models.heads import GenerativeHead
-from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSettings, code_columns
+from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.models.heads import GenerativeHead, ParallelHead
+from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.semantic_ids.trie import build_trie
 
 ITEMS, LEVELS, CODES, STREAMS, WIDTH = 12, 3, 4, 2, 8
@@ -221,7 +223,7 @@ def test_masked_positions_change_neither_the_loss_nor_its_gradient(params, dense
 def generate(settings, params, catalogue, queries, exclude):
   """Two more items than there are."""
   return Recommender(settings).apply(
-    {"params": params}, catalogue, queries, width=ITEMS + 2, exclude=exclude, method="generate"
+    {"params": params}, catalogue, queries, width=ITEMS + 2, exclude=exclude, method="search"
   )
 
 
@@ -290,3 +292,117 @@ def test_generating_leaves_out_excluded_items_and_changes_no_others_probability(
   result = generate(settings, params, catalogue, queries, jnp.asarray(order[:, :4]))
   assert_array_equal(result.items, np.pad(order[:, 4:], ((0, 0), (0, 6)), constant_values=-1))
   assert_allclose(result.log_probs[:, : ITEMS - 4], np.take_along_axis(log_probs, order[:, 4:], axis=1), atol=1e-5)
+
+
+PARALLEL, HYBRID = (dataclasses.replace(SETTINGS, head=head) for head in ("parallel", "hybrid"))
+
+
+@pytest.fixture(scope="module")
+def parallel_params(random_params, catalogue, batch):
+  return random_params(Recommender(PARALLEL), catalogue, batch)
+
+
+@pytest.fixture(scope="module")
+def hybrid_params(random_params, catalogue, batch):
+  return random_params(Recommender(HYBRID), catalogue, batch)
+
+
+def test_parallel_scores_are_sums_of_log_probabilities_that_know_nothing_of_one_another(
+  parallel_params, catalogue, queries
+):
+  per_level = np.asarray(
+    ParallelHead(LEVELS, CODES, SETTINGS.mlp_width).apply({"params": parallel_params["head"]}, queries), np.float64
+  )
+  assert per_level.shape == (LEVELS, 3, CODES)
+  assert_allclose(np.exp(per_level).sum(axis=-1), np.ones((LEVELS, 3)), rtol=1e-5)
+  ids = np.asarray(catalogue.semantic_ids)
+  expected = np.array([[sum(per_level[level, b, ids[i, level]] for level in range(LEVELS)) for i in range(ITEMS)]
+                       for b in range(3)])  # fmt: skip
+  assert_allclose(call(PARALLEL, "scores", parallel_params, catalogue, queries), expected, atol=1e-5)
+  every = jnp.tile(jnp.arange(ITEMS), (3, 1))
+  assert_allclose(call(PARALLEL, "log_probs", parallel_params, catalogue, queries, every), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["parallel", "hybrid"])
+def test_the_loss_of_other_heads_is_minus_their_log_probabilities(
+  parallel_params, hybrid_params, catalogue, batch, head
+):
+  settings, own = (PARALLEL, parallel_params) if head == "parallel" else (HYBRID, hybrid_params)
+  every = jnp.asarray(states(own, catalogue, batch, settings=settings).reshape(-1, WIDTH))
+  targets = batch["targets"].reshape(-1, 1)
+  expected = call(settings, "log_probs", own, catalogue, every, targets)[:, 0]
+  if head == "hybrid":
+    generative = {**own, "head": own["head"]["generative"]}
+    dense = {name: value for name, value in own.items() if name != "head"}
+    parts = (
+      call(SETTINGS, "log_probs", generative, catalogue, every, targets),
+      call(DENSE, "log_probs", dense, catalogue, every, targets),
+    )
+    assert_allclose(expected, (parts[0] + parts[1])[:, 0], rtol=1e-5)
+  (value, terms), gradient = loss_and_gradient(settings, own, catalogue, batch)
+  real = SEGMENTS.reshape(-1) > 0
+  assert_allclose(value, -np.asarray(expected, np.float64)[real].mean(), rtol=1e-5)
+  assert {f"nll_level_{level + 1}" for level in range(LEVELS)} <= set(terms)
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "width"))
+def search(settings, params, catalogue, queries, exclude=None, *, width):
+  return Recommender(settings).apply(
+    {"params": params}, catalogue, queries, width=width, exclude=exclude, method="search"
+  )
+
+
+def test_an_exact_head_finds_the_best_items_that_are_not_excluded(parallel_params, dense_params, catalogue, queries):
+  for settings, own in ((PARALLEL, parallel_params), (DENSE, dense_params)):
+    scores = np.asarray(call(settings, "scores", own, catalogue, queries), np.float64)
+    log_probs = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    order = np.argsort(-scores, axis=1)
+    exclude = np.concatenate([order[:, :2], np.full((3, 1), -1)], axis=1)
+    found = search(settings, own, catalogue, queries, jnp.asarray(exclude), width=ITEMS + 2)
+    assert_array_equal(found.items, np.pad(order[:, 2:], ((0, 0), (0, 4)), constant_values=-1))
+    left = np.take_along_axis(log_probs, order[:, 2:], axis=1)
+    assert_allclose(found.log_probs[:, : ITEMS - 2], left, atol=1e-4)
+    assert np.isneginf(found.log_probs[:, ITEMS - 2 :]).all()
+
+
+@pytest.mark.parametrize("width", [4, ITEMS + 2])
+def test_the_hybrid_head_ranks_the_beams_candidates_by_the_dense_score(hybrid_params, catalogue, queries, width):
+  exclude = jnp.asarray([[0, 5], [-1, -1], [3, -1]])
+  generative = {**hybrid_params, "head": hybrid_params["head"]["generative"]}
+  candidates = np.asarray(search(SETTINGS, generative, catalogue, queries, exclude, width=width).items)
+  dense = {name: value for name, value in hybrid_params.items() if name != "head"}
+  scores = np.asarray(call(DENSE, "scores", dense, catalogue, queries), np.float64)
+  found = search(HYBRID, hybrid_params, catalogue, queries, exclude, width=width)
+  for b in range(3):
+    among = candidates[b][candidates[b] >= 0]
+    order = among[np.argsort(-scores[b, among])]
+    assert_array_equal(found.items[b], np.pad(order, (0, width - len(order)), constant_values=-1))
+    total = np.log(np.exp(scores[b, among]).sum())
+    assert_allclose(found.log_probs[b, : len(order)], scores[b, order] - total, atol=1e-4)
+    assert np.isneginf(found.log_probs[b, len(order) :]).all()
+
+
+class NearestHead(nn.Module):
+  """A head of one's own: an item scores by how near its vector is to the state."""
+
+  exact = True
+
+  def losses(self, items, states, targets, *, deterministic):
+    return {"nll": -jnp.take_along_axis(jax.nn.log_softmax(self.scores(items, states)), targets[:, None], axis=1)[:, 0]}
+
+  def scores(self, items, states):
+    return -jnp.sum(jnp.square(states[:, None] - items.vectors()[None]), axis=-1)
+
+
+def nearest(settings):
+  assert settings.width == WIDTH
+  return NearestHead()
+
+
+def test_a_head_of_ones_own_is_a_function_that_the_config_names(dense_params, catalogue, queries):
+  settings = dataclasses.replace(SETTINGS, head=f"{__name__}:nearest")
+  vectors = numpy_item_vectors(dense_params, catalogue)
+  distance = np.square(np.asarray(queries)[:, None] - vectors[None]).sum(axis=-1)
+  found = search(settings, dense_params, catalogue, queries, width=3)
+  assert_array_equal(found.items, np.argsort(distance, axis=1)[:, :3])

@@ -13,8 +13,9 @@ from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.pipeline import CatalogueSample, FeatureStore, PackedHistories, tokenizer_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import make_ranker
+from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.models.critic import ClubCritic
-from bbqrec_jax.models.recommender import Catalogue, Recommender, RecommenderSettings, code_columns
+from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
 from bbqrec_jax.models.tokenizer_loss import LossWeights
 from bbqrec_jax.semantic_ids.trie import build_trie

@@ -1,0 +1,97 @@
+"""What the recommender is told: its shapes, and the items of the catalogue."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import numpy as np
+
+from bbqrec_jax.ops.similarity import stream_pairs
+from bbqrec_jax.semantic_ids.trie import Trie
+
+
+@dataclasses.dataclass(frozen=True)
+class RecommenderSettings:
+  """Shapes of the recommender.
+
+  Attributes:
+    num_items: N.
+    num_levels: L.
+    num_codes: K.
+    num_columns: code columns of the catalogue (see `Catalogue.columns`); 0 where items are known by number alone.
+    item_embedding: whether each item also has a vector of its own.
+    head: a name of `models.heads.HEADS`, or "module:function" for one of your own.
+    width: d of the sequence model.
+    num_layers: backbone layers.
+    num_heads: H.
+    mlp_width: width of the feed-forward parts.
+    depth_layers: layers of the generative head's depth transformer.
+    dropout: rate everywhere.
+    max_length: T, the longest history.
+    num_streams: streams whose similarity reweights attention; 0 gives the plain backbone.
+    cross_pairs: whether pairs of different streams have tables too.
+    num_buckets: similarity buckets.
+    softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
+      "all" K.
+  """
+
+  num_items: int
+  num_levels: int = 4
+  num_codes: int = 256
+  num_columns: int = 4
+  item_embedding: bool = True
+  head: str = "generative"
+  width: int = 64
+  num_layers: int = 2
+  num_heads: int = 2
+  mlp_width: int = 256
+  depth_layers: int = 1
+  dropout: float = 0.3
+  max_length: int = 20
+  num_streams: int = 2
+  cross_pairs: bool = True
+  num_buckets: int = 32
+  softmax_over: str = "existing"
+
+  @property
+  def pairs(self) -> tuple[tuple[int, int], ...]:
+    """The stream pairs that have a bias table."""
+    return stream_pairs(self.num_streams, cross=self.cross_pairs)
+
+
+@flax.struct.dataclass
+class Catalogue:
+  """What the model is told about items; data, not parameters.
+
+  Attributes:
+    semantic_ids: [N, L] int32, each item's own ID.
+    columns: [N, C] int32: rows of the code embedding whose sum is the item's semantic vector; -1 where a modality is
+      absent.
+    vectors: [N, S, d_code] float32 quantized vectors whose similarities reweight attention; zero rows where absent.
+    edges: [P, n_buckets - 1] float32 bucket edges of each stream pair.
+    trie: of the semantic IDs, for the heads that search; None where the recommender reads no codes.
+  """
+
+  semantic_ids: jax.Array
+  columns: jax.Array
+  vectors: jax.Array
+  edges: jax.Array
+  trie: Trie | None = None
+
+
+def code_columns(codes: list[np.ndarray], present: list[np.ndarray], *, num_codes: int) -> np.ndarray:
+  """Numbers every (stream, level, code) on its own: a list of [N, L] codes -> [N, sum of L] rows of one embedding.
+
+  Args:
+    codes: one [N, L] array a stream.
+    present: one [N] bool array a stream; the columns of an absent one are -1.
+    num_codes: K.
+
+  Returns:
+    [N, C] int32.
+  """
+  stacked = np.concatenate(codes, axis=1)
+  here = np.concatenate(
+    [np.repeat(p[:, None], c.shape[1], axis=1) for c, p in zip(codes, present, strict=True)], axis=1
+  )
+  return np.where(here, stacked + num_codes * np.arange(stacked.shape[1]), -1).astype(np.int32)
