@@ -89,7 +89,12 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.similarity = ("modalities",)  # Streams whose similarity reweights attention: "modalities", "fused"; ()
   # is the plain backbone.
   recommender.cross_pairs = True  # Bias tables for pairs of different streams too.
-  recommender.num_buckets = 32  # Equal-frequency buckets of each similarity.
+  recommender.similarity_kind = "equal_frequency"  # Buckets of the cosines, "equal_frequency" or "equal_width"; one for
+  # each number of codes that two IDs share from the first ("overlap"); or "continuous", a slope times the cosine.
+  recommender.num_buckets = 32  # Of each similarity, where they are of the cosines.
+  recommender.layer_tables = False  # Bias tables of each layer's own instead of one for all.
+  recommender.multiply_bias = False  # Multiply attention scores by 1 + bias instead of adding the bias.
+  recommender.attention = "einsum"  # Or "xla", "cudnn": implementations of jax.nn.dot_product_attention.
   recommender.width = 64  # d of the sequence model.
   recommender.num_layers = 2
   recommender.num_heads = 2
@@ -135,6 +140,8 @@ _CHOICES = {
   "tokenizer.semantic_id": ("fused", "concatenated", "item_id"),
   "tokenizer.repair": ("reassign", "suffix"),
   "tokenizer.club.bound": ("full", "sampled"),
+  "recommender.similarity_kind": ("equal_frequency", "equal_width", "overlap", "continuous"),
+  "recommender.attention": ("einsum", "xla", "cudnn"),
   "recommender.softmax_over": ("existing", "all"),
   "tokenizer.optimizer.schedule": ("constant", "cosine"),
   "recommender.optimizer.schedule": ("constant", "cosine"),
@@ -231,5 +238,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"config field tokenizer.warmup_steps = {flat['tokenizer.warmup_steps']} must be less than tokenizer.steps ="
       f" {flat['tokenizer.steps']}: the codebooks are fitted when the warm-up ends"
     )
+  if flat["recommender.multiply_bias"] and flat["recommender.attention"] != "einsum":
+    raise InputError("config field recommender.multiply_bias works with recommender.attention = 'einsum' alone")
   if not flat["recommender.item_inputs"]:
     raise InputError("config field recommender.item_inputs is empty: name at least one of fused, modalities, item")

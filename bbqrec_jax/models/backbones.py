@@ -14,9 +14,13 @@ class SelfAttention(nn.Module):
 
   Attributes:
     num_heads: H; must divide the width.
+    multiply_bias: whether scores are multiplied by 1 + bias instead of added to.
+    implementation: of the attention, see `ops.attention`.
   """
 
   num_heads: int
+  multiply_bias: bool = False
+  implementation: str = "einsum"
 
   @nn.compact
   def __call__(
@@ -38,7 +42,9 @@ class SelfAttention(nn.Module):
     query, key, value = (nn.DenseGeneral(heads, name=name)(x) for name in ("query", "key", "value"))
     if past is not None:
       key, value = jnp.concatenate([past[0], key], axis=1), jnp.concatenate([past[1], value], axis=1)
-    mixed = attention(query, key, value, mask=mask, bias=bias)
+    mixed = attention(
+      query, key, value, mask=mask, bias=bias, multiply=self.multiply_bias, implementation=self.implementation
+    )
     return nn.DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
 
 
@@ -49,11 +55,15 @@ class TransformerLayer(nn.Module):
     num_heads: H.
     mlp_width: width of the feed-forward part.
     dropout: rate on each of the two residual branches.
+    multiply_bias: see `SelfAttention`.
+    implementation: see `SelfAttention`.
   """
 
   num_heads: int
   mlp_width: int
   dropout: float = 0.0
+  multiply_bias: bool = False
+  implementation: str = "einsum"
 
   @nn.compact
   def __call__(
@@ -67,7 +77,8 @@ class TransformerLayer(nn.Module):
   ) -> tuple[jax.Array, KeyValue]:
     """As `SelfAttention`: [B, T, d] -> [B, T, d], and the keys and values."""
     drop = nn.Dropout(self.dropout, deterministic=deterministic)
-    mixed, present = SelfAttention(self.num_heads, name="attention")(nn.LayerNorm()(x), mask, bias, past)
+    attend = SelfAttention(self.num_heads, self.multiply_bias, self.implementation, name="attention")
+    mixed, present = attend(nn.LayerNorm()(x), mask, bias, past)
     x = x + drop(mixed)
     hidden = nn.gelu(nn.Dense(self.mlp_width)(nn.LayerNorm()(x)))
     return x + drop(nn.Dense(x.shape[-1])(hidden)), present
@@ -85,6 +96,8 @@ class CausalBackbone(nn.Module):
     mlp_width: width of the feed-forward parts.
     max_length: positions that have an embedding; places from `max_length` on share the last.
     dropout: rate on the input and on each residual branch.
+    multiply_bias: see `SelfAttention`.
+    implementation: see `SelfAttention`.
   """
 
   num_layers: int
@@ -92,6 +105,8 @@ class CausalBackbone(nn.Module):
   mlp_width: int
   max_length: int
   dropout: float = 0.0
+  multiply_bias: bool = False
+  implementation: str = "einsum"
 
   @nn.compact
   def __call__(
@@ -109,7 +124,7 @@ class CausalBackbone(nn.Module):
       x: [B, T, d] item vectors.
       segments: [B, T] int; 0 is padding, equal positive numbers in a row are one history.
       positions: [B, T] int, the place of each item in its history, from 0.
-      bias: [B, H, T, T] added to the attention scores of every layer, or None.
+      bias: [B, H, T, T] added to the attention scores of every layer, [layers, B, H, T, T] one for each, or None.
       deterministic: no dropout.
 
     Returns:
@@ -120,6 +135,9 @@ class CausalBackbone(nn.Module):
     x = nn.Dropout(self.dropout, deterministic=deterministic)(x)
     mask = history_mask(segments)
     for index in range(self.num_layers):
-      layer = TransformerLayer(self.num_heads, self.mlp_width, self.dropout, name=f"layer_{index}")
-      x, _ = layer(x, mask, bias, deterministic=deterministic)
+      layer = TransformerLayer(
+        self.num_heads, self.mlp_width, self.dropout, self.multiply_bias, self.implementation, name=f"layer_{index}"
+      )
+      own = bias[index] if bias is not None and bias.ndim == 5 else bias
+      x, _ = layer(x, mask, own, deterministic=deterministic)
     return nn.LayerNorm(name="final_norm")(x)

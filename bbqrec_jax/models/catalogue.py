@@ -30,7 +30,10 @@ class RecommenderSettings:
     max_length: T, the longest history.
     num_streams: streams whose similarity reweights attention; 0 gives the plain backbone.
     cross_pairs: whether pairs of different streams have tables too.
-    num_buckets: similarity buckets.
+    num_buckets: similarity buckets; 0 where the bias is continuous.
+    layer_tables: whether each layer has bias tables of its own.
+    multiply_bias: whether attention scores are multiplied by 1 + bias instead of added to.
+    attention: its implementation, see `ops.attention`.
     softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
       "all" K.
   """
@@ -51,12 +54,21 @@ class RecommenderSettings:
   num_streams: int = 2
   cross_pairs: bool = True
   num_buckets: int = 32
+  layer_tables: bool = False
+  multiply_bias: bool = False
+  attention: str = "einsum"
   softmax_over: str = "existing"
 
   @property
   def pairs(self) -> tuple[tuple[int, int], ...]:
     """The stream pairs that have a bias table."""
     return stream_pairs(self.num_streams, cross=self.cross_pairs)
+
+  @property
+  def table_shape(self) -> tuple[int, ...]:
+    """[P, H, n_buckets + 2], or [P, H, 3] where the bias is continuous; one of these a layer where they differ."""
+    shape = (len(self.pairs), self.num_heads, self.num_buckets + 2 if self.num_buckets else 3)
+    return (self.num_layers, *shape) if self.layer_tables else shape
 
 
 @flax.struct.dataclass
@@ -67,14 +79,15 @@ class Catalogue:
     semantic_ids: [N, L] int32, each item's own ID.
     columns: [N, C] int32: rows of the code embedding whose sum is the item's semantic vector; -1 where a modality is
       absent.
-    vectors: [N, S, d_code] float32 quantized vectors whose similarities reweight attention; zero rows where absent.
+    streams: what the similarities that reweight attention are of: [N, S, d_code] float32 quantized vectors, zero rows
+      where absent, or [N, S, L] int32 codes, -1 where absent.
     edges: [P, n_buckets - 1] float32 bucket edges of each stream pair.
     trie: of the semantic IDs, for the heads that search; None where the recommender reads no codes.
   """
 
   semantic_ids: jax.Array
   columns: jax.Array
-  vectors: jax.Array
+  streams: jax.Array
   edges: jax.Array
   trie: Trie | None = None
 

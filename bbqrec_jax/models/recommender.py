@@ -1,5 +1,6 @@
 """Stage 2, the semantics-aware sequence model: item vectors, backbone with similarity bias, and a head."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ from bbqrec_jax.models.backbones import CausalBackbone
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.heads import Items, make_head
 from bbqrec_jax.ops.reduction import masked_mean
-from bbqrec_jax.ops.similarity import bucket_bias, similarity_buckets
+from bbqrec_jax.ops.similarity import bucket_bias, continuous_bias, similarity_buckets
 from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
 
 
@@ -34,10 +35,10 @@ class Recommender(nn.Module):
       )
     if s.num_streams:
       # Zero tables: at step 0 the model is the plain backbone, bit for bit.
-      self.similarity_tables = self.param(
-        "similarity_tables", nn.initializers.zeros, (len(s.pairs), s.num_heads, s.num_buckets + 2)
-      )
-    self.backbone = CausalBackbone(s.num_layers, s.num_heads, s.mlp_width, s.max_length, s.dropout)
+      self.similarity_tables = self.param("similarity_tables", nn.initializers.zeros, s.table_shape)
+    self.backbone = CausalBackbone(
+      s.num_layers, s.num_heads, s.mlp_width, s.max_length, s.dropout, s.multiply_bias, s.attention
+    )
     self.head = make_head(s)
 
   def item_vectors(self, catalogue: Catalogue, items: jax.Array | None = None) -> jax.Array:
@@ -54,12 +55,20 @@ class Recommender(nn.Module):
     return jnp.asarray(total)
 
   def bias(self, catalogue: Catalogue, items: jax.Array, segments: jax.Array) -> jax.Array | None:
-    """The attention bias [B, H, T, T] of histories `items` [B, T], or None where similarity is switched off."""
+    """The attention bias [B, H, T, T] of histories `items` [B, T], one of these a layer where each has its own tables.
+
+    None where similarity is switched off.
+    """
     s = self.settings
     if not s.num_streams:
       return None
-    buckets = similarity_buckets(catalogue.vectors[items], segments > 0, catalogue.edges, pairs=s.pairs)
-    return bucket_bias(self.similarity_tables, buckets)
+    streams, real = catalogue.streams[items], segments > 0
+    if s.num_buckets:
+      buckets = similarity_buckets(streams, real, catalogue.edges, pairs=s.pairs)
+      read = functools.partial(bucket_bias, buckets=buckets)
+    else:
+      read = functools.partial(continuous_bias, streams=streams, real=real, pairs=s.pairs)
+    return jax.vmap(read)(self.similarity_tables) if s.layer_tables else read(self.similarity_tables)
 
   def states(
     self,

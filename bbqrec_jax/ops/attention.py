@@ -1,5 +1,8 @@
 """Dot-product attention with an optional additive bias: the one place where similarity meets the backbone."""
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +23,14 @@ def history_mask(segments: jax.Array) -> jax.Array:
 
 
 def attention(
-  query: jax.Array, key: jax.Array, value: jax.Array, *, mask: jax.Array, bias: jax.Array | None = None
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  mask: jax.Array,
+  bias: jax.Array | None = None,
+  multiply: bool = False,
+  implementation: str = "einsum",
 ) -> jax.Array:
   """softmax(q k / sqrt(d_head) + bias) v over the positions that `mask` allows.
 
@@ -32,13 +42,54 @@ def attention(
     value: [B, T, H, d_head].
     mask: bool, broadcasts to [B, H, T, T].
     bias: float, broadcasts to [B, H, T, T], or None.
+    multiply: the scores are multiplied by 1 + bias instead; "einsum" alone can.
+    implementation: "einsum", the reference; "xla" or "cudnn", those of `jax.nn.dot_product_attention`. Where cuDNN's
+      conditions do not hold (an NVIDIA GPU, 16-bit inputs, a head width that is a multiple of 8, even lengths), "xla"
+      steps in, and one line says so.
 
   Returns:
     [B, T, H, d_head], in the type of `query`; scores and softmax are float32.
+
+  Raises:
+    ValueError: if scores are to be multiplied by another implementation than "einsum".
   """
+  if implementation != "einsum":
+    if multiply:
+      raise ValueError(f"a bias that multiplies scores needs implementation 'einsum', got {implementation!r}")
+    if implementation == "cudnn" and not _cudnn_can(query, key):
+      implementation = "xla"
+    full = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    return jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      bias=None if bias is None else jnp.broadcast_to(bias, full).astype(query.dtype),
+      mask=jnp.broadcast_to(mask, full),
+      implementation="cudnn" if implementation == "cudnn" else "xla",
+    )
   scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
   scores = scores * (query.shape[-1] ** -0.5)
   if bias is not None:
-    scores = scores + bias.astype(jnp.float32)
+    bias = bias.astype(jnp.float32)
+    scores = scores * (1.0 + bias) if multiply else scores + bias
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
   return jnp.einsum("bhts,bshd->bthd", weights.astype(value.dtype), value)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+  logging.getLogger(__name__).warning(message)
+
+
+def _cudnn_can(query: jax.Array, key: jax.Array) -> bool:
+  """Whether cuDNN's attention takes these shapes and types here; says once what is in the way."""
+  hindrances = {
+    "no NVIDIA GPU": jax.default_backend() != "gpu",
+    f"inputs of {query.dtype}, not of 16 bits": query.dtype not in (jnp.bfloat16, jnp.float16),
+    f"a head width of {query.shape[-1]}, not a multiple of 8": query.shape[-1] % 8 != 0,
+    f"odd lengths, {query.shape[1]} and {key.shape[1]}": query.shape[1] % 2 != 0 or key.shape[1] % 2 != 0,
+  }
+  found = [name for name, there in hindrances.items() if there]
+  if found:
+    _say_once(f"attention: XLA's implementation instead of cuDNN's: {'; '.join(found)}")
+  return not found

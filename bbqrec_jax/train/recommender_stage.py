@@ -15,7 +15,7 @@ from bbqrec_jax.evaluation.ranking import evaluate, make_ranker, sample_users
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.models.recommender import Recommender
-from bbqrec_jax.ops.similarity import equal_frequency_edges, stream_pairs
+from bbqrec_jax.ops.similarity import equal_frequency_edges, equal_width_edges, overlap_edges, stream_pairs
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.train.logging import MetricsLog
@@ -118,7 +118,7 @@ def build_catalogue(
   pairs = stream_pairs(len(streams), cross=r.cross_pairs)
   columns = np.zeros((num_items, 0), np.int32)
   semantic_ids = np.zeros((num_items, 0), np.int32)
-  vectors = np.zeros((num_items, 0, 1), np.float32)
+  compared = np.zeros((num_items, 0, 1), np.float32)
   edges = np.zeros((0, r.num_buckets - 1), np.float32)
   if ids is not None:
     semantic_ids = ids.codes
@@ -129,16 +129,28 @@ def build_catalogue(
     if sources:
       codes, present = zip(*sources, strict=True)
       columns = code_columns(list(codes), list(present), num_codes=ids.num_codes)
+  num_buckets = 0 if r.similarity_kind == "continuous" else r.num_buckets
   if ids is not None and streams:
-    vectors = np.stack([ids.vectors(name) for name in streams], axis=1)
-    samples = sampled_similarities(vectors, histories, pairs, max_length=r.max_length, seed=config.seed)
-    for pair, sample in zip(pairs, samples, strict=True):
-      if not len(sample):
-        raise InputError(
-          f"no training history holds two items that both have {streams[pair[0]]} and {streams[pair[1]]}, so their"
-          " similarity has no buckets; leave the modality out (data.modalities) or set recommender.similarity=()"
-        )
-    edges = np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
+    if r.similarity_kind == "overlap":
+      chosen = [ids.streams.index(name) for name in streams]
+      codes = np.where(ids.present[chosen][..., None], ids.stream_codes[chosen], -1)
+      compared = np.swapaxes(codes, 0, 1).astype(np.int32)
+    else:
+      compared = np.stack([ids.vectors(name) for name in streams], axis=1)
+    if r.similarity_kind == "equal_frequency":
+      samples = sampled_similarities(compared, histories, pairs, max_length=r.max_length, seed=config.seed)
+      for pair, sample in zip(pairs, samples, strict=True):
+        if not len(sample):
+          raise InputError(
+            f"no training history holds two items that both have {streams[pair[0]]} and {streams[pair[1]]}, so their"
+            " similarity has no buckets; leave the modality out (data.modalities) or set recommender.similarity=()"
+          )
+      edges = np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
+    elif r.similarity_kind != "continuous":
+      overlap = r.similarity_kind == "overlap"
+      even = overlap_edges(compared.shape[2]) if overlap else equal_width_edges(r.num_buckets)
+      edges = np.tile(even, (len(pairs), 1))
+      num_buckets = len(even) + 1
   settings = RecommenderSettings(
     num_items=num_items,
     num_levels=semantic_ids.shape[1],
@@ -155,14 +167,17 @@ def build_catalogue(
     max_length=r.max_length,
     num_streams=len(streams),
     cross_pairs=r.cross_pairs,
-    num_buckets=r.num_buckets,
+    num_buckets=num_buckets,
+    layer_tables=r.layer_tables,
+    multiply_bias=r.multiply_bias,
+    attention=r.attention,
     softmax_over=r.softmax_over,
   )
   trie = build_trie(semantic_ids) if r.head != "dense" else None
   catalogue = Catalogue(
     semantic_ids=jnp.asarray(semantic_ids),
     columns=jnp.asarray(columns),
-    vectors=jnp.asarray(vectors),
+    streams=jnp.asarray(compared),
     edges=jnp.asarray(edges),
     trie=trie,
   )

@@ -38,7 +38,7 @@ def catalogue():
   return Catalogue(
     semantic_ids=jnp.asarray(ids, jnp.int32),
     columns=jnp.asarray(columns),
-    vectors=jnp.asarray(vectors, jnp.float32),
+    streams=jnp.asarray(vectors, jnp.float32),
     edges=jnp.asarray(edges, jnp.float32),
     trie=build_trie(ids),
   )
@@ -98,6 +98,29 @@ def test_zero_tables_make_it_the_plain_backbone_bit_for_bit_and_other_tables_do_
   assert_array_equal(states(fresh, catalogue, batch), expected)
   changed = (states(params, catalogue, batch) != expected).any(axis=-1)
   assert_array_equal(changed, (POSITIONS > 0) & (SEGMENTS > 0))
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"layer_tables": True}, {"multiply_bias": True}, {"num_buckets": 0}, {"attention": "xla"}],
+  ids=str,
+)
+def test_other_ways_to_reweight_start_as_the_plain_backbone_too(random_params, catalogue, batch, changes):
+  """Two layers, so that tables of their own make a difference."""
+  settings = dataclasses.replace(SETTINGS, num_layers=2, **changes)
+  params = random_params(Recommender(settings), catalogue, batch)
+  tables = params["similarity_tables"]
+  assert tables.shape == settings.table_shape
+  plain = dataclasses.replace(settings, num_streams=0)
+  shared = {name: value for name, value in params.items() if name != "similarity_tables"}
+  expected = states(shared, catalogue, batch, settings=plain)
+  zero = shared | {"similarity_tables": np.zeros_like(tables)}
+  assert_array_equal(states(zero, catalogue, batch, settings=settings), expected)
+  assert (states(params, catalogue, batch, settings=settings) != expected).any()
+  if settings.layer_tables:
+    for layer in range(2):
+      one = shared | {"similarity_tables": np.where(np.arange(2)[:, None, None, None] == layer, tables, 0)}
+      assert (states(one, catalogue, batch, settings=settings) != expected).any()
 
 
 def test_zero_tables_have_a_gradient_and_so_can_leave_zero(fresh, catalogue, batch):

@@ -1,8 +1,12 @@
 """Attention with an additive bias against NumPy in float64, and who may see whom."""
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.ops.attention import attention, history_mask
@@ -18,12 +22,13 @@ def inputs(seed=0):
   return query, key, value, rng.normal(size=(BATCH, HEADS, LENGTH, LENGTH)).astype(np.float32)
 
 
-def oracle(query, key, value, mask, bias):
+def oracle(query, key, value, mask, bias, *, multiply=False):
   query, key, value, bias = (x.astype(np.float64) for x in (query, key, value, bias))
   out = np.zeros(query.shape)
   for b, h, t in np.ndindex(BATCH, HEADS, LENGTH):
     seen = np.flatnonzero(mask[b, 0, t])
-    scores = np.array([query[b, t, h] @ key[b, s, h] / np.sqrt(WIDTH) + bias[b, h, t, s] for s in seen])
+    scores = np.array([query[b, t, h] @ key[b, s, h] / np.sqrt(WIDTH) for s in seen])
+    scores = scores * (1 + bias[b, h, t, seen]) if multiply else scores + bias[b, h, t, seen]
     weights = np.exp(scores - scores.max())
     out[b, t, h] = (weights / weights.sum()) @ value[b, seen, h]
   return out
@@ -46,10 +51,50 @@ def test_attention_equals_numpy_with_and_without_a_bias():
   assert_allclose(plain, oracle(query, key, value, np.asarray(mask), np.zeros_like(bias)), atol=1e-5)
 
 
-def test_zero_bias_gives_bit_for_bit_what_no_bias_gives():
+def test_a_multiplying_bias_scales_the_scores():
   query, key, value, bias = inputs()
   mask = history_mask(jnp.asarray(SEGMENTS))
-  for run in (attention, jax.jit(attention)):
+  got = attention(*map(jnp.asarray, (query, key, value)), mask=mask, bias=jnp.asarray(bias), multiply=True)
+  assert_allclose(got, oracle(query, key, value, np.asarray(mask), bias, multiply=True), atol=1e-5)
+  with pytest.raises(ValueError, match="needs implementation 'einsum', got 'xla'"):
+    attention(query, key, value, mask=mask, bias=bias, multiply=True, implementation="xla")
+
+
+@pytest.mark.parametrize("shape", [(BATCH, HEADS, LENGTH, LENGTH), (1, HEADS, LENGTH, LENGTH), (BATCH, 1, 1, LENGTH)])
+def test_xlas_attention_equals_the_reference_and_so_do_its_gradients(shape):
+  query, key, value, bias = map(jnp.asarray, inputs())
+  mask = history_mask(jnp.asarray(SEGMENTS))
+  bias = bias[: shape[0], : shape[1], : shape[2]]
+  cotangent = jnp.asarray(np.random.default_rng(7).normal(size=query.shape), jnp.float32)
+
+  def run(implementation):
+    def scalar(*parts):
+      return jnp.sum(cotangent * attention(*parts[:3], mask=mask, bias=parts[3], implementation=implementation))
+
+    return jax.jit(jax.grad(scalar, argnums=(0, 1, 2, 3)))(query, key, value, bias)
+
+  for got, expected in zip(run("xla"), run("einsum"), strict=True):
+    assert_allclose(got, expected, atol=2e-5)
+
+
+def test_where_cudnn_cannot_xla_does_and_one_line_says_so(caplog):
+  query, key, value, bias = map(jnp.asarray, inputs())
+  mask = history_mask(jnp.asarray(SEGMENTS))
+  with caplog.at_level(logging.WARNING):
+    for _ in range(2):
+      got = attention(query, key, value, mask=mask, bias=bias, implementation="cudnn")
+  assert_array_equal(got, attention(query, key, value, mask=mask, bias=bias, implementation="xla"))
+  (line,) = [record.getMessage() for record in caplog.records if "cuDNN" in record.getMessage()]
+  for part in ("float32", "a head width of 4", "odd lengths, 7 and 7"):
+    assert part in line
+
+
+@pytest.mark.parametrize("options", [{}, {"multiply": True}, {"implementation": "xla"}], ids=str)
+def test_zero_bias_gives_bit_for_bit_what_no_bias_gives(options):
+  query, key, value, bias = inputs()
+  mask = history_mask(jnp.asarray(SEGMENTS))
+  bound = functools.partial(attention, **options)
+  for run in (bound, jax.jit(bound)):
     plain = run(query, key, value, mask=mask)
     assert_array_equal(run(query, key, value, mask=mask, bias=jnp.zeros_like(jnp.asarray(bias))), plain)
     assert (np.asarray(run(query, key, value, mask=mask, bias=jnp.asarray(bias))) != np.asarray(plain)).any()

@@ -9,7 +9,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from bbqrec_jax.ops.contrastive import normalize
 from bbqrec_jax.ops.similarity import (
   bucket_bias,
+  continuous_bias,
   equal_frequency_edges,
+  equal_width_edges,
+  overlap_edges,
   pair_similarity,
   similarity_buckets,
   stream_pairs,
@@ -93,6 +96,58 @@ def test_equal_vectors_in_two_streams_make_the_cross_pair_the_plain_cosine():
   vectors, _, _ = histories()
   twice = normalize(jnp.asarray(np.stack([vectors[:, :, 0]] * 2, axis=2)))
   assert_allclose(pair_similarity(twice, (0, 1)), pair_similarity(twice, (0, 0)), atol=1e-6)
+
+
+def coded(levels=3, seed=4):
+  """Codes [B, T, S, L] of three values, some streams absent."""
+  codes = np.random.default_rng(seed).integers(3, size=(BATCH, LENGTH, STREAMS, levels))
+  codes[0, 2, 1], codes[1, 0, 0] = -1, -1
+  return codes, np.arange(LENGTH) < np.array([6, 4, 5])[:, None]
+
+
+def shared(first, second):
+  return next((level for level, (a, b) in enumerate(zip(first, second, strict=True)) if a != b), len(first))
+
+
+def test_of_codes_the_similarity_is_the_length_of_the_shared_prefix():
+  codes, real = coded()
+  levels = codes.shape[-1]
+  edges = np.tile(overlap_edges(levels), (len(PAIRS), 1))
+  assert edges.shape[1] == 2 * levels
+  buckets = np.asarray(_buckets(*map(jnp.asarray, (codes, real, edges)), pairs=PAIRS))
+  for p, (s, t) in enumerate(PAIRS):
+    for b, i, j in np.ndindex(BATCH, LENGTH, LENGTH):
+      here = real[b, i] and real[b, j] and all(codes[b, x, y, 0] >= 0 for x in (i, j) for y in (s, t))
+      # Twice the mean of both directions: a bucket for each half.
+      twice = shared(codes[b, i, s], codes[b, j, t]) + shared(codes[b, i, t], codes[b, j, s])
+      expected = 2 * levels + 2 if not here else 2 * levels + 1 if i == j else twice
+      assert buckets[p, b, i, j] == expected
+  assert set(np.unique(buckets[2])) >= {0, 1, 2, 3}, "the example leaves halves untried"
+
+
+def test_the_continuous_bias_is_a_slope_times_the_similarity():
+  vectors, real, _ = histories()
+  tables = np.random.default_rng(5).normal(size=(len(PAIRS), HEADS, 3)).astype(np.float32)
+  got = continuous_bias(*map(jnp.asarray, (tables, vectors, real)), pairs=PAIRS)
+  for b, h, i, j in np.ndindex(BATCH, HEADS, LENGTH, LENGTH):
+    expected = 0.0
+    for p, (s, t) in enumerate(PAIRS):
+      first, second = vectors[b, i], vectors[b, j]
+      here = real[b, i] and real[b, j] and all(x[y].any() for x in (first, second) for y in (s, t))
+      slope, own, missing = tables[p, h]
+      if not here:
+        expected += missing
+      elif i == j:
+        expected += own
+      else:
+        expected += slope * (cosine(first[s], second[t]) + cosine(first[t], second[s])) / 2
+    assert_allclose(got[b, h, i, j], expected, atol=1e-5)
+
+
+def test_equal_width_edges_split_the_cosines_into_buckets_of_one_width():
+  edges = equal_width_edges(8)
+  assert edges.dtype == np.float32
+  assert_allclose(edges, [-0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75])
 
 
 def test_equal_frequency_edges_split_the_samples_evenly():

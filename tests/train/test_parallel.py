@@ -55,7 +55,7 @@ def make_catalogue():
   return Catalogue(
     semantic_ids=jnp.asarray(codes),
     columns=jnp.asarray(code_columns([codes, others], [everywhere, somewhere], num_codes=CODES)),
-    vectors=jnp.asarray(vectors),
+    streams=jnp.asarray(vectors),
     edges=jnp.tile(jnp.linspace(-0.8, 0.8, 7), (3, 1)),
     trie=build_trie(codes),
   )
