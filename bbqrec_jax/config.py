@@ -65,7 +65,7 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.commitment = 0.25  # beta of the quantization loss.
   tokenizer.temperature = 0.3  # Of the contrast, or where it starts.
   tokenizer.learn_temperature = False
-  tokenizer.level_dropout = 0.75  # Share of items that the contrast sees by a prefix of their codewords alone.
+  tokenizer.level_dropout = 0.5  # Share of items that the contrast sees by a prefix of their codewords alone.
   tokenizer.specific_dropout = 0.5  # Share of items decoded from codes alone in a step, so that codes carry content.
   tokenizer.weights = weights = ml_collections.ConfigDict()  # One weight a loss.
   weights.reconstruction = 1.0
@@ -73,7 +73,7 @@ def default_config() -> ml_collections.ConfigDict:
   weights.quantization = 1.0
   weights.contrast = 2.0  # State of the history against the fused vector of the next item.
   weights.modality_contrast = 1.0  # The same state against each modality's vector of the next item.
-  weights.item_id = 0.005  # Mean squared norm of the item IDs: they say no more than behaviour needs them to.
+  weights.item_id = 0.05  # Mean squared norm of the item IDs: they say no more than behaviour needs them to.
   weights.disentangle = 0.01  # CLUB bound between each modality's quantized and specific latents; 0 leaves it out.
   tokenizer.club = club = ml_collections.ConfigDict()
   club.bound = "full"  # Negatives of the bound: "full" (every row of the batch) or "sampled" (one drawn row).

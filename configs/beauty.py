@@ -14,7 +14,7 @@ from bbqrec_jax.config import default_config
 def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   """As `scientific.py`, with longer training for three times the histories.
 
-  The contrast is sharper too: here behaviour says more that the features do not.
+  The contrast is sharper and the item IDs are freer: here behaviour says more that the features do not.
 
   Args:
     head: "generative" or "dense".
@@ -22,6 +22,8 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config = default_config()
   config.data.modalities = ("text", "attribute")
   config.tokenizer.temperature = 0.2
+  config.tokenizer.level_dropout = 0.75
+  config.tokenizer.weights.item_id = 0.005
   config.tokenizer.steps = 4000
   config.tokenizer.evaluate_every = 1000
   config.recommender.head = head

@@ -64,7 +64,7 @@ class TokenizerSettings:
   learn_temperature: bool = False
   temperature: float = 0.3
   specific_dropout: float = 0.5
-  level_dropout: float = 0.75
+  level_dropout: float = 0.5
   commitment: float = 0.25
   normalize: bool = True
   history_layers: int = 1

@@ -21,7 +21,7 @@ class LossWeights(NamedTuple):
   quantization: float | jax.Array = 1.0
   contrast: float | jax.Array = 2.0
   modality_contrast: float | jax.Array = 1.0
-  item_id: float | jax.Array = 0.005
+  item_id: float | jax.Array = 0.05
   disentangle: float | jax.Array = 0.01
 
 
