@@ -101,6 +101,8 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.mlp_width = 256
   recommender.softmax_over = "existing"  # What a code of the generative head competes with: codes that lead on to
   # items ("existing"), or "all" codes of its level.
+  recommender.num_negatives = 0  # Items drawn in a step to stand for the catalogue in the dense head's softmax, for
+  # catalogues past 100,000 items; 0 takes all items.
   recommender.depth_layers = 1  # Layers of the generative head's depth transformer.
   recommender.dropout = 0.3
   recommender.max_length = 20  # T: the longest history.
@@ -157,6 +159,7 @@ _MAY_BE_ZERO = {
   "tokenizer.optimizer.warmup_steps",
   "recommender.optimizer.warmup_steps",
   "evaluation.validation_users",
+  "recommender.num_negatives",
 }
 
 

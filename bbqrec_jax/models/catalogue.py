@@ -34,6 +34,7 @@ class RecommenderSettings:
     layer_tables: whether each layer has bias tables of its own.
     multiply_bias: whether attention scores are multiplied by 1 + bias instead of added to.
     attention: its implementation, see `ops.attention`.
+    num_negatives: items that stand for the catalogue in a training step of the dense head; 0: the catalogue itself.
     softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
       "all" K.
   """
@@ -57,6 +58,7 @@ class RecommenderSettings:
   layer_tables: bool = False
   multiply_bias: bool = False
   attention: str = "einsum"
+  num_negatives: int = 0
   softmax_over: str = "existing"
 
   @property
@@ -90,6 +92,11 @@ class Catalogue:
   streams: jax.Array
   edges: jax.Array
   trie: Trie | None = None
+
+  @property
+  def num_items(self) -> int:
+    """N."""
+    return self.semantic_ids.shape[0]
 
 
 def code_columns(codes: list[np.ndarray], present: list[np.ndarray], *, num_codes: int) -> np.ndarray:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from bbqrec_jax.models.backbones import TransformerLayer
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
+from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
 
 
@@ -35,16 +36,27 @@ class Items(NamedTuple):
 
 
 class DenseHead(nn.Module):
-  """Full softmax over the catalogue: the product of the state and each item's vector (SASRec with cross-entropy)."""
+  """Full softmax over the catalogue: the product of the state and each item's vector (SASRec with cross-entropy).
 
+  Attributes:
+    num_negatives: items drawn at random in a training step to stand for the whole catalogue; 0 takes the catalogue.
+    max_logits: logits that are there at once at most in the loss; more positions are looked at in turns.
+  """
+
+  num_negatives: int = 0
+  max_logits: int = 2**26
   exact: ClassVar[bool] = True
 
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
-    """The negative log-likelihood of each target, `nll_dense` [P]."""
-    del deterministic
-    scores = self.scores(items, states)
-    own = jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
-    return {"nll_dense": jax.nn.logsumexp(scores, axis=1) - own}
+    """The negative log-likelihood of each target, `nll_dense` [P]; of drawn items an estimate of it, in training."""
+    if self.num_negatives and not deterministic:
+      drawn = jax.random.randint(self.make_rng("dropout"), (self.num_negatives,), 0, items.catalogue.num_items)
+      surprise = sampled_cross_entropy(
+        states, items.vectors(targets), items.vectors(drawn), targets, drawn, num_items=items.catalogue.num_items
+      )
+    else:
+      surprise = cross_entropy(states, items.vectors(), targets, max_logits=self.max_logits)
+    return {"nll_dense": surprise}
 
   def scores(self, items: Items, states: jax.Array) -> jax.Array:
     """Logits of all items, [B, N] float32."""
@@ -245,7 +257,7 @@ class HybridHead(nn.Module):
 
   def setup(self):
     """Makes the two heads."""
-    self.generative, self.dense = _generative(self.settings), DenseHead()
+    self.generative, self.dense = _generative(self.settings), _dense(self.settings)
 
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """Those of both heads."""
@@ -269,9 +281,13 @@ def _generative(s: RecommenderSettings) -> GenerativeHead:
   )
 
 
+def _dense(s: RecommenderSettings) -> DenseHead:
+  return DenseHead(s.num_negatives)
+
+
 HEADS: dict[str, Callable[[RecommenderSettings], Any]] = {
   "generative": _generative,
-  "dense": lambda s: DenseHead(),
+  "dense": _dense,
   "parallel": lambda s: ParallelHead(s.num_levels, s.num_codes, s.mlp_width),
   "hybrid": HybridHead,
 }

@@ -171,6 +171,7 @@ def build_catalogue(
     layer_tables=r.layer_tables,
     multiply_bias=r.multiply_bias,
     attention=r.attention,
+    num_negatives=r.num_negatives,
     softmax_over=r.softmax_over,
   )
   trie = build_trie(semantic_ids) if r.head != "dense" else None

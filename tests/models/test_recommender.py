@@ -220,6 +220,23 @@ def test_dense_loss_is_the_cross_entropy_over_all_items_at_real_positions(dense_
   assert terms["nll"] == value
 
 
+def test_drawn_negatives_are_for_training_alone_and_change_with_its_key(dense_params, catalogue, batch):
+  settings = dataclasses.replace(DENSE, num_negatives=7, dropout=0.0)
+
+  @functools.partial(jax.jit, static_argnames="deterministic")
+  def loss(key, deterministic):
+    return Recommender(settings).apply(
+      {"params": dense_params}, catalogue, batch, method="loss", deterministic=deterministic, rngs={"dropout": key}
+    )[0]
+
+  (full, _), _ = loss_and_gradient(DENSE, dense_params, catalogue, batch)
+  assert_allclose(loss(jax.random.key(0), True), full, rtol=1e-6)
+  drawn = [float(loss(jax.random.key(seed), False)) for seed in range(20)]
+  assert len(set(drawn)) == 20
+  # By Jensen's inequality a little less on average, and near.
+  assert 0.6 * full < np.mean(drawn) < 1.05 * full
+
+
 def test_generative_loss_is_the_negative_log_probability_of_the_targets_ids(params, catalogue, batch):
   every = jnp.asarray(states(params, catalogue, batch).reshape(-1, WIDTH))
   log_probs = call(SETTINGS, "log_probs", params, catalogue, every, batch["targets"].reshape(-1, 1))[:, 0]

@@ -1,0 +1,81 @@
+"""Cross-entropy over a catalogue in turns, and of drawn items, against NumPy in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy
+
+POSITIONS, ITEMS, WIDTH = 11, 40, 6
+
+
+def inputs():
+  rng = np.random.default_rng(0)
+  states, vectors = rng.normal(size=(POSITIONS, WIDTH)), rng.normal(size=(ITEMS, WIDTH))
+  return states.astype(np.float32), vectors.astype(np.float32), rng.integers(ITEMS, size=POSITIONS)
+
+
+def oracle(states, vectors, targets):
+  logits = states.astype(np.float64) @ vectors.astype(np.float64).T
+  return np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(targets)), targets]
+
+
+# All at once, in turns that come out even and that do not, one position at a time, and less than one position.
+@pytest.mark.parametrize("max_logits", [10**6, POSITIONS * ITEMS, 4 * ITEMS, 3 * ITEMS + 5, ITEMS, 1])
+def test_it_is_the_cross_entropy_and_its_gradient_however_few_logits_are_allowed(max_logits):
+  states, vectors, targets = inputs()
+  loss = functools.partial(cross_entropy, max_logits=max_logits)
+  assert_allclose(jax.jit(loss)(states, vectors, targets), oracle(states, vectors, targets), rtol=1e-5)
+  weights = np.random.default_rng(1).normal(size=POSITIONS).astype(np.float32)
+  gradients = jax.jit(jax.grad(lambda *data: jnp.sum(weights * loss(*data, targets)), argnums=(0, 1)))(states, vectors)
+  logits = states.astype(np.float64) @ vectors.T
+  share = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  share[np.arange(POSITIONS), targets] -= 1
+  share *= weights[:, None]
+  assert_allclose(gradients[0], share @ vectors, atol=1e-4)
+  assert_allclose(gradients[1], share.T @ states, atol=1e-4)
+
+
+def test_logits_never_exceed_what_is_allowed():
+  states, vectors, targets = inputs()
+  allowed = 3 * ITEMS
+  program = jax.jit(jax.grad(lambda *data: cross_entropy(*data, targets, max_logits=allowed).sum(), argnums=(0, 1)))
+  text = program.lower(states, vectors).as_text()
+  assert f"{POSITIONS}x{ITEMS}x" not in text
+  assert f"3x{ITEMS}x" in text
+
+
+def test_every_item_drawn_once_gives_the_cross_entropy_itself():
+  states, vectors, targets = inputs()
+  drawn = np.random.default_rng(2).permutation(ITEMS)
+  got = sampled_cross_entropy(states, vectors[targets], vectors[drawn], targets, drawn, num_items=ITEMS)
+  assert_allclose(got, oracle(states, vectors, targets), rtol=1e-5)
+
+
+def test_drawn_items_estimate_the_sum_over_all_others_without_bias():
+  states, vectors, targets = inputs()
+  draws = np.random.default_rng(3).integers(ITEMS, size=(20_000, 8))
+
+  @jax.jit
+  @jax.vmap
+  def one(drawn):
+    return sampled_cross_entropy(states, vectors[targets], vectors[drawn], targets, drawn, num_items=ITEMS)
+
+  vectors, targets, states = map(jnp.asarray, (vectors, targets, states))
+  others = np.exp(np.asarray(one(jnp.asarray(draws)), np.float64)) - 1  # Over the target's own exp(logit).
+  expected = np.exp(oracle(*inputs())) - 1
+  spread = others.std(axis=0) / np.sqrt(len(draws))
+  assert np.all(np.abs(others.mean(axis=0) - expected) < 5 * spread)
+  assert np.all(spread < 0.05 * expected)
+
+
+def test_a_draw_of_the_target_alone_leaves_nothing_to_compete_with():
+  states, vectors, targets = inputs()
+  drawn = np.full(3, targets[0])
+  got = sampled_cross_entropy(states, vectors[targets], vectors[drawn], targets, drawn, num_items=ITEMS)
+  assert got[0] == 0
+  assert np.isfinite(got).all()
