@@ -95,7 +95,7 @@ INTEGERS_FROM_ONE = [
   for name, value in flatten(default_config()).items()
   if isinstance(value, int)
   and not isinstance(value, bool)
-  and not name.endswith((".warmup_steps", ".revival_patience", "seed", ".validation_users"))
+  and not name.endswith((".warmup_steps", "seed", ".validation_users", ".num_negatives"))
 ]
 INTEGERS_FROM_ZERO = [
   name

@@ -222,11 +222,12 @@ def test_dense_loss_is_the_cross_entropy_over_all_items_at_real_positions(dense_
 
 def test_drawn_negatives_are_for_training_alone_and_change_with_its_key(dense_params, catalogue, batch):
   settings = dataclasses.replace(DENSE, num_negatives=7, dropout=0.0)
+  params = jax.tree.map(jnp.asarray, dense_params)
 
   @functools.partial(jax.jit, static_argnames="deterministic")
   def loss(key, deterministic):
     return Recommender(settings).apply(
-      {"params": dense_params}, catalogue, batch, method="loss", deterministic=deterministic, rngs={"dropout": key}
+      {"params": params}, catalogue, batch, method="loss", deterministic=deterministic, rngs={"dropout": key}
     )[0]
 
   (full, _), _ = loss_and_gradient(DENSE, dense_params, catalogue, batch)
