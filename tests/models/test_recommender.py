@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import pathlib
+import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -424,26 +425,17 @@ def test_the_hybrid_head_ranks_the_beams_candidates_by_the_dense_score(hybrid_pa
     assert np.isneginf(found.log_probs[b, len(order) :]).all()
 
 
-class NearestHead(nn.Module):
-  """A head of one's own: an item scores by how near its vector is to the state."""
-
-  exact = True
-
-  def losses(self, items, states, targets, *, deterministic):
-    return {"nll": -jnp.take_along_axis(jax.nn.log_softmax(self.scores(items, states)), targets[:, None], axis=1)[:, 0]}
-
-  def scores(self, items, states):
-    return -jnp.sum(jnp.square(states[:, None] - items.vectors()[None]), axis=-1)
-
-
-def nearest(settings):
-  assert settings.width == WIDTH
-  return NearestHead()
-
-
-def test_a_head_of_ones_own_is_a_function_that_the_config_names(dense_params, catalogue, queries):
-  settings = dataclasses.replace(SETTINGS, head=f"{__name__}:nearest")
+def test_the_readmes_head_of_ones_own_works(dense_params, catalogue, batch, queries, tmp_path, monkeypatch):
+  readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+  (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "my_heads.py" in block]
+  (tmp_path / "my_heads.py").write_text(code, encoding="utf-8")
+  monkeypatch.syspath_prepend(tmp_path)
+  settings = dataclasses.replace(SETTINGS, head="my_heads:nearest")
   vectors = numpy_item_vectors(dense_params, catalogue)
   distance = np.square(np.asarray(queries)[:, None] - vectors[None]).sum(axis=-1)
   found = search(settings, dense_params, catalogue, queries, width=3)
   assert_array_equal(found.items, np.argsort(distance, axis=1)[:, :3])
+  (value, terms), gradient = loss_and_gradient(settings, dense_params, catalogue, batch)
+  assert np.isfinite(value)
+  assert terms["nll"] == value
+  assert np.any(gradient["item_embedding"])
