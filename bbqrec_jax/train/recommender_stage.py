@@ -102,6 +102,49 @@ def sampled_similarities(
   return samples
 
 
+def comparison(
+  config: Any,
+  ids: SemanticIds,
+  histories: Interactions,
+  streams: tuple[str, ...],
+  pairs: tuple[tuple[int, int], ...],
+) -> tuple[np.ndarray, np.ndarray]:
+  """What items are compared by, and where buckets of their similarities end.
+
+  Args:
+    config: of the run.
+    ids: the tokenizer's semantic IDs.
+    histories: the training histories, which equal-frequency buckets are fitted on.
+    streams: names of the S streams.
+    pairs: the P stream pairs.
+
+  Returns:
+    streams [N, S, ...] and edges [P, n_buckets - 1] as a `Catalogue` has them; no edges where the bias is continuous.
+
+  Raises:
+    InputError: if no training history holds two items that have both streams of a pair.
+  """
+  r = config.recommender
+  if r.similarity_kind == "overlap":
+    chosen = [ids.streams.index(name) for name in streams]
+    codes = np.where(ids.present[chosen][..., None], ids.stream_codes[chosen], -1)
+    edges = np.tile(overlap_edges(codes.shape[2]), (len(pairs), 1))
+    return np.swapaxes(codes, 0, 1).astype(np.int32), edges
+  vectors = np.stack([ids.vectors(name) for name in streams], axis=1)
+  if r.similarity_kind == "continuous":
+    return vectors, np.zeros((len(pairs), 0), np.float32)
+  if r.similarity_kind == "equal_width":
+    return vectors, np.tile(equal_width_edges(r.num_buckets), (len(pairs), 1))
+  samples = sampled_similarities(vectors, histories, pairs, max_length=r.max_length, seed=config.seed)
+  for pair, sample in zip(pairs, samples, strict=True):
+    if not len(sample):
+      raise InputError(
+        f"no training history holds two items that both have {streams[pair[0]]} and {streams[pair[1]]}, so their"
+        " similarity has no buckets; leave the modality out (data.modalities) or set recommender.similarity=()"
+      )
+  return vectors, np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
+
+
 def build_catalogue(
   config: Any, ids: SemanticIds | None, histories: Interactions, *, num_items: int
 ) -> tuple[Catalogue, RecommenderSettings]:
@@ -119,7 +162,7 @@ def build_catalogue(
   columns = np.zeros((num_items, 0), np.int32)
   semantic_ids = np.zeros((num_items, 0), np.int32)
   compared = np.zeros((num_items, 0, 1), np.float32)
-  edges = np.zeros((0, r.num_buckets - 1), np.float32)
+  edges = np.zeros((0, 0), np.float32)
   if ids is not None:
     semantic_ids = ids.codes
     sources = [(ids.codes, np.ones(num_items, bool))] if "fused" in r.item_inputs else []
@@ -129,28 +172,8 @@ def build_catalogue(
     if sources:
       codes, present = zip(*sources, strict=True)
       columns = code_columns(list(codes), list(present), num_codes=ids.num_codes)
-  num_buckets = 0 if r.similarity_kind == "continuous" else r.num_buckets
   if ids is not None and streams:
-    if r.similarity_kind == "overlap":
-      chosen = [ids.streams.index(name) for name in streams]
-      codes = np.where(ids.present[chosen][..., None], ids.stream_codes[chosen], -1)
-      compared = np.swapaxes(codes, 0, 1).astype(np.int32)
-    else:
-      compared = np.stack([ids.vectors(name) for name in streams], axis=1)
-    if r.similarity_kind == "equal_frequency":
-      samples = sampled_similarities(compared, histories, pairs, max_length=r.max_length, seed=config.seed)
-      for pair, sample in zip(pairs, samples, strict=True):
-        if not len(sample):
-          raise InputError(
-            f"no training history holds two items that both have {streams[pair[0]]} and {streams[pair[1]]}, so their"
-            " similarity has no buckets; leave the modality out (data.modalities) or set recommender.similarity=()"
-          )
-      edges = np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
-    elif r.similarity_kind != "continuous":
-      overlap = r.similarity_kind == "overlap"
-      even = overlap_edges(compared.shape[2]) if overlap else equal_width_edges(r.num_buckets)
-      edges = np.tile(even, (len(pairs), 1))
-      num_buckets = len(even) + 1
+    compared, edges = comparison(config, ids, histories, streams, pairs)
   settings = RecommenderSettings(
     num_items=num_items,
     num_levels=semantic_ids.shape[1],
@@ -167,7 +190,7 @@ def build_catalogue(
     max_length=r.max_length,
     num_streams=len(streams),
     cross_pairs=r.cross_pairs,
-    num_buckets=num_buckets,
+    num_buckets=0 if r.similarity_kind == "continuous" else edges.shape[1] + 1,
     layer_tables=r.layer_tables,
     multiply_bias=r.multiply_bias,
     attention=r.attention,
