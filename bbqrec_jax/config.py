@@ -9,6 +9,7 @@ import ml_collections
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.heads import HEADS, named
+from bbqrec_jax.models.recommender import BACKBONES
 from bbqrec_jax.ops.quantize import GRADIENTS, QUANTIZERS
 
 
@@ -82,6 +83,8 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.optimizer = _optimizer(learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50)
 
   config.recommender = recommender = ml_collections.ConfigDict()
+  recommender.backbone = "causal"  # "causal" (one position an item, histories packed), "encoder_decoder" (T5 style over
+  # the codes of all items, a history a row), or your own as "module:function".
   recommender.head = "generative"  # "generative" (codes one by one, beam search), "dense" (full softmax), "parallel"
   # (each code by itself), "hybrid" (beam search, then ranked by the full softmax), or your own as "module:function".
   recommender.item_inputs = ("fused", "modalities", "item")  # What an item's vector sums: its ID's codes, its
@@ -98,6 +101,8 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.width = 64  # d of the sequence model.
   recommender.num_layers = 2
   recommender.num_heads = 2
+  recommender.head_width = 32  # Of each attention head of the encoder-decoder; the causal backbone's is d / H.
+  recommender.position_buckets = 32  # Relative positions that the encoder-decoder tells apart.
   recommender.mlp_width = 256
   recommender.softmax_over = "existing"  # What a code of the generative head competes with: codes that lead on to
   # items ("existing"), or "all" codes of its level.
@@ -108,7 +113,7 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.max_length = 20  # T: the longest history.
   recommender.steps = 2000
   recommender.batch_rows = 32  # Rows of packed histories in a batch, over all devices.
-  recommender.row_length = 32  # Positions in a row.
+  recommender.row_length = 32  # Positions in a row, where histories are packed.
   recommender.evaluate_every = 500  # Steps between two validations (and checkpoints).
   recommender.patience = 5  # Validations without a better NDCG@10 after which training stops.
   recommender.optimizer = _optimizer(learning_rate=1e-3, weight_decay=1e-2, warmup_steps=100)
@@ -187,10 +192,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for name, choices in _CHOICES.items():
     if flat[name] not in choices:
       raise InputError(f"config field {name} must be one of {', '.join(choices)}, got {flat[name]!r}")
-  try:
-    named(flat["recommender.head"], HEADS)
-  except ValueError as error:
-    raise InputError(f"config field recommender.head: {error}") from error
+  for name, registered in (("recommender.head", HEADS), ("recommender.backbone", BACKBONES)):
+    try:
+      named(flat[name], registered)
+    except ValueError as error:
+      raise InputError(f"config field {name}: {error}") from error
+  if flat["recommender.backbone"] == "encoder_decoder" and (
+    "fused" not in flat["recommender.item_inputs"] or flat["recommender.head"] == "hybrid"
+  ):
+    raise InputError(
+      "config field recommender.backbone = 'encoder_decoder' reads items by their IDs' codes, and works with any head"
+      " but hybrid: put fused into recommender.item_inputs, or choose another head"
+    )
   for name, choices in _SUBSETS.items():
     if not set(flat[name]) <= set(choices) or len(set(flat[name])) < len(flat[name]):
       raise InputError(f"config field {name} may hold each of {', '.join(choices)} once, got {flat[name]!r}")

@@ -6,7 +6,7 @@ process takes its rows of every global batch: the same batches come out after a 
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -115,12 +115,78 @@ def packed_epoch(
   return epoch_rows
 
 
-class PackedHistories(grain.IterDataset):
-  """An endless stream of global batches of packed histories; each process sees its own rows of each.
+def prefix_epoch(interactions: Interactions, *, max_length: int, seed: int, epoch: int) -> Batch:
+  """Every transition of an epoch with the history before it, in random order: a sliding window over each history.
 
-  Every element has what `packed_epoch` gives, [rows of this process, C], and `index`, the batch's number from 0. The
-  last batch of an epoch is filled up with empty rows, so that every transition is seen once an epoch.
+  Args:
+    interactions: the training histories.
+    max_length: T, the most items of a history; the last ones count.
+    seed: of the run.
+    epoch: from 0.
+
+  Returns:
+    `items`, `segments` (1, or 0 at padding), `positions` [R, T] int32, and `targets` [R] int32.
   """
+  transitions = np.maximum(interactions.lengths - 1, 0)
+  users = np.repeat(np.arange(len(transitions)), transitions)
+  place = np.arange(len(users)) - np.repeat(np.cumsum(transitions) - transitions, transitions) + 1
+  order = np.random.default_rng([seed, epoch]).permutation(len(users))
+  target = (interactions.offsets[users] + place)[order]
+  lengths = np.minimum(place[order], max_length)
+  column = np.arange(max_length)
+  real = column < lengths[:, None]
+  source = np.where(real, (target - lengths)[:, None] + column, 0)
+  return {
+    "items": np.where(real, interactions.items[source], 0).astype(np.int32),
+    "segments": real.astype(np.int32),
+    "positions": np.where(real, column, 0).astype(np.int32),
+    "targets": interactions.items[target].astype(np.int32),
+  }
+
+
+class EpochBatches(grain.IterDataset):
+  """An endless stream of global batches of an epoch's rows, then the next epoch's; each process sees its own rows.
+
+  Every element has what `epoch` gives, for the rows of this process, and `index`, the batch's number from 0. The last
+  batch of an epoch is filled up with empty rows, so that every transition is seen once an epoch.
+  """
+
+  def __init__(
+    self,
+    interactions: Interactions,
+    epoch: Callable[..., Batch],
+    *,
+    batch_rows: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    """Checks the shapes.
+
+    Args:
+      interactions: the training histories.
+      epoch: (epoch=number) -> arrays whose first axis is the rows.
+      batch_rows: rows of the global batch.
+      process_index: which process this is.
+      process_count: how many there are; must divide `batch_rows`.
+
+    Raises:
+      InputError: if processes do not divide the batch, or no history has two items.
+    """
+    super().__init__()
+    if batch_rows % process_count:
+      raise InputError(f"batch_rows {batch_rows} is not a multiple of the {process_count} processes")
+    if not np.any(interactions.lengths > 1):
+      raise InputError("no training history has two items: there is no next item to learn from")
+    self.batch_rows, self.epoch = batch_rows, epoch
+    share = batch_rows // process_count
+    self.rows = slice(process_index * share, (process_index + 1) * share)
+
+  def __iter__(self) -> grain.DatasetIterator:
+    return _EpochIterator(self)
+
+
+class PackedHistories(EpochBatches):
+  """Batches of packed histories, see `packed_epoch`."""
 
   def __init__(
     self,
@@ -134,43 +200,45 @@ class PackedHistories(grain.IterDataset):
     process_index: int = 0,
     process_count: int = 1,
   ):
-    """Checks the shapes.
-
-    Args:
-      interactions: the training histories.
-      batch_rows: rows of the global batch.
-      max_length: see `packed_epoch`.
-      row_length: see `packed_epoch`; at least `max_length`.
-      whole: see `packed_epoch`.
-      seed: of the run.
-      process_index: which process this is.
-      process_count: how many there are; must divide `batch_rows`.
+    """As `EpochBatches`; `row_length` is at least `max_length`.
 
     Raises:
-      InputError: if rows are shorter than histories, processes do not divide the batch, or no history has two items.
+      InputError: likewise, or if rows are shorter than histories.
     """
-    super().__init__()
     if row_length < max_length:
       raise InputError(f"row_length {row_length} is less than max_length {max_length}: a full history must fit a row")
-    if batch_rows % process_count:
-      raise InputError(f"batch_rows {batch_rows} is not a multiple of the {process_count} processes")
-    if not np.any(interactions.lengths > 1):
-      raise InputError("no training history has two items: there is no next item to learn from")
-    self.batch_rows = batch_rows
-    self.epoch = functools.partial(
+    epoch = functools.partial(
       packed_epoch, interactions, max_length=max_length, row_length=row_length, whole=whole, seed=seed
     )
-    share = batch_rows // process_count
-    self.rows = slice(process_index * share, (process_index + 1) * share)
-
-  def __iter__(self) -> grain.DatasetIterator:
-    return _PackedIterator(self)
+    super().__init__(
+      interactions, epoch, batch_rows=batch_rows, process_index=process_index, process_count=process_count
+    )
 
 
-class _PackedIterator(grain.DatasetIterator):
+class PrefixHistories(EpochBatches):
+  """Batches of histories and what followed them, see `prefix_epoch`."""
+
+  def __init__(
+    self,
+    interactions: Interactions,
+    *,
+    batch_rows: int,
+    max_length: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    """As `EpochBatches`."""
+    epoch = functools.partial(prefix_epoch, interactions, max_length=max_length, seed=seed)
+    super().__init__(
+      interactions, epoch, batch_rows=batch_rows, process_index=process_index, process_count=process_count
+    )
+
+
+class _EpochIterator(grain.DatasetIterator):
   """Walks the rows of an epoch, then the next epoch's."""
 
-  def __init__(self, dataset: PackedHistories):
+  def __init__(self, dataset: EpochBatches):
     super().__init__()
     self._dataset = dataset
     self._state = {"epoch": 0, "row": 0, "index": 0}
@@ -184,8 +252,9 @@ class _PackedIterator(grain.DatasetIterator):
       self._epoch = state["epoch"]
     total = len(self._rows["items"])
     rows = np.arange(state["row"], state["row"] + dataset.batch_rows)[dataset.rows]
-    real = (rows < total)[:, None]
-    batch: Batch = {name: np.where(real, grid[np.minimum(rows, total - 1)], 0) for name, grid in self._rows.items()}
+    batch: Batch = {name: grid[np.minimum(rows, total - 1)] for name, grid in self._rows.items()}
+    for grid in batch.values():
+      grid[rows >= total] = 0
     batch["index"] = state["index"]
     following = state["row"] + dataset.batch_rows
     done = following >= total
@@ -319,7 +388,7 @@ def tokenizer_batches(
   return prefetched(histories.map(join))
 
 
-def recommender_batches(histories: PackedHistories) -> grain.IterDataset:
+def recommender_batches(histories: EpochBatches) -> grain.IterDataset:
   """Packed inputs and targets, prefetched in a thread."""
   return prefetched(histories.map(lambda batch: {name: grid for name, grid in batch.items() if name != "index"}))
 

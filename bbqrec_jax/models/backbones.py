@@ -42,9 +42,8 @@ class SelfAttention(nn.Module):
     query, key, value = (nn.DenseGeneral(heads, name=name)(x) for name in ("query", "key", "value"))
     if past is not None:
       key, value = jnp.concatenate([past[0], key], axis=1), jnp.concatenate([past[1], value], axis=1)
-    mixed = attention(
-      query, key, value, mask=mask, bias=bias, multiply=self.multiply_bias, implementation=self.implementation
-    )
+    reweighting = {"scale" if self.multiply_bias else "bias": bias}
+    mixed = attention(query, key, value, mask=mask, implementation=self.implementation, **reweighting)
     return nn.DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.ops.similarity import stream_pairs
@@ -20,10 +21,13 @@ class RecommenderSettings:
     num_codes: K.
     num_columns: code columns of the catalogue (see `Catalogue.columns`); 0 where items are known by number alone.
     item_embedding: whether each item also has a vector of its own.
+    backbone: "causal", "encoder_decoder", or "module:function" for one of your own.
     head: a name of `models.heads.HEADS`, or "module:function" for one of your own.
     width: d of the sequence model.
     num_layers: backbone layers.
     num_heads: H.
+    head_width: of each attention head of the encoder-decoder; the causal backbone's is d / H.
+    position_buckets: of its relative positions.
     mlp_width: width of the feed-forward parts.
     depth_layers: layers of the generative head's depth transformer.
     dropout: rate everywhere.
@@ -44,10 +48,13 @@ class RecommenderSettings:
   num_codes: int = 256
   num_columns: int = 4
   item_embedding: bool = True
+  backbone: str = "causal"
   head: str = "generative"
   width: int = 64
   num_layers: int = 2
   num_heads: int = 2
+  head_width: int = 32
+  position_buckets: int = 32
   mlp_width: int = 256
   depth_layers: int = 1
   dropout: float = 0.3
@@ -97,6 +104,33 @@ class Catalogue:
   def num_items(self) -> int:
     """N."""
     return self.semantic_ids.shape[0]
+
+  def code_log_probs(self, logits: jax.Array, items: jax.Array, *, softmax_over: str) -> jax.Array:
+    """Log-probability of each code of given items' IDs, each given those before it.
+
+    Over "existing" codes, the softmax runs over the children of the trie's node alone: the probabilities of all items
+    then sum to one, and nothing is spent on learning which IDs exist, which a search knows anyway (this project's
+    choice).
+
+    Args:
+      logits: [P, L, K], of every level given the item's codes before it.
+      items: [P] int.
+      softmax_over: "existing" or "all".
+
+    Returns:
+      [P, L] float32.
+    """
+    codes = self.semantic_ids[items]
+    own = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+    if softmax_over == "all":
+      return own - jax.nn.logsumexp(logits, axis=-1)
+    assert self.trie is not None
+    totals = []
+    for level in range(codes.shape[1]):
+      _, among, valid = self.trie.children(level, self.trie.parents[items, level])
+      children = jnp.take_along_axis(logits[:, level], among, axis=-1)
+      totals.append(jax.nn.logsumexp(jnp.where(valid, children, -jnp.inf), axis=-1))
+    return own - jnp.stack(totals, axis=1)
 
 
 def code_columns(codes: list[np.ndarray], present: list[np.ndarray], *, num_codes: int) -> np.ndarray:

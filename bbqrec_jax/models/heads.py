@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from bbqrec_jax.models.backbones import TransformerLayer
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
+from bbqrec_jax.models.encoder_decoder import DecoderHead
 from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
 
@@ -204,31 +205,10 @@ class GenerativeHead(nn.Module):
     log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, self.num_codes)
     return log_probs, {"input": summed, "past": unfolded}
 
-  def level_log_probs(
-    self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool = True
-  ) -> jax.Array:
-    """Log-probability of each code of given items' IDs, by teacher forcing: states [P, d], items [P] -> [P, L] float32.
-
-    With `softmax_over` "existing", the softmax runs over the children of the trie's node alone: the probabilities of
-    all items then sum to one, and nothing is spent on learning which IDs exist, which the search knows anyway (this
-    project's choice).
-    """
-    trie, codes = items.catalogue.trie, items.catalogue.semantic_ids[targets]
-    logits = self(states, codes, deterministic=deterministic)
-    own = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
-    if self.softmax_over == "all":
-      return own - jax.nn.logsumexp(logits, axis=-1)
-    assert trie is not None
-    totals = []
-    for level in range(self.num_levels):
-      _, among, valid = trie.children(level, trie.parents[targets, level])
-      children = jnp.take_along_axis(logits[:, level], among, axis=-1)
-      totals.append(jax.nn.logsumexp(jnp.where(valid, children, -jnp.inf), axis=-1))
-    return own - jnp.stack(totals, axis=1)
-
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [P] and on."""
-    log_probs = self.level_log_probs(items, states, targets, deterministic=deterministic)
+    logits = self(states, items.catalogue.semantic_ids[targets], deterministic=deterministic)
+    log_probs = items.catalogue.code_log_probs(logits, targets, softmax_over=self.softmax_over)
     return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.num_levels)}
 
   def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
@@ -303,6 +283,8 @@ def make_head(settings: RecommenderSettings) -> Any:
   Raises:
     ValueError: if there is no such module or function.
   """
+  if settings.backbone == "encoder_decoder" and settings.head == "generative":
+    return DecoderHead(settings)
   return named(settings.head, HEADS)(settings)
 
 

@@ -1,6 +1,7 @@
 """Stage 2, the semantics-aware sequence model: item vectors, backbone with similarity bias, and a head."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,10 +10,18 @@ import jax.numpy as jnp
 
 from bbqrec_jax.models.backbones import CausalBackbone
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
-from bbqrec_jax.models.heads import Items, make_head
+from bbqrec_jax.models.encoder_decoder import Encoder, Memory, encoder_shape
+from bbqrec_jax.models.heads import Items, make_head, named
 from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.ops.similarity import bucket_bias, continuous_bias, similarity_buckets
 from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
+
+BACKBONES: dict[str, Callable[[RecommenderSettings], Any]] = {
+  "causal": lambda s: CausalBackbone(
+    s.num_layers, s.num_heads, s.mlp_width, s.max_length, s.dropout, s.multiply_bias, s.attention
+  ),
+  "encoder_decoder": lambda s: Encoder(encoder_shape(s), s.num_layers, s.position_buckets),
+}
 
 
 class Recommender(nn.Module):
@@ -36,23 +45,38 @@ class Recommender(nn.Module):
     if s.num_streams:
       # Zero tables: at step 0 the model is the plain backbone, bit for bit.
       self.similarity_tables = self.param("similarity_tables", nn.initializers.zeros, s.table_shape)
-    self.backbone = CausalBackbone(
-      s.num_layers, s.num_heads, s.mlp_width, s.max_length, s.dropout, s.multiply_bias, s.attention
-    )
+    self.backbone = named(s.backbone, BACKBONES)(s)
     self.head = make_head(s)
 
-  def item_vectors(self, catalogue: Catalogue, items: jax.Array | None = None) -> jax.Array:
-    """Sum of an item's code embeddings and of its own: items [...] -> [..., d]; None means all N in order."""
+  def item_vectors(self, catalogue: Catalogue, items: jax.Array | None = None, *, first_column: int = 0) -> jax.Array:
+    """Sum of an item's code embeddings and of its own: items [...] -> [..., d]; None means all N in order.
+
+    Columns of codes before `first_column` are left out.
+    """
     s = self.settings
-    total: jax.Array | float = 0.0
+    total: jax.Array = jnp.zeros(())
     if s.item_embedding:
       total = self.item_embedding if items is None else self.item_embedding[items]
-    if s.num_columns:
+    if s.num_columns > first_column:
       columns = catalogue.columns if items is None else catalogue.columns[items]
-      for column in range(s.num_columns):
+      for column in range(first_column, s.num_columns):
         row = columns[..., column]
         total = total + jnp.where((row >= 0)[..., None], self.code_embedding[jnp.maximum(row, 0)], 0.0)
     return jnp.asarray(total)
+
+  def memory(
+    self, catalogue: Catalogue, items: jax.Array, segments: jax.Array, *, deterministic: bool = True
+  ) -> Memory:
+    """What the encoder makes of histories, one a row: items, segments [B, T] -> a `Memory` of B rows.
+
+    An item's tokens are its ID's codes; what else it is known by, other codes or a vector of its own, is added to each.
+    """
+    s = self.settings
+    tokens = self.code_embedding[catalogue.columns[items][..., : s.num_levels]]
+    if s.item_embedding or s.num_columns > s.num_levels:
+      tokens = tokens + self.item_vectors(catalogue, items, first_column=s.num_levels)[..., None, :]
+    bias = self.bias(catalogue, items, segments)
+    return self.backbone(tokens, segments > 0, bias, deterministic=deterministic)
 
   def bias(self, catalogue: Catalogue, items: jax.Array, segments: jax.Array) -> jax.Array | None:
     """The attention bias [B, H, T, T] of histories `items` [B, T], one of these a layer where each has its own tables.
@@ -95,8 +119,9 @@ class Recommender(nn.Module):
 
     Args:
       catalogue: the items.
-      batch: `items`, `targets`, `segments`, `positions`, each [B, T] int; histories are packed, so nearly every
-        position is real, and padding (segment 0) is masked out.
+      batch: `items`, `segments`, `positions`, each [B, T] int, and `targets`. For a causal backbone histories are
+        packed, so nearly every position is real, and `targets` [B, T] has the next item of each; for the
+        encoder-decoder a row is a history, and `targets` [B] what follows it. Padding (segment 0) is masked out.
       deterministic: no dropout.
       axis_name: the mapped axis over which the batch is split, or None.
 
@@ -104,16 +129,29 @@ class Recommender(nn.Module):
       (loss, terms): this device's share of the mean over real positions; `terms` has the loss as `nll`, and each part
       of it that the head tells apart.
     """
-    states = self.states(catalogue, batch["items"], batch["segments"], batch["positions"], deterministic=deterministic)
-    states = states.reshape(-1, states.shape[-1])
-    targets, real = batch["targets"].reshape(-1), batch["segments"].reshape(-1) > 0
+    items, segments, targets = batch["items"], batch["segments"], batch["targets"].reshape(-1)
+    if self.settings.backbone == "encoder_decoder":
+      states = self._from_memory(self.memory(catalogue, items, segments, deterministic=deterministic))
+      real = segments[:, 0] > 0
+    else:
+      states = self.states(catalogue, items, segments, batch["positions"], deterministic=deterministic)
+      states, real = states.reshape(-1, states.shape[-1]), segments.reshape(-1) > 0
     parts = self.head.losses(self._items(catalogue), states, targets, deterministic=deterministic)
     terms = {name: masked_mean(part, real, axis_name=axis_name) for name, part in parts.items()}
     loss = sum(terms.values(), start=jnp.asarray(0.0))
     return loss, terms | {"nll": loss}
 
-  def last_states(self, catalogue: Catalogue, batch: dict[str, jax.Array]) -> jax.Array:
-    """The state after the whole history, one history a row: `items`, `segments`, `positions` [B, T] -> [B, d]."""
+  def _from_memory(self, memory: Memory) -> Any:
+    """What the head reads: the memory itself, or one vector of each history."""
+    return memory if getattr(self.head, "reads_memory", False) else memory.pooled()
+
+  def last_states(self, catalogue: Catalogue, batch: dict[str, jax.Array]) -> Any:
+    """The state after the whole history, one history a row: `items`, `segments`, `positions` [B, T] -> [B, d].
+
+    Of the encoder-decoder with the generative head, a `Memory`.
+    """
+    if self.settings.backbone == "encoder_decoder":
+      return self._from_memory(self.memory(catalogue, batch["items"], batch["segments"]))
     states = self.states(catalogue, batch["items"], batch["segments"], batch["positions"])
     last = jnp.maximum(jnp.sum(batch["segments"] > 0, axis=1) - 1, 0)
     return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
@@ -127,25 +165,22 @@ class Recommender(nn.Module):
     """Score of every item, of an exact head: states [B, d] -> [B, N] float32; its softmax is over the catalogue."""
     return self.head.scores(self._items(catalogue), states)
 
-  def log_probs(self, catalogue: Catalogue, states: jax.Array, items: jax.Array) -> jax.Array:
+  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array) -> jax.Array:
     """What the loss counts for given items, with the sign turned: states [B, d], items [B, n] -> [B, n] float32.
 
     The log-probability of an item's semantic ID (generative, parallel), or of the item among all (dense).
     """
     batch, count = items.shape
-    parts = self.head.losses(
-      self._items(catalogue), jnp.repeat(states, count, axis=0), items.reshape(-1), deterministic=True
-    )
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), states)
+    parts = self.head.losses(self._items(catalogue), repeated, items.reshape(-1), deterministic=True)
     return -sum(parts.values(), start=jnp.asarray(0.0)).reshape(batch, count)
 
-  def search(
-    self, catalogue: Catalogue, states: jax.Array, *, width: int, exclude: jax.Array | None = None
-  ) -> BeamResult:
+  def search(self, catalogue: Catalogue, states: Any, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The best items.
 
     Args:
       catalogue: the items.
-      states: [B, d].
+      states: of B histories, as `last_states` gives them.
       width: W, of the beam, and how many items come back.
       exclude: [B, E] int, items that must not; -1 fills.
 

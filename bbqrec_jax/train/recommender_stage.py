@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
-from bbqrec_jax.data.pipeline import PackedHistories, recommender_batches
+from bbqrec_jax.data.pipeline import EpochBatches, PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker, sample_users
 from bbqrec_jax.json_files import read_json, write_json
@@ -29,7 +29,7 @@ from bbqrec_jax.train.steps import make_recommender_step
 def needs_semantic_ids(config: Any) -> bool:
   """Whether anything in the recommender reads codes; SASRec, say, does not."""
   r = config.recommender
-  return r.head != "dense" or bool(r.similarity) or tuple(r.item_inputs) != ("item",)
+  return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or tuple(r.item_inputs) != ("item",)
 
 
 def tokenizer_folder(config: Any, workdir: pathlib.Path) -> pathlib.Path:
@@ -180,10 +180,13 @@ def build_catalogue(
     num_codes=0 if ids is None else ids.num_codes,
     num_columns=columns.shape[1],
     item_embedding="item" in r.item_inputs,
+    backbone=r.backbone,
     head=r.head,
     width=r.width,
     num_layers=r.num_layers,
     num_heads=r.num_heads,
+    head_width=r.head_width,
+    position_buckets=r.position_buckets,
     mlp_width=r.mlp_width,
     depth_layers=r.depth_layers,
     dropout=r.dropout,
@@ -218,8 +221,9 @@ def build_recommender(
 
 def initial_state(config: Any, model: Recommender, catalogue: Catalogue) -> TrainState:
   """The state before the first step."""
-  shape = (1, 2)
-  example = {name: jnp.zeros(shape, jnp.int32) for name in ("items", "targets", "segments", "positions")}
+  example = {name: jnp.zeros((1, 2), jnp.int32) for name in ("items", "targets", "segments", "positions")}
+  if config.recommender.backbone == "encoder_decoder":
+    example["targets"] = jnp.zeros(1, jnp.int32)
   params = jax.jit(model.init)(jax.random.key(config.seed), catalogue, example)["params"]
   optimizer = make_optimizer(config.recommender.optimizer, total_steps=config.recommender.steps)
   return TrainState.create(params, optimizer, seed=config.seed)
@@ -242,16 +246,13 @@ def run_recommender(
   """
   r, e = config.recommender, config.evaluation
   model, catalogue = build_recommender(config, ids, split.train, num_items=num_items)
-  histories = PackedHistories(
-    split.train,
-    batch_rows=r.batch_rows,
-    max_length=r.max_length,
-    row_length=r.row_length,
-    whole=False,
-    seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+  shape = {"batch_rows": r.batch_rows, "max_length": r.max_length, "seed": config.seed}
+  histories: EpochBatches
+  if r.backbone == "encoder_decoder":
+    histories = PrefixHistories(split.train, **shape, **process)
+  else:
+    histories = PackedHistories(split.train, row_length=r.row_length, whole=False, **shape, **process)
   ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
   shared = partitioner.replicate(catalogue)
   some = sample_users(split, e.validation_users, seed=config.seed)

@@ -12,10 +12,12 @@ from bbqrec_jax.data.pipeline import (
   CatalogueSample,
   FeatureStore,
   PackedHistories,
+  PrefixHistories,
   cut_windows,
   evaluation_batches,
   pack,
   packed_epoch,
+  prefix_epoch,
   recommender_batches,
   tokenizer_batches,
 )
@@ -437,3 +439,52 @@ def test_select_users_against_brute_force(users):
     np.testing.assert_array_equal(chosen.history(row), histories.history(user))
   assert chosen.num_interactions == sum(LENGTHS[user] for user in users)
   assert chosen.items.dtype == np.int32
+
+
+@pytest.mark.parametrize("max_length", [1, 5, 20])
+def test_a_prefix_epoch_holds_every_transition_once_with_the_history_before_it(max_length):
+  histories = make_histories()
+  rows = prefix_epoch(histories, max_length=max_length, seed=3, epoch=2)
+  expected = Counter()
+  for user in range(histories.num_users):
+    items = histories.history(user).tolist()
+    expected.update((tuple(items[max(0, t - max_length) : t]), items[t]) for t in range(1, len(items)))
+  got = Counter()
+  for row in range(len(rows["targets"])):
+    count = int(rows["segments"][row].sum())
+    assert rows["segments"][row].tolist() == [1] * count + [0] * (max_length - count)
+    assert rows["positions"][row].tolist() == [*range(count), *[0] * (max_length - count)]
+    assert not rows["items"][row, count:].any()
+    got[tuple(rows["items"][row, :count].tolist()), int(rows["targets"][row])] += 1
+  assert got == expected
+  other = prefix_epoch(histories, max_length=max_length, seed=3, epoch=3)
+  assert not np.array_equal(rows["targets"], other["targets"])
+  assert sorted(rows["targets"]) == sorted(other["targets"])
+
+
+def test_prefix_batches_come_again_after_a_resume_and_on_any_number_of_processes():
+  histories = make_histories()
+  options = {"batch_rows": 6, "max_length": 5, "seed": 0}
+  whole = iter(PrefixHistories(histories, **options))
+  parts = [iter(PrefixHistories(histories, **options, process_index=part, process_count=3)) for part in range(3)]
+  transitions = sum(max(length - 1, 0) for length in LENGTHS)
+  per_epoch = -(-transitions // 6)
+  seen, state, after = 0, None, []
+  for number in range(per_epoch + 2):
+    if number == per_epoch - 1:
+      state = json.loads(json.dumps(whole.get_state()))
+    batch, shares = next(whole), [next(part) for part in parts]
+    for name in ("items", "segments", "positions", "targets"):
+      np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), batch[name])
+    if number < per_epoch:
+      seen += int((batch["segments"][:, 0] > 0).sum())
+    if state is not None:
+      after.append(batch)
+  assert seen == transitions, "the rest of an epoch's last batch is empty"
+  resumed = iter(PrefixHistories(histories, **options))
+  resumed.set_state(state)
+  for expected in after:
+    batch = next(resumed)
+    assert batch.keys() == expected.keys()
+    for name in batch:
+      np.testing.assert_array_equal(batch[name], expected[name])

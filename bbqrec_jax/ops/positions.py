@@ -1,0 +1,36 @@
+"""Buckets of relative positions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def relative_buckets(
+  distance: jax.Array, *, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> jax.Array:
+  """Buckets of key place less query place, fine near zero and coarse far away, as T5's (Raffel et al., 2020).
+
+  Half of the buckets of a direction are one distance each; the others grow with the logarithm of the distance up to
+  `max_distance`, and everything beyond shares the last.
+
+  Args:
+    distance: [...] int, place of the key less place of the query.
+    num_buckets: n; even, and at least 4 (2 with one direction).
+    max_distance: where the last bucket begins to take all.
+    bidirectional: whether keys after the query have buckets of their own, the upper half; otherwise they count as at 0.
+
+  Returns:
+    [...] int32 in 0..n-1.
+  """
+  if bidirectional:
+    num_buckets //= 2
+    first = jnp.where(distance > 0, num_buckets, 0)
+    distance = jnp.abs(distance)
+  else:
+    first = jnp.zeros_like(distance)
+    distance = jnp.maximum(-distance, 0)
+  exact = num_buckets // 2
+  scale = (num_buckets - exact) / np.log(max_distance / exact)
+  # The maximum keeps the logarithm of distances that have a bucket of their own finite.
+  far = exact + (jnp.log(jnp.maximum(distance, exact) / exact) * scale).astype(jnp.int32)
+  return (first + jnp.where(distance < exact, distance, jnp.minimum(far, num_buckets - 1))).astype(jnp.int32)
