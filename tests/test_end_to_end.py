@@ -338,6 +338,22 @@ def test_a_long_history_does_not_shorten_the_list(finished):
   assert sorted(every.tolist()) == list(range(60, NUM_ITEMS))
 
 
+@pytest.mark.parametrize(
+  ("head", "backbone"), [("parallel", "causal"), ("hybrid", "causal"), ("generative", "encoder_decoder")]
+)
+def test_other_heads_and_backbones_run_on_the_same_semantic_ids(generative, tmp_path, head, backbone):
+  changes = {
+    "tokenizer.artefact": str(generative[0] / "tokenizer"), "recommender.head": head, "recommender.backbone": backbone,
+    "recommender.steps": 40, "recommender.head_width": 8,
+  }  # fmt: skip
+  results = experiment.run(make_config(**changes), tmp_path / "run")
+  assert results["test"].keys() == METRICS
+  assert results["validation"]["recall@20"] > results["popularity"]["recall@20"]
+  items, scores = recommend_from(tmp_path / "run", [5, 9, 70, 2], top=10, beam_width=20)
+  assert len(set(items.tolist()) - {5, 9, 70, 2}) == 10
+  assert np.all(np.diff(scores) <= 0)
+
+
 def test_dense_recommendations_against_brute_force(dense):
   workdir, _ = dense
   _, _, model, params, catalogue, _ = restore(workdir)
