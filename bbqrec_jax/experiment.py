@@ -1,4 +1,4 @@
-"""A run from config to results: data, tokenizer, recommender, evaluation; each is picked up where it was."""
+"""A run from config to results: data, tokenizer, recommender, evaluation, each picked up where it was; and back."""
 
 import json
 import pathlib
@@ -6,18 +6,28 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from bbqrec_jax.config import flatten, validate
+from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import popularity_metrics
 from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.models.catalogue import Catalogue
+from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import check_capacity
+from bbqrec_jax.train.checkpointing import Checkpointer
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.parallel import PARTITIONERS, Partitioner
-from bbqrec_jax.train.recommender_stage import check_fingerprint, needs_semantic_ids, run_recommender, tokenizer_folder
+from bbqrec_jax.train.recommender_stage import (
+  build_recommender,
+  check_fingerprint,
+  initial_state,
+  needs_semantic_ids,
+  run_recommender,
+  tokenizer_folder,
+)
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer
 
 _SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
@@ -206,3 +216,70 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   write_json(finished, results)
   say(format_results(results))
   return results
+
+
+def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+  """The config that a run wrote into its workdir.
+
+  Raises:
+    InputError: if there is no run, or it is of another version of the fields.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    raise InputError(f"{path} does not exist: --workdir must be that of a run of bbqrec_jax.main")
+  config = default_config()
+  written = flatten(read_json(path))
+  unknown = written.keys() ^ flatten(config).keys()
+  if unknown:
+    raise InputError(f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only")
+  config.update_from_flattened_dict(written)
+  return config
+
+
+class Restored(NamedTuple):
+  """A finished run, as far as ranking needs it.
+
+  Attributes:
+    dataset: its data.
+    ids: its semantic IDs; None where it needs none.
+    model: the recommender.
+    params: the best ones by validation.
+    catalogue: what the model is told of the items.
+    config: of the run.
+  """
+
+  dataset: Dataset
+  ids: SemanticIds | None
+  model: Recommender
+  params: Any
+  catalogue: Catalogue
+  config: ml_collections.ConfigDict
+
+
+def restore(workdir: pathlib.Path) -> Restored:
+  """The best model of a finished workdir.
+
+  Raises:
+    InputError: if the run is not finished, or the data is not what it was trained on.
+  """
+  config = load_config(workdir)
+  if not (workdir / "results.json").exists():
+    raise InputError(f"{workdir} holds no finished run (no results.json): start bbqrec_jax.main on it again")
+  dataset, split, figures = read_data(config)
+  trained_on = read_json(workdir / "run.json")
+  for name in ("split_hash", "features_hash"):
+    if trained_on[f"data {name}"] != figures[name]:
+      raise InputError(
+        f"{dataset.source} has {name} {figures[name]}, the run in {workdir} was trained on"
+        f" {trained_on[f'data {name}']}: give it its own data"
+      )
+  ids = None
+  if needs_semantic_ids(config):
+    ids = SemanticIds.load(tokenizer_folder(config, workdir))
+    check_fingerprint(workdir, ids)
+  model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items)
+  best = read_json(workdir / "results.json")["best_step"]
+  checkpointer = Checkpointer(workdir / "checkpoints" / "recommender")
+  state = checkpointer.restore_state(best, initial_state(config, model, catalogue))
+  checkpointer.close()
+  return Restored(dataset, ids, model, state.params, catalogue, config)

@@ -5,46 +5,16 @@ import pathlib
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from absl import app, flags, logging
 
-from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.experiment import read_data
-from bbqrec_jax.json_files import read_json
+from bbqrec_jax.experiment import restore
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
-from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train.checkpointing import Checkpointer
-from bbqrec_jax.train.recommender_stage import (
-  build_recommender,
-  check_fingerprint,
-  initial_state,
-  needs_semantic_ids,
-  tokenizer_folder,
-)
-
-
-def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config that a run wrote into its workdir.
-
-  Raises:
-    InputError: if there is no run, or it is of another version of the fields.
-  """
-  path = workdir / "config.json"
-  if not path.exists():
-    raise InputError(f"{path} does not exist: --workdir must be that of a run of bbqrec_jax.main")
-  config = default_config()
-  written = flatten(read_json(path))
-  unknown = written.keys() ^ flatten(config).keys()
-  if unknown:
-    raise InputError(f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only")
-  config.update_from_flattened_dict(written)
-  return config
 
 
 def parse_history(text: str, *, num_items: int) -> np.ndarray:
@@ -97,35 +67,6 @@ def recommend(
   found = call(params, "search", catalogue, states, width=width, exclude=exclude[None])
   items, scores = np.asarray(found.items[0, :top]), np.asarray(found.log_probs[0, :top])
   return items[items >= 0], scores[items >= 0]
-
-
-def restore(workdir: pathlib.Path):
-  """(dataset, ids, model, params, catalogue, config) of the best model in a finished workdir.
-
-  Raises:
-    InputError: if the run is not finished, or the data is not what it was trained on.
-  """
-  config = load_config(workdir)
-  if not (workdir / "results.json").exists():
-    raise InputError(f"{workdir} holds no finished run (no results.json): start bbqrec_jax.main on it again")
-  dataset, split, figures = read_data(config)
-  trained_on = read_json(workdir / "run.json")
-  for name in ("split_hash", "features_hash"):
-    if trained_on[f"data {name}"] != figures[name]:
-      raise InputError(
-        f"{dataset.source} has {name} {figures[name]}, the run in {workdir} was trained on"
-        f" {trained_on[f'data {name}']}: give it its own data"
-      )
-  ids = None
-  if needs_semantic_ids(config):
-    ids = SemanticIds.load(tokenizer_folder(config, workdir))
-    check_fingerprint(workdir, ids)
-  model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items)
-  best = read_json(workdir / "results.json")["best_step"]
-  checkpointer = Checkpointer(workdir / "checkpoints" / "recommender")
-  state = checkpointer.restore_state(best, initial_state(config, model, catalogue))
-  checkpointer.close()
-  return dataset, ids, model, state.params, catalogue, config
 
 
 def main(argv: list[str]) -> None:

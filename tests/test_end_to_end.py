@@ -15,7 +15,8 @@ from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommend import load_config, parse_history, recommend, restore
+from bbqrec_jax.experiment import load_config, restore
+from bbqrec_jax.recommend import parse_history, recommend
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.logging import MetricsLog
 from bbqrec_jax.train.loop import Interrupted

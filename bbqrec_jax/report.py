@@ -1,0 +1,91 @@
+"""Shows what a run learned: `python -m bbqrec_jax.report --workdir=DIR` writes `similarity.png` there.
+
+Needs matplotlib: `pip install 'bbqrec_jax[report]'`.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+
+from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.experiment import restore
+from bbqrec_jax.train.recommender_stage import similarity_streams
+
+
+def bucket_centres(edges: np.ndarray) -> np.ndarray:
+  """A similarity for each bucket to stand at: edges [n - 1] -> [n], midway between edges.
+
+  The two at the ends stand as far out as their neighbours are wide.
+  """
+  if len(edges) < 2:
+    return np.array([edges[0] - 0.5, edges[0] + 0.5]) if len(edges) else np.zeros(1)
+  return np.concatenate([
+    [edges[0] - (edges[1] - edges[0]) / 2], (edges[1:] + edges[:-1]) / 2, [edges[-1] + (edges[-1] - edges[-2]) / 2]
+  ])  # fmt: skip
+
+
+def similarity_figure(tables: np.ndarray, edges: np.ndarray, names: list[str]) -> Any:
+  """Bias against similarity, a panel for each layer that has tables of its own and each stream pair, a line a head.
+
+  Args:
+    tables: [P, H, n + 2], or one of these a layer; the last two columns, an item with itself and a missing stream, are
+      given in the legend. [P, H, 3] where the bias is continuous: slope, itself, missing.
+    edges: [P, n - 1] bucket edges; [P, 0] where the bias is continuous.
+    names: of the P pairs.
+
+  Returns:
+    A matplotlib figure.
+  """
+  from matplotlib.figure import Figure
+
+  layers = tables if tables.ndim == 4 else tables[None]
+  rows, columns = len(layers), len(names)
+  figure = Figure(figsize=(4 * columns, 3.2 * rows), layout="constrained")
+  panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+  for layer, own in enumerate(layers):
+    for pair, name in enumerate(names):
+      panel = panels[layer, pair]
+      for head, row in enumerate(own[pair]):
+        label = f"head {head + 1}: itself {row[-2]:+.2f}, missing {row[-1]:+.2f}"
+        if edges.shape[1]:
+          panel.plot(bucket_centres(edges[pair]), row[:-2], marker=".", label=label)
+        else:
+          panel.plot([-1, 1], [-row[0], row[0]], label=label)
+      panel.axhline(0, color="grey", linewidth=0.5)
+      panel.set_title(name if rows == 1 else f"layer {layer + 1}, {name}")
+      panel.set_xlabel("similarity")
+      panel.legend(fontsize="x-small")
+    panels[layer, 0].set_ylabel("bias of the attention score")
+  return figure
+
+
+def main(argv: list[str]) -> None:
+  """Writes the figure into the workdir."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  workdir = pathlib.Path(flags.FLAGS.workdir)
+  try:
+    run = restore(workdir)
+    if not run.model.settings.num_streams:
+      raise InputError(
+        f"{workdir}: this run's attention is not reweighted by similarity (recommender.similarity is ())"
+      )
+    streams = similarity_streams(run.config, run.ids)
+    names = [streams[a] if a == b else f"{streams[a]} with {streams[b]}" for a, b in run.model.settings.pairs]
+    figure = similarity_figure(np.asarray(run.params["similarity_tables"]), np.asarray(run.catalogue.edges), names)
+  except ModuleNotFoundError as error:
+    refuse(InputError(f"{error}: the report needs matplotlib; pip install 'bbqrec_jax[report]'"))
+  except InputError as error:
+    refuse(error)
+  figure.savefig(workdir / "similarity.png", dpi=120)
+  print(f"{workdir / 'similarity.png'}: bias against similarity, by head and stream pair")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "The workdir of a finished run.")
+  flags.mark_flags_as_required(["workdir"])
+  app.run(main)
