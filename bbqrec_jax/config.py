@@ -102,7 +102,9 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.num_layers = 2
   recommender.num_heads = 2
   recommender.head_width = 32  # Of each attention head of the encoder-decoder; the causal backbone's is d / H.
-  recommender.position_buckets = 32  # Relative positions that the encoder-decoder tells apart.
+  recommender.positions = "learned"  # Of the causal backbone: an embedding of each place, or "relative", a bias by
+  # distance; the encoder-decoder's are relative.
+  recommender.position_buckets = 32  # Buckets of relative positions.
   recommender.mlp_width = 256
   recommender.softmax_over = "existing"  # What a code of the generative head competes with: codes that lead on to
   # items ("existing"), or "all" codes of its level.
@@ -148,6 +150,7 @@ _CHOICES = {
   "tokenizer.repair": ("reassign", "suffix"),
   "tokenizer.club.bound": ("full", "sampled"),
   "recommender.similarity_kind": ("equal_frequency", "equal_width", "overlap", "continuous"),
+  "recommender.positions": ("learned", "relative"),
   "recommender.attention": ("einsum", "xla", "cudnn"),
   "recommender.softmax_over": ("existing", "all"),
   "tokenizer.optimizer.schedule": ("constant", "cosine"),

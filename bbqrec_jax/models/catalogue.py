@@ -27,7 +27,9 @@ class RecommenderSettings:
     num_layers: backbone layers.
     num_heads: H.
     head_width: of each attention head of the encoder-decoder; the causal backbone's is d / H.
-    position_buckets: of its relative positions.
+    positions: of the causal backbone: "learned" embeddings of the places, or "relative"; the encoder-decoder's are
+      relative.
+    position_buckets: of relative positions.
     mlp_width: width of the feed-forward parts.
     depth_layers: layers of the generative head's depth transformer.
     dropout: rate everywhere.
@@ -54,6 +56,7 @@ class RecommenderSettings:
   num_layers: int = 2
   num_heads: int = 2
   head_width: int = 32
+  positions: str = "learned"
   position_buckets: int = 32
   mlp_width: int = 256
   depth_layers: int = 1

@@ -11,10 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from bbqrec_jax.models.backbones import KeyValue
+from bbqrec_jax.models.backbones import KeyValue, RelativeBias, reweighting
 from bbqrec_jax.models.catalogue import RecommenderSettings
 from bbqrec_jax.ops.attention import attention
-from bbqrec_jax.ops.positions import relative_buckets
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
 from bbqrec_jax.semantic_ids.trie import Trie
 
@@ -108,7 +107,7 @@ class Layer(nn.Module):
     self,
     x: jax.Array,
     mask: jax.Array,
-    bias: jax.Array,
+    bias: jax.Array | None,
     *,
     scale: jax.Array | None = None,
     past: KeyValue | None = None,
@@ -120,7 +119,7 @@ class Layer(nn.Module):
     Args:
       x: [B, T, d].
       mask: broadcasts to [B, H, T, P + T].
-      bias: likewise; of relative positions, and of similarity where that is added.
+      bias: likewise, or None; of relative positions, and of similarity where that is added.
       scale: likewise; of similarity where that multiplies.
       past: keys and values of P earlier places.
       memory: the cross-attention's keys and values, and its mask, broadcast to [B, H, T, S].
@@ -135,22 +134,6 @@ class Layer(nn.Module):
       x = x + self.drop(self.cross_attention(self.cross_norm(x), *memory), deterministic=deterministic)
     hidden = self.drop(nn.relu(self.mlp_in(self.mlp_norm(x))), deterministic=deterministic)
     return x + self.drop(self.mlp_out(hidden), deterministic=deterministic), present
-
-
-class RelativeBias(nn.Module):
-  """A learned number a head and bucket of relative positions."""
-
-  num_heads: int
-  num_buckets: int
-  bidirectional: bool
-
-  @nn.compact
-  def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Bias [1, H, T, S] float32 of places [T] and [S]."""
-    table = self.param("table", nn.initializers.normal(0.02), (self.num_buckets, self.num_heads))
-    distance = keys[None, :] - queries[:, None]
-    bucket = relative_buckets(distance, num_buckets=self.num_buckets, bidirectional=self.bidirectional)
-    return jnp.moveaxis(table[bucket], -1, 0)[None]
 
 
 class Encoder(nn.Module):
@@ -187,16 +170,14 @@ class Encoder(nn.Module):
     places = jnp.arange(length * levels)
     # A token of padding sees itself, so that its softmax is finite.
     mask = here[:, None, None, :] | jnp.eye(length * levels, dtype=bool)[None, None]
-    position = RelativeBias(self.shape.num_heads, self.num_buckets, bidirectional=True, name="position")(places, places)
+    position = RelativeBias(self.shape.num_heads, self.num_buckets, name="position")(places[None, :] - places[:, None])
     drop = nn.Dropout(self.shape.dropout, deterministic=deterministic)
     x = drop(x)
     for index in range(self.num_layers):
       own = bias[index] if bias is not None and bias.ndim == 5 else bias
       if own is not None:
         own = jnp.repeat(jnp.repeat(own, levels, axis=2), levels, axis=3)
-      added, scale = (
-        (position, own) if self.shape.multiply_bias else (position if own is None else position + own, None)
-      )
+      added, scale = reweighting(own, position, multiply=self.shape.multiply_bias)
       x, _ = Layer(self.shape, name=f"layer_{index}")(x, mask, added, scale=scale, deterministic=deterministic)
     return Memory(drop(nn.RMSNorm(name="final_norm")(x)), here)
 
@@ -242,7 +223,8 @@ class DecoderHead(nn.Module):
     before = [start] + [self.code_embedding[level][codes[:, level]] for level in range(levels - 1)]
     x = self.drop(jnp.stack(before, axis=1), deterministic=deterministic)
     places = jnp.arange(levels)
-    mask, bias = (places[:, None] >= places[None, :])[None, None], self.position(places, places)
+    distance = places[None, :] - places[:, None]
+    mask, bias = (distance <= 0)[None, None], self.position(distance)
     for layer, keys_values in zip(self.layers, self._memories(memory), strict=True):
       x, _ = layer(x, mask, bias, memory=keys_values, deterministic=deterministic)
     x = self.drop(self.norm(x), deterministic=deterministic)
@@ -275,7 +257,7 @@ class DecoderHead(nn.Module):
     else:
       x = self.code_embedding[level - 1][codes]
     beams = x.shape[1]
-    bias = self.position(jnp.array([level]), jnp.arange(level + 1))
+    bias = self.position(jnp.arange(level + 1)[None, :] - level)
     mask = jnp.ones((1, 1, 1, level + 1), bool)
 
     def fold(leaf):

@@ -18,7 +18,14 @@ from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
 
 BACKBONES: dict[str, Callable[[RecommenderSettings], Any]] = {
   "causal": lambda s: CausalBackbone(
-    s.num_layers, s.num_heads, s.mlp_width, s.max_length, s.dropout, s.multiply_bias, s.attention
+    s.num_layers,
+    s.num_heads,
+    s.mlp_width,
+    s.max_length,
+    s.dropout,
+    s.multiply_bias,
+    s.attention,
+    s.position_buckets if s.positions == "relative" else 0,
   ),
   "encoder_decoder": lambda s: Encoder(encoder_shape(s), s.num_layers, s.position_buckets),
 }

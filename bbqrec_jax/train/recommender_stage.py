@@ -186,6 +186,7 @@ def build_catalogue(
     num_layers=r.num_layers,
     num_heads=r.num_heads,
     head_width=r.head_width,
+    positions=r.positions,
     position_buckets=r.position_buckets,
     mlp_width=r.mlp_width,
     depth_layers=r.depth_layers,

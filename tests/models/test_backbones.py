@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.models.backbones import CausalBackbone, TransformerLayer
 from bbqrec_jax.ops.attention import history_mask
+from bbqrec_jax.ops.positions import relative_buckets
 
 BATCH, LENGTH, WIDTH, HEADS, MAX_LENGTH = 2, 6, 8, 2, 5
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
@@ -44,7 +45,13 @@ def oracle(params, x, bias):
   """The whole backbone in float64, one head and one position at a time."""
   params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
   mask = np.asarray(history_mask(jnp.asarray(SEGMENTS)))
-  x = x + params["position"]["embedding"][np.minimum(POSITIONS, MAX_LENGTH - 1)]
+  if "table" in params["position"]:
+    bias = bias.astype(np.float64)
+    for b, t, s in np.ndindex(BATCH, LENGTH, LENGTH):
+      bucket = int(relative_buckets(jnp.array(POSITIONS[b, s] - POSITIONS[b, t]), num_buckets=6, bidirectional=False))
+      bias[b, :, t, s] += params["position"]["table"][bucket]
+  else:
+    x = x + params["position"]["embedding"][np.minimum(POSITIONS, MAX_LENGTH - 1)]
   for layer in (params["layer_0"], params["layer_1"]):
     normed, parts = layer_norm(x, layer["LayerNorm_0"]), layer["attention"]
     query, key, value = (
@@ -67,6 +74,20 @@ def test_backbone_equals_numpy(params):
   x, bias = inputs()
   assert_allclose(run(params, x, SEGMENTS, POSITIONS, bias), oracle(params, x, bias), atol=2e-5)
   assert_allclose(run(params, x, SEGMENTS, POSITIONS, None), oracle(params, x, np.zeros_like(bias)), atol=2e-5)
+
+
+def test_relative_positions_are_a_bias_by_the_distance_of_places_in_a_history(random_params):
+  x, bias = inputs()
+  model = CausalBackbone(num_layers=2, num_heads=HEADS, mlp_width=12, max_length=MAX_LENGTH, position_buckets=6)
+  params = random_params(model, x, SEGMENTS, POSITIONS)
+  got = jax.jit(model.apply)({"params": params}, x, SEGMENTS, POSITIONS, bias)
+  assert_allclose(got, oracle(params, x, bias), atol=2e-5)
+  scaled = CausalBackbone(
+    num_layers=2, num_heads=HEADS, mlp_width=12, max_length=MAX_LENGTH, position_buckets=6, multiply_bias=True
+  )
+  plain = jax.jit(model.apply)({"params": params}, x, SEGMENTS, POSITIONS)
+  for other in (model, scaled):
+    assert_array_equal(jax.jit(other.apply)({"params": params}, x, SEGMENTS, POSITIONS, np.zeros_like(bias)), plain)
 
 
 def test_zero_bias_is_bit_equal_to_no_bias_and_another_bias_is_not(params):
