@@ -3,8 +3,8 @@
     python -m bbqrec_jax.main --config=configs/scientific.py --workdir=runs/scientific --config.data.path=DIR
     python -m bbqrec_jax.main --config=configs/scientific.py:dense --workdir=runs/dense --config.data.path=DIR
 
-On two CPU cores 8 minutes (dense) to 12 minutes (generative).
-Test Recall@10 / NDCG@10: generative 0.0855 / 0.0589, dense 0.1008 / 0.0696
+On two CPU cores, with another run beside it, about 7 minutes either way.
+Test Recall@10 / NDCG@10: generative 0.0916 / 0.0628, dense 0.1106 / 0.0724
 (popularity 0.0231 / 0.0162).
 """
 
