@@ -21,7 +21,7 @@ quickstart: install
 	$(BIN)/python -m bbqrec_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -7,13 +7,12 @@
 warmed up; they take turns, so that a noisy machine is noisy for all, and medians over the rounds are printed. Without
 `--peer_python` this project's side runs alone.
 
-Memory is the process's, libraries and all: while it trains and tokenizes, and at its peak, which is in XLA's compiler
-on this project's side. glibc may keep one arena (on every side), or its spare ones would be what is measured.
+Memory is the process's, libraries and all: when the work is done, and at its peak, which is in XLA's compiler on this
+project's side.
 """
 
 import itertools
 import json
-import os
 import pathlib
 import resource
 import statistics
@@ -143,7 +142,6 @@ class Side:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
-      env=os.environ | {"MALLOC_ARENA_MAX": "1"},
     )
 
   def ask(self, command: str) -> float:
