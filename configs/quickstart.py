@@ -1,6 +1,8 @@
 """The embedded default: synthetic data with planted tastes, both stages, one to three minutes on two CPU cores.
 
-python -m bbqrec_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m bbqrec_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Test Recall@10 / NDCG@10: 0.4130 / 0.2055 (popularity 0.0500 / 0.0260).
 """
 
 import ml_collections
