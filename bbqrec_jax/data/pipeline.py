@@ -7,141 +7,14 @@ process takes its rows of every global batch: the same batches come out after a 
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import grain
 import numpy as np
 
 from bbqrec_jax.data.features import release, standardization
 from bbqrec_jax.data.interactions import Interactions
+from bbqrec_jax.data.packing import Batch, packed_epoch, prefix_epoch
 from bbqrec_jax.errors import InputError
-
-Batch = dict[str, Any]
-
-
-def cut_windows(lengths: np.ndarray, max_transitions: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts histories into windows so that every transition (item -> next item) falls into exactly one.
-
-  A history of at most `max_transitions` is one window. A longer one is cut at a random phase, drawn anew each epoch, so
-  that no transition always stands at the start of a window, where it would have little history.
-
-  Args:
-    lengths: [U] items of each history.
-    max_transitions: the most transitions of one window.
-    rng: the epoch's generator.
-
-  Returns:
-    (users, spans): [W] the history of each window; [W, 2] its first transition and the one past its last, counted from
-    the history's start. Transition t leads from item t to item t + 1.
-  """
-  transitions = np.maximum(lengths - 1, 0)
-  phase = np.where(transitions > max_transitions, rng.integers(0, max_transitions, len(lengths)), 0)
-  opening = phase > 0
-  windows = -(-(transitions - phase) // max_transitions) + opening
-  users = np.repeat(np.arange(len(lengths)), windows)
-  index = np.arange(len(users)) - np.repeat(np.cumsum(windows) - windows, windows)
-  # With an opening window of `phase` transitions, window i > 0 starts at phase + (i - 1) * max_transitions.
-  start = phase[users] + (index - opening[users]) * max_transitions
-  stop = np.minimum(start + max_transitions, transitions[users])
-  return users, np.stack([np.maximum(start, 0), stop], axis=1)
-
-
-def pack(sizes: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Puts windows into rows in their order, opening a new row when the next does not fit (next fit).
-
-  Args:
-    sizes: [W] slots each window takes, at most `row_length`.
-    row_length: C.
-
-  Returns:
-    (rows, columns): [W] the row of each window and its first slot there.
-  """
-  ends = np.cumsum(sizes)
-  rows = np.zeros(len(sizes), np.int64)
-  columns = np.zeros(len(sizes), np.int64)
-  first, row = 0, 0
-  while first < len(sizes):
-    used = ends[first] - sizes[first]
-    last = int(np.searchsorted(ends, used + row_length, side="right"))
-    rows[first:last] = row
-    columns[first:last] = ends[first:last] - sizes[first:last] - used
-    first, row = last, row + 1
-  return rows, columns
-
-
-def packed_epoch(
-  interactions: Interactions, *, max_length: int, row_length: int, whole: bool, seed: int, epoch: int
-) -> Batch:
-  """All rows of one epoch, in random order.
-
-  Args:
-    interactions: the training histories.
-    max_length: the most items of one window (`whole`) or the most inputs (otherwise).
-    row_length: C, slots a row.
-    whole: True keeps windows as they are, the target of a slot being the next one; False gives `items` and `targets`.
-    seed: of the run.
-    epoch: from 0.
-
-  Returns:
-    `items` (and `targets`), `segments`, `positions`, each [R, C] int32; segment 0 is padding.
-  """
-  rng = np.random.default_rng([seed, epoch])
-  users, spans = cut_windows(interactions.lengths, max_length - whole, rng)
-  order = rng.permutation(len(users))
-  users, spans = users[order], spans[order]
-  sizes = spans[:, 1] - spans[:, 0] + whole
-  rows, columns = pack(sizes, row_length)
-  num_rows = int(rows[-1]) + 1 if len(rows) else 0
-
-  window = np.repeat(np.arange(len(users)), sizes)
-  place = np.arange(len(window)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-  slot = (rows[window], columns[window] + place)
-  source = (interactions.offsets[users] + spans[:, 0])[window] + place
-  opens_row = np.append(True, rows[1:] != rows[:-1])[: len(rows)]
-  number = np.arange(len(rows)) - np.maximum.accumulate(np.where(opens_row, np.arange(len(rows)), 0)) + 1
-
-  def fill(values):
-    grid = np.zeros((num_rows, row_length), np.int32)
-    grid[slot] = values
-    return grid
-
-  epoch_rows = {
-    "items": fill(interactions.items[source]),
-    "segments": fill(number[window]),
-    "positions": fill(place),
-  }
-  if not whole:
-    epoch_rows["targets"] = fill(interactions.items[source + 1])
-  return epoch_rows
-
-
-def prefix_epoch(interactions: Interactions, *, max_length: int, seed: int, epoch: int) -> Batch:
-  """Every transition of an epoch with the history before it, in random order: a sliding window over each history.
-
-  Args:
-    interactions: the training histories.
-    max_length: T, the most items of a history; the last ones count.
-    seed: of the run.
-    epoch: from 0.
-
-  Returns:
-    `items`, `segments` (1, or 0 at padding), `positions` [R, T] int32, and `targets` [R] int32.
-  """
-  transitions = np.maximum(interactions.lengths - 1, 0)
-  users = np.repeat(np.arange(len(transitions)), transitions)
-  place = np.arange(len(users)) - np.repeat(np.cumsum(transitions) - transitions, transitions) + 1
-  order = np.random.default_rng([seed, epoch]).permutation(len(users))
-  target = (interactions.offsets[users] + place)[order]
-  lengths = np.minimum(place[order], max_length)
-  column = np.arange(max_length)
-  real = column < lengths[:, None]
-  source = np.where(real, (target - lengths)[:, None] + column, 0)
-  return {
-    "items": np.where(real, interactions.items[source], 0).astype(np.int32),
-    "segments": real.astype(np.int32),
-    "positions": np.where(real, column, 0).astype(np.int32),
-    "targets": interactions.items[target].astype(np.int32),
-  }
 
 
 class EpochBatches(grain.IterDataset):

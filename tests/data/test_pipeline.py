@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 
 from bbqrec_jax.data.interactions import from_lengths, select_users
+from bbqrec_jax.data.packing import cut_windows, pack, packed_epoch, prefix_epoch
 from bbqrec_jax.data.pipeline import (
   CatalogueSample,
   FeatureStore,
   PackedHistories,
   PrefixHistories,
-  cut_windows,
   evaluation_batches,
-  pack,
-  packed_epoch,
-  prefix_epoch,
   recommender_batches,
   tokenizer_batches,
 )
