@@ -5,6 +5,7 @@ import functools
 import pathlib
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -439,3 +440,21 @@ def test_the_readmes_head_of_ones_own_works(dense_params, catalogue, batch, quer
   assert np.isfinite(value)
   assert terms["nll"] == value
   assert np.any(gradient["item_embedding"])
+
+
+class SumBackbone(nn.Module):
+  """A backbone of one's own: each position's state is the sum of the row up to it."""
+
+  def __call__(self, x, segments, positions, bias=None, *, deterministic=True):
+    return jnp.cumsum(x, axis=1)
+
+
+def sums(settings):
+  assert settings.width == WIDTH
+  return SumBackbone()
+
+
+def test_a_backbone_of_ones_own_is_a_function_that_the_config_names(dense_params, catalogue, batch):
+  settings = dataclasses.replace(DENSE, backbone=f"{__name__}:sums")
+  expected = np.cumsum(numpy_item_vectors(dense_params, catalogue)[batch["items"]], axis=1)
+  assert_allclose(states(dense_params, catalogue, batch, settings=settings), expected, atol=1e-5)
