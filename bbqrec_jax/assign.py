@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from absl import app, flags, logging
 
-from bbqrec_jax.data.features import load_modalities, open_array
+from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.models.frozen import FrozenTokenizer, encode_blocks, id_space, settings_from_json
@@ -57,18 +57,6 @@ def assign(
     stream_codes=np.concatenate([ids.stream_codes, codes], axis=1),
     present=np.concatenate([ids.present, here], axis=1),
   )
-
-
-def load_new_items(folder: pathlib.Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """The features of new items, `<modality>_features.npy` with one row an item, and `has_<modality>.npy` where given.
-
-  Raises:
-    InputError: if a modality is missing or damaged, or their rows differ in number.
-  """
-  count = len(open_array(folder / f"{names[0]}_features.npy"))
-  if not count:
-    raise InputError(f"{folder / names[0]}_features.npy: expected a row for each new item, got none")
-  return load_modalities(folder, names, num_items=count)
 
 
 def main(argv: list[str]) -> None:

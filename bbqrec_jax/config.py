@@ -88,7 +88,8 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.head = "generative"  # "generative" (codes one by one, beam search), "dense" (full softmax), "parallel"
   # (each code by itself), "hybrid" (beam search, then ranked by the full softmax), or your own as "module:function".
   recommender.item_inputs = ("fused", "modalities", "item")  # What an item's vector sums: its ID's codes, its
-  # modalities' own codes, a vector of its own. ("item",) alone is SASRec, and needs no tokenizer.
+  # modalities' own codes, a linear map of its "features", a vector of its own. ("item",) alone is SASRec, and needs no
+  # tokenizer.
   recommender.similarity = ("modalities",)  # Streams whose similarity reweights attention: "modalities", "fused"; ()
   # is the plain backbone.
   recommender.cross_pairs = True  # Bias tables for pairs of different streams too.
@@ -105,9 +106,13 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.positions = "learned"  # Of the causal backbone: an embedding of each place, or "relative", a bias by
   # distance; the encoder-decoder's are relative.
   recommender.position_buckets = 32  # Buckets of relative positions.
+  recommender.time_buckets = 0  # Of the time between interactions, in powers of two of a second, where the data has
+  # timestamps: a bias of the causal backbone's attention. 32 reach 68 years; 0: none.
+  recommender.dtype = "float32"  # That the model computes in, or "bfloat16"; scores, softmaxes and losses stay float32.
   recommender.mlp_width = 256
   recommender.softmax_over = "existing"  # What a code of the generative head competes with: codes that lead on to
   # items ("existing"), or "all" codes of its level.
+  recommender.node_scores = True  # Score a code of the generative head also by the items that it leads on to.
   recommender.num_negatives = 0  # Items drawn in a step to stand for the catalogue in the dense head's softmax, for
   # catalogues past 100,000 items; 0 takes all items.
   recommender.depth_layers = 1  # Layers of the generative head's depth transformer.
@@ -152,12 +157,13 @@ _CHOICES = {
   "recommender.similarity_kind": ("equal_frequency", "equal_width", "overlap", "continuous"),
   "recommender.positions": ("learned", "relative"),
   "recommender.attention": ("einsum", "xla", "cudnn"),
+  "recommender.dtype": ("float32", "bfloat16"),
   "recommender.softmax_over": ("existing", "all"),
   "tokenizer.optimizer.schedule": ("constant", "cosine"),
   "recommender.optimizer.schedule": ("constant", "cosine"),
 }
 _SUBSETS = {
-  "recommender.item_inputs": ("fused", "modalities", "item"),
+  "recommender.item_inputs": ("fused", "modalities", "features", "item"),
   "recommender.similarity": ("modalities", "fused"),
 }
 _MAY_BE_ZERO = {
@@ -168,6 +174,7 @@ _MAY_BE_ZERO = {
   "recommender.optimizer.warmup_steps",
   "evaluation.validation_users",
   "recommender.num_negatives",
+  "recommender.time_buckets",
 }
 
 
@@ -206,6 +213,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise InputError(
       "config field recommender.backbone = 'encoder_decoder' reads items by their IDs' codes, and works with any head"
       " but hybrid: put fused into recommender.item_inputs, or choose another head"
+    )
+  if flat["recommender.time_buckets"] and flat["recommender.backbone"] == "encoder_decoder":
+    raise InputError("config field recommender.time_buckets works with the causal backbone: set it to 0")
+  if flat["recommender.node_scores"] and flat["recommender.softmax_over"] == "all":
+    raise InputError(
+      "config field recommender.softmax_over = 'all' scores codes that lead on to no item: set recommender.node_scores"
+      " to False"
     )
   for name, choices in _SUBSETS.items():
     if not set(flat[name]) <= set(choices) or len(set(flat[name])) < len(flat[name]):
@@ -260,4 +274,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
   if flat["recommender.multiply_bias"] and flat["recommender.attention"] != "einsum":
     raise InputError("config field recommender.multiply_bias works with recommender.attention = 'einsum' alone")
   if not flat["recommender.item_inputs"]:
-    raise InputError("config field recommender.item_inputs is empty: name at least one of fused, modalities, item")
+    raise InputError(
+      f"config field recommender.item_inputs is empty: name some of {', '.join(_SUBSETS['recommender.item_inputs'])}"
+    )

@@ -1,14 +1,18 @@
 """A run from config to results: data, tokenizer, recommender, evaluation, each picked up where it was; and back."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any, NamedTuple
 
 import ml_collections
+import numpy as np
 
 from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
+from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.interactions import Split, leave_one_out
+from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import popularity_metrics
@@ -36,6 +40,13 @@ _SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10",
 def read_data(config: ml_collections.ConfigDict) -> tuple[Dataset, Split, dict[str, Any]]:
   """The data a config names, its split, and the figures that say which data it is."""
   dataset = load(config.data)
+  if config.recommender.time_buckets and dataset.interactions.times is None:
+    raise InputError(
+      f"{dataset.source}: config field recommender.time_buckets = {config.recommender.time_buckets} needs timestamps,"
+      " found none: give timestamps.txt (directory) or a timestamp:float column (recbole), or set it to 0"
+    )
+  if not config.recommender.time_buckets:
+    dataset = dataclasses.replace(dataset, interactions=dataclasses.replace(dataset.interactions, times=None))
   split = leave_one_out(dataset.interactions)
   return dataset, split, statistics(dataset, split)
 
@@ -193,7 +204,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
       config,
       ids,
       split,
-      num_items=dataset.num_items,
+      FeatureStore(dataset.features, dataset.present),
       workdir=workdir,
       partitioner=prepared.partitioner,
       log=log,
@@ -241,7 +252,7 @@ class Restored(NamedTuple):
 
   Attributes:
     dataset: its data.
-    ids: its semantic IDs; None where it needs none.
+    ids: its semantic IDs, those of new items at the end; None where it needs none.
     model: the recommender.
     params: the best ones by validation.
     catalogue: what the model is told of the items.
@@ -256,11 +267,46 @@ class Restored(NamedTuple):
   config: ml_collections.ConfigDict
 
 
-def restore(workdir: pathlib.Path) -> Restored:
-  """The best model of a finished workdir.
+def _with_new_items(
+  dataset: Dataset, store: FeatureStore, ids: SemanticIds, features: pathlib.Path | None
+) -> tuple[Dataset, FeatureStore]:
+  """The data set and its features with the items that `ids` has after the known ones; untitled.
 
   Raises:
-    InputError: if the run is not finished, or the data is not what it was trained on.
+    InputError: if the features are not those of these items.
+  """
+  new = len(ids.codes) - dataset.num_items
+  titles = dataset.titles + ("",) * new
+  if features is None:
+    return dataclasses.replace(dataset, titles=titles), store
+  more, present = load_new_items(features, dataset.modalities)
+  for name, array in more.items():
+    expected = (new, dataset.features[name].shape[1])
+    if array.shape != expected:
+      raise InputError(f"{features}/{name}_features.npy: expected shape {list(expected)}, got {list(array.shape)}")
+  extended = dataclasses.replace(
+    dataset,
+    titles=titles,
+    features={name: np.concatenate([array, more[name]]) for name, array in dataset.features.items()},
+    present={name: np.concatenate([mask, present[name]]) for name, mask in dataset.present.items()},
+  )
+  # Standardised by what the model was trained on.
+  return extended, FeatureStore(extended.features, extended.present, store.arrays())
+
+
+def restore(
+  workdir: pathlib.Path, *, tokenizer: pathlib.Path | None = None, features: pathlib.Path | None = None
+) -> Restored:
+  """The best model of a finished workdir, of the items it was trained on or of more.
+
+  Args:
+    workdir: of the run.
+    tokenizer: semantic IDs that `bbqrec_jax.assign` extended by new items; None: those of the run.
+    features: the folder of the new items' features, as `assign` was given it; only a recommender whose item inputs are
+      "features" needs it.
+
+  Raises:
+    InputError: if the run is not finished, the data is not what it was trained on, or the new items do not fit.
   """
   config = load_config(workdir)
   if not (workdir / "results.json").exists():
@@ -277,9 +323,21 @@ def restore(workdir: pathlib.Path) -> Restored:
   if needs_semantic_ids(config):
     ids = SemanticIds.load(tokenizer_folder(config, workdir))
     check_fingerprint(workdir, ids)
-  model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items)
+  store = FeatureStore(dataset.features, dataset.present)
+  model, catalogue = build_recommender(config, ids, split.train, store)
+  state = initial_state(config, model, catalogue)
+  if tokenizer is not None:
+    if ids is None:
+      raise InputError(f"{workdir}: its recommender knows items by number alone, and cannot take new ones")
+    if "features" in config.recommender.item_inputs and features is None:
+      raise InputError(f"{workdir}: its recommender reads features: give those of the new items too")
+    extended = SemanticIds.load(tokenizer)
+    extended.check_extension(ids, where=tokenizer)
+    ids = extended
+    dataset, store = _with_new_items(dataset, store, ids, features)
+    _, catalogue = build_recommender(config, ids, split.train, store)
   best = read_json(workdir / "results.json")["best_step"]
   checkpointer = Checkpointer(workdir / "checkpoints" / "recommender")
-  state = checkpointer.restore_state(best, initial_state(config, model, catalogue))
+  state = checkpointer.restore_state(best, state)
   checkpointer.close()
   return Restored(dataset, ids, model, state.params, catalogue, config)

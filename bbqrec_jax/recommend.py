@@ -33,6 +33,23 @@ def parse_history(text: str, *, num_items: int) -> np.ndarray:
   return np.array(items, np.int32)
 
 
+def parse_times(text: str | None, *, count: int) -> np.ndarray | None:
+  """Seconds [n] float64 from "874965478,874965518"; None for None.
+
+  Raises:
+    InputError: if they are not `count` finite numbers in time order.
+  """
+  if text is None:
+    return None
+  try:
+    times = np.array(text.split(","), np.float64)
+  except ValueError:
+    times = np.array([np.nan])
+  if len(times) != count or not np.isfinite(times).all() or np.any(np.diff(times) < 0):
+    raise InputError(f"--times: expected {count} numbers in time order, one for each item of --history, got {text!r}")
+  return times
+
+
 def recommend(
   model: Recommender,
   params: Any,
@@ -42,6 +59,7 @@ def recommend(
   top: int,
   beam_width: int,
   repeat: bool = False,
+  times: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The best next items of one history.
 
@@ -53,17 +71,18 @@ def recommend(
     top: how many items; fewer come back if the catalogue has fewer.
     beam_width: of a head that searches; at least `top` beams are kept.
     repeat: whether items of the history may come back.
+    times: [n] the second of each interaction, for a model with time buckets.
 
   Returns:
     (items [top], scores [top]), best first; the score is the item's log-probability: of its semantic ID (generative),
     among all items (dense, parallel), or among the candidates (hybrid).
   """
   exclude = np.zeros(0, np.int64) if repeat else np.unique(history)
-  histories = from_lengths(history, np.array([len(history)]), np.array(["history"]))
+  histories = from_lengths(history, np.array([len(history)]), np.array(["history"]), times)
   batch = next(evaluation_batches(histories, np.zeros(1, np.int32), batch_size=1, max_length=model.settings.max_length))
   call = jax.jit(functools.partial(apply, model), static_argnums=1, static_argnames="width")
   states = call(params, "last_states", catalogue, batch)
-  width = min(max(beam_width, top), model.settings.num_items)
+  width = min(max(beam_width, top), catalogue.num_items)
   found = call(params, "search", catalogue, states, width=width, exclude=exclude[None])
   items, scores = np.asarray(found.items[0, :top]), np.asarray(found.log_probs[0, :top])
   return items[items >= 0], scores[items >= 0]
@@ -79,8 +98,15 @@ def main(argv: list[str]) -> None:
   try:
     if options.top < 1:
       raise InputError(f"--top must be at least 1, got {options.top}")
-    dataset, ids, model, params, catalogue, config = restore(pathlib.Path(options.workdir))
+    dataset, ids, model, params, catalogue, config = restore(
+      pathlib.Path(options.workdir),
+      tokenizer=options.tokenizer and pathlib.Path(options.tokenizer),
+      features=options.features and pathlib.Path(options.features),
+    )
     history = parse_history(options.history, num_items=dataset.num_items)
+    times = parse_times(options.times, count=len(history))
+    if model.settings.time_buckets and times is None:
+      raise InputError("--times: this recommender looks at the time between interactions, give the second of each")
     items, scores = recommend(
       model,
       params,
@@ -89,6 +115,7 @@ def main(argv: list[str]) -> None:
       top=options.top,
       beam_width=config.evaluation.beam_width,
       repeat=options.repeat,
+      times=times,
     )
   except InputError as error:
     refuse(error)
@@ -105,6 +132,9 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "The workdir of a finished run.")
   flags.DEFINE_string("history", None, "Item numbers in time order, separated by commas.")
+  flags.DEFINE_string("times", None, "The second of each interaction, for a recommender with time buckets.")
+  flags.DEFINE_string("tokenizer", None, "Semantic IDs that bbqrec_jax.assign extended by new items.")
+  flags.DEFINE_string("features", None, "The new items' features, for a recommender that reads features.")
   flags.DEFINE_integer("top", 10, "How many items to recommend.")
   flags.DEFINE_bool("repeat", False, "Whether items of the history may be recommended again.")
   flags.mark_flags_as_required(["workdir", "history"])

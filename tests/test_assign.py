@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.assign import assign, load_new_items, main
+from bbqrec_jax.assign import assign, main
+from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.frozen import (

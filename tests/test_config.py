@@ -95,7 +95,7 @@ INTEGERS_FROM_ONE = [
   for name, value in flatten(default_config()).items()
   if isinstance(value, int)
   and not isinstance(value, bool)
-  and not name.endswith((".warmup_steps", "seed", ".validation_users", ".num_negatives"))
+  and not name.endswith((".warmup_steps", "seed", ".validation_users", ".num_negatives", ".time_buckets"))
 ]
 INTEGERS_FROM_ZERO = [
   name
@@ -181,7 +181,10 @@ def test_a_head_that_is_nowhere_is_refused(head):
 
 @pytest.mark.parametrize(
   ("name", "choices"),
-  [("recommender.item_inputs", ("fused", "modalities", "item")), ("recommender.similarity", ("modalities", "fused"))],
+  [
+    ("recommender.item_inputs", ("fused", "modalities", "features", "item")),
+    ("recommender.similarity", ("modalities", "fused")),
+  ],
 )
 def test_subsets(name, choices):
   for value in choices:

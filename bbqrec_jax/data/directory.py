@@ -1,5 +1,6 @@
 """The project's own format: a folder of `sequences.txt`, `items.jsonl.gz` and `<modality>_features.npy`."""
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
   """Reads and checks a folder.
 
   - `sequences.txt`: a line a user, `user item item ...`, separated by blanks; ids from 0, in time order.
+  - `timestamps.txt`, optional: the same lines with the second of each interaction in place of its item.
   - `items.jsonl.gz` or `items.jsonl`: line k is the JSON object of item k; its `title` is used, and its `id`, if there
     is one, must be k. The number of lines is N.
   - `<modality>_features.npy` [N, D] float, row k is item k, and optionally `has_<modality>.npy` [N], see
@@ -37,9 +39,11 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
     hint = "; --config.data.source=recbole reads the .inter file there" if any(folder.glob("*.inter")) else ""
     raise InputError(f"{folder}: expected sequences.txt ('user item item ...' lines), found no such file{hint}")
   titles = read_titles(folder)
-  interactions = check_history_lengths(
-    read_sequences(sequences, num_items=len(titles)), path=sequences, drop_short=drop_short_users
-  )
+  whole = read_sequences(sequences, num_items=len(titles))
+  times = folder / "timestamps.txt"
+  if times.is_file():
+    whole = dataclasses.replace(whole, times=read_timestamps(times, whole))
+  interactions = check_history_lengths(whole, path=sequences, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(titles))
   return Dataset(folder.resolve().name, str(path), interactions, features, present, titles)
 
@@ -118,6 +122,47 @@ def read_sequences(path: Path, *, num_items: int) -> Interactions:
           f" {first[label] + 1}); join the two lines in time order"
         )
   return from_lengths(items, lengths, np.array([label.decode() for label in labels], str))
+
+
+def read_timestamps(path: Path, interactions: Interactions) -> np.ndarray:
+  """The times of interactions, from a file with the lines of `sequences.txt` and a number in place of each item.
+
+  Args:
+    path: the file.
+    interactions: what `sequences.txt` holds.
+
+  Returns:
+    [total] float64, in seconds.
+
+  Raises:
+    InputError: if a line is another user's, has more or fewer numbers than the user has items, or they are not finite
+      and in time order.
+  """
+  lines = read_lines(path)
+  if len(lines) != interactions.num_users:
+    raise InputError(
+      f"{path}: expected {interactions.num_users} lines, one for each of sequences.txt, got {len(lines)}; write the"
+      " same users in the same order"
+    )
+  times = np.empty(interactions.num_interactions, np.float64)
+  for row, line in enumerate(lines):
+    label, *fields = line.split() or [b""]
+    place, user = f"{path} line {row + 1}", str(interactions.users[row])
+    if label.decode(errors="replace") != user:
+      raise InputError(
+        f"{place} field 1: expected user {user!r} as in sequences.txt, got {shown(label)}; keep its order"
+      )
+    first, last = interactions.offsets[row : row + 2]
+    if len(fields) != last - first:
+      raise InputError(f"{place}: expected {last - first} times, one for each item, got {len(fields)}; correct it")
+    try:
+      values = np.array(fields, np.float64)
+    except ValueError:
+      values = np.full(len(fields), np.nan)
+    if not np.isfinite(values).all() or np.any(np.diff(values) < 0):
+      raise InputError(f"{place}: expected finite numbers in time order, got {shown(line)}; sort the history by time")
+    times[first:last] = values
+  return times
 
 
 def _refuse_items(path: Path, lines: list[bytes], num_items: int) -> NoReturn:

@@ -171,6 +171,18 @@ def load_modalities(
   return features, present
 
 
+def load_new_items(folder: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """The features of new items, `<modality>_features.npy` with one row an item, and `has_<modality>.npy` where given.
+
+  Raises:
+    InputError: if a modality is missing or damaged, or their rows differ in number.
+  """
+  count = len(open_array(folder / f"{names[0]}_features.npy"))
+  if not count:
+    raise InputError(f"{folder / names[0]}_features.npy: expected a row for each new item, got none")
+  return load_modalities(folder, names, num_items=count)
+
+
 def standardization(features: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Mean and standard deviation of each column over the rows that are there.
 

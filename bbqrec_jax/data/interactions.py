@@ -20,11 +20,13 @@ class Interactions:
     items: [total] int32 item ids, in time order within a user.
     offsets: [U + 1] int64; the history of user u is items[offsets[u]:offsets[u + 1]].
     users: [U] str, the labels that the source gives the users.
+    times: [total] float64, the second of each interaction since any fixed moment; None where the source has none.
   """
 
   items: np.ndarray
   offsets: np.ndarray
   users: np.ndarray
+  times: np.ndarray | None = None
 
   @property
   def num_users(self) -> int:
@@ -46,16 +48,31 @@ class Interactions:
     return self.items[self.offsets[user] : self.offsets[user + 1]]
 
 
-def from_lengths(items: np.ndarray, lengths: np.ndarray, users: np.ndarray) -> Interactions:
-  """Interactions from the flat items [total] and each user's number of them [U]."""
-  return Interactions(items.astype(np.int32), np.append(0, np.cumsum(lengths, dtype=np.int64)), users)
+def from_lengths(
+  items: np.ndarray, lengths: np.ndarray, users: np.ndarray, times: np.ndarray | None = None
+) -> Interactions:
+  """Interactions from the flat items [total] (and their times), and each user's number of them [U]."""
+  return Interactions(items.astype(np.int32), np.append(0, np.cumsum(lengths, dtype=np.int64)), users, times)
+
+
+def choose(interactions: Interactions, kept: np.ndarray, lengths: np.ndarray, users: np.ndarray) -> Interactions:
+  """Some of the interactions.
+
+  Args:
+    interactions: all.
+    kept: of the flat arrays, indices [n] or bool [total].
+    lengths: [U] how many of them each user has.
+    users: [U] labels.
+  """
+  times = None if interactions.times is None else interactions.times[kept]
+  return from_lengths(interactions.items[kept], lengths, users, times)
 
 
 def drop_short_users(interactions: Interactions, minimum: int = MINIMUM_LENGTH) -> Interactions:
   """Only the users with at least `minimum` interactions, in the same order."""
   lengths = interactions.lengths
   keep = lengths >= minimum
-  return from_lengths(interactions.items[np.repeat(keep, lengths)], lengths[keep], interactions.users[keep])
+  return choose(interactions, np.repeat(keep, lengths), lengths[keep], interactions.users[keep])
 
 
 def check_history_lengths(
@@ -105,12 +122,14 @@ class Split:
     validation_target: [U] int32.
     test_target: [U] int32.
     split_hash: 16 hexadecimal digits that change with any interaction, their order, or the protocol.
+    validation_time: [U] float64, when the validation target came; None where the source has no times.
   """
 
   train: Interactions
   validation_target: np.ndarray
   test_target: np.ndarray
   split_hash: str
+  validation_time: np.ndarray | None = None
 
   def history(self, stage: str) -> Interactions:
     """What a model is shown at "validation" (the training part) or "test" (all but the last item).
@@ -122,8 +141,11 @@ class Split:
       return self.train
     if stage != "test":
       raise InputError(f"expected stage 'validation' or 'test', got {stage!r}")
-    items = np.insert(self.train.items, self.train.offsets[1:], self.validation_target)
-    return from_lengths(items, self.train.lengths + 1, self.train.users)
+    ends = self.train.offsets[1:]
+    items, times = np.insert(self.train.items, ends, self.validation_target), self.train.times
+    if times is not None and self.validation_time is not None:
+      times = np.insert(times, ends, self.validation_time)
+    return from_lengths(items, self.train.lengths + 1, self.train.users, times)
 
 
 def leave_one_out(interactions: Interactions) -> Split:
@@ -152,10 +174,11 @@ def leave_one_out(interactions: Interactions) -> Split:
   digest.update(lengths.astype("<i8").tobytes())
   digest.update(interactions.items.astype("<i4").tobytes())
   return Split(
-    train=from_lengths(interactions.items[is_train], lengths - 2, interactions.users),
+    train=choose(interactions, is_train, lengths - 2, interactions.users),
     validation_target=interactions.items[last - 1],
     test_target=interactions.items[last],
     split_hash=digest.hexdigest()[:16],
+    validation_time=None if interactions.times is None else interactions.times[last - 1],
   )
 
 
@@ -163,5 +186,5 @@ def select_users(interactions: Interactions, users: np.ndarray) -> Interactions:
   """The histories of the given user numbers [n], in that order."""
   lengths = interactions.lengths[users]
   within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-  items = interactions.items[np.repeat(interactions.offsets[:-1][users], lengths) + within]
-  return from_lengths(items, lengths, interactions.users[users])
+  kept = np.repeat(interactions.offsets[:-1][users], lengths) + within
+  return choose(interactions, kept, lengths, interactions.users[users])

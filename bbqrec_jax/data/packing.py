@@ -9,6 +9,19 @@ from bbqrec_jax.data.interactions import Interactions
 Batch = dict[str, Any]
 
 
+def elapsed(interactions: Interactions, index: np.ndarray, users: np.ndarray) -> np.ndarray:
+  """Whole seconds from a user's first interaction to others of that user, int32; 68 years at most.
+
+  Args:
+    interactions: with times.
+    index: [...] int, places in the flat arrays.
+    users: [...] int, whose they are.
+  """
+  assert interactions.times is not None
+  seconds = interactions.times[index] - interactions.times[interactions.offsets[users]]
+  return np.minimum(seconds, np.iinfo(np.int32).max).astype(np.int32)
+
+
 def cut_windows(lengths: np.ndarray, max_transitions: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
   """Cuts histories into windows so that every transition (item -> next item) falls into exactly one.
 
@@ -73,7 +86,8 @@ def packed_epoch(
     epoch: from 0.
 
   Returns:
-    `items` (and `targets`), `segments`, `positions`, each [R, C] int32; segment 0 is padding.
+    `items` (and `targets`), `segments`, `positions`, each [R, C] int32; segment 0 is padding. Where the interactions
+    have times also `times`, see `elapsed`.
   """
   rng = np.random.default_rng([seed, epoch])
   users, spans = cut_windows(interactions.lengths, max_length - whole, rng)
@@ -100,6 +114,8 @@ def packed_epoch(
     "segments": fill(number[window]),
     "positions": fill(place),
   }
+  if interactions.times is not None:
+    epoch_rows["times"] = fill(elapsed(interactions, source, users[window]))
   if not whole:
     epoch_rows["targets"] = fill(interactions.items[source + 1])
   return epoch_rows

@@ -13,7 +13,7 @@ import numpy as np
 
 from bbqrec_jax.data.features import release, standardization
 from bbqrec_jax.data.interactions import Interactions
-from bbqrec_jax.data.packing import Batch, packed_epoch, prefix_epoch
+from bbqrec_jax.data.packing import Batch, elapsed, packed_epoch, prefix_epoch
 from bbqrec_jax.errors import InputError
 
 
@@ -283,7 +283,8 @@ def evaluation_batches(
     max_length: T.
 
   Yields:
-    `items`, `segments`, `positions` [B, T] int32, `targets` [B] int32 and `valid` [B] bool.
+    `items`, `segments`, `positions` [B, T] int32, `targets` [B] int32 and `valid` [B] bool; where the histories have
+    times also `times` [B, T] int32, see `packing.elapsed`.
   """
   lengths = np.minimum(histories.lengths, max_length)
   starts = histories.offsets[1:] - lengths
@@ -294,10 +295,13 @@ def evaluation_batches(
     rows = np.minimum(rows, histories.num_users - 1)
     real = (column < lengths[rows, None]) & valid[:, None]
     index = np.minimum(starts[rows, None] + column, len(histories.items) - 1)
-    yield {
+    batch = {
       "items": np.where(real, histories.items[index], 0).astype(np.int32),
       "segments": real.astype(np.int32),
       "positions": np.where(real, column, 0).astype(np.int32),
       "targets": targets[rows].astype(np.int32),
       "valid": valid,
     }
+    if histories.times is not None:
+      batch["times"] = np.where(real, elapsed(histories, index, rows[:, None]), 0).astype(np.int32)
+    yield batch

@@ -111,14 +111,16 @@ def _read_interactions(
       raise InputError(
         f"{path} line {row + 2} field 'item_id': expected an item of {item_path}, got {shown(items[row])}; add it there"
       )
-  keys = [user_rows]
+  keys, times = [user_rows], None
   if "timestamp" in columns:
-    keys.insert(0, _timestamps(path, _column(content, starts, ends, places["timestamp"])))
+    times = _timestamps(path, _column(content, starts, ends, places["timestamp"]))
+    keys.insert(0, times)
   order = np.lexsort(keys)  # By user, then by timestamp, then as in the file: the sort is stable.
   lengths = np.bincount(user_rows, minlength=len(users))
   labels = np.array([user.decode() for user in users], str)
   first_lines = np.unique(user_rows, return_index=True)[1] + 2
-  return from_lengths(item_rows[order], lengths, labels), first_lines, item_tokens
+  times = None if times is None else times[order]
+  return from_lengths(item_rows[order], lengths, labels, times), first_lines, item_tokens
 
 
 def _locate_fields(path: Path, content: bytes, num_fields: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import choose_modalities
-from bbqrec_jax.data.interactions import MINIMUM_LENGTH, drop_short_users, from_lengths
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, choose, drop_short_users
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.data.synthetic import make_synthetic
 from bbqrec_jax.errors import InputError
@@ -44,7 +44,8 @@ def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
   old = dataset.interactions
   kept = keep[old.items]
   lengths = np.add.reduceat(np.append(kept, False).astype(np.int64), old.offsets[:-1]) * (old.lengths > 0)
-  interactions = from_lengths((np.cumsum(keep) - 1)[old.items[kept]], lengths, old.users)
+  renumbered = dataclasses.replace(old, items=(np.cumsum(keep) - 1)[old.items])
+  interactions = choose(renumbered, kept, lengths, old.users)
   short = int(np.sum(lengths < MINIMUM_LENGTH))
   if short == len(lengths) or (short and not drop_short):
     raise InputError(

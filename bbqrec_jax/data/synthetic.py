@@ -26,6 +26,7 @@ def make_synthetic(*, num_users: int = 2_000, num_items: int = 600, seed: int = 
   - An item's latent is its group's centre, plus its subgroup's, plus a part of its own; on the unit sphere.
   - A user has a favourite item. The next item is one of the 32 nearest to the last item or, one time in seven, to the
     favourite: nearer and more popular ones more often, none twice while there are others.
+  - It comes minutes after the one before it, or days, whatever the items.
   - A modality's features are a linear image of the latents and of nuisance factors that behaviour does not know, plus
     noise. About one item in ten has no image: its row is all zero.
 
@@ -56,7 +57,9 @@ def make_synthetic(*, num_users: int = 2_000, num_items: int = 600, seed: int = 
   return Dataset(
     name="synthetic (planted structure)",
     source="synthetic",
-    interactions=from_lengths(histories, lengths, np.arange(num_users).astype(str)),
+    interactions=from_lengths(
+      histories, lengths, np.arange(num_users).astype(str), _make_times(lengths, np.random.default_rng([seed, 1]))
+    ),
     features=features,
     present=present,
     titles=tuple(
@@ -90,6 +93,13 @@ def _make_histories(
     scores = log_weights[origin] + rng.gumbel(size=candidates.shape) - 1e6 * taken
     histories[:, step] = np.take_along_axis(candidates, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
   return histories[np.arange(MAX_LENGTH) < lengths[:, None]], lengths
+
+
+def _make_times(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """When each interaction came, [total] float64 seconds: minutes after the one before it, or days."""
+  gaps = rng.exponential(np.where(rng.random(lengths.sum()) < 0.5, 120.0, 5 * 86400.0))
+  since = np.cumsum(gaps)
+  return np.round(since - np.repeat(since[np.cumsum(lengths) - lengths], lengths))
 
 
 def _nearest(latents: np.ndarray, popularity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

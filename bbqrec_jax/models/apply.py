@@ -3,8 +3,17 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 
 def apply(model: nn.Module, params: Any, method: str, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
-  """`model.apply` for modules whose only collection is their parameters; returns what the method returns."""
+  """`model.apply` for modules whose only collection is their parameters; returns what the method returns.
+
+  Where the model's settings name a `dtype`, the parameters are taken in it, and so is all that follows from them; the
+  gradients come back in the parameters' own.
+  """
+  dtype = getattr(getattr(model, "settings", None), "dtype", "float32")
+  if dtype != "float32":
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
   return model.apply({"params": params}, *args, method=method, rngs=rngs, **kwargs)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from bbqrec_jax.ops.attention import attention, history_mask
-from bbqrec_jax.ops.positions import relative_buckets
+from bbqrec_jax.ops.positions import elapsed_buckets, relative_buckets
 
 KeyValue = tuple[jax.Array, jax.Array]
 
@@ -109,6 +109,25 @@ class RelativeBias(nn.Module):
     return bias[None] if distance.ndim == 2 else bias
 
 
+class ElapsedBias(nn.Module):
+  """A learned number a head and bucket of the time between two interactions; all start at zero.
+
+  Attributes:
+    num_heads: H.
+    num_buckets: of the times.
+  """
+
+  num_heads: int
+  num_buckets: int
+
+  @nn.compact
+  def __call__(self, times: jax.Array) -> jax.Array:
+    """Seconds [B, T] int -> bias [B, H, T, T], query before key."""
+    table = self.param("table", nn.initializers.zeros, (self.num_buckets, self.num_heads))
+    bucket = elapsed_buckets(times[:, :, None] - times[:, None, :], num_buckets=self.num_buckets)
+    return jnp.moveaxis(table[bucket], -1, 1)
+
+
 def reweighting(
   similarity: jax.Array | None, position: jax.Array | None, *, multiply: bool
 ) -> tuple[jax.Array | None, jax.Array | None]:
@@ -138,6 +157,7 @@ class CausalBackbone(nn.Module):
     multiply_bias: whether scores are multiplied by 1 + bias instead of added to.
     implementation: see `SelfAttention`.
     position_buckets: of relative positions, which then take the place of embeddings of the places; 0: embeddings.
+    time_buckets: of the time between interactions, a bias like that of relative positions; 0: none.
   """
 
   num_layers: int
@@ -148,6 +168,7 @@ class CausalBackbone(nn.Module):
   multiply_bias: bool = False
   implementation: str = "einsum"
   position_buckets: int = 0
+  time_buckets: int = 0
 
   @nn.compact
   def __call__(
@@ -156,6 +177,7 @@ class CausalBackbone(nn.Module):
     segments: jax.Array,
     positions: jax.Array,
     bias: jax.Array | None = None,
+    times: jax.Array | None = None,
     *,
     deterministic: bool = True,
   ) -> jax.Array:
@@ -166,6 +188,7 @@ class CausalBackbone(nn.Module):
       segments: [B, T] int; 0 is padding, equal positive numbers in a row are one history.
       positions: [B, T] int, the place of each item in its history, from 0.
       bias: [B, H, T, T] added to the attention scores of every layer, [layers, B, H, T, T] one for each, or None.
+      times: [B, T] int, the second of each interaction, counted from anywhere; only read where there are time buckets.
       deterministic: no dropout.
 
     Returns:
@@ -178,6 +201,9 @@ class CausalBackbone(nn.Module):
     else:
       place = nn.Embed(self.max_length, x.shape[-1], embedding_init=nn.initializers.normal(0.02), name="position")
       x = x + place(jnp.minimum(positions, self.max_length - 1))
+    if self.time_buckets and times is not None:
+      elapsed = ElapsedBias(self.num_heads, self.time_buckets, name="time")(times)
+      relative = elapsed if relative is None else relative + elapsed
     x = nn.Dropout(self.dropout, deterministic=deterministic)(x)
     mask = history_mask(segments)
     for index in range(self.num_layers):

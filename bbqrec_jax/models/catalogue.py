@@ -1,6 +1,7 @@
 """What the recommender is told: its shapes, and the items of the catalogue."""
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -21,6 +22,7 @@ class RecommenderSettings:
     num_codes: K.
     num_columns: code columns of the catalogue (see `Catalogue.columns`); 0 where items are known by number alone.
     item_embedding: whether each item also has a vector of its own.
+    feature_width: F, of the features that an item's vector also has a linear map of; 0: none.
     backbone: "causal", "encoder_decoder", or "module:function" for one of your own.
     head: a name of `models.heads.HEADS`, or "module:function" for one of your own.
     width: d of the sequence model.
@@ -30,6 +32,7 @@ class RecommenderSettings:
     positions: of the causal backbone: "learned" embeddings of the places, or "relative"; the encoder-decoder's are
       relative.
     position_buckets: of relative positions.
+    time_buckets: of the time between interactions, in the causal backbone; 0: none.
     mlp_width: width of the feed-forward parts.
     depth_layers: layers of the generative head's depth transformer.
     dropout: rate everywhere.
@@ -43,6 +46,8 @@ class RecommenderSettings:
     num_negatives: items that stand for the catalogue in a training step of the dense head; 0: the catalogue itself.
     softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
       "all" K.
+    node_scores: whether the generative head also scores a code by the items that it leads on to, see `NodeScores`.
+    dtype: that the model computes in; parameters, scores, softmaxes and losses are float32 whatever it is.
   """
 
   num_items: int
@@ -50,6 +55,7 @@ class RecommenderSettings:
   num_codes: int = 256
   num_columns: int = 4
   item_embedding: bool = True
+  feature_width: int = 0
   backbone: str = "causal"
   head: str = "generative"
   width: int = 64
@@ -58,6 +64,7 @@ class RecommenderSettings:
   head_width: int = 32
   positions: str = "learned"
   position_buckets: int = 32
+  time_buckets: int = 0
   mlp_width: int = 256
   depth_layers: int = 1
   dropout: float = 0.3
@@ -70,6 +77,8 @@ class RecommenderSettings:
   attention: str = "einsum"
   num_negatives: int = 0
   softmax_over: str = "existing"
+  node_scores: bool = False
+  dtype: str = "float32"
 
   @property
   def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -94,6 +103,7 @@ class Catalogue:
     streams: what the similarities that reweight attention are of: [N, S, d_code] float32 quantized vectors, zero rows
       where absent, or [N, S, L] int32 codes, -1 where absent.
     edges: [P, n_buckets - 1] float32 bucket edges of each stream pair.
+    features: [N, F] float32 standardised features, zero where absent; None where the recommender reads none.
     trie: of the semantic IDs, for the heads that search; None where the recommender reads no codes.
   """
 
@@ -101,6 +111,7 @@ class Catalogue:
   columns: jax.Array
   streams: jax.Array
   edges: jax.Array
+  features: jax.Array | None = None
   trie: Trie | None = None
 
   @property
@@ -108,7 +119,14 @@ class Catalogue:
     """N."""
     return self.semantic_ids.shape[0]
 
-  def code_log_probs(self, logits: jax.Array, items: jax.Array, *, softmax_over: str) -> jax.Array:
+  def code_log_probs(
+    self,
+    logits: jax.Array,
+    items: jax.Array,
+    *,
+    softmax_over: str,
+    node_scores: Callable[[int, jax.Array], jax.Array] | None = None,
+  ) -> jax.Array:
     """Log-probability of each code of given items' IDs, each given those before it.
 
     Over "existing" codes, the softmax runs over the children of the trie's node alone: the probabilities of all items
@@ -119,21 +137,27 @@ class Catalogue:
       logits: [P, L, K], of every level given the item's codes before it.
       items: [P] int.
       softmax_over: "existing" or "all".
+      node_scores: (level, nodes of the trie [P, F]) -> [P, F], added to the logits of the nodes' codes; None adds
+        nothing. Only over "existing" codes.
 
     Returns:
       [P, L] float32.
     """
     codes = self.semantic_ids[items]
-    own = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
     if softmax_over == "all":
+      own = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
       return own - jax.nn.logsumexp(logits, axis=-1)
     assert self.trie is not None
-    totals = []
+    log_probs = []
     for level in range(codes.shape[1]):
-      _, among, valid = self.trie.children(level, self.trie.parents[items, level])
+      nodes, among, valid = self.trie.children(level, self.trie.parents[items, level])
       children = jnp.take_along_axis(logits[:, level], among, axis=-1)
-      totals.append(jax.nn.logsumexp(jnp.where(valid, children, -jnp.inf), axis=-1))
-    return own - jnp.stack(totals, axis=1)
+      if node_scores is not None:
+        children = children + node_scores(level, nodes)
+      children = jax.nn.log_softmax(jnp.where(valid, children, -jnp.inf), axis=-1)
+      own = valid & (among == codes[:, level, None])
+      log_probs.append(jnp.sum(jnp.where(own, children, 0.0), axis=-1))
+    return jnp.stack(log_probs, axis=1)
 
 
 def code_columns(codes: list[np.ndarray], present: list[np.ndarray], *, num_codes: int) -> np.ndarray:

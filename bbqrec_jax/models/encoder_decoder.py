@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from bbqrec_jax.models.backbones import KeyValue, RelativeBias, reweighting
 from bbqrec_jax.models.catalogue import RecommenderSettings
+from bbqrec_jax.models.node_scores import NodeScores, NodeTables, search_scores, training_scores
 from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
 from bbqrec_jax.semantic_ids.trie import Trie
@@ -205,6 +206,12 @@ class DecoderHead(nn.Module):
     self.layers = [Layer(shape, cross=True, name=f"layer_{index}") for index in range(s.num_layers)]
     self.norm = nn.RMSNorm()
     self.drop = nn.Dropout(s.dropout)
+    if s.node_scores:
+      self.node_scores = NodeScores(s.num_items)
+
+  def _tables(self, items: Any) -> NodeTables | None:
+    """What the items add to the scores of the trie's nodes; None where nothing."""
+    return self.node_scores(items) if self.settings.node_scores else None
 
   def _logits(self, x: jax.Array, level: int) -> jax.Array:
     """Of one level, tied to the embeddings of its codes: [..., d] -> [..., K] float32."""
@@ -216,8 +223,11 @@ class DecoderHead(nn.Module):
     mask = memory.real[:, None, None, :]
     return [(layer.cross_attention.keys_values(memory.tokens), mask) for layer in self.layers]
 
-  def __call__(self, memory: Memory, codes: jax.Array, *, deterministic: bool = True) -> jax.Array:
-    """Logits of every level given the true codes before it: codes [B, L] -> [B, L, K] float32."""
+  def __call__(self, memory: Memory, codes: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+    """Logits of every level given the true codes before it, and the states they are of.
+
+    codes [B, L] -> [B, L, K] float32, [B, L, d].
+    """
     levels = self.settings.num_levels
     start = jnp.broadcast_to(self.start_embedding, (codes.shape[0], self.settings.width))
     before = [start] + [self.code_embedding[level][codes[:, level]] for level in range(levels - 1)]
@@ -228,13 +238,15 @@ class DecoderHead(nn.Module):
     for layer, keys_values in zip(self.layers, self._memories(memory), strict=True):
       x, _ = layer(x, mask, bias, memory=keys_values, deterministic=deterministic)
     x = self.drop(self.norm(x), deterministic=deterministic)
-    return jnp.stack([self._logits(x[:, level], level) for level in range(levels)], axis=1)
+    return jnp.stack([self._logits(x[:, level], level) for level in range(levels)], axis=1), x
 
   def losses(self, items: Any, memory: Memory, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [B] and on."""
     codes = items.catalogue.semantic_ids[targets]
-    logits = self(memory, codes, deterministic=deterministic)
-    log_probs = items.catalogue.code_log_probs(logits, targets, softmax_over=self.settings.softmax_over)
+    logits, hidden = self(memory, codes, deterministic=deterministic)
+    log_probs = items.catalogue.code_log_probs(
+      logits, targets, softmax_over=self.settings.softmax_over, node_scores=training_scores(self._tables(items), hidden)
+    )
     return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.settings.num_levels)}
 
   def step(
@@ -244,7 +256,8 @@ class DecoderHead(nn.Module):
 
     Args:
       memories: see `_memories`; of the histories, not of the beams: all beams of a history attend to one memory.
-      state: for each layer keys and values [B, w, P, H, d_head] of the levels before; None at level 0.
+      state: `past`, for each layer keys and values [B, w, P, H, d_head] of the levels before, and `hidden` [B, w, d];
+        None at level 0.
       level: the level to predict, from 0.
       codes: [B, w] chosen at the level before; None at level 0.
 
@@ -269,13 +282,14 @@ class DecoderHead(nn.Module):
       normed = fold(layer.self_norm(x))[:, None]
       present = layer.self_attention.keys_values(normed)
       if state is not None:
-        past = jax.tree.map(fold, state[index])
+        past = jax.tree.map(fold, state["past"][index])
         present = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, present)
       x = x + layer.self_attention(normed, present, mask, bias).reshape(batch, beams, -1)
       x = x + layer.cross_attention(layer.cross_norm(x), *keys_values)
       x = x + layer.mlp_out(nn.relu(layer.mlp_in(layer.mlp_norm(x))))
       presents.append(jax.tree.map(lambda leaf: leaf.reshape(batch, beams, *leaf.shape[1:]), present))
-    return jax.nn.log_softmax(self._logits(self.norm(x), level)), presents
+    x = self.norm(x)
+    return jax.nn.log_softmax(self._logits(x, level)), {"past": presents, "hidden": x}
 
   def search(self, items: Any, memory: Memory, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The `width` most probable items by beam search over the trie; the histories are encoded once."""
@@ -287,7 +301,8 @@ class DecoderHead(nn.Module):
 
     return beam_search(
       trie, step, None, batch=memory.real.shape[0], width=width,
-      normalize=self.settings.softmax_over == "existing", exclude=exclude,
+      normalize=self.settings.softmax_over == "existing", node_scores=search_scores(self._tables(items)),
+      exclude=exclude,
     )  # fmt: skip
 
 

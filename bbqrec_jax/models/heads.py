@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from bbqrec_jax.models.backbones import TransformerLayer
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.encoder_decoder import DecoderHead
+from bbqrec_jax.models.node_scores import NodeScores, NodeTables, search_scores, training_scores
 from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
 
@@ -87,8 +88,8 @@ class ParallelHead(nn.Module):
     for level in range(self.num_levels):
       hidden = nn.gelu(nn.Dense(self.mlp_width, name=f"hidden_{level}")(states))
       hidden = states + nn.Dense(states.shape[-1], name=f"out_{level}")(hidden)
-      logits = nn.Dense(self.num_codes, name=f"output_{level}")(nn.LayerNorm(name=f"norm_{level}")(hidden))
-      levels.append(jax.nn.log_softmax(logits.astype(jnp.float32)))
+      output = nn.Dense(self.num_codes, dtype=jnp.float32, name=f"output_{level}")
+      levels.append(jax.nn.log_softmax(output(nn.LayerNorm(name=f"norm_{level}")(hidden))))
     return jnp.stack(levels)
 
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
@@ -122,6 +123,7 @@ class GenerativeHead(nn.Module):
     mlp_width: width of its feed-forward parts.
     dropout: its dropout rate.
     softmax_over: what a code competes with: the codes that lead on to items ("existing"), or "all" K.
+    num_items: N, where a code is also scored by the items that it leads on to, see `NodeScores`; 0: by itself alone.
   """
 
   num_levels: int
@@ -132,10 +134,13 @@ class GenerativeHead(nn.Module):
   mlp_width: int
   dropout: float = 0.0
   softmax_over: str = "existing"
+  num_items: int = 0
   exact: ClassVar[bool] = False
 
   def setup(self):
     """Makes the parameters and submodules."""
+    if self.num_items:
+      self.node_scores = NodeScores(self.num_items)
     # Unit-variance rows: codes carry all that one level knows of the level before (0.02 starves their logits).
     self.code_embedding = self.param(
       "code_embedding", nn.initializers.normal(1.0), (self.num_levels, self.num_codes, self.width)
@@ -146,10 +151,12 @@ class GenerativeHead(nn.Module):
       for index in range(self.num_layers)
     ]
     self.norm = nn.LayerNorm()
-    self.outputs = [nn.Dense(self.num_codes, name=f"output_{level}") for level in range(self.num_levels)]
+    self.outputs = [
+      nn.Dense(self.num_codes, dtype=jnp.float32, name=f"output_{level}") for level in range(self.num_levels)
+    ]
 
-  def __call__(self, states: jax.Array, codes: jax.Array, *, deterministic: bool = True) -> jax.Array:
-    """Logits of every level, given the true codes before it (teacher forcing).
+  def __call__(self, states: jax.Array, codes: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+    """Logits of every level, given the true codes before it (teacher forcing), and the states they are of.
 
     Args:
       states: [P, d].
@@ -157,7 +164,7 @@ class GenerativeHead(nn.Module):
       deterministic: no dropout.
 
     Returns:
-      [P, L, K] float32.
+      [P, L, K] float32 and [P, L, d].
     """
     before = [jnp.zeros_like(states)]
     for level in range(self.num_levels - 1):
@@ -168,11 +175,11 @@ class GenerativeHead(nn.Module):
       x, _ = layer(x, mask, deterministic=deterministic)
     x = self.norm(x)
     logits = [output(x[:, level]) for level, output in enumerate(self.outputs)]
-    return jnp.stack(logits, axis=1).astype(jnp.float32)
+    return jnp.stack(logits, axis=1), x
 
   def start(self, states: jax.Array) -> dict[str, Any]:
     """The decoder state before the first code: states [B, d] -> leaves [B, 1, ...] for `beam_search`."""
-    return {"input": states[:, None], "past": None}
+    return {"input": states[:, None], "past": None, "hidden": None}
 
   def step(self, state: dict[str, Any], level: int, codes: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
     """Log-probabilities of one level's codes for every beam, each computed once: earlier levels are cached.
@@ -200,16 +207,23 @@ class GenerativeHead(nn.Module):
       past = None if state["past"] is None else jax.tree.map(fold, state["past"][index])
       x, present = layer(x, mask, past=past, deterministic=True)
       presents.append(present)
-    logits = self.outputs[level](self.norm(x[:, 0])).astype(jnp.float32)
+    hidden = self.norm(x[:, 0])
+    logits = self.outputs[level](hidden)
     unfolded = jax.tree.map(lambda leaf: leaf.reshape(batch, beams, *leaf.shape[1:]), presents)
     log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, self.num_codes)
-    return log_probs, {"input": summed, "past": unfolded}
+    return log_probs, {"input": summed, "past": unfolded, "hidden": hidden.reshape(batch, beams, width)}
 
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [P] and on."""
-    logits = self(states, items.catalogue.semantic_ids[targets], deterministic=deterministic)
-    log_probs = items.catalogue.code_log_probs(logits, targets, softmax_over=self.softmax_over)
+    logits, hidden = self(states, items.catalogue.semantic_ids[targets], deterministic=deterministic)
+    log_probs = items.catalogue.code_log_probs(
+      logits, targets, softmax_over=self.softmax_over, node_scores=training_scores(self._tables(items), hidden)
+    )
     return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.num_levels)}
+
+  def _tables(self, items: Items) -> NodeTables | None:
+    """What the items add to the scores of the trie's nodes; None where nothing."""
+    return self.node_scores(items) if self.num_items else None
 
   def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The `width` most probable items by beam search over the trie; see `beam_search`."""
@@ -221,6 +235,7 @@ class GenerativeHead(nn.Module):
       batch=states.shape[0],
       width=width,
       normalize=self.softmax_over == "existing",
+      node_scores=search_scores(self._tables(items)),
       exclude=exclude,
     )
 
@@ -257,8 +272,9 @@ class HybridHead(nn.Module):
 
 def _generative(s: RecommenderSettings) -> GenerativeHead:
   return GenerativeHead(
-    s.num_levels, s.num_codes, s.width, s.depth_layers, s.num_heads, s.mlp_width, s.dropout, s.softmax_over
-  )
+    s.num_levels, s.num_codes, s.width, s.depth_layers, s.num_heads, s.mlp_width, s.dropout, s.softmax_over,
+    s.num_items if s.node_scores else 0,
+  )  # fmt: skip
 
 
 def _dense(s: RecommenderSettings) -> DenseHead:

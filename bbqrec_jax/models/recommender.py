@@ -26,6 +26,7 @@ BACKBONES: dict[str, Callable[[RecommenderSettings], Any]] = {
     s.multiply_bias,
     s.attention,
     s.position_buckets if s.positions == "relative" else 0,
+    s.time_buckets,
   ),
   "encoder_decoder": lambda s: Encoder(encoder_shape(s), s.num_layers, s.position_buckets),
 }
@@ -49,6 +50,8 @@ class Recommender(nn.Module):
       self.code_embedding = self.param(
         "code_embedding", nn.initializers.normal(0.02), (s.num_columns * s.num_codes, s.width)
       )
+    if s.feature_width:
+      self.feature_map = self.param("feature_map", nn.initializers.normal(0.02), (s.feature_width, s.width))
     if s.num_streams:
       # Zero tables: at step 0 the model is the plain backbone, bit for bit.
       self.similarity_tables = self.param("similarity_tables", nn.initializers.zeros, s.table_shape)
@@ -56,14 +59,22 @@ class Recommender(nn.Module):
     self.head = make_head(s)
 
   def item_vectors(self, catalogue: Catalogue, items: jax.Array | None = None, *, first_column: int = 0) -> jax.Array:
-    """Sum of an item's code embeddings and of its own: items [...] -> [..., d]; None means all N in order.
+    """What an item is known by: items [...] -> [..., d]; None means all N in order.
+
+    It is the sum of its codes' embeddings, a linear map of its features, and a vector of its own. An item of the
+    catalogue that was not there in training has no vector of its own: zero stands for it.
 
     Columns of codes before `first_column` are left out.
     """
     s = self.settings
     total: jax.Array = jnp.zeros(())
     if s.item_embedding:
-      total = self.item_embedding if items is None else self.item_embedding[items]
+      own = jnp.pad(self.item_embedding, ((0, catalogue.num_items - s.num_items), (0, 0)))
+      total = own if items is None else own[items]
+    if s.feature_width:
+      assert catalogue.features is not None
+      features = catalogue.features if items is None else catalogue.features[items]
+      total = total + features.astype(self.feature_map.dtype) @ self.feature_map
     if s.num_columns > first_column:
       columns = catalogue.columns if items is None else catalogue.columns[items]
       for column in range(first_column, s.num_columns):
@@ -80,7 +91,7 @@ class Recommender(nn.Module):
     """
     s = self.settings
     tokens = self.code_embedding[catalogue.columns[items][..., : s.num_levels]]
-    if s.item_embedding or s.num_columns > s.num_levels:
+    if s.item_embedding or s.feature_width or s.num_columns > s.num_levels:
       tokens = tokens + self.item_vectors(catalogue, items, first_column=s.num_levels)[..., None, :]
     bias = self.bias(catalogue, items, segments)
     return self.backbone(tokens, segments > 0, bias, deterministic=deterministic)
@@ -99,7 +110,8 @@ class Recommender(nn.Module):
       read = functools.partial(bucket_bias, buckets=buckets)
     else:
       read = functools.partial(continuous_bias, streams=streams, real=real, pairs=s.pairs)
-    return jax.vmap(read)(self.similarity_tables) if s.layer_tables else read(self.similarity_tables)
+    tables = self.similarity_tables.astype(jnp.float32)
+    return jax.vmap(read)(tables) if s.layer_tables else read(tables)
 
   def states(
     self,
@@ -107,13 +119,15 @@ class Recommender(nn.Module):
     items: jax.Array,
     segments: jax.Array,
     positions: jax.Array,
+    times: jax.Array | None = None,
     *,
     deterministic: bool = True,
   ) -> jax.Array:
-    """The state at each position of each history: items, segments, positions [B, T] int -> [B, T, d]."""
+    """The state at each position of each history: items, segments, positions (and times) [B, T] int -> [B, T, d]."""
     x = self.item_vectors(catalogue, items)
     bias = self.bias(catalogue, items, segments)
-    return self.backbone(x, segments, positions, bias, deterministic=deterministic)
+    more = {} if times is None else {"times": times}
+    return self.backbone(x, segments, positions, bias, deterministic=deterministic, **more)
 
   def _items(self, catalogue: Catalogue) -> Items:
     """The items as heads see them."""
@@ -127,7 +141,8 @@ class Recommender(nn.Module):
     Args:
       catalogue: the items.
       batch: `items`, `segments`, `positions`, each [B, T] int, and `targets`. For a causal backbone histories are
-        packed, so nearly every position is real, and `targets` [B, T] has the next item of each; for the
+        packed, so nearly every position is real, and `targets` [B, T] has the next item of each, and where the model
+        has time buckets there are `times` [B, T] in seconds; for the
         encoder-decoder a row is a history, and `targets` [B] what follows it. Padding (segment 0) is masked out.
       deterministic: no dropout.
       axis_name: the mapped axis over which the batch is split, or None.
@@ -141,7 +156,9 @@ class Recommender(nn.Module):
       states = self._from_memory(self.memory(catalogue, items, segments, deterministic=deterministic))
       real = segments[:, 0] > 0
     else:
-      states = self.states(catalogue, items, segments, batch["positions"], deterministic=deterministic)
+      states = self.states(
+        catalogue, items, segments, batch["positions"], batch.get("times"), deterministic=deterministic
+      )
       states, real = states.reshape(-1, states.shape[-1]), segments.reshape(-1) > 0
     parts = self.head.losses(self._items(catalogue), states, targets, deterministic=deterministic)
     terms = {name: masked_mean(part, real, axis_name=axis_name) for name, part in parts.items()}
@@ -159,7 +176,7 @@ class Recommender(nn.Module):
     """
     if self.settings.backbone == "encoder_decoder":
       return self._from_memory(self.memory(catalogue, batch["items"], batch["segments"]))
-    states = self.states(catalogue, batch["items"], batch["segments"], batch["positions"])
+    states = self.states(catalogue, batch["items"], batch["segments"], batch["positions"], batch.get("times"))
     last = jnp.maximum(jnp.sum(batch["segments"] > 0, axis=1) - 1, 0)
     return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
 

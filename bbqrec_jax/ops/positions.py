@@ -1,4 +1,4 @@
-"""Buckets of relative positions."""
+"""Buckets of relative positions, in places and in time."""
 
 import jax
 import jax.numpy as jnp
@@ -34,3 +34,17 @@ def relative_buckets(
   # The maximum keeps the logarithm of distances that have a bucket of their own finite.
   far = exact + (jnp.log(jnp.maximum(distance, exact) / exact) * scale).astype(jnp.int32)
   return (first + jnp.where(distance < exact, distance, jnp.minimum(far, num_buckets - 1))).astype(jnp.int32)
+
+
+def elapsed_buckets(seconds: jax.Array, *, num_buckets: int = 32) -> jax.Array:
+  """Buckets of the time between two interactions, each twice as wide as the one before it.
+
+  Args:
+    seconds: [...] int; negative ones count as 0.
+    num_buckets: n; 32 tell apart up to 68 years.
+
+  Returns:
+    [...] int32 in 0..n-1: 0 for no time at all, else the position of the highest bit.
+  """
+  bits = 32 - jax.lax.clz(jnp.maximum(seconds, 0).astype(jnp.int32))
+  return jnp.minimum(bits, num_buckets - 1)

@@ -62,6 +62,20 @@ class SemanticIds:
         f" features are {data_hash}; train a tokenizer on this data"
       )
 
+  def check_extension(self, known: "SemanticIds", *, where: object) -> None:
+    """Refuses IDs that are not another artefact's with new items after the known ones.
+
+    Raises:
+      InputError: if a known item has another ID here, or the codebooks differ.
+    """
+    first = len(known.codes)
+    same = np.array_equal(self.codes[:first], known.codes) and np.array_equal(self.codebooks, known.codebooks)
+    if not same or self.streams != known.streams:
+      raise InputError(
+        f"{where} does not extend the semantic IDs that the recommender was trained on (fingerprint"
+        f" {known.fingerprint}): make it from them with python -m bbqrec_jax.assign"
+      )
+
   @property
   def fingerprint(self) -> str:
     """16 hexadecimal digits that change with any code, codeword, setting, parameter or statistic, or with the data."""

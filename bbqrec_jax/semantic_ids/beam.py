@@ -39,6 +39,7 @@ def beam_search(
   batch: int,
   width: int,
   normalize: bool = False,
+  node_scores: Callable[[DecoderState, int, jax.Array], jax.Array] | None = None,
   exclude: jax.Array | None = None,
 ) -> BeamResult:
   """Searches the trie level by level; meant to be traced once, inside jit, as one program.
@@ -56,6 +57,8 @@ def beam_search(
     width: W, how many beams are kept and returned.
     normalize: whether each level's probabilities are made to sum to one over the children of a beam's node, so that
       those of all items do; `step` may then return any logits.
+    node_scores: (state, level, nodes [B, w, F]) -> [B, w, F], added to the log-probabilities of the codes; `state` is
+      what `step` has just returned.
     exclude: [B, E] int, items that must not be returned; -1 fills. A node with nothing else under it is passed over at
       every level, so a beam of any width stays full while there are items.
 
@@ -69,6 +72,8 @@ def beam_search(
     log_probs, state = step(state, level, codes)
     children, child_codes, valid = trie.children(level, nodes)
     log_probs = jnp.take_along_axis(log_probs.astype(jnp.float32), child_codes, axis=-1)
+    if node_scores is not None:
+      log_probs = log_probs + node_scores(state, level, children)
     if normalize:
       log_probs = jax.nn.log_softmax(jnp.where(valid, log_probs, -jnp.inf), axis=-1)
     candidates = scores[..., None] + log_probs

@@ -47,6 +47,28 @@ class Trie:
     nodes = jnp.where(valid, nodes, 0)
     return nodes, self.codes[level][nodes], valid
 
+  def pooled(self, log_weights: jax.Array, vectors: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Log of the total weight of the items under each node, and the weighted mean of their vectors.
+
+    Args:
+      log_weights: [N] float32.
+      vectors: [N, d].
+
+    Returns:
+      For each level [n] float32 and [n, d] float32; at the last level those of the items themselves.
+    """
+    sorted_weights, sorted_vectors = log_weights[self.items], vectors[self.items].astype(jnp.float32)
+    largest = jax.lax.stop_gradient(jnp.max(log_weights))
+    weights = jnp.exp(sorted_weights - largest)
+    masses, means = [], []
+    for level in range(self.num_levels - 1):
+      nodes, count = self.parents[self.items, level + 1], self.codes[level].shape[0]
+      total = jax.ops.segment_sum(weights, nodes, count, indices_are_sorted=True)
+      sums = jax.ops.segment_sum(weights[:, None] * sorted_vectors, nodes, count, indices_are_sorted=True)
+      masses.append(jnp.log(total) + largest)
+      means.append(sums / total[:, None])
+    return [*masses, sorted_weights], [*means, sorted_vectors]
+
   def emptied(self, level: int, nodes: jax.Array, excluded: jax.Array) -> jax.Array:
     """Whether nothing is left under a node once items are taken away.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
-from bbqrec_jax.data.pipeline import EpochBatches, PackedHistories, PrefixHistories, recommender_batches
+from bbqrec_jax.data.pipeline import EpochBatches, FeatureStore, PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker, sample_users
 from bbqrec_jax.json_files import read_json, write_json
@@ -29,7 +29,8 @@ from bbqrec_jax.train.steps import make_recommender_step
 def needs_semantic_ids(config: Any) -> bool:
   """Whether anything in the recommender reads codes; SASRec, say, does not."""
   r = config.recommender
-  return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or tuple(r.item_inputs) != ("item",)
+  codes = {"fused", "modalities"} & set(r.item_inputs)
+  return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or bool(codes)
 
 
 def tokenizer_folder(config: Any, workdir: pathlib.Path) -> pathlib.Path:
@@ -145,8 +146,21 @@ def comparison(
   return vectors, np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
 
 
+def item_features(config: Any, store: FeatureStore) -> np.ndarray | None:
+  """The standardised features of all items, [N, F] float32, where the recommender reads them; otherwise None."""
+  if "features" not in config.recommender.item_inputs:
+    return None
+  num_items = len(next(iter(store.present.values())))
+  return np.concatenate(list(store.rows(np.arange(num_items))[0].values()), axis=1)
+
+
 def build_catalogue(
-  config: Any, ids: SemanticIds | None, histories: Interactions, *, num_items: int
+  config: Any,
+  ids: SemanticIds | None,
+  histories: Interactions,
+  *,
+  num_items: int,
+  features: np.ndarray | None = None,
 ) -> tuple[Catalogue, RecommenderSettings]:
   """What the model is told about items, and the shapes that follow from it.
 
@@ -155,6 +169,7 @@ def build_catalogue(
     ids: the tokenizer's semantic IDs; None where the recommender needs none.
     histories: the training histories, for the bucket edges.
     num_items: N.
+    features: what `item_features` gives.
   """
   r = config.recommender
   streams = similarity_streams(config, ids)
@@ -180,6 +195,7 @@ def build_catalogue(
     num_codes=0 if ids is None else ids.num_codes,
     num_columns=columns.shape[1],
     item_embedding="item" in r.item_inputs,
+    feature_width=0 if features is None else features.shape[1],
     backbone=r.backbone,
     head=r.head,
     width=r.width,
@@ -188,6 +204,7 @@ def build_catalogue(
     head_width=r.head_width,
     positions=r.positions,
     position_buckets=r.position_buckets,
+    time_buckets=r.time_buckets,
     mlp_width=r.mlp_width,
     depth_layers=r.depth_layers,
     dropout=r.dropout,
@@ -200,6 +217,8 @@ def build_catalogue(
     attention=r.attention,
     num_negatives=r.num_negatives,
     softmax_over=r.softmax_over,
+    node_scores=r.node_scores,
+    dtype=r.dtype,
   )
   trie = build_trie(semantic_ids) if r.head != "dense" else None
   catalogue = Catalogue(
@@ -207,22 +226,25 @@ def build_catalogue(
     columns=jnp.asarray(columns),
     streams=jnp.asarray(compared),
     edges=jnp.asarray(edges),
+    features=None if features is None else jnp.asarray(features),
     trie=trie,
   )
   return catalogue, settings
 
 
 def build_recommender(
-  config: Any, ids: SemanticIds | None, histories: Interactions, *, num_items: int
+  config: Any, ids: SemanticIds | None, histories: Interactions, store: FeatureStore
 ) -> tuple[Recommender, Catalogue]:
   """The model, and the catalogue it reads."""
-  catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items)
+  num_items = len(next(iter(store.present.values())))
+  features = item_features(config, store)
+  catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items, features=features)
   return Recommender(settings), catalogue
 
 
 def initial_state(config: Any, model: Recommender, catalogue: Catalogue) -> TrainState:
   """The state before the first step."""
-  example = {name: jnp.zeros((1, 2), jnp.int32) for name in ("items", "targets", "segments", "positions")}
+  example = {name: jnp.zeros((1, 2), jnp.int32) for name in ("items", "targets", "segments", "positions", "times")}
   if config.recommender.backbone == "encoder_decoder":
     example["targets"] = jnp.zeros(1, jnp.int32)
   params = jax.jit(model.init)(jax.random.key(config.seed), catalogue, example)["params"]
@@ -234,8 +256,8 @@ def run_recommender(
   config: Any,
   ids: SemanticIds | None,
   split: Split,
+  store: FeatureStore,
   *,
-  num_items: int,
   workdir: pathlib.Path,
   partitioner: Partitioner,
   log: MetricsLog,
@@ -246,7 +268,7 @@ def run_recommender(
     ({"validation": metrics, "test": metrics} of the best model on all users, the loop's progress record).
   """
   r, e = config.recommender, config.evaluation
-  model, catalogue = build_recommender(config, ids, split.train, num_items=num_items)
+  model, catalogue = build_recommender(config, ids, split.train, store)
   process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
   shape = {"batch_rows": r.batch_rows, "max_length": r.max_length, "seed": config.seed}
   histories: EpochBatches
@@ -268,7 +290,7 @@ def run_recommender(
       targets,
       batch_size=e.batch_size,
       max_length=r.max_length,
-      num_items=num_items,
+      num_items=catalogue.num_items,
     )
 
   plan = Plan(

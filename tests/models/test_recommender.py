@@ -60,6 +60,13 @@ def params(random_params, catalogue, batch):
 
 
 @pytest.fixture(scope="module")
+def node_params(params):
+  """The same and a prior of each item."""
+  prior = np.random.default_rng(5).normal(size=ITEMS).astype(np.float32)
+  return params | {"head": params["head"] | {"node_scores": {"prior": prior}}}
+
+
+@pytest.fixture(scope="module")
 def fresh(params):
   """The same with zero tables."""
   return params | {"similarity_tables": np.zeros_like(params["similarity_tables"])}
@@ -271,7 +278,8 @@ def generate(settings, params, catalogue, queries, exclude):
 
 
 ALL_CODES = dataclasses.replace(SETTINGS, softmax_over="all")
-BOTH = pytest.mark.parametrize("settings", [SETTINGS, ALL_CODES], ids=["existing", "all"])
+NODES = dataclasses.replace(SETTINGS, node_scores=True)
+EACH = pytest.mark.parametrize("settings", [SETTINGS, ALL_CODES, NODES], ids=["existing", "all", "nodes"])
 
 
 @pytest.fixture(scope="module")
@@ -280,59 +288,67 @@ def queries():
 
 
 @pytest.fixture(scope="module")
-def exact(params, catalogue, queries):
+def exact(node_params, catalogue, queries):
   """A function from settings to the log-probability of every item."""
   every = jnp.tile(jnp.arange(ITEMS), (3, 1))
-  return lambda settings: np.asarray(call(settings, "log_probs", params, catalogue, queries, every))
+  return lambda settings: np.asarray(call(settings, "log_probs", node_params, catalogue, queries, every))
 
 
-@BOTH
+@EACH
 def test_log_probs_are_those_of_the_heads_logits_among_the_codes_they_compete_with(
-  params, catalogue, queries, exact, settings
+  node_params, catalogue, queries, exact, settings
 ):
   ids = np.asarray(catalogue.semantic_ids)
   head = GenerativeHead(
     LEVELS, CODES, WIDTH, SETTINGS.depth_layers, SETTINGS.num_heads, SETTINGS.mlp_width, SETTINGS.dropout
   )
+  vectors = np.asarray(call(settings, "item_vectors", node_params, catalogue), np.float64)
+  prior = np.exp(node_params["head"]["node_scores"]["prior"].astype(np.float64))
   log_probs = exact(settings)
   alone = 0
   for query in range(len(queries)):
     states = jnp.tile(queries[query], (ITEMS, 1))
-    logits = np.asarray(head.apply({"params": params["head"]}, states, jnp.asarray(ids)), np.float64)
+    logits, hidden = head.apply({"params": node_params["head"]}, states, jnp.asarray(ids))
+    logits, hidden = np.asarray(logits, np.float64), np.asarray(hidden, np.float64)
     for item in range(ITEMS):
       expected = 0.0
       for level in range(LEVELS):
         siblings = {row[level] for row in ids.tolist() if row[:level] == ids[item, :level].tolist()}
         among = sorted(siblings) if settings.softmax_over == "existing" else range(CODES)
         alone += len(siblings) == 1
-        row = logits[item, level]
+        row = logits[item, level].copy()
+        for code in siblings if settings.node_scores else ():
+          below = np.all(ids[:, : level + 1] == [*ids[item, :level], code], axis=1)
+          mean = prior[below] @ vectors[below] / prior[below].sum()
+          row[code] += np.log(prior[below].sum()) + hidden[item, level] @ mean
         expected += row[ids[item, level]] - np.log(np.exp(row[list(among)]).sum())
       assert_allclose(log_probs[query, item], expected, atol=1e-4)
   assert alone > 0, "no code is without competition: the example leaves that untried"
 
 
 def test_probabilities_of_the_existing_items_sum_to_one(exact):
-  assert_allclose(np.exp(exact(SETTINGS).astype(np.float64)).sum(axis=1), np.ones(3), rtol=1e-5)
+  for settings in (SETTINGS, NODES):
+    assert_allclose(np.exp(exact(settings).astype(np.float64)).sum(axis=1), np.ones(3), rtol=1e-5)
   assert np.exp(exact(ALL_CODES)).sum(axis=1).max() < 0.9, "the others spend theirs on IDs that no item has"
 
 
-@BOTH
-def test_generating_as_many_items_as_exist_gives_the_exact_ranking(params, catalogue, queries, exact, settings):
+@EACH
+def test_generating_as_many_items_as_exist_gives_the_exact_ranking(node_params, catalogue, queries, exact, settings):
   log_probs = exact(settings)
   order = np.argsort(-log_probs, axis=1)
   assert np.diff(np.take_along_axis(log_probs, order, axis=1)).max() < -1e-4, "near-ties: the order would be chance"
-  result = generate(settings, params, catalogue, queries, jnp.full((3, 4), -1))
+  result = generate(settings, node_params, catalogue, queries, jnp.full((3, 4), -1))
   assert_array_equal(result.items, np.pad(order, ((0, 0), (0, 2)), constant_values=-1))
   assert_allclose(result.log_probs[:, :ITEMS], np.take_along_axis(log_probs, order, axis=1), atol=1e-5)
 
 
-@BOTH
+@EACH
 def test_generating_leaves_out_excluded_items_and_changes_no_others_probability(
-  params, catalogue, queries, exact, settings
+  node_params, catalogue, queries, exact, settings
 ):
   log_probs = exact(settings)
   order = np.argsort(-log_probs, axis=1)
-  result = generate(settings, params, catalogue, queries, jnp.asarray(order[:, :4]))
+  result = generate(settings, node_params, catalogue, queries, jnp.asarray(order[:, :4]))
   assert_array_equal(result.items, np.pad(order[:, 4:], ((0, 0), (0, 6)), constant_values=-1))
   assert_allclose(result.log_probs[:, : ITEMS - 4], np.take_along_axis(log_probs, order[:, 4:], axis=1), atol=1e-5)
 

@@ -1,0 +1,70 @@
+"""What the items under a node of the trie add to its score, beside the score of its code."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class NodeTables(NamedTuple):
+  """Of each level of the trie.
+
+  Attributes:
+    masses: [n] float32, the log of the prior of the items under each node.
+    vectors: [n, d] float32, their mean by that prior.
+  """
+
+  masses: list[jax.Array]
+  vectors: list[jax.Array]
+
+  def scores(self, hidden: jax.Array, level: int, nodes: jax.Array) -> jax.Array:
+    """The score of nodes given the decoder's state: hidden [..., d], nodes [..., F] -> [..., F] float32."""
+    mass, vectors = self.masses[level], self.vectors[level]
+    if len(vectors) <= 2 * nodes.shape[-1]:
+      # All nodes are candidates, or nearly: one product with all of them beats gathering them for each position.
+      every = jnp.dot(hidden, vectors.T, preferred_element_type=jnp.float32)
+      return jnp.take_along_axis(every, nodes, axis=-1) + mass[nodes]
+    chosen = vectors[nodes]
+    return mass[nodes] + jnp.einsum("...d,...fd->...f", hidden, chosen, preferred_element_type=jnp.float32)
+
+
+class NodeScores(nn.Module):
+  """Scores a node by the items under it (this project's choice).
+
+  With a prior b_i and a vector v_i for each item, a full softmax gives what is under a node the score
+
+      log sum_i exp(b_i + h v_i)  =  log sum_i exp(b_i) + h (mean of v_i by the prior) + ...
+
+  of which these two terms are kept: a score that costs what the nodes cost, and is exact at the items themselves. A
+  code then has one vector wherever it stands, its own, and one for the place in the trie where it stands.
+
+  Attributes:
+    num_items: N that the model is trained on; items that come later have the mean prior.
+  """
+
+  num_items: int
+
+  @nn.compact
+  def __call__(self, items: Any) -> NodeTables:
+    """The tables of all nodes, from `heads.Items`."""
+    prior = self.param("prior", nn.initializers.zeros, (self.num_items,)).astype(jnp.float32)
+    new = items.catalogue.num_items - self.num_items
+    if new:
+      prior = jnp.concatenate([prior, jnp.full(new, jnp.mean(prior))])
+    return NodeTables(*items.catalogue.trie.pooled(prior, items.vectors()))
+
+
+def training_scores(tables: NodeTables | None, hidden: jax.Array) -> Callable[[int, jax.Array], jax.Array] | None:
+  """For `Catalogue.code_log_probs`: hidden [P, L, d], the decoder's state before each level."""
+  if tables is None:
+    return None
+  return lambda level, nodes: tables.scores(hidden[:, level], level, nodes)
+
+
+def search_scores(tables: NodeTables | None) -> Callable[[Any, int, jax.Array], jax.Array] | None:
+  """For `beam_search`, where the decoder's state has its `hidden` [B, w, d]."""
+  if tables is None:
+    return None
+  return lambda state, level, nodes: tables.scores(state["hidden"], level, nodes)

@@ -1,0 +1,152 @@
+"""Items that nobody had bought when the model was trained: does it recommend them?
+
+    python experiments/cold_items.py --config=configs/scientific.py:hybrid --config.data.path=DIR --workdir=runs/cold
+
+holds a share of the items out of everything (`--share`, drawn by `--config.seed`): they are in no history and no
+tokenizer's catalogue. It writes what is left as a data set of its own, runs the config on it, gives the held-out items
+their IDs with the frozen tokenizer, and asks for the next item of every user whose last item is one of them, among all
+items. Nothing is trained for them. What is done already is not done again. Prints a table and writes `cold.json`.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from bbqrec_jax.assign import assign
+from bbqrec_jax.config import validate
+from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.features import load_new_items
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, drop_short_users
+from bbqrec_jax.data.sources import load
+from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
+from bbqrec_jax.experiment import restore, run
+from bbqrec_jax.json_files import write_json
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.train.parallel import PARTITIONERS
+from bbqrec_jax.train.recommender_stage import tokenizer_folder
+
+
+def choose_cold(num_items: int, share: float, *, seed: int) -> np.ndarray:
+  """Which items are held out, [N] bool: the nearest whole number to a share, at least one."""
+  count = max(1, round(share * num_items))
+  cold = np.zeros(num_items, bool)
+  cold[np.random.default_rng(seed).choice(num_items, count, replace=False)] = True
+  return cold
+
+
+def part(interactions: Interactions, cold: np.ndarray) -> tuple[Interactions, Interactions, np.ndarray]:
+  """Histories without the cold items, and those that end with one.
+
+  Args:
+    interactions: all.
+    cold: [N] bool.
+
+  Returns:
+    The histories of warm items, renumbered, of users that have enough of them; the histories of the users whose last
+    item is cold, without it and without other cold ones, renumbered, where any item is left; and those users' last
+    items, numbered among the cold ones.
+  """
+  number = np.where(cold, np.cumsum(cold), np.cumsum(~cold)) - 1
+  owner = np.repeat(np.arange(interactions.num_users), interactions.lengths)
+  warm = ~cold[interactions.items]
+  lengths = np.bincount(owner[warm], minlength=interactions.num_users)
+  last = interactions.items[interactions.offsets[1:] - 1]
+  asked = cold[last] & (lengths > 0)
+  left = choose(interactions, warm, lengths, interactions.users)
+  left = Interactions(number[left.items].astype(np.int32), left.offsets, left.users, left.times)
+  histories = choose(left, np.repeat(asked, lengths), lengths[asked], left.users[asked])
+  return drop_short_users(left, MINIMUM_LENGTH), histories, number[last[asked]].astype(np.int32)
+
+
+def save(dataset: Dataset, keep: np.ndarray, folder: pathlib.Path, interactions: Interactions | None = None) -> None:
+  """Writes the chosen items of a data set, and histories of them, in the format of `--config.data.source=directory`."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, array in dataset.features.items():
+    np.save(folder / f"{name}_features.npy", array[keep])
+    np.save(folder / f"has_{name}.npy", dataset.present[name][keep])
+  titles = [title for title, here in zip(dataset.titles, keep, strict=True) if here]
+  (folder / "items.jsonl").write_text("".join(json.dumps({"title": title}) + "\n" for title in titles))
+  if interactions is None:
+    return
+  for name, values in (("sequences", interactions.items), ("timestamps", interactions.times)):
+    if values is not None:
+      parts = np.split(values, interactions.offsets[1:-1])
+      lines = (" ".join([str(user), *map(str, part)]) for user, part in zip(interactions.users, parts, strict=True))
+      (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+def main(argv: list[str]) -> None:
+  """Trains what is not there yet, and prints what it makes of cold items."""
+  del argv
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
+  try:
+    print(report(config, workdir, share=flags.FLAGS.share))
+  except InputError as error:
+    refuse(error)
+
+
+def report(config: Any, workdir: pathlib.Path, *, share: float) -> str:
+  """Does the work; the table."""
+  if not 0 < share < 1:
+    raise InputError(f"--share: expected a number between 0 and 1, got {share}")
+  validate(config)
+  dataset = load(config.data)
+  cold = choose_cold(dataset.num_items, share, seed=config.seed)
+  warm, histories, targets = part(dataset.interactions, cold)
+  if not len(targets):
+    raise InputError(f"no user's last item is among the {cold.sum()} held out: raise --share")
+  data, new = workdir / "data", workdir / "new_items"
+  if not (data / "sequences.txt").exists():
+    save(dataset, cold, new)
+    save(dataset, ~cold, data, warm)
+  config.data.source, config.data.path = "directory", str(data)
+  config.data.modalities = dataset.modalities
+  folder = workdir / config.recommender.head
+  results = run(config, folder)
+
+  extended = workdir / f"{config.recommender.head}_ids"
+  if not SemanticIds.exists(extended):
+    ids = SemanticIds.load(tokenizer_folder(config, folder))
+    assign(ids, *load_new_items(new, dataset.modalities)).save(extended)
+  restored = restore(folder, tokenizer=extended, features=new)
+  partitioner = PARTITIONERS[config.partitioner]()
+  metrics = evaluate(
+    partitioner.compile_map(make_ranker(restored.model, beam_width=config.evaluation.beam_width)),
+    partitioner.replicate(restored.params),
+    partitioner.replicate(restored.catalogue),
+    histories,
+    targets + int(np.sum(~cold)),
+    batch_size=config.evaluation.batch_size,
+    max_length=config.recommender.max_length,
+    num_items=dataset.num_items,
+  )
+  figures = {
+    "items": dataset.num_items, "cold_items": int(cold.sum()), "cold_users": len(targets), "cold": metrics,
+    "warm": results["test"],
+  }  # fmt: skip
+  write_json(workdir / f"{config.recommender.head}.json", figures)
+  lines = [
+    f"{dataset.name}: {dataset.num_items:,} items, {cold.sum():,} of them in no history that was trained on;"
+    f" {len(targets):,} users whose last item is one of these, {results['data']['users']:,} others' test items",
+    "| head | cold Recall@10 | NDCG@10 | warm Recall@10 | NDCG@10 |",
+    "|---|---|---|---|---|",
+    f"| {config.recommender.head} | "
+    + " | ".join(f"{part[name]:.4f}" for part in (metrics, results["test"]) for name in ("recall@10", "ndcg@10"))
+    + " |",
+  ]
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "The config to run on what is left.")
+  flags.DEFINE_string("workdir", None, "Gets the two data sets, the run and the IDs.")
+  flags.DEFINE_float("share", 0.05, "Of the items, to hold out.")
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)
