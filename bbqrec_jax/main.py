@@ -10,6 +10,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.experiment import run
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes.
+  keep_compiled()
   try:
     run(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir))
   except InputError as error:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.errors import InputError, refuse
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   options = flags.FLAGS
+  keep_compiled()
   try:
     if options.top < 1:
       raise InputError(f"--top must be at least 1, got {options.top}")

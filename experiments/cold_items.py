@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from bbqrec_jax.assign import assign
+from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import validate
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import load_new_items
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> None:
   del argv
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
+  keep_compiled()
   config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
   try:
     print(report(config, workdir, share=flags.FLAGS.share))

@@ -19,6 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError, refuse
@@ -151,6 +152,7 @@ def main(argv: list[str]) -> None:
   del argv
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
+  keep_compiled()
   options = flags.FLAGS
   try:
     for name in options.variants:

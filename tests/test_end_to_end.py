@@ -1,6 +1,7 @@
 """Whole runs on a small synthetic data set: what they write, how they go on, and recommending from them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 
 from bbqrec_jax import experiment
+from bbqrec_jax.assign import assign
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import load_config, restore
-from bbqrec_jax.recommend import parse_history, recommend
+from bbqrec_jax.recommend import parse_history, parse_times, recommend
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.logging import MetricsLog
 from bbqrec_jax.train.loop import Interrupted
@@ -340,19 +342,90 @@ def test_a_long_history_does_not_shorten_the_list(finished):
 
 
 @pytest.mark.parametrize(
-  ("head", "backbone"), [("parallel", "causal"), ("hybrid", "causal"), ("generative", "encoder_decoder")]
+  "changes",
+  [
+    {"recommender.head": "parallel"},
+    {"recommender.head": "hybrid"},
+    {"recommender.backbone": "encoder_decoder", "recommender.head_width": 8},
+    {"recommender.softmax_over": "all", "recommender.node_scores": False, "recommender.dtype": "bfloat16"},
+    {"recommender.item_inputs": ("fused", "features"), "recommender.head": "dense"},
+  ],
+  ids=str,
 )
-def test_other_heads_and_backbones_run_on_the_same_semantic_ids(generative, tmp_path, head, backbone):
-  changes = {
-    "tokenizer.artefact": str(generative[0] / "tokenizer"), "recommender.head": head, "recommender.backbone": backbone,
-    "recommender.steps": 40, "recommender.head_width": 8,
-  }  # fmt: skip
+def test_other_choices_run_on_the_same_semantic_ids(generative, tmp_path, changes):
+  changes = {"tokenizer.artefact": str(generative[0] / "tokenizer"), "recommender.steps": 40, **changes}
   results = experiment.run(make_config(**changes), tmp_path / "run")
   assert results["test"].keys() == METRICS
   assert results["validation"]["recall@20"] > results["popularity"]["recall@20"]
   items, scores = recommend_from(tmp_path / "run", [5, 9, 70, 2], top=10, beam_width=20)
   assert len(set(items.tolist()) - {5, 9, 70, 2}) == 10
   assert np.all(np.diff(scores) <= 0)
+
+
+def test_time_between_interactions_needs_times_and_is_asked_for(generative, tmp_path):
+  changes = {
+    "tokenizer.artefact": str(generative[0] / "tokenizer"), "recommender.head": "dense", "recommender.steps": 40,
+    "recommender.time_buckets": 32,
+  }  # fmt: skip
+  experiment.run(make_config(**changes), tmp_path / "run")
+  _, _, model, params, catalogue, _ = restore(tmp_path / "run")
+  assert np.any(params["backbone"]["time"]["table"])
+  history = np.array([5, 9, 70], np.int32)
+  scores = [
+    recommend(model, params, catalogue, history, top=5, beam_width=5, times=np.array(times))[1]
+    for times in ([0.0, 1.0, 2.0], [7.0, 8.0, 9.0], [0.0, 1.0, 1e7])
+  ]
+  np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+  assert np.abs(scores[0] - scores[2]).max() > 1e-5
+
+  folder = tmp_path / "data"
+  folder.mkdir()
+  (folder / "sequences.txt").write_text("".join(f"{user} 0 1 2 3\n" for user in range(5)))
+  (folder / "items.jsonl").write_text("{}\n" * 4)
+  np.save(folder / "text_features.npy", np.eye(4, dtype=np.float32))
+  wrong = changes | {"data.source": "directory", "data.path": str(folder), "tokenizer.artefact": ""}
+  with pytest.raises(InputError, match=r"needs timestamps, found none: give timestamps\.txt"):
+    experiment.run(make_config(**wrong), tmp_path / "other")
+
+
+def test_new_items_are_served_without_training(generative, tmp_path):
+  workdir, _ = generative
+  known = restore(workdir)
+  # Twins of known items, so that it is plain whom they go to.
+  rows = np.array([3, 70])
+  features = {name: array[rows] for name, array in known.dataset.features.items()}
+  present = {name: mask[rows] for name, mask in known.dataset.present.items()}
+  extended = assign(known.ids, features, present)
+  extended.save(tmp_path / "ids")
+  more = restore(workdir, tokenizer=tmp_path / "ids")
+  assert len(more.dataset.titles) == more.catalogue.num_items == NUM_ITEMS + 2
+  np.testing.assert_array_equal(more.ids.codes, extended.codes)
+  np.testing.assert_array_equal(more.catalogue.edges, known.catalogue.edges)
+  history = np.array([NUM_ITEMS, 5, NUM_ITEMS + 1], np.int32)
+  items, scores = recommend(more.model, more.params, more.catalogue, history, top=NUM_ITEMS, beam_width=NUM_ITEMS + 2)
+  assert sorted(items.tolist()) == sorted(set(range(NUM_ITEMS)) - {5})
+  assert np.isfinite(scores).all()
+
+  other = dataclasses.replace(extended, codes=(extended.codes + 1) % CODES)
+  other.save(tmp_path / "other")
+  with pytest.raises(InputError, match="does not extend the semantic IDs that the recommender was trained on"):
+    restore(workdir, tokenizer=tmp_path / "other")
+
+
+def test_new_items_need_ids_and_the_features_that_are_read(sasrec, generative, tmp_path):
+  with pytest.raises(InputError, match="knows items by number alone"):
+    restore(sasrec[0], tokenizer=generative[0] / "tokenizer")
+
+
+@pytest.mark.parametrize("times", ["1,2", "1,2,x", "1,3,2", "1,2,inf", ""])
+def test_bad_times_are_refused(times):
+  with pytest.raises(InputError, match="--times: expected 3 numbers in time order"):
+    parse_times(times, count=3)
+
+
+def test_parse_times():
+  assert parse_times(None, count=3) is None
+  assert parse_times("1, 2.5,9", count=3).tolist() == [1, 2.5, 9]
 
 
 def test_dense_recommendations_against_brute_force(dense):

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bbqrec_jax.models.dropout import Dropout
 from bbqrec_jax.ops.attention import attention, history_mask
 from bbqrec_jax.ops.positions import elapsed_buckets, relative_buckets
 
@@ -79,7 +80,7 @@ class TransformerLayer(nn.Module):
     deterministic: bool,
   ) -> tuple[jax.Array, KeyValue]:
     """As `SelfAttention`: [B, T, d] -> [B, T, d], and the keys and values."""
-    drop = nn.Dropout(self.dropout, deterministic=deterministic)
+    drop = Dropout(self.dropout, deterministic=deterministic)
     attend = SelfAttention(self.num_heads, self.implementation, name="attention")
     mixed, present = attend(nn.LayerNorm()(x), mask, bias, past, scale=scale)
     x = x + drop(mixed)
@@ -204,7 +205,7 @@ class CausalBackbone(nn.Module):
     if self.time_buckets and times is not None:
       elapsed = ElapsedBias(self.num_heads, self.time_buckets, name="time")(times)
       relative = elapsed if relative is None else relative + elapsed
-    x = nn.Dropout(self.dropout, deterministic=deterministic)(x)
+    x = Dropout(self.dropout, deterministic=deterministic)(x)
     mask = history_mask(segments)
     for index in range(self.num_layers):
       layer = TransformerLayer(self.num_heads, self.mlp_width, self.dropout, self.implementation, name=f"layer_{index}")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from bbqrec_jax.models.backbones import KeyValue, RelativeBias, reweighting
 from bbqrec_jax.models.catalogue import RecommenderSettings
+from bbqrec_jax.models.dropout import Dropout
 from bbqrec_jax.models.node_scores import NodeScores, NodeTables, search_scores, training_scores
 from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
@@ -102,7 +103,7 @@ class Layer(nn.Module):
       self.cross_norm, self.cross_attention = nn.RMSNorm(), Attention(self.shape)
     self.mlp_in = nn.Dense(self.shape.mlp_width, use_bias=False)
     self.mlp_out = nn.Dense(self.shape.width, use_bias=False)
-    self.drop = nn.Dropout(self.shape.dropout)
+    self.drop = Dropout(self.shape.dropout)
 
   def __call__(
     self,
@@ -172,7 +173,7 @@ class Encoder(nn.Module):
     # A token of padding sees itself, so that its softmax is finite.
     mask = here[:, None, None, :] | jnp.eye(length * levels, dtype=bool)[None, None]
     position = RelativeBias(self.shape.num_heads, self.num_buckets, name="position")(places[None, :] - places[:, None])
-    drop = nn.Dropout(self.shape.dropout, deterministic=deterministic)
+    drop = Dropout(self.shape.dropout, deterministic=deterministic)
     x = drop(x)
     for index in range(self.num_layers):
       own = bias[index] if bias is not None and bias.ndim == 5 else bias
@@ -205,7 +206,7 @@ class DecoderHead(nn.Module):
     self.position = RelativeBias(s.num_heads, s.position_buckets, bidirectional=False)
     self.layers = [Layer(shape, cross=True, name=f"layer_{index}") for index in range(s.num_layers)]
     self.norm = nn.RMSNorm()
-    self.drop = nn.Dropout(s.dropout)
+    self.drop = Dropout(s.dropout)
     if s.node_scores:
       self.node_scores = NodeScores(s.num_items)
 

@@ -312,3 +312,29 @@ def test_real_folders_hold_what_they_are_known_to(name, users, items, interactio
   if name == "ml100k_posters":
     assert figures["modalities"]["image"]["coverage"] == pytest.approx(0.847, abs=5e-4)
     assert dataset.titles[0] == "Toy Story"
+
+
+TIMES = "ann 5 5 9.5\nbob 0 1 2 3\ncy -7 0 1e9\n"
+
+
+def test_timestamps_stand_beside_the_items(folder):
+  assert load_directory(folder).interactions.times is None
+  (folder / "timestamps.txt").write_text(TIMES)
+  np.testing.assert_array_equal(load_directory(folder).interactions.times, [5, 5, 9.5, 0, 1, 2, 3, -7, 0, 1e9])
+
+
+@pytest.mark.parametrize(
+  ("times", "parts"),
+  [
+    ("ann 5 5 9\nbob 0 1 2 3\n", ["expected 3 lines", "got 2", "same users"]),
+    ("ann 5 5 9\ncy 0 1 2\nbob 1 2 3 4\n", ["line 2 field 1", "expected user 'bob'", "got 'cy'"]),
+    ("ann 5 5\nbob 0 1 2 3\ncy 1 2 3\n", ["line 1", "expected 3 times", "got 2"]),
+    ("ann 5 4 9\nbob 0 1 2 3\ncy 1 2 3\n", ["line 1", "in time order", "sort the history"]),
+    ("ann 5 5 x\nbob 0 1 2 3\ncy 1 2 3\n", ["line 1", "expected finite numbers"]),
+    ("ann 5 5 9\nbob 0 1 2 inf\ncy 1 2 3\n", ["line 2", "expected finite numbers"]),
+    ("ann 5 5 9\nbob 0 1 nan 3\ncy 1 2 3\n", ["line 2", "expected finite numbers"]),
+  ],
+)
+def test_bad_timestamps_are_refused(folder, times, parts):
+  (folder / "timestamps.txt").write_text(times)
+  refusal(folder, "timestamps.txt", *parts)

@@ -10,6 +10,7 @@ from bbqrec_jax.data.interactions import (
   drop_short_users,
   from_lengths,
   leave_one_out,
+  select_users,
 )
 from bbqrec_jax.errors import InputError
 
@@ -127,3 +128,17 @@ def test_split_hash_changes_with_the_histories(other):
 def test_split_hash_ignores_the_labels():
   renamed = dict(zip("xyz", HISTORIES.values(), strict=True))
   assert leave_one_out(make(renamed)).split_hash == leave_one_out(make(HISTORIES)).split_hash
+
+
+def test_times_stay_with_their_items_through_every_choice():
+  histories = make(HISTORIES | {"dee": [1]})
+  # A time that says which user and which place it is of.
+  times = np.concatenate([100.0 * user + np.arange(length) for user, length in enumerate(histories.lengths)])
+  kept = drop_short_users(dataclasses.replace(histories, times=times))
+  assert kept.times.tolist() == [0, 1, 2, 100, 101, 102, 103, 104, 200, 201, 202, 203]
+  split = leave_one_out(kept)
+  assert split.train.times.tolist() == [0, 100, 101, 102, 200, 201]
+  assert split.validation_time.tolist() == [1, 103, 202]
+  assert split.history("test").times.tolist() == [0, 1, 100, 101, 102, 103, 200, 201, 202]
+  assert select_users(split.train, np.array([2, 0])).times.tolist() == [200, 201, 0]
+  assert leave_one_out(drop_short_users(histories)).history("test").times is None

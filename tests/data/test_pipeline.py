@@ -1,5 +1,6 @@
 """The input pipeline against brute force: what each epoch holds, and that a resumed run is given the same batches."""
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -485,3 +486,27 @@ def test_prefix_batches_come_again_after_a_resume_and_on_any_number_of_processes
     assert batch.keys() == expected.keys()
     for name in batch:
       np.testing.assert_array_equal(batch[name], expected[name])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_times_are_seconds_since_a_users_first_interaction(whole):
+  histories = make_histories()
+  # An item occurs once, so that it tells its time; the clock's start lies far outside of 32 bits.
+  times = 1e12 + 10.7 * histories.items
+  histories = dataclasses.replace(histories, items=np.sort(histories.items), times=np.sort(times))
+  first = np.repeat(histories.times[np.minimum(histories.offsets[:-1], len(times) - 1)], histories.lengths)
+  expected = dict(zip(histories.items.tolist(), (histories.times - first).astype(int).tolist(), strict=True))
+  rows = packed_epoch(histories, max_length=20, row_length=32, whole=whole, seed=0, epoch=0)
+  assert rows["times"].dtype == np.int32
+  for window in windows_of(rows):
+    assert window["times"] == [expected[item] for item in window["items"]]
+  for batch in evaluation_batches(histories, np.zeros(len(LENGTHS), int), batch_size=4, max_length=5):
+    real = batch["segments"] > 0
+    assert batch["times"][real].tolist() == [expected[item] for item in batch["items"][real].tolist()]
+    assert not batch["times"][~real].any()
+
+
+def test_a_gap_of_centuries_counts_as_the_longest():
+  histories = from_lengths(np.arange(2), np.array([2]), np.array(["u"]), np.array([0.0, 1e11]))
+  rows = packed_epoch(histories, max_length=5, row_length=5, whole=True, seed=0, epoch=0)
+  assert rows["times"].max() == np.iinfo(np.int32).max

@@ -171,3 +171,26 @@ def test_a_layer_fed_one_position_at_a_time_gives_what_it_gives_in_one_pass(para
 
   whole, stepped = both(x)
   jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), stepped, whole)
+
+
+TIMED = CausalBackbone(num_layers=2, num_heads=HEADS, mlp_width=12, max_length=MAX_LENGTH, dropout=0.5, time_buckets=8)
+TIMES = np.array([[0, 3, 40, 7, 7, 0], [5, 5, 6, 20, 90, 91]])
+
+
+@jax.jit
+def timed(params, x, bias, times):
+  return TIMED.apply({"params": params}, x, SEGMENTS, POSITIONS, bias, times)
+
+
+def test_time_between_interactions_is_a_bias_by_its_bucket(params):
+  x, bias = inputs()
+  table = np.random.default_rng(1).normal(size=(8, HEADS)).astype(np.float32)
+  gap = np.maximum(TIMES[:, :, None] - TIMES[:, None, :], 0)
+  bucket = np.minimum([[[int(g).bit_length() for g in row] for row in rows] for rows in gap], 7)
+  expected = run(params, x, SEGMENTS, POSITIONS, bias + np.moveaxis(table[bucket], -1, 1))
+  own = params | {"time": {"table": table}}
+  real = SEGMENTS > 0
+  assert_allclose(np.asarray(timed(own, x, bias, TIMES))[real], np.asarray(expected)[real], atol=1e-5)
+  assert_allclose(timed(own, x, bias, TIMES + 1000), timed(own, x, bias, TIMES), atol=1e-6)
+  zero = params | {"time": {"table": np.zeros_like(table)}}
+  assert_array_equal(timed(zero, x, bias, TIMES), run(params, x, SEGMENTS, POSITIONS, bias))

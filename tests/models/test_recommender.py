@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.models.heads import GenerativeHead, ParallelHead
 from bbqrec_jax.models.recommender import Recommender
@@ -474,3 +475,78 @@ def test_a_backbone_of_ones_own_is_a_function_that_the_config_names(dense_params
   settings = dataclasses.replace(DENSE, backbone=f"{__name__}:sums")
   expected = np.cumsum(numpy_item_vectors(dense_params, catalogue)[batch["items"]], axis=1)
   assert_allclose(states(dense_params, catalogue, batch, settings=settings), expected, atol=1e-5)
+
+
+BFLOAT16 = dataclasses.replace(SETTINGS, dtype="bfloat16")
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "method"))
+def in_its_type(settings, method, params, catalogue, *args):
+  return apply(Recommender(settings), params, method, catalogue, *args)
+
+
+def test_bfloat16_starts_as_the_plain_backbone_bit_for_bit_and_stays_near_float32(fresh, params, catalogue, batch):
+  parts = [batch[name] for name in ("items", "segments", "positions")]
+  plain = dataclasses.replace(BFLOAT16, num_streams=0)
+  shared = {name: value for name, value in fresh.items() if name != "similarity_tables"}
+  expected = in_its_type(plain, "states", shared, catalogue, *parts)
+  assert expected.dtype == jnp.bfloat16
+  assert_array_equal(in_its_type(BFLOAT16, "states", fresh, catalogue, *parts), expected)
+  assert (in_its_type(BFLOAT16, "states", params, catalogue, *parts) != expected).any()
+  got = np.asarray(in_its_type(BFLOAT16, "states", params, catalogue, *parts), np.float32)
+  real = SEGMENTS > 0
+  assert np.abs(got - states(params, catalogue, batch))[real].max() < 0.1
+
+
+@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid"])
+def test_bfloat16_losses_and_gradients_are_float32(random_params, catalogue, batch, head):
+  settings = dataclasses.replace(BFLOAT16, head=head, node_scores=True)
+  own = random_params(Recommender(settings), catalogue, batch)
+
+  def loss(params):
+    return apply(Recommender(settings), params, "loss", catalogue, batch, deterministic=True)
+
+  (value, terms), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(own)
+  assert {leaf.dtype for leaf in jax.tree.leaves((value, terms, gradient))} == {np.dtype(np.float32)}
+  in_float32, _ = loss_and_gradient(dataclasses.replace(settings, dtype="float32"), own, catalogue, batch)
+  assert value == pytest.approx(float(in_float32[0]), rel=0.02)
+  assert value != in_float32[0]
+
+
+FEATURES = dataclasses.replace(SETTINGS, feature_width=5)
+
+
+def test_features_come_into_an_items_vector_by_a_linear_map(random_params, catalogue, batch):
+  features = np.random.default_rng(8).normal(size=(ITEMS, 5)).astype(np.float32)
+  richer = catalogue.replace(features=jnp.asarray(features))
+  own = random_params(Recommender(FEATURES), richer, batch)
+  plain = {name: value for name, value in own.items() if name != "feature_map"}
+  expected = np.asarray(call(SETTINGS, "item_vectors", plain, catalogue)) + features @ own["feature_map"]
+  assert_allclose(call(FEATURES, "item_vectors", own, richer), expected, atol=1e-5)
+  assert_allclose(call(FEATURES, "item_vectors", own, richer, batch["items"]), expected[batch["items"]], atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid"])
+def test_items_that_come_later_are_found_and_known_ones_keep_their_vectors(random_params, catalogue, batch, head):
+  ids = np.asarray(catalogue.semantic_ids)
+  free = np.stack(np.unravel_index(np.arange(CODES**LEVELS), (CODES,) * LEVELS), axis=1)
+  free = free[~(free[:, None] == ids[None]).all(-1).any(1)][:3]
+  every = np.concatenate([ids, free])
+  columns = np.concatenate([catalogue.columns, np.tile(catalogue.columns[:1], (3, 1))])
+  columns[ITEMS:, :LEVELS] = code_columns([free], [np.ones(3, bool)], num_codes=CODES)
+  more = Catalogue(
+    semantic_ids=jnp.asarray(every, jnp.int32),
+    columns=jnp.asarray(columns),
+    streams=jnp.concatenate([catalogue.streams, catalogue.streams[:3]]),
+    edges=catalogue.edges,
+    trie=build_trie(every),
+  )
+  settings = dataclasses.replace(SETTINGS, head=head, node_scores=True)
+  own = random_params(Recommender(settings), catalogue, batch)
+  vectors = np.asarray(call(settings, "item_vectors", own, more))
+  assert_array_equal(vectors[:ITEMS], call(settings, "item_vectors", own, catalogue))
+  codes = np.where(columns[ITEMS:, :, None] < 0, 0, own["code_embedding"][columns[ITEMS:]])
+  assert_allclose(vectors[ITEMS:], codes.sum(axis=1), atol=1e-5)
+  queries = jnp.asarray(np.random.default_rng(4).normal(size=(3, WIDTH)), jnp.float32)
+  found = search(settings, own, more, queries, width=ITEMS + 3)
+  assert_array_equal(np.sort(found.items, axis=1), np.tile(np.arange(ITEMS + 3), (3, 1)))

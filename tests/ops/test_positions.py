@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from bbqrec_jax.ops.positions import relative_buckets
+from bbqrec_jax.ops.positions import elapsed_buckets, relative_buckets
 
 
 def oracle(distance, num_buckets, max_distance, bidirectional):
@@ -46,3 +46,11 @@ def test_buckets_follow_the_rule(num_buckets, max_distance, bidirectional):
 def test_every_near_distance_has_a_bucket_of_its_own():
   buckets = np.asarray(relative_buckets(jnp.arange(-7, 8), num_buckets=32))
   assert len(set(buckets.tolist())) == 15
+
+
+def test_buckets_of_time_are_bit_lengths():
+  seconds = [-5, 0, 1, 2, 3, 4, 59, 60, 86399, 2**24 - 1, 2**24 + 1, 2**30, 2**31 - 1]
+  expected = [max(value, 0).bit_length() for value in seconds]
+  assert expected[-1] == 31, "so 32 buckets tell all apart"
+  assert_array_equal(elapsed_buckets(jnp.array(seconds)), expected)
+  assert_array_equal(elapsed_buckets(jnp.array(seconds), num_buckets=8), np.minimum(expected, 7))

@@ -157,3 +157,30 @@ def test_a_catalogue_of_two_items_fills_the_rest_of_the_beam_with_minus_one(ids,
   assert_array_equal(result.items, np.pad(order, ((0, 0), (0, 4)), constant_values=-1))
   assert_allclose(result.log_probs[:, :2], np.take_along_axis(expected, order, axis=1), atol=1e-5)
   assert np.isneginf(result.log_probs[:, 2:]).all()
+
+
+def test_a_beam_as_wide_as_a_catalogue_of_five_thousand_is_exact():
+  """Codes whose probability depends on the code before: the score of every item is a sum of table entries."""
+  count, levels, num_codes, rng = 5000, 3, 32, np.random.default_rng(3)
+  chosen = rng.choice(num_codes**levels, size=count, replace=False)
+  codes = np.stack(np.unravel_index(chosen, (num_codes,) * levels), axis=1)
+  logits = rng.normal(size=(levels, 2, num_codes, num_codes)).astype(np.float32)
+  scores = logits[0][:, 0, codes[:, 0]]
+  for level in range(1, levels):
+    scores = scores + logits[level][:, codes[:, level - 1], codes[:, level]]
+
+  @functools.partial(jax.jit, static_argnames="width")
+  def found(trie, *, width):
+    def step(state, level, last):
+      before = jnp.zeros((2, 1), jnp.int32) if last is None else last
+      return jnp.take_along_axis(jnp.asarray(logits[level]), before[..., None], axis=1), state
+
+    return beam_search(trie, step, {}, batch=2, width=width)
+
+  trie, order = build_trie(codes), np.argsort(-scores, axis=1)
+  result = found(trie, width=count)
+  assert_array_equal(np.sort(result.items, axis=1), np.tile(np.arange(count), (2, 1)))
+  assert_allclose(result.log_probs, np.take_along_axis(scores, order, axis=1), atol=1e-5)
+  assert_allclose(np.take_along_axis(scores, np.asarray(result.items), axis=1), result.log_probs, atol=1e-5)
+  few = found(trie, width=20)
+  assert_allclose(np.take_along_axis(scores, np.asarray(few.items), axis=1), few.log_probs, atol=1e-5)

@@ -1,0 +1,31 @@
+"""Compiled programs are kept between runs, so that the same command starts faster the second time."""
+
+import hashlib
+import os
+import pathlib
+
+import jax
+
+
+def keep_compiled() -> None:
+  """Points JAX's persistent compilation cache at a folder of the user's, unless one is set already.
+
+  `JAX_COMPILATION_CACHE_DIR` chooses another folder, `JAX_ENABLE_COMPILATION_CACHE=0` does without. Programs for a CPU
+  use all that it can do, and a home folder may be shared by different machines: each kind of CPU has a folder.
+  """
+  if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    return
+  home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+  jax.config.update("jax_compilation_cache_dir", str(home / "bbqrec_jax" / _kind_of_cpu()))
+  # What compiles in less than this is not worth a file.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _kind_of_cpu(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
+  """A short name that differs where CPUs can do different things."""
+  try:
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+  except OSError:
+    return os.uname().machine
+  abilities = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+  return f"{os.uname().machine}-{hashlib.sha256('|'.join(abilities).encode()).hexdigest()[:8]}"

@@ -1,0 +1,115 @@
+"""The peers' side of `compare.py`: torch, vector-quantize-pytorch and transformers."""
+
+import itertools
+import sys
+
+import torch
+from serving import (
+  BEAM,
+  BLOCKS,
+  CODES,
+  HISTORY,
+  ITEM_BATCH,
+  LEVELS,
+  SEARCH_BATCH,
+  STEPS,
+  T5,
+  TRAIN_BATCH,
+  WIDTHS,
+  semantic_ids,
+  serve,
+)
+from torch import nn
+
+
+def quantizer(learnable):
+  """ResidualVQ in the same autoencoder; its codewords follow averages, its default, or are learned as ours are."""
+  from vector_quantize_pytorch import ResidualVQ
+
+  def mlp(widths):
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+      layers += [nn.Linear(before, after), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+  torch.manual_seed(0)
+  encoder, decoder = mlp(WIDTHS), mlp(WIDTHS[::-1])
+  choices = {"learnable_codebook": True, "ema_update": False} if learnable else {}
+  vq = ResidualVQ(dim=WIDTHS[-1], num_quantizers=LEVELS, codebook_size=CODES, commitment_weight=0.25, **choices)
+  optimizer = torch.optim.Adam([p for m in (encoder, decoder, vq) for p in m.parameters()], 1e-3)
+  batches = [torch.randn(ITEM_BATCH, WIDTHS[0]) for _ in range(4)]
+
+  def train():
+    for module in (encoder, decoder, vq):
+      module.train()
+    for index in range(STEPS):
+      x = batches[index % len(batches)]
+      quantized, _, losses = vq(encoder(x)[None])
+      loss = torch.mean(torch.square(decoder(quantized[0]) - x)) + losses.sum()
+      optimizer.zero_grad()
+      loss.backward()
+      optimizer.step()
+
+  def tokenize():
+    for module in (encoder, decoder, vq):
+      module.eval()
+    with torch.inference_mode():
+      for index in range(BLOCKS):
+        vq(encoder(batches[index % len(batches)])[None])[1].numpy()
+
+  return {"train": train, "tokenize": tokenize}
+
+
+def t5():
+  """Hugging Face's T5 with a Python trie behind `prefix_allowed_tokens_fn`, as LETTER and its kind decode."""
+  from transformers import T5Config, T5ForConditionalGeneration
+
+  torch.manual_seed(0)
+  pad, end, first = 0, 1, 2  # A level's codes stand after those of the levels before it.
+  model = T5ForConditionalGeneration(
+    T5Config(
+      vocab_size=first + LEVELS * CODES, d_model=T5["width"], d_kv=T5["head_width"], d_ff=T5["mlp_width"],
+      num_layers=T5["layers"], num_decoder_layers=T5["layers"], num_heads=T5["heads"], dropout_rate=T5["dropout"],
+      pad_token_id=pad, eos_token_id=end, decoder_start_token_id=pad,
+    )
+  )  # fmt: skip
+  tokens = torch.as_tensor(semantic_ids()) + first + CODES * torch.arange(LEVELS)
+  children: dict[tuple[int, ...], list[int]] = {}
+  known = set(map(tuple, tokens.tolist()))
+  for item in known:
+    for level in range(LEVELS):
+      children.setdefault(item[:level], []).append(item[level])
+  allowed = {prefix: sorted(set(codes)) for prefix, codes in children.items()}
+  optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+
+  def histories(rows):
+    return tokens[torch.randint(len(tokens), (rows, HISTORY))].reshape(rows, -1)
+
+  inputs, targets = histories(TRAIN_BATCH), tokens[torch.randint(len(tokens), (TRAIN_BATCH,))]
+  queries = [histories(SEARCH_BATCH) for _ in range(4)]
+
+  def train():
+    model.train()
+    loss = model(input_ids=inputs, labels=targets).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+  def generate():
+    model.eval()
+    valid = []
+    with torch.inference_mode():
+      for query in queries:
+        found = model.generate(
+          input_ids=query, num_beams=BEAM, num_return_sequences=BEAM, max_new_tokens=LEVELS, min_new_tokens=LEVELS,
+          do_sample=False, early_stopping=True,
+          prefix_allowed_tokens_fn=lambda _, sofar: allowed.get(tuple(sofar[1:].tolist()), [end]),
+        )  # fmt: skip
+        valid += [tuple(row[1 : 1 + LEVELS]) in known for row in found.tolist()]
+    return sum(valid) / len(valid)
+
+  return {"train": train, "generate": generate}
+
+
+if __name__ == "__main__":
+  serve(t5() if sys.argv[1] == "t5" else quantizer(sys.argv[1] == "quantizer_learned"))

@@ -1,0 +1,78 @@
+"""Items held out of everything: who is asked about them, and that the whole experiment runs."""
+
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from bbqrec_jax.config import default_config
+from bbqrec_jax.data.interactions import from_lengths
+from bbqrec_jax.data.sources import load, load_directory
+from bbqrec_jax.errors import InputError
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "experiments" / "cold_items.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+  spec = importlib.util.spec_from_file_location("cold_items", SCRIPT)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_histories_are_parted_as_by_hand(script):
+  # Items 1 and 4 are cold; the warm ones 0, 2, 3, 5 are numbered 0 to 3.
+  cold = np.array([False, True, False, False, True, False])
+  lists = {"a": [0, 2, 3, 5], "b": [0, 1, 2, 3, 4], "c": [1, 4], "d": [5, 1], "e": [4, 3, 3, 0]}
+  items = np.concatenate([np.array(values) for values in lists.values()])
+  whole = from_lengths(items, np.array([len(v) for v in lists.values()]), np.array(list(lists)))
+  warm, histories, targets = script.part(whole, cold)
+
+  def by_user(interactions):
+    return {str(user): interactions.history(row).tolist() for row, user in enumerate(interactions.users)}
+
+  assert by_user(warm) == {"a": [0, 1, 2, 3], "b": [0, 1, 2], "e": [2, 2, 0]}
+  assert by_user(histories) == {"b": [0, 1, 2], "d": [3]}, "c has nothing but cold items"
+  assert targets.tolist() == [1, 0]
+
+
+def test_the_share_is_kept_and_drawn_by_the_seed(script):
+  drawn = [script.choose_cold(200, 0.05, seed=seed) for seed in (0, 0, 1)]
+  assert [mask.sum() for mask in drawn] == [10, 10, 10]
+  assert np.array_equal(drawn[0], drawn[1])
+  assert not np.array_equal(drawn[0], drawn[2])
+  assert script.choose_cold(5, 0.01, seed=0).sum() == 1
+
+
+@pytest.mark.usefixtures("compile_cache", "quick_compile")
+def test_a_small_run_ranks_the_cold_items_among_all(script, tmp_path):
+  config = default_config()
+  config.update_from_flattened_dict({
+    "data.source": "synthetic", "data.synthetic.num_users": 150, "data.synthetic.num_items": 60,
+    "tokenizer.num_levels": 2, "tokenizer.num_codes": 16, "tokenizer.quantizer": "rq_kmeans",
+    "recommender.head": "dense", "recommender.width": 8, "recommender.mlp_width": 8, "recommender.num_layers": 1,
+    "recommender.similarity": (), "recommender.item_inputs": ("fused", "features", "item"),
+    "recommender.steps": 20, "recommender.evaluate_every": 10, "evaluation.batch_size": 52,
+  })  # fmt: skip
+  whole = load(config.data)
+  text = script.report(config, tmp_path, share=0.2)
+  figures = json.loads((tmp_path / "dense.json").read_text())
+  assert figures["items"] == 60
+  assert figures["cold_items"] == 12
+  left = load_directory(tmp_path / "data")
+  assert left.num_items == 48
+  cold = script.choose_cold(60, 0.2, seed=0)
+  np.testing.assert_array_equal(left.features["text"], whole.features["text"][~cold])
+  assert [title for title, hidden in zip(whole.titles, cold, strict=True) if not hidden] == list(left.titles)
+  assert 0 < figures["cold_users"] < 150
+  assert f"{figures['cold']['recall@10']:.4f}" in text
+  assert figures["cold"]["recall@20"] <= 1
+
+
+def test_a_share_that_leaves_nothing_is_refused(script, tmp_path):
+  for share in (0.0, 1.0, -1.0):
+    with pytest.raises(InputError, match="--share: expected a number between 0 and 1"):
+      script.report(default_config(), tmp_path, share=share)
