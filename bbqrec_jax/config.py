@@ -258,7 +258,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ("recommender.width", "recommender.num_heads"),
     ("tokenizer.code_width", "tokenizer.history_heads"),
   ):
-    if flat[width] % flat[heads]:
+    own_width = width == "recommender.width" and flat["recommender.backbone"] == "encoder_decoder"
+    if flat[width] % flat[heads] and not own_width:
       raise InputError(f"config field {width} = {flat[width]} must be a multiple of {heads} = {flat[heads]}")
   for stage in ("tokenizer", "recommender"):
     if flat[f"{stage}.row_length"] < flat[f"{stage}.max_length"]:
