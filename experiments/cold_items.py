@@ -5,9 +5,11 @@
 holds a share of the items out of everything (`--share`, drawn by `--config.seed`): they are in no history and no
 tokenizer's catalogue. It writes what is left as a data set of its own, runs the config on it, gives the held-out items
 their IDs with the frozen tokenizer, and asks for the next item of every user whose last item is one of them, among all
-items. Nothing is trained for them. What is done already is not done again. Prints a table and writes `cold.json`.
+items. Nothing is trained for them. What is done already is not done again, and other heads (`scientific.py:dense`, the
+same workdir) share the IDs. Prints a line a head and writes it to `HEAD.json`.
 """
 
+import copy
 import json
 import pathlib
 from typing import Any
@@ -18,18 +20,17 @@ from ml_collections import config_flags
 
 from bbqrec_jax.assign import assign
 from bbqrec_jax.compilation import keep_compiled
-from bbqrec_jax.config import validate
+from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, drop_short_users
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
-from bbqrec_jax.experiment import restore, run
+from bbqrec_jax.experiment import restore, run, tokenize
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.parallel import PARTITIONERS
-from bbqrec_jax.train.recommender_stage import tokenizer_folder
 
 
 def choose_cold(num_items: int, share: float, *, seed: int) -> np.ndarray:
@@ -110,13 +111,17 @@ def report(config: Any, workdir: pathlib.Path, *, share: float) -> str:
     save(dataset, ~cold, data, warm)
   config.data.source, config.data.path = "directory", str(data)
   config.data.modalities = dataset.modalities
+  # Of all heads alike: a tokenizer knows nothing of the recommender.
+  neutral, folder = copy.deepcopy(config), workdir / "ids"
+  neutral.update_from_flattened_dict(flatten(default_config().recommender, "recommender."))
+  tokenize(neutral, folder)
+  config.tokenizer.artefact = str(folder / "tokenizer")
+  extended = folder / "extended"
+  if not SemanticIds.exists(extended):
+    ids = SemanticIds.load(folder / "tokenizer")
+    assign(ids, *load_new_items(new, dataset.modalities)).save(extended)
   folder = workdir / config.recommender.head
   results = run(config, folder)
-
-  extended = workdir / f"{config.recommender.head}_ids"
-  if not SemanticIds.exists(extended):
-    ids = SemanticIds.load(tokenizer_folder(config, folder))
-    assign(ids, *load_new_items(new, dataset.modalities)).save(extended)
   restored = restore(folder, tokenizer=extended, features=new)
   partitioner = PARTITIONERS[config.partitioner]()
   metrics = evaluate(

@@ -23,6 +23,8 @@ from serving import (
   serve,
 )
 
+from bbqrec_jax.compilation import keep_compiled
+
 
 def quantizer():
   """The residual quantizer in an autoencoder: training steps and tokenization."""
@@ -146,4 +148,5 @@ def recommender(backbone):
 
 
 if __name__ == "__main__":
+  keep_compiled()  # As the program itself does.
   serve(quantizer() if sys.argv[1] == "quantizer" else recommender(sys.argv[1]))
