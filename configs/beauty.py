@@ -19,7 +19,7 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   The contrast is sharper and the item IDs are freer: here behaviour says more that the features do not.
 
   Args:
-    head: "generative" or "dense".
+    head: "generative", "dense", "parallel" or "hybrid".
   """
   config = default_config()
   config.data.modalities = ("text", "attribute")
@@ -32,10 +32,10 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.recommender.steps = 4000
   config.recommender.evaluate_every = 1000
   config.evaluation.validation_users = 8192
-  if head == "dense":
+  if head != "generative":
     config.recommender.width = 128
     config.recommender.mlp_width = 512
     config.recommender.dropout = 0.5
-    config.recommender.steps = 3000
+    config.recommender.steps = 5000 if head == "parallel" else 3000
     config.recommender.evaluate_every = 500
   return config

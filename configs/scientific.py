@@ -1,4 +1,4 @@
-"""Amazon-18 Scientific (8,317 users, 4,344 items), text and attributes; either head.
+"""Amazon-18 Scientific (8,317 users, 4,344 items), text and attributes; any head.
 
     python -m bbqrec_jax.main --config=configs/scientific.py --workdir=runs/scientific --config.data.path=DIR
     python -m bbqrec_jax.main --config=configs/scientific.py:dense --workdir=runs/dense --config.data.path=DIR
@@ -17,15 +17,15 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   """Both stages at the paper's sizes, four levels of 256 codes.
 
   Args:
-    head: "generative", or "dense", which learns faster and overfits sooner: wider, and with more dropout.
+    head: "generative", "dense", "parallel" or "hybrid"; all but the first are wider, and have more dropout.
   """
   config = default_config()
   config.data.modalities = ("text", "attribute")
   config.recommender.head = head
-  if head == "dense":
+  if head != "generative":
     config.recommender.width = 128
     config.recommender.mlp_width = 512
     config.recommender.dropout = 0.5
-    config.recommender.steps = 1500
+    config.recommender.steps = {"dense": 1500, "hybrid": 1500, "parallel": 2500}[head]
     config.recommender.evaluate_every = 250
   return config
