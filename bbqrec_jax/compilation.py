@@ -13,7 +13,7 @@ def keep_compiled() -> None:
   `JAX_COMPILATION_CACHE_DIR` chooses another folder, `JAX_ENABLE_COMPILATION_CACHE=0` does without. Programs for a CPU
   use all that it can do, and a home folder may be shared by different machines: each kind of CPU has a folder.
   """
-  if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+  if jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
     return
   home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
   jax.config.update("jax_compilation_cache_dir", str(home / "bbqrec_jax" / _kind_of_cpu()))

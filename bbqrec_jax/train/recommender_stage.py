@@ -4,12 +4,13 @@ import pathlib
 import time
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
-from bbqrec_jax.data.pipeline import EpochBatches, FeatureStore, PackedHistories, PrefixHistories, recommender_batches
+from bbqrec_jax.data.pipeline import FeatureStore, PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker, sample_users
 from bbqrec_jax.json_files import read_json, write_json
@@ -252,6 +253,16 @@ def initial_state(config: Any, model: Recommender, catalogue: Catalogue) -> Trai
   return TrainState.create(params, optimizer, seed=config.seed)
 
 
+def training_batches(config: Any, histories: Interactions) -> grain.IterDataset:
+  """The input pipeline of the recommender that a config describes."""
+  r = config.recommender
+  shape = {"batch_rows": r.batch_rows, "max_length": r.max_length, "seed": config.seed}
+  shape |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
+  if r.backbone == "encoder_decoder":
+    return recommender_batches(PrefixHistories(histories, **shape))
+  return recommender_batches(PackedHistories(histories, row_length=r.row_length, whole=False, **shape))
+
+
 def run_recommender(
   config: Any,
   ids: SemanticIds | None,
@@ -269,13 +280,6 @@ def run_recommender(
   """
   r, e = config.recommender, config.evaluation
   model, catalogue = build_recommender(config, ids, split.train, store)
-  process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-  shape = {"batch_rows": r.batch_rows, "max_length": r.max_length, "seed": config.seed}
-  histories: EpochBatches
-  if r.backbone == "encoder_decoder":
-    histories = PrefixHistories(split.train, **shape, **process)
-  else:
-    histories = PackedHistories(split.train, row_length=r.row_length, whole=False, **shape, **process)
   ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
   shared = partitioner.replicate(catalogue)
   some = sample_users(split, e.validation_users, seed=config.seed)
@@ -308,7 +312,7 @@ def run_recommender(
     initial_state(config, model, catalogue),
     catalogue,
     make_recommender_step(model, optimizer),
-    recommender_batches(histories),
+    training_batches(config, split.train),
     partitioner=partitioner,
     directory=workdir / "checkpoints" / "recommender",
     log=log,

@@ -3,15 +3,16 @@
 import dataclasses
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.interactions import Split
+from bbqrec_jax.data.interactions import Interactions, Split
 from bbqrec_jax.data.pipeline import CatalogueSample, FeatureStore, PackedHistories, tokenizer_batches
 from bbqrec_jax.evaluation.tokenizer import CatalogueEncoder, ContrastRecall, Inspection, tokenizer_health
 from bbqrec_jax.json_files import write_json
@@ -34,7 +35,7 @@ from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collision
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.loop import Plan, fit
 from bbqrec_jax.train.optimizer import make_optimizer
-from bbqrec_jax.train.parallel import Partitioner
+from bbqrec_jax.train.parallel import Partitioner, StepFunction
 from bbqrec_jax.train.state import CodebookUse, TrainState
 from bbqrec_jax.train.steps import CodebookUpkeep, Disentangling, make_tokenizer_step
 
@@ -200,6 +201,73 @@ def run_kmeans_tokenizer(
   return _finish(ids, raw, health, workdir / "tokenizer")
 
 
+class Training(NamedTuple):
+  """What trains a tokenizer.
+
+  Attributes:
+    model: the tokenizer.
+    state: before the first step.
+    step: see `make_tokenizer_step`.
+    batches: the input pipeline.
+  """
+
+  model: Tokenizer
+  state: TrainState
+  step: StepFunction
+  batches: grain.IterDataset
+
+
+def tokenizer_training(
+  config: Any, settings: TokenizerSettings, histories: Interactions, store: FeatureStore
+) -> Training:
+  """Everything that training needs, as `config` describes it.
+
+  Args:
+    config: of the run.
+    settings: what `tokenizer_settings` gives.
+    histories: the training histories.
+    store: the features of all items.
+  """
+  t = config.tokenizer
+  model = Tokenizer(settings)
+  process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+  rows = PackedHistories(
+    histories,
+    batch_rows=t.batch_rows,
+    max_length=t.max_length,
+    row_length=t.row_length,
+    whole=True,
+    seed=config.seed,
+    **process,
+  )
+  sample = CatalogueSample(settings.num_items, t.batch_items, config.seed)
+  batches = tokenizer_batches(rows, store, sample, **process)
+  optimizer = make_optimizer(t.optimizer, total_steps=t.steps)
+  items = np.arange(1)
+  example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
+  params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
+  use = CodebookUse.create(params["codebooks"], moving_average=settings.moving_average)
+  state = TrainState.create(params, optimizer, seed=config.seed, codes=use)
+  disentangling = None
+  if t.weights.disentangle:
+    critic = ClubCritic(settings.names, t.code_width)
+    disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps, t.club.bound == "full")
+    zeros = {name: jnp.zeros((1, t.code_width)) for name in settings.names}
+    critic_params = jax.jit(critic.init)(jax.random.key(config.seed), zeros)["params"]
+    state = state.replace(  # type: ignore[attr-defined]
+      critic=critic_params, critic_opt_state=disentangling.optimizer.init(critic_params)
+    )
+  step = make_tokenizer_step(
+    model,
+    optimizer,
+    weights=LossWeights(**t.weights),
+    warmup_steps=t.warmup_steps,
+    upkeep=CodebookUpkeep(settings, t.revival_threshold, codeword_decay=t.codeword_decay),
+    disentangling=disentangling,
+  )
+  return Training(model, state, step, batches)
+
+
 def run_tokenizer(
   config: Any,
   dataset: Dataset,
@@ -219,36 +287,8 @@ def run_tokenizer(
   settings = tokenizer_settings(config, dataset)
   if settings.quantizer == RQ_KMEANS:
     return run_kmeans_tokenizer(config, dataset, split, data_hash=data_hash, workdir=workdir)
-  model = Tokenizer(settings)
   store = FeatureStore(dataset.features, dataset.present)
-  process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-  histories = PackedHistories(
-    split.train,
-    batch_rows=t.batch_rows,
-    max_length=t.max_length,
-    row_length=t.row_length,
-    whole=True,
-    seed=config.seed,
-    **process,
-  )
-  batches = tokenizer_batches(
-    histories, store, CatalogueSample(dataset.num_items, t.batch_items, config.seed), **process
-  )
-  optimizer = make_optimizer(t.optimizer, total_steps=t.steps)
-  items = np.arange(1)
-  example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
-  params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
-  use = CodebookUse.create(params["codebooks"], moving_average=settings.moving_average)
-  state = TrainState.create(params, optimizer, seed=config.seed, codes=use)
-  disentangling = None
-  if t.weights.disentangle:
-    critic = ClubCritic(dataset.modalities, t.code_width)
-    disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps, t.club.bound == "full")
-    zeros = {name: jnp.zeros((1, t.code_width)) for name in dataset.modalities}
-    critic_params = jax.jit(critic.init)(jax.random.key(config.seed), zeros)["params"]
-    state = state.replace(  # type: ignore[attr-defined]
-      critic=critic_params, critic_opt_state=disentangling.optimizer.init(critic_params)
-    )
+  model, state, step, batches = tokenizer_training(config, settings, split.train, store)
   encode = CatalogueEncoder(model, store)
   contrast_recall = ContrastRecall(model, split)
   inspect = Inspection(model, store, seed=config.seed)
@@ -294,14 +334,6 @@ def run_tokenizer(
     evaluate_every=t.evaluate_every,
     evaluate=evaluate,
     before_step=before_step,
-  )
-  step = make_tokenizer_step(
-    model,
-    optimizer,
-    weights=LossWeights(**t.weights),
-    warmup_steps=t.warmup_steps,
-    upkeep=CodebookUpkeep(settings, t.revival_threshold, codeword_decay=t.codeword_decay),
-    disentangling=disentangling,
   )
   state, progress = fit(
     plan,

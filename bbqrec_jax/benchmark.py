@@ -1,0 +1,123 @@
+"""Times everything on whatever JAX sees: `python -m bbqrec_jax.benchmark --config=configs/benchmark.py:small`.
+
+    python -m bbqrec_jax.benchmark --config=configs/benchmark.py:small --output=small.json
+    python -m bbqrec_jax.benchmark --compare=small.json,other.json
+
+prints a table, and writes `small.json` and, where matplotlib is there, `small.png`. `--only=tokenizer,causal/dense`
+chooses by the beginning of the names. `--compare` prints the ratios of two such files.
+
+The JSON holds `schema` (1), `about` (versions, device kind and count, cores, load, commit), `limits` (the rates of a
+large product and of a copy that were measured in the same process, on one device), `peak` (the data sheet's, of all
+devices; null where it is not known) and `records`, see `benchmarks.timing.measure` and `benchmarks.report.utilisation`.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+import bbqrec_jax
+from bbqrec_jax.benchmarks.cases import all_cases
+from bbqrec_jax.benchmarks.limits import PEAKS, measured_limits
+from bbqrec_jax.benchmarks.report import chart, comparison, table, utilisation
+from bbqrec_jax.benchmarks.timing import measure
+from bbqrec_jax.config import validate
+from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.json_files import read_json, write_json
+
+
+def about(name: str) -> dict[str, Any]:
+  """What says which machine and which versions a result is of."""
+  commit = subprocess.run(
+    ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  return {
+    "config": name, "version": bbqrec_jax.__version__, "commit": commit.stdout.strip() or "unknown",
+    "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version(),
+    "backend": jax.default_backend(), "device_kind": jax.devices()[0].device_kind,
+    "device_count": jax.device_count(), "process_count": jax.process_count(), "cores": os.cpu_count(),
+    "load": os.getloadavg()[0],
+  }  # fmt: skip
+
+
+def run(config: Any, *, only: tuple[str, ...] = ()) -> dict[str, Any]:
+  """Times the cases of a config.
+
+  Args:
+    config: see `configs/benchmark.py`.
+    only: beginnings of the names of those that are wanted; () means all.
+
+  Returns:
+    What the JSON file holds.
+  """
+  validate(config.run)
+  limits = measured_limits()
+  known = PEAKS.get(jax.devices()[0].device_kind)
+  peak = None
+  if known is not None:
+    peak = {name: value and value * jax.device_count() for name, value in known._asdict().items()}
+  records = []
+  for case in all_cases(config):
+    if only and not case.name.startswith(only):
+      continue
+    record = measure(case, windows=config.windows, window_seconds=config.window_seconds)
+    records.append(record | utilisation(record, limits, peak))
+    print(f"{case.name}: {1e3 * record['median_s']:,.2f} ms", flush=True)
+  if not records:
+    raise InputError(f"--only: no benchmark begins with {' or '.join(only)}")
+  return {"schema": 1, "about": about(config.name), "limits": limits, "peak": peak, "records": records}
+
+
+def main(argv: list[str]) -> None:
+  """Times, or compares."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  options = flags.FLAGS
+  if not options["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    if options.compare:
+      if len(options.compare) != 2:
+        raise InputError(f"--compare: expected two files, got {len(options.compare)}")
+      print(comparison(*(_read(pathlib.Path(name)) for name in options.compare)))
+      return
+    if options.config is None:
+      raise InputError("--config: expected configs/benchmark.py:small, :paper or :large, or --compare with two files")
+    result = run(options.config, only=tuple(options.only))
+  except InputError as error:
+    refuse(error)
+  print(table(result))
+  if not options.output:
+    return
+  output = pathlib.Path(options.output)
+  write_json(output, result)
+  try:
+    chart(result).savefig(output.with_suffix(".png"), dpi=120)
+  except ModuleNotFoundError:
+    print("no chart: it needs matplotlib, pip install 'bbqrec_jax[report]'")
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    result = read_json(path)
+    if result["schema"] != 1:
+      raise InputError(f"{path}: expected schema 1, got {result['schema']!r}")
+    return result
+  except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    raise InputError(f"{path}: expected what --output wrote, got something else ({error})") from error
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "configs/benchmark.py:small, :paper or :large.")
+  flags.DEFINE_string("output", "", "The JSON file; a chart of the same name stands beside it.")
+  flags.DEFINE_list("only", [], "Beginnings of the names of what to time.")
+  flags.DEFINE_list("compare", [], "Two files to compare instead.")
+  app.run(main)

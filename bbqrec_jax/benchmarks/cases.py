@@ -1,0 +1,226 @@
+"""What is timed: the steps, the search and the pipelines that a run is made of, on random data of a config's sizes."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bbqrec_jax.benchmarks.counting import compulsory_bytes, matmul_flops
+from bbqrec_jax.benchmarks.timing import Case
+from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.interactions import Interactions, from_lengths
+from bbqrec_jax.data.pipeline import FeatureStore, evaluation_batches
+from bbqrec_jax.evaluation.ranking import make_ranker
+from bbqrec_jax.models.apply import apply
+from bbqrec_jax.ops.attention import attention, history_mask
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.train.optimizer import make_optimizer
+from bbqrec_jax.train.parallel import PARTITIONERS, StepFunction
+from bbqrec_jax.train.recommender_stage import build_recommender, initial_state, training_batches
+from bbqrec_jax.train.steps import make_recommender_step
+from bbqrec_jax.train.tokenizer_stage import tokenizer_settings, tokenizer_training
+
+# Backbone and head of each recommender, by name.
+RECOMMENDERS = {
+  "causal/generative": {"recommender.head": "generative"},
+  "causal/parallel": {"recommender.head": "parallel"},
+  "causal/dense": {"recommender.head": "dense"},
+  "causal/hybrid": {"recommender.head": "hybrid"},
+  "causal/dense without bias": {"recommender.head": "dense", "recommender.similarity": ()},
+  "causal/generative without bias": {"recommender.head": "generative", "recommender.similarity": ()},
+  "encoder_decoder/generative": {
+    "recommender.backbone": "encoder_decoder", "recommender.head": "generative", "recommender.similarity": (),
+    "recommender.item_inputs": ("fused",),
+  },
+}  # fmt: skip
+
+
+def random_dataset(config: Any) -> Dataset:
+  """Histories and features of a benchmark config's sizes; nothing is to be learned from them."""
+  rng = np.random.default_rng(0)
+  longest = config.run.recommender.max_length
+  lengths = np.clip(rng.geometric(1 / 8, config.num_users), 3, longest)
+  features = {
+    name: rng.normal(size=(config.num_items, width)).astype(np.float32) for name, width in config.modalities.items()
+  }
+  return Dataset(
+    name="random",
+    source="random",
+    interactions=from_lengths(
+      rng.integers(config.num_items, size=lengths.sum()), lengths, np.arange(config.num_users).astype(str)
+    ),
+    features=features,
+    present={name: np.ones(config.num_items, bool) for name in features},
+    titles=("",) * config.num_items,
+  )
+
+
+def random_ids(config: Any, modalities: tuple[str, ...]) -> SemanticIds:
+  """Distinct random IDs, and random codes of each stream."""
+  t, rng = config.run.tokenizer, np.random.default_rng(1)
+  chosen = rng.choice(t.num_codes**t.num_levels, size=config.num_items, replace=False)
+  codes = np.stack(np.unravel_index(chosen, (t.num_codes,) * t.num_levels), axis=1).astype(np.int32)
+  streams = (*modalities, "fused")
+  own = rng.integers(t.num_codes, size=(len(modalities), config.num_items, t.num_levels)).astype(np.int32)
+  return SemanticIds(
+    streams=streams,
+    codes=codes,
+    stream_codes=np.concatenate([own, codes[None]]),
+    present=np.ones((len(streams), config.num_items), bool),
+    codebooks=rng.normal(size=(1, t.num_levels, t.num_codes, t.code_width)).astype(np.float32),
+    data_hash="random",
+  )
+
+
+def _step_case(
+  name: str, work: float, unit: str, partitioner: Any, step: StepFunction, state: Any, shared: Any, batch: Any,
+  *, dtype: str = "float32",
+) -> Case:  # fmt: skip
+  """A training step, the state donated from call to call."""
+  single = functools.partial(step, axis_name=None)
+
+  def make():
+    compiled, constant = partitioner.compile_step(step), partitioner.replicate(shared)
+    current = partitioner.replicate(state)
+
+    def call():
+      nonlocal current
+      current, metrics = compiled(current, constant, batch)
+      return metrics
+
+    return call
+
+  return Case(
+    name, work, unit, make, matmul_flops(single, state, shared, batch), compulsory_bytes(single, state, shared, batch),
+    dtype,
+  )  # fmt: skip
+
+
+def _map_case(
+  name: str, work: float, unit: str, partitioner: Any, function: Callable[..., Any], params: Any, shared: Any,
+  batch: Any, *, dtype: str = "float32",
+) -> Case:  # fmt: skip
+  """A function of (params, shared, batch) without a state."""
+
+  def make():
+    compiled = partitioner.compile_map(function)
+    held = partitioner.replicate((params, shared))
+    return lambda: compiled(*held, batch)
+
+  return Case(
+    name, work, unit, make, matmul_flops(function, params, shared, batch),
+    compulsory_bytes(function, params, shared, batch), dtype,
+  )  # fmt: skip
+
+
+def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
+  """A training step, tokenization and the pipeline of the tokenizer."""
+  run, store = config.run, FeatureStore(dataset.features, dataset.present)
+  partitioner = PARTITIONERS[run.partitioner]()
+  settings = tokenizer_settings(run, dataset)
+  training = tokenizer_training(run, settings, dataset.interactions, store)
+  batch = next(iter(training.batches))
+  rows = run.tokenizer.batch_items + run.tokenizer.batch_rows * run.tokenizer.row_length
+  # Past the warm-up, so that everything of a step is done.
+  step = jnp.asarray(run.tokenizer.warmup_steps, jnp.int32)
+  state = training.state.replace(step=step)  # type: ignore[attr-defined]
+  yield _step_case("tokenizer/train step", rows, "items", partitioner, training.step, state, None, batch)
+
+  count = min(config.tokenized, config.num_items)
+  features, present = store.rows(np.arange(count))
+
+  def encode(params, shared, batch):
+    del shared
+    values = apply(training.model, params, "latents", *batch).values
+    return jnp.swapaxes(apply(training.model, params, "quantize", values).codes, 0, 1)
+
+  inputs = (np.arange(count), features, present)
+  yield _map_case("tokenizer/tokenization", count, "items", partitioner, encode, training.state.params, None, inputs)
+
+  def pipeline():
+    data = iter(tokenizer_training(run, settings, dataset.interactions, store).batches)
+    return lambda: next(data)["segments"]
+
+  yield Case("tokenizer/input pipeline", rows, "items", pipeline)
+
+
+def recommender_cases(config: Any, dataset: Dataset, ids: SemanticIds) -> Iterator[Case]:
+  """Training steps, rankings and the pipeline of every recommender."""
+  store = FeatureStore(dataset.features, dataset.present)
+  for name, changes in RECOMMENDERS.items():
+    run = copy.deepcopy(config.run)
+    run.update_from_flattened_dict(changes)
+    if run.recommender.backbone == "encoder_decoder":
+      run.recommender.update(config.encoder_decoder)
+    partitioner, dtype = PARTITIONERS[run.partitioner](), run.recommender.dtype
+    model, catalogue = build_recommender(run, ids, dataset.interactions, store)
+    state = initial_state(run, model, catalogue)
+    step = make_recommender_step(model, make_optimizer(run.recommender.optimizer, total_steps=run.recommender.steps))
+    batches = training_batches(run, dataset.interactions)
+    batch = next(iter(batches))
+    positions = int(np.sum(batch["segments"] > 0))
+    yield _step_case(f"{name}/train step", positions, "items", partitioner, step, state, catalogue, batch, dtype=dtype)
+    if "without" in name:
+      continue
+    users = next(_histories(dataset.interactions, run))
+    ranker = make_ranker(model, beam_width=run.evaluation.beam_width)
+    yield _map_case(
+      f"{name}/ranking", run.evaluation.batch_size, "users", partitioner, ranker, state.params, catalogue, users,
+      dtype=dtype,
+    )  # fmt: skip
+    if name in ("causal/dense", "encoder_decoder/generative"):
+
+      def pipeline(run=run):
+        data = iter(training_batches(run, dataset.interactions))
+        return lambda: next(data)["segments"]
+
+      yield Case(f"{run.recommender.backbone}/input pipeline", positions, "items", pipeline)
+
+
+def _histories(interactions: Interactions, run: Any) -> Iterator[Any]:
+  targets = interactions.items[interactions.offsets[1:] - 1]
+  for batch in evaluation_batches(
+    interactions, targets, batch_size=run.evaluation.batch_size, max_length=run.recommender.max_length
+  ):
+    batch.pop("valid")
+    yield batch
+
+
+def attention_cases(config: Any) -> Iterator[Case]:
+  """Attention with a bias, forward and backward, by each implementation that the device has."""
+  r, rng = config.run.recommender, np.random.default_rng(2)
+  length = r.row_length
+  shape = (r.batch_rows, length, r.num_heads, r.width // r.num_heads)
+  query, key, value = (jnp.asarray(rng.normal(size=shape), r.dtype) for _ in range(3))
+  bias = jnp.asarray(rng.normal(size=(r.batch_rows, r.num_heads, length, length)), jnp.float32)
+  mask = history_mask(jnp.ones((r.batch_rows, length), jnp.int32))
+  for implementation in ("einsum", "xla", *(("cudnn",) if jax.default_backend() == "gpu" else ())):
+
+    def gradient(query, key, value, bias, implementation=implementation):
+      def total(*args):
+        return jnp.sum(attention(*args[:3], mask=mask, bias=args[3], implementation=implementation))
+
+      return jax.grad(total, argnums=(0, 1, 2, 3))(query, key, value, bias)
+
+    inputs = (query, key, value, bias)
+
+    def make(gradient=gradient, inputs=inputs):
+      compiled = jax.jit(gradient)
+      return lambda: compiled(*inputs)
+
+    yield Case(
+      f"attention/{implementation}", r.batch_rows * length, "items", make, matmul_flops(gradient, *inputs),
+      compulsory_bytes(gradient, *inputs), r.dtype,
+    )  # fmt: skip
+
+
+def all_cases(config: Any) -> Iterator[Case]:
+  """Every case of a config, made as it is asked for."""
+  dataset = random_dataset(config)
+  yield from tokenizer_cases(config, dataset)
+  yield from recommender_cases(config, dataset, random_ids(config, dataset.modalities))
+  yield from attention_cases(config)

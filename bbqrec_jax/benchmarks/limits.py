@@ -1,0 +1,67 @@
+"""What a machine could do at best: as its maker says, and as measured here and now."""
+
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Peak(NamedTuple):
+  """A device's peak by its maker's data sheet, dense.
+
+  Attributes:
+    bfloat16: floating-point operations a second.
+    float32: likewise; None where matrix units have none.
+    bytes: of memory a second.
+  """
+
+  bfloat16: float
+  float32: float | None
+  bytes: float
+
+
+# By `jax.Device.device_kind`.
+PEAKS = {
+  "TPU v4": Peak(275e12, None, 1.2e12),
+  "TPU v5 lite": Peak(197e12, None, 0.82e12),
+  "TPU v5": Peak(459e12, None, 2.77e12),
+  "TPU v6 lite": Peak(918e12, None, 1.64e12),
+  "Tesla T4": Peak(65e12, 8.1e12, 0.32e12),
+  "NVIDIA L4": Peak(121e12, 30.3e12, 0.3e12),
+  "NVIDIA A100-SXM4-40GB": Peak(312e12, 19.5e12, 1.56e12),
+  "NVIDIA A100-SXM4-80GB": Peak(312e12, 19.5e12, 2.04e12),
+  "NVIDIA H100 80GB HBM3": Peak(989e12, 67e12, 3.35e12),
+  "NVIDIA H200": Peak(989e12, 67e12, 4.8e12),
+}
+
+
+def measured_limits(*, size: int = 2048, repeats: int = 10) -> dict[str, float]:
+  """The rate of a large matrix product and of a copy on one device, by the median of some runs.
+
+  Args:
+    size: of the square matrices.
+    repeats: runs that are timed.
+
+  Returns:
+    `matmul_float32` and `matmul_bfloat16` in operations a second, `copy` in bytes read and written a second.
+  """
+  limits = {}
+  for name in ("float32", "bfloat16"):
+    matrix = jnp.ones((size, size), name)
+    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=a.dtype))
+    limits[f"matmul_{name}"] = 2.0 * size**3 / _median_seconds(product, matrix, repeats=repeats)
+  block = jnp.ones(2**26, jnp.float32)  # 256 MiB: larger than any cache.
+  limits["copy"] = 2.0 * block.nbytes / _median_seconds(jax.jit(lambda a: a + 1.0), block, repeats=repeats)
+  return limits
+
+
+def _median_seconds(function: Any, argument: jax.Array, *, repeats: int) -> float:
+  jax.block_until_ready(function(argument))
+  taken = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(function(argument))
+    taken.append(time.perf_counter() - start)
+  return statistics.median(taken)

@@ -1,0 +1,83 @@
+"""Tables and a chart of what was measured."""
+
+from typing import Any
+
+
+def utilisation(record: dict[str, Any], limits: dict[str, float], peak: dict[str, Any] | None) -> dict[str, Any]:
+  """How near a record is to what the machine could do.
+
+  Args:
+    record: of `timing.measure`.
+    limits: of `limits.measured_limits`, of one device.
+    peak: the data sheet's, of all devices together; None where it is not known.
+
+  Returns:
+    `of_matmul` and `of_copy`, the share of the measured rates; `of_peak`, model FLOPs utilisation; None where unknown.
+  """
+  seconds, flops, moved = record["median_s"], record["flops"], record["bytes"]
+  best = (peak or {}).get(record["dtype"])
+  return {
+    "of_matmul": flops and flops / seconds / limits[f"matmul_{record['dtype']}"],
+    "of_copy": moved and moved / seconds / limits["copy"],
+    "of_peak": flops and best and flops / seconds / best,
+  }
+
+
+def _cell(value: float | None, form: str) -> str:
+  return "" if value is None else format(value, form)
+
+
+def table(result: dict[str, Any]) -> str:
+  """Markdown, a line a record."""
+  head = ["what", "ms", "p90 ms", "a second", "GFLOP", "of matmul", "of peak", "of copy", "first call s", "cached s"]
+  lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+  for record in result["records"]:
+    share = [_cell(record[name], ".0%") for name in ("of_matmul", "of_peak", "of_copy")]
+    cells = [
+      record["name"], f"{1e3 * record['median_s']:,.2f}", f"{1e3 * record['p90_s']:,.2f}",
+      f"{record['rate']:,.0f} {record['unit']}", _cell(record["flops"] and record["flops"] / 1e9, ",.2f"), *share,
+      f"{record['first_call_s']:.1f}", f"{record['first_call_cached_s']:.1f}",
+    ]  # fmt: skip
+    lines.append(f"| {' | '.join(cells)} |")
+  about, limits = result["about"], result["limits"]
+  where = (
+    f"{about['config']} on {about['device_count']} x {about['device_kind']} ({about['backend']}), jax {about['jax']},"
+    f" {about['cores']} cores, load {about['load']:.1f}; measured on one device: float32 products"
+    f" {limits['matmul_float32'] / 1e9:,.0f} GFLOP/s, bfloat16 {limits['matmul_bfloat16'] / 1e9:,.0f} GFLOP/s, copies"
+    f" {limits['copy'] / 1e9:,.1f} GB/s"
+  )
+  return "\n".join([where, "", *lines])
+
+
+def comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
+  """Markdown: the rate of each record in two results, and the second's over the first's."""
+  names = [f"{r['about']['device_kind']}, jax {r['about']['jax']}, {r['about']['commit']}" for r in (first, second)]
+  rates = [{record["name"]: record for record in r["records"]} for r in (first, second)]
+  lines = [f"| what | {names[0]} | {names[1]} | ratio |", "|---|---|---|---|"]
+  for name, record in rates[0].items():
+    other = rates[1].get(name)
+    if other is not None:
+      ratio = other["rate"] / record["rate"]
+      lines.append(
+        f"| {name}, {record['unit']} a second | {record['rate']:,.0f} | {other['rate']:,.0f} | {ratio:.2f} |"
+      )
+  return "\n".join(lines)
+
+
+def chart(result: dict[str, Any]) -> Any:
+  """A matplotlib figure: of each record how long it takes, and the share of the measured rate of matrix products."""
+  from matplotlib.figure import Figure
+
+  records = result["records"][::-1]
+  figure = Figure(figsize=(9, 1.2 + 0.32 * len(records)), layout="constrained")
+  left, right = figure.subplots(1, 2, sharey=True)
+  names = [record["name"] for record in records]
+  left.barh(names, [1e3 * record["median_s"] for record in records], color="#4c72b0")
+  left.set_xscale("log")
+  left.set_xlabel("milliseconds a call")
+  right.barh(names, [100 * (record["of_matmul"] or 0.0) for record in records], color="#55a868")
+  right.set_xlabel("% of the measured rate of matrix products")
+  right.set_xlim(0, 100)
+  about = result["about"]
+  figure.suptitle(f"{about['config']} on {about['device_count']} x {about['device_kind']}, jax {about['jax']}")
+  return figure

@@ -1,0 +1,99 @@
+"""Times work in windows, after it is compiled: once from nothing, once from the persistent cache."""
+
+import dataclasses
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Something to time.
+
+  Attributes:
+    name: "part/what".
+    work: what one call does, in `unit`s.
+    unit: "items", "users", "batches" or "steps".
+    make: -> a function of no argument that does it once and returns arrays to wait for. Made anew for each way to
+      compile it.
+    flops: in the matrix products of one call; None where there are none.
+    bytes: compulsory, of one call; None where it is not a program of the device.
+    dtype: that the products are computed in.
+  """
+
+  name: str
+  work: float
+  unit: str
+  make: Callable[[], Callable[[], Any]]
+  flops: float | None = None
+  bytes: float | None = None
+  dtype: str = "float32"
+
+
+@contextmanager
+def _compilation_cache(folder: str) -> Iterator[None]:
+  options = {
+    "jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }  # fmt: skip
+  before = {name: jax.config.values[name] for name in options}
+
+  def choose(values):
+    for name, value in values.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()  # It holds on to the folder that it was first used with.
+
+  choose(options)
+  try:
+    yield
+  finally:
+    choose(before)
+
+
+def _seconds(call: Callable[[], Any], times: int = 1) -> float:
+  """Of some calls, waited for at their end alone."""
+  start = time.perf_counter()
+  results = [call() for _ in range(times)]
+  jax.block_until_ready(results[-1])
+  return time.perf_counter() - start
+
+
+def measure(case: Case, *, windows: int, window_seconds: float) -> dict[str, Any]:
+  """One record.
+
+  Args:
+    case: what to time.
+    windows: how many windows are timed.
+    window_seconds: about how long each is; a window holds whole calls, and waits for the device at its end.
+
+  Returns:
+    `name`, `unit`, `work` of a call; `median_s`, `p90_s` of a call over the windows and `rate` in units a second;
+    `first_call_s` with nothing compiled and `first_call_cached_s` from the persistent cache; `flops`, `bytes`;
+    `device_peak_bytes` (None where the device does not say) and `process_peak_bytes` since the process began.
+  """
+  with tempfile.TemporaryDirectory() as folder, _compilation_cache(folder):
+    jax.clear_caches()
+    cold = _seconds(case.make())
+    jax.clear_caches()
+    call = case.make()
+    cached = _seconds(call)
+  once = _seconds(call)
+  calls = max(1, round(window_seconds / max(once, 1e-6)))
+  taken = [_seconds(call, calls) / calls for _ in range(windows)]
+  median = statistics.median(taken)
+  memory = jax.local_devices()[0].memory_stats() or {}
+  return {
+    "name": case.name, "unit": case.unit, "work": case.work, "median_s": median,
+    "p90_s": float(np.quantile(taken, 0.9)), "windows": windows, "calls": calls, "rate": case.work / median,
+    "first_call_s": cold, "first_call_cached_s": cached, "flops": case.flops, "bytes": case.bytes,
+    "dtype": case.dtype, "device_peak_bytes": memory.get("peak_bytes_in_use"),
+    "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+  }  # fmt: skip

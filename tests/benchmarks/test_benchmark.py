@@ -1,0 +1,119 @@
+"""The benchmark from config to table: what a record holds, what is refused, and the arithmetic of its tables."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bbqrec_jax import benchmark
+from bbqrec_jax.benchmarks.cases import RECOMMENDERS, all_cases
+from bbqrec_jax.benchmarks.limits import measured_limits
+from bbqrec_jax.benchmarks.report import chart, comparison, table, utilisation
+from bbqrec_jax.benchmarks.timing import Case, measure
+from bbqrec_jax.errors import InputError
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "benchmark.py"
+
+
+@pytest.fixture
+def config():
+  spec = importlib.util.spec_from_file_location("config_benchmark", CONFIG)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config("small")
+  config.num_users, config.num_items, config.tokenized, config.windows, config.window_seconds = 200, 100, 40, 2, 1e-3
+  config.modalities = {"text": 12, "image": 8}
+  config.run.update_from_flattened_dict({
+    "tokenizer.num_codes": 16, "tokenizer.code_width": 8, "tokenizer.hidden": (16,), "tokenizer.batch_items": 16,
+    "tokenizer.batch_rows": 4, "recommender.width": 8, "recommender.mlp_width": 8, "recommender.num_layers": 1,
+    "recommender.batch_rows": 4, "recommender.max_length": 8, "recommender.row_length": 8,
+    "evaluation.batch_size": 8, "evaluation.beam_width": 4,
+  })  # fmt: skip
+  config.encoder_decoder.update({"width": 8, "num_layers": 1, "head_width": 4, "mlp_width": 8, "batch_rows": 4,
+                                 "max_length": 8, "row_length": 8})  # fmt: skip
+  return config
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_every_case_has_a_name_of_its_own_and_is_counted(config):
+  cases = list(all_cases(config))
+  names = [case.name for case in cases]
+  assert len(set(names)) == len(names)
+  assert {f"{name}/train step" for name in RECOMMENDERS} | {"tokenizer/train step", "tokenizer/tokenization"} <= set(
+    names
+  )
+  for case in cases:
+    assert case.work > 0
+    assert ("pipeline" in case.name) == (case.flops is None)
+    assert case.flops is None or case.flops > 0
+  by_name = {case.name: case for case in cases}
+  assert by_name["causal/hybrid/train step"].flops > by_name["causal/dense/train step"].flops
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_result_can_be_written_compared_and_drawn(config):
+  result = benchmark.run(config, only=("tokenizer/", "attention/einsum", "causal/dense/ranking"))
+  names = [record["name"] for record in result["records"]]
+  assert names == [
+    "tokenizer/train step", "tokenizer/tokenization", "tokenizer/input pipeline", "causal/dense/ranking",
+    "attention/einsum",
+  ]  # fmt: skip
+  for record in result["records"]:
+    assert 0 < record["median_s"] <= record["p90_s"]
+    assert record["rate"] == pytest.approx(record["work"] / record["median_s"])
+  assert result["about"]["device_count"] == jax.device_count()
+  result = json.loads(json.dumps(result))
+  text = table(result)
+  assert all(name in text for name in names)
+  assert "1.00 |" in comparison(result, result)
+  figure = chart(result)
+  assert len(figure.axes[0].patches) == len(names)
+
+
+def test_an_unknown_name_is_refused(config):
+  with pytest.raises(InputError, match="no benchmark begins with nosuch"):
+    benchmark.run(config, only=("nosuch",))
+
+
+def test_files_that_are_not_results_are_refused(tmp_path):
+  path = tmp_path / "a.json"
+  for text in ("{", "{}", '{"schema": 2}', "[]"):
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"a\.json: expected"):
+      benchmark._read(path)
+  with pytest.raises(InputError, match="nosuch"):
+    benchmark._read(tmp_path / "nosuch.json")
+
+
+def test_utilisation_is_a_share_of_each_limit():
+  record = {"median_s": 0.5, "flops": 1e9, "bytes": 4e9, "dtype": "float32"}
+  limits = {"matmul_float32": 1e10, "matmul_bfloat16": 1.0, "copy": 1e11}
+  assert utilisation(record, limits, {"float32": 4e9, "bfloat16": None}) == {
+    "of_matmul": pytest.approx(0.2), "of_copy": pytest.approx(0.08), "of_peak": pytest.approx(0.5),
+  }  # fmt: skip
+  unknown = utilisation(record | {"flops": None, "bytes": None}, limits, None)
+  assert unknown == {"of_matmul": None, "of_copy": None, "of_peak": None}
+  assert utilisation(record, limits, {"float32": None})["of_peak"] is None
+
+
+def test_a_window_waits_for_its_calls_and_counts_them(monkeypatch):
+  made = []
+
+  def make():
+    made.append(jax.jit(lambda x: x + 1))
+    return lambda: made[-1](jnp.ones(3))
+
+  record = measure(Case("a/b", 3, "items", make), windows=3, window_seconds=1e-3)
+  assert len(made) == 2, "once compiled from nothing, once from the cache"
+  assert record["windows"] == 3
+  assert record["calls"] >= 1
+  assert record["process_peak_bytes"] > 2**20
+
+
+def test_limits_are_rates():
+  limits = measured_limits(size=64, repeats=2)
+  assert set(limits) == {"matmul_float32", "matmul_bfloat16", "copy"}
+  assert all(value > 0 for value in limits.values())
