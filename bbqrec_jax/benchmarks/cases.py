@@ -85,7 +85,8 @@ def _step_case(
 
   def make():
     compiled, constant = partitioner.compile_step(step), partitioner.replicate(shared)
-    current = partitioner.replicate(state)
+    # A copy of its own: the first call gives its buffers away.
+    current = partitioner.replicate(jax.tree.map(jnp.copy, state))
 
     def call():
       nonlocal current

@@ -237,7 +237,7 @@ def build_recommender(
   config: Any, ids: SemanticIds | None, histories: Interactions, store: FeatureStore
 ) -> tuple[Recommender, Catalogue]:
   """The model, and the catalogue it reads."""
-  num_items = len(next(iter(store.present.values())))
+  num_items = len(next(iter(store.present.values()))) if ids is None else len(ids.codes)
   features = item_features(config, store)
   catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items, features=features)
   return Recommender(settings), catalogue
