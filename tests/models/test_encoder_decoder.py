@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.ops.positions import relative_buckets
@@ -57,7 +58,7 @@ def params(random_params, catalogue, batch):
 
 @functools.partial(jax.jit, static_argnames=("settings", "method", "width"))
 def call(settings, method, params, catalogue, *args, **kwargs):
-  return Recommender(settings).apply({"params": params}, catalogue, *args, method=method, **kwargs)
+  return apply(Recommender(settings), params, method, catalogue, *args, **kwargs)
 
 
 @functools.partial(jax.jit, static_argnames=("settings",))
@@ -168,7 +169,11 @@ def test_the_loss_of_a_batch_equals_a_forward_pass_in_float64(params, catalogue,
     assert any(np.any(leaf) for leaf in jax.tree.leaves(gradient[part])), part
 
 
-@pytest.mark.parametrize("changes", [{}, {"layer_tables": True}, {"multiply_bias": True}, {"num_buckets": 0}], ids=str)
+@pytest.mark.parametrize(
+  "changes",
+  [{}, {"layer_tables": True}, {"multiply_bias": True}, {"num_buckets": 0}, {"dtype": "bfloat16"}],
+  ids=str,
+)
 def test_zero_tables_make_it_the_plain_backbone_bit_for_bit(random_params, catalogue, batch, changes):
   settings = dataclasses.replace(SETTINGS, **changes)
   params = random_params(Recommender(settings), catalogue, batch)
@@ -191,9 +196,13 @@ def test_what_stands_at_padding_changes_no_real_token(params, catalogue, batch):
   assert_array_equal(np.asarray(after.tokens)[real], np.asarray(before.tokens)[real])
 
 
-@pytest.mark.parametrize("over", ["existing", "all"])
+@pytest.mark.parametrize("over", ["existing", "all", "nodes"])
 def test_a_beam_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogue, batch, over):
   settings = dataclasses.replace(SETTINGS, softmax_over=over)
+  if over == "nodes":
+    prior = np.random.default_rng(5).normal(size=ITEMS).astype(np.float32)
+    params = params | {"head": params["head"] | {"node_scores": {"prior": prior}}}
+    settings = dataclasses.replace(SETTINGS, node_scores=True)
   memory = call(settings, "last_states", params, catalogue, batch)
   every = jnp.tile(jnp.arange(ITEMS), (3, 1))
   log_probs = np.asarray(call(settings, "log_probs", params, catalogue, memory, every))
@@ -201,7 +210,7 @@ def test_a_beam_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogue,
   found = call(settings, "search", params, catalogue, memory, width=ITEMS + 2)
   assert_array_equal(found.items, np.pad(order, ((0, 0), (0, 2)), constant_values=-1))
   assert_allclose(found.log_probs[:, :ITEMS], np.take_along_axis(log_probs, order, axis=1), atol=1e-4)
-  if over == "existing":
+  if over != "all":
     assert_allclose(np.exp(log_probs.astype(np.float64)).sum(axis=1), np.ones(3), rtol=1e-4)
 
 
