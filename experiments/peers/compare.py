@@ -1,6 +1,7 @@
 """Side by side with what one would pick instead, in one run: time, memory, and what comes out.
 
     python -m venv /tmp/peers && /tmp/peers/bin/pip install -r experiments/peers/requirements.txt
+    /tmp/peers/bin/pip install --no-deps recbole==1.2.1
     python experiments/peers/compare.py --peer_python=/tmp/peers/bin/python --output=peers.json
 
 Each side of a comparison is one process that has compiled and warmed up; they take turns, so that a noisy machine is
@@ -63,6 +64,7 @@ PEERS = {
     {"transformers T5": "t5"},
     {"train": (1, "steps/s"), "generate": (4 * SEARCH_BATCH, "users/s")},
   ),
+  "sasrec": ("sasrec", {"RecBole SASRec": "sasrec"}, {"train": (1, "steps/s")}),
   "causal": ("causal", {}, {"train": (1, "steps/s"), "generate": (4 * SEARCH_BATCH, "users/s")}),
 }
 

@@ -14,6 +14,7 @@ from serving import (
   ITEM_BATCH,
   ITEMS,
   LEVELS,
+  SASREC,
   SEARCH_BATCH,
   STEPS,
   T5,
@@ -74,24 +75,35 @@ def quantizer():
   return {"train": train, "tokenize": tokenize}
 
 
-def recommender(backbone):
-  """A recommender with the generative head on random IDs: training steps and beam search."""
+def recommender(what):
+  """A recommender on random IDs: training steps and ranking.
+
+  "encoder_decoder" is T5 in TIGER's shape, "causal" this project's own, both with the generative head and beam search;
+  "sasrec" knows items by number and has a full softmax.
+  """
   from bbqrec_jax.models.apply import apply
   from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
   from bbqrec_jax.models.recommender import Recommender
   from bbqrec_jax.semantic_ids.trie import build_trie
 
   ids = semantic_ids()
-  shape = {"backbone": "causal", "width": 64, "num_layers": 2, "num_heads": 2, "mlp_width": 256, "dropout": 0.1}
-  if backbone == "encoder_decoder":
+  length, train_rows = HISTORY, TRAIN_BATCH
+  shape = {"width": 64, "num_layers": 2, "num_heads": 2, "mlp_width": 256, "dropout": 0.1}
+  if what == "sasrec":
+    length, train_rows = SASREC["length"], SASREC["batch"]
     shape = {
-      "backbone": backbone, "width": T5["width"], "num_layers": T5["layers"], "num_heads": T5["heads"],
+      "head": "dense", "width": SASREC["width"], "num_layers": SASREC["layers"], "num_heads": SASREC["heads"],
+      "mlp_width": SASREC["mlp_width"], "dropout": SASREC["dropout"],
+    }  # fmt: skip
+  elif what == "encoder_decoder":
+    shape = {
+      "backbone": what, "width": T5["width"], "num_layers": T5["layers"], "num_heads": T5["heads"],
       "head_width": T5["head_width"], "mlp_width": T5["mlp_width"], "dropout": T5["dropout"],
     }  # fmt: skip
   model = Recommender(
     RecommenderSettings(
-      ITEMS, LEVELS, CODES, num_columns=LEVELS, item_embedding=False, num_streams=0, max_length=HISTORY,
-      softmax_over="all", **shape,
+      ITEMS, LEVELS, CODES, num_columns=0 if what == "sasrec" else LEVELS, item_embedding=what == "sasrec",
+      num_streams=0, max_length=length, softmax_over="all", **shape,
     )
   )  # fmt: skip
   catalogue = Catalogue(
@@ -104,15 +116,15 @@ def recommender(backbone):
   rng = np.random.default_rng(0)
 
   def batch(rows):
-    shape = (rows, HISTORY)
-    place = np.broadcast_to(np.arange(HISTORY, dtype=np.int32), shape)
-    targets = rng.integers(ITEMS, size=rows if backbone == "encoder_decoder" else shape)
+    shape = (rows, length)
+    place = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+    targets = rng.integers(ITEMS, size=rows if what == "encoder_decoder" else shape)
     return {
       "items": rng.integers(ITEMS, size=shape).astype(np.int32), "segments": np.ones(shape, np.int32),
       "positions": place, "targets": targets.astype(np.int32),
     }  # fmt: skip
 
-  train_batch, search_batches = batch(TRAIN_BATCH), [batch(SEARCH_BATCH) for _ in range(4)]
+  train_batch, search_batches = batch(train_rows), [batch(SEARCH_BATCH) for _ in range(4)]
   optimizer = optax.adamw(1e-3)
   params = jax.jit(model.init)(jax.random.key(0), catalogue, train_batch)["params"]
   state = (params, optimizer.init(params), jax.random.key(1))

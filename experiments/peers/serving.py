@@ -14,6 +14,9 @@ STEPS, BLOCKS = 20, 40
 T5 = {"layers": 4, "width": 128, "heads": 6, "head_width": 64, "mlp_width": 1024, "dropout": 0.1}
 ITEMS, HISTORY, TRAIN_BATCH, SEARCH_BATCH, BEAM = 12_101, 20, 64, 16, 20
 
+# SASRec with full cross-entropy at every position.
+SASREC = {"batch": 256, "length": 50, "width": 64, "layers": 2, "heads": 2, "mlp_width": 256, "dropout": 0.5}
+
 
 def semantic_ids(seed: int = 0):
   """Distinct random IDs [ITEMS, LEVELS]."""

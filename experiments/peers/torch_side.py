@@ -10,7 +10,9 @@ from serving import (
   CODES,
   HISTORY,
   ITEM_BATCH,
+  ITEMS,
   LEVELS,
+  SASREC,
   SEARCH_BATCH,
   STEPS,
   T5,
@@ -111,5 +113,47 @@ def t5():
   return {"train": train, "generate": generate}
 
 
+def sasrec():
+  """RecBole's SASRec with its cross-entropy, over the state of every position instead of the last alone."""
+  from recbole.model.sequential_recommender.sasrec import SASRec
+
+  class EveryPosition(SASRec):
+    def gather_indexes(self, output, gather_index):
+      del gather_index
+      return output.reshape(-1, output.shape[-1])
+
+  class Catalogue:
+    def num(self, field):
+      del field
+      return ITEMS + 1  # Item 0 is padding.
+
+  config = {
+    "USER_ID_FIELD": "user", "ITEM_ID_FIELD": "item", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "length",
+    "NEG_PREFIX": "neg_", "MAX_ITEM_LIST_LENGTH": SASREC["length"], "device": torch.device("cpu"),
+    "n_layers": SASREC["layers"], "n_heads": SASREC["heads"], "hidden_size": SASREC["width"],
+    "inner_size": SASREC["mlp_width"], "hidden_dropout_prob": SASREC["dropout"],
+    "attn_dropout_prob": SASREC["dropout"], "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02, "loss_type": "CE",
+  }  # fmt: skip
+  torch.manual_seed(0)
+  model = EveryPosition(config, Catalogue())
+  optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+  shape = (SASREC["batch"], SASREC["length"])
+  batch = {
+    "item_list": torch.randint(1, ITEMS + 1, shape), "length": torch.full(shape[:1], SASREC["length"]),
+    "item": torch.randint(1, ITEMS + 1, (shape[0] * shape[1],)),
+  }  # fmt: skip
+
+  def train():
+    model.train()
+    loss = model.calculate_loss(batch)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+  return {"train": train}
+
+
 if __name__ == "__main__":
-  serve(t5() if sys.argv[1] == "t5" else quantizer(sys.argv[1] == "quantizer_learned"))
+  sides = {"t5": t5, "sasrec": sasrec, "quantizer_learned": lambda: quantizer(True)}
+  serve(sides.get(sys.argv[1], lambda: quantizer(False))())
