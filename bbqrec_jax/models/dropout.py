@@ -23,7 +23,7 @@ class Dropout(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
     """X of any shape; the random numbers come from the collection "dropout"."""
-    kept = 256 - round(256 * self.rate)
+    kept = max(1, 256 - round(256 * self.rate))
     if nn.merge_param("deterministic", self.deterministic, deterministic) or kept == 256:
       return x
     size = int(np.prod(x.shape))

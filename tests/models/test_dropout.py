@@ -41,6 +41,12 @@ def test_nothing_is_dropped_at_rate_zero_or_when_deterministic():
   assert_array_equal(drop(x, 0.0), x)
 
 
+def test_the_highest_rate_keeps_something():
+  out = np.asarray(drop(jnp.ones((100, 1000)), 0.9999))
+  assert_array_equal(out[out != 0], np.float32(256))
+  assert 200 < np.count_nonzero(out) < 600
+
+
 def test_the_type_stays():
   x = jnp.ones((8, 8), jnp.bfloat16)
   assert drop(x, 0.3).dtype == jnp.bfloat16
