@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bbqrec_jax.benchmarks.counting import compulsory_bytes, matmul_flops
+from bbqrec_jax.benchmarks.counting import cost
 from bbqrec_jax.benchmarks.timing import Case
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import Interactions, from_lengths
@@ -95,10 +95,7 @@ def _step_case(
 
     return call
 
-  return Case(
-    name, work, unit, make, matmul_flops(single, state, shared, batch), compulsory_bytes(single, state, shared, batch),
-    dtype,
-  )  # fmt: skip
+  return Case(name, work, unit, make, functools.partial(cost, single, state, shared, batch), dtype)
 
 
 def _map_case(
@@ -112,10 +109,7 @@ def _map_case(
     held = partitioner.replicate((params, shared))
     return lambda: compiled(*held, batch)
 
-  return Case(
-    name, work, unit, make, matmul_flops(function, params, shared, batch),
-    compulsory_bytes(function, params, shared, batch), dtype,
-  )  # fmt: skip
+  return Case(name, work, unit, make, functools.partial(cost, function, params, shared, batch), dtype)
 
 
 def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
@@ -213,10 +207,8 @@ def attention_cases(config: Any) -> Iterator[Case]:
       compiled = jax.jit(gradient)
       return lambda: compiled(*inputs)
 
-    yield Case(
-      f"attention/{implementation}", r.batch_rows * length, "items", make, matmul_flops(gradient, *inputs),
-      compulsory_bytes(gradient, *inputs), r.dtype,
-    )  # fmt: skip
+    work = r.batch_rows * length
+    yield Case(f"attention/{implementation}", work, "items", make, functools.partial(cost, gradient, *inputs), r.dtype)
 
 
 def all_cases(config: Any) -> Iterator[Case]:

@@ -51,6 +51,11 @@ def compulsory_bytes(function: Callable[..., Any], *args: Any) -> float:
   return float(sum(_size(leaf) for leaf in jax.tree.leaves((args, outputs))))
 
 
+def cost(function: Callable[..., Any], *args: Any) -> tuple[float, float]:
+  """`matmul_flops` and `compulsory_bytes`."""
+  return matmul_flops(function, *args), compulsory_bytes(function, *args)
+
+
 def _size(leaf: Any) -> int:
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     return 8

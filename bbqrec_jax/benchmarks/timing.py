@@ -24,8 +24,8 @@ class Case:
     unit: "items", "users", "batches" or "steps".
     make: -> a function of no argument that does it once and returns arrays to wait for. Made anew for each way to
       compile it.
-    flops: in the matrix products of one call; None where there are none.
-    bytes: compulsory, of one call; None where it is not a program of the device.
+    cost: -> the FLOPs in the matrix products of one call and its compulsory bytes; None where it is no program of the
+      device.
     dtype: that the products are computed in.
   """
 
@@ -33,8 +33,7 @@ class Case:
   work: float
   unit: str
   make: Callable[[], Callable[[], Any]]
-  flops: float | None = None
-  bytes: float | None = None
+  cost: Callable[[], tuple[float, float]] | None = None
   dtype: str = "float32"
 
 
@@ -89,11 +88,12 @@ def measure(case: Case, *, windows: int, window_seconds: float) -> dict[str, Any
   calls = max(1, round(window_seconds / max(once, 1e-6)))
   taken = [_seconds(call, calls) / calls for _ in range(windows)]
   median = statistics.median(taken)
+  flops, moved = case.cost() if case.cost else (None, None)
   memory = jax.local_devices()[0].memory_stats() or {}
   return {
     "name": case.name, "unit": case.unit, "work": case.work, "median_s": median,
     "p90_s": float(np.quantile(taken, 0.9)), "windows": windows, "calls": calls, "rate": case.work / median,
-    "first_call_s": cold, "first_call_cached_s": cached, "flops": case.flops, "bytes": case.bytes,
+    "first_call_s": cold, "first_call_cached_s": cached, "flops": flops, "bytes": moved,
     "dtype": case.dtype, "device_peak_bytes": memory.get("peak_bytes_in_use"),
     "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
   }  # fmt: skip

@@ -47,19 +47,19 @@ def test_every_case_has_a_name_of_its_own_and_is_counted(config):
   )
   for case in cases:
     assert case.work > 0
-    assert ("pipeline" in case.name) == (case.flops is None)
-    assert case.flops is None or case.flops > 0
+    assert ("pipeline" in case.name) == (case.cost is None)
   by_name = {case.name: case for case in cases}
-  assert by_name["causal/hybrid/train step"].flops > by_name["causal/dense/train step"].flops
+  hybrid, dense = (by_name[f"causal/{head}/train step"].cost() for head in ("hybrid", "dense"))
+  assert hybrid[0] > dense[0] > 0
+  assert hybrid[1] > dense[1] > 0
 
 
 @pytest.mark.usefixtures("quick_compile")
 def test_a_result_can_be_written_compared_and_drawn(config):
-  result = benchmark.run(config, only=("tokenizer/", "attention/einsum", "causal/dense/ranking"))
+  result = benchmark.run(config, only=("tokenizer/", "attention/einsum"))
   names = [record["name"] for record in result["records"]]
   assert names == [
-    "tokenizer/train step", "tokenizer/tokenization", "tokenizer/input pipeline", "causal/dense/ranking",
-    "attention/einsum",
+    "tokenizer/train step", "tokenizer/tokenization", "tokenizer/input pipeline", "attention/einsum",
   ]  # fmt: skip
   for record in result["records"]:
     assert 0 < record["median_s"] <= record["p90_s"]
@@ -73,7 +73,8 @@ def test_a_result_can_be_written_compared_and_drawn(config):
   assert len(figure.axes[0].patches) == len(names)
 
 
-def test_an_unknown_name_is_refused(config):
+def test_an_unknown_name_is_refused(config, monkeypatch):
+  monkeypatch.setattr(benchmark, "all_cases", lambda config: [Case("a/b", 1, "items", lambda: lambda: None)])
   with pytest.raises(InputError, match="no benchmark begins with nosuch"):
     benchmark.run(config, only=("nosuch",))
 
