@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from absl import app, flags, logging
 
+from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.errors import InputError, refuse
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   options = flags.FLAGS
+  keep_compiled()
   output = pathlib.Path(options.output)
   try:
     ids = SemanticIds.load(pathlib.Path(options.tokenizer))

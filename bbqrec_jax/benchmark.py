@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 from typing import Any
 
@@ -35,12 +36,12 @@ from bbqrec_jax.json_files import read_json, write_json
 
 def about(name: str) -> dict[str, Any]:
   """What says which machine and which versions a result is of."""
-  commit = subprocess.run(
-    ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  commit = "unknown"
+  if shutil.which("git"):
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or commit
   return {
-    "config": name, "version": bbqrec_jax.__version__, "commit": commit.stdout.strip() or "unknown",
+    "config": name, "version": bbqrec_jax.__version__, "commit": commit,
     "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version(),
     "backend": jax.default_backend(), "device_kind": jax.devices()[0].device_kind,
     "device_count": jax.device_count(), "process_count": jax.process_count(), "cores": os.cpu_count(),

@@ -15,8 +15,10 @@ def keep_compiled() -> None:
   """
   if jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
     return
-  home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-  jax.config.update("jax_compilation_cache_dir", str(home / "bbqrec_jax" / _kind_of_cpu()))
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  if home.startswith("~"):  # A user without a home folder, as in some containers.
+    return
+  jax.config.update("jax_compilation_cache_dir", os.path.join(home, "bbqrec_jax", _kind_of_cpu()))
   # What compiles in less than this is not worth a file.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

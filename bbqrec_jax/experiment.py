@@ -1,18 +1,17 @@
 """A run from config to results: data, tokenizer, recommender, evaluation, each picked up where it was; and back."""
 
+import copy
 import dataclasses
 import json
 import pathlib
 from typing import Any, NamedTuple
 
 import ml_collections
-import numpy as np
 
 from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
-from bbqrec_jax.data.features import load_new_items
+from bbqrec_jax.data.features import Modalities, load_new_items
 from bbqrec_jax.data.interactions import Split, leave_one_out
-from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import popularity_metrics
@@ -28,12 +27,15 @@ from bbqrec_jax.train.recommender_stage import (
   build_recommender,
   check_fingerprint,
   initial_state,
+  item_features,
   needs_semantic_ids,
   run_recommender,
   tokenizer_folder,
 )
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer
 
+# Of the figures of `statistics`: what tells one data set from another.
+_HASHES = ("split_hash", "features_hash", "times_hash")
 _SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
 
 
@@ -75,7 +77,7 @@ def _claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: di
   """
   # Where the data lies may change between two starts of one run; what it holds may not.
   mine = {name: value for name, value in flatten(config).items() if name != "data.path"}
-  mine |= {f"data {name}": figures[name] for name in ("split_hash", "features_hash")}
+  mine |= {f"data {name}": figures[name] for name in _HASHES}
   mine = json.loads(json.dumps(mine))
   path = workdir / "run.json"
   if path.exists():
@@ -170,6 +172,13 @@ def tokenize(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
   return read_json(tokenizer_folder(config, workdir) / "health.json")
 
 
+def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config with the recommender's defaults, for a tokenizer that several recommenders are to share."""
+  neutral = copy.deepcopy(config)
+  neutral.update_from_flattened_dict(flatten(default_config().recommender, "recommender."))
+  return neutral
+
+
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   """Runs, or goes on with, what `config` describes.
 
@@ -204,7 +213,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
       config,
       ids,
       split,
-      FeatureStore(dataset.features, dataset.present),
+      dataset,
       workdir=workdir,
       partitioner=prepared.partitioner,
       log=log,
@@ -267,31 +276,18 @@ class Restored(NamedTuple):
   config: ml_collections.ConfigDict
 
 
-def _with_new_items(
-  dataset: Dataset, store: FeatureStore, ids: SemanticIds, features: pathlib.Path | None
-) -> tuple[Dataset, FeatureStore]:
-  """The data set and its features with the items that `ids` has after the known ones; untitled.
+def _new_items(dataset: Dataset, folder: pathlib.Path, *, count: int) -> Modalities:
+  """Features and presence of `count` items that came after those of the data set.
 
   Raises:
-    InputError: if the features are not those of these items.
+    InputError: if they are not there, or have other shapes.
   """
-  new = len(ids.codes) - dataset.num_items
-  titles = dataset.titles + ("",) * new
-  if features is None:
-    return dataclasses.replace(dataset, titles=titles), store
-  more, present = load_new_items(features, dataset.modalities)
-  for name, array in more.items():
-    expected = (new, dataset.features[name].shape[1])
-    if array.shape != expected:
-      raise InputError(f"{features}/{name}_features.npy: expected shape {list(expected)}, got {list(array.shape)}")
-  extended = dataclasses.replace(
-    dataset,
-    titles=titles,
-    features={name: np.concatenate([array, more[name]]) for name, array in dataset.features.items()},
-    present={name: np.concatenate([mask, present[name]]) for name, mask in dataset.present.items()},
-  )
-  # Standardised by what the model was trained on.
-  return extended, FeatureStore(extended.features, extended.present, store.arrays())
+  features, present = load_new_items(folder, dataset.modalities)
+  for name, array in features.items():
+    expected = [count, dataset.features[name].shape[1]]
+    if list(array.shape) != expected:
+      raise InputError(f"{folder}/{name}_features.npy: expected shape {expected}, got {list(array.shape)}")
+  return features, present
 
 
 def restore(
@@ -313,18 +309,18 @@ def restore(
     raise InputError(f"{workdir} holds no finished run (no results.json): start bbqrec_jax.main on it again")
   dataset, split, figures = read_data(config)
   trained_on = read_json(workdir / "run.json")
-  for name in ("split_hash", "features_hash"):
-    if trained_on[f"data {name}"] != figures[name]:
+  for name in _HASHES:
+    if trained_on.get(f"data {name}") != figures[name]:
       raise InputError(
         f"{dataset.source} has {name} {figures[name]}, the run in {workdir} was trained on"
-        f" {trained_on[f'data {name}']}: give it its own data"
+        f" {trained_on.get(f'data {name}')}: give it its own data"
       )
   ids = None
   if needs_semantic_ids(config):
     ids = SemanticIds.load(tokenizer_folder(config, workdir))
     check_fingerprint(workdir, ids)
-  store = FeatureStore(dataset.features, dataset.present)
-  model, catalogue = build_recommender(config, ids, split.train, store)
+  known = item_features(config, dataset)
+  model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=known)
   state = initial_state(config, model, catalogue)
   if tokenizer is not None:
     if ids is None:
@@ -333,9 +329,11 @@ def restore(
       raise InputError(f"{workdir}: its recommender reads features: give those of the new items too")
     extended = SemanticIds.load(tokenizer)
     extended.check_extension(ids, where=tokenizer)
-    ids = extended
-    dataset, store = _with_new_items(dataset, store, ids, features)
-    _, catalogue = build_recommender(config, ids, split.train, store)
+    ids, count = extended, len(extended.codes) - dataset.num_items
+    new = None if features is None else _new_items(dataset, features, count=count)
+    every = item_features(config, dataset, new)
+    _, catalogue = build_recommender(config, ids, split.train, num_items=len(ids.codes), features=every)
+    dataset = dataclasses.replace(dataset, titles=dataset.titles + ("",) * count)
   best = read_json(workdir / "results.json")["best_step"]
   checkpointer = Checkpointer(workdir / "checkpoints" / "recommender")
   state = checkpointer.restore_state(best, state)

@@ -1,9 +1,10 @@
-"""SASRec with full cross-entropy: the baseline, on the data of any folder, tuned as the others are.
+"""SASRec with full cross-entropy: the baseline, on the data of any folder.
 
     python -m bbqrec_jax.main --config=configs/sasrec.py --workdir=runs/sasrec --config.data.path=DIR
     python -m bbqrec_jax.main --config=configs/sasrec.py:features --workdir=runs/sasrec --config.data.path=DIR
 
-It knows items by number alone, or also by a linear map of their features; there is no tokenizer.
+It knows items by number alone, or also by a linear map of their features; there is no tokenizer. Width, dropout and
+optimiser are those of the dense head in `scientific.py`, not tuned for it.
 """
 
 import ml_collections
@@ -20,7 +21,7 @@ def get_config(inputs: str = "item") -> ml_collections.ConfigDict:
   config = default_config()
   recommender = config.recommender
   recommender.head = "dense"
-  recommender.item_inputs = ("item",) if inputs == "item" else ("features", "item")
+  recommender.item_inputs = {"item": ("item",), "features": ("features", "item")}[inputs]
   recommender.similarity = ()
   recommender.width = 128
   recommender.mlp_width = 512

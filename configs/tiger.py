@@ -11,6 +11,17 @@ import ml_collections
 
 from bbqrec_jax.config import default_config
 
+_SIZES = {
+  "full": {
+    "width": 128, "num_layers": 4, "num_heads": 6, "head_width": 64, "mlp_width": 1024, "batch_rows": 256,
+    "steps": 20_000, "evaluate_every": 2000,
+  },
+  "small": {
+    "width": 64, "num_layers": 2, "num_heads": 2, "head_width": 32, "mlp_width": 256, "batch_rows": 128,
+    "steps": 4000, "evaluate_every": 500,
+  },
+}  # fmt: skip
+
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
   """The baseline: nothing is bound to behaviour, and attention is left as it is.
@@ -34,23 +45,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
   recommender.similarity = ()
   recommender.softmax_over = "all"
   recommender.node_scores = False
-  recommender.width = 128
-  recommender.num_layers = 4
-  recommender.num_heads = 6
-  recommender.head_width = 64
-  recommender.mlp_width = 1024
   recommender.dropout = 0.1
-  recommender.batch_rows = 256
-  recommender.steps = 20_000
-  recommender.evaluate_every = 2000
-  if size == "small":
-    recommender.width = 64
-    recommender.num_layers = 2
-    recommender.num_heads = 2
-    recommender.head_width = 32
-    recommender.mlp_width = 256
-    recommender.batch_rows = 128
-    recommender.steps = 4000
-    recommender.evaluate_every = 500
-    config.evaluation.validation_users = 2048
+  recommender.update(_SIZES[size])
+  config.evaluation.validation_users = 2048
   return config

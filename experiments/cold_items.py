@@ -1,6 +1,6 @@
 """Items that nobody had bought when the model was trained: does it recommend them?
 
-    python experiments/cold_items.py --config=configs/scientific.py:hybrid --config.data.path=DIR --workdir=runs/cold
+    python experiments/cold_items.py --config=configs/scientific.py --config.data.path=DIR --workdir=runs/cold
 
 holds a share of the items out of everything (`--share`, drawn by `--config.seed`): they are in no history and no
 tokenizer's catalogue. It writes what is left as a data set of its own, runs the config on it, gives the held-out items
@@ -9,7 +9,6 @@ items. Nothing is trained for them. What is done already is not done again, and 
 same workdir) share the IDs. Prints a line a head and writes it to `HEAD.json`.
 """
 
-import copy
 import json
 import pathlib
 from typing import Any
@@ -20,15 +19,15 @@ from ml_collections import config_flags
 
 from bbqrec_jax.assign import assign
 from bbqrec_jax.compilation import keep_compiled
-from bbqrec_jax.config import default_config, flatten, validate
+from bbqrec_jax.config import validate
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, drop_short_users
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
-from bbqrec_jax.experiment import restore, run, tokenize
-from bbqrec_jax.json_files import write_json
+from bbqrec_jax.experiment import of_any_recommender, restore, run, tokenize
+from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.parallel import PARTITIONERS
 
@@ -105,16 +104,20 @@ def report(config: Any, workdir: pathlib.Path, *, share: float) -> str:
   warm, histories, targets = part(dataset.interactions, cold)
   if not len(targets):
     raise InputError(f"no user's last item is among the {cold.sum()} held out: raise --share")
-  data, new = workdir / "data", workdir / "new_items"
-  if not (data / "sequences.txt").exists():
+  data, new, note = workdir / "data", workdir / "new_items", workdir / "held_out.json"
+  held_out = {"data": dataset.name, "items": np.flatnonzero(cold).tolist()}
+  if not note.exists():
     save(dataset, cold, new)
     save(dataset, ~cold, data, warm)
+    write_json(note, held_out)
+  elif read_json(note) != held_out:
+    raise InputError(
+      f"{workdir} holds out other items: use another --workdir, or the --share and seed it was made with"
+    )
   config.data.source, config.data.path = "directory", str(data)
   config.data.modalities = dataset.modalities
-  # Of all heads alike: a tokenizer knows nothing of the recommender.
-  neutral, folder = copy.deepcopy(config), workdir / "ids"
-  neutral.update_from_flattened_dict(flatten(default_config().recommender, "recommender."))
-  tokenize(neutral, folder)
+  folder = workdir / "ids"
+  tokenize(of_any_recommender(config), folder)
   config.tokenizer.artefact = str(folder / "tokenizer")
   extended = folder / "extended"
   if not SemanticIds.exists(extended):

@@ -20,10 +20,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from bbqrec_jax.compilation import keep_compiled
-from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.experiment import read_data, run, tokenize
+from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
 from bbqrec_jax.json_files import read_json
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health
 
@@ -67,9 +66,7 @@ def do(
     for variant in variants:
       own = change(config, VARIANTS[variant] | {"seed": seed})
       folder = workdir / variant / str(seed)
-      # Of all heads alike: a tokenizer knows nothing of the recommender.
-      neutral = flatten(default_config().recommender, "recommender.")
-      tokenize(change(own, neutral), folder)
+      tokenize(of_any_recommender(own), folder)
       artefact = {"tokenizer.artefact": str(folder / "tokenizer")}
       if recommender:
         run(change(own, artefact), folder / own.recommender.head)

@@ -1,6 +1,7 @@
 """Four CPU devices for every test, set before anything imports JAX, and the real data where a checkout has it."""
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 
@@ -10,6 +11,20 @@ import pytest
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+
+@pytest.fixture(scope="session")
+def load_file():
+  """A function that runs a file of the checkout which is in no package, a config or a script: path -> module."""
+
+  def load(path):
+    path = pathlib.Path(__file__).parents[1] / path
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+  return load
 
 
 @pytest.fixture(scope="session")

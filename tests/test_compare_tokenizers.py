@@ -1,8 +1,5 @@
 """The comparison of tokenizers: what it trains, what it leaves alone, and its tables."""
 
-import importlib.util
-import pathlib
-
 import numpy as np
 import pytest
 
@@ -10,15 +7,10 @@ from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import Split, from_lengths
 from bbqrec_jax.json_files import read_json
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "experiments" / "compare_tokenizers.py"
-
 
 @pytest.fixture(scope="module")
-def script():
-  spec = importlib.util.spec_from_file_location("compare_tokenizers", SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+def script(load_file):
+  return load_file("experiments/compare_tokenizers.py")
 
 
 @pytest.fixture(scope="module")

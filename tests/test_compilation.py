@@ -41,6 +41,13 @@ def test_a_folder_that_was_chosen_stays_and_none_is_used_where_that_was_chosen(t
   assert jax.config.jax_compilation_cache_dir is None
 
 
+def test_a_user_without_a_home_folder_keeps_nothing(monkeypatch):
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+  keep_compiled()
+  assert jax.config.jax_compilation_cache_dir is None
+
+
 def test_cpus_that_can_do_different_things_have_different_folders(tmp_path):
   names = []
   for number, flags in enumerate(["sse avx", "sse avx amx", "sse avx"]):

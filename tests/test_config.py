@@ -1,6 +1,5 @@
 """The fields of a config: what is refused, in which words, and that the shipped files hold what they say."""
 
-import importlib.util
 import math
 import pathlib
 
@@ -10,13 +9,6 @@ from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.errors import InputError
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-
-
-def load_config_file(path):
-  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
 
 
 def refusal(config):
@@ -42,13 +34,35 @@ def test_configs_do_not_share_state():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
-  module = load_config_file(path)
+def test_shipped_configs_are_valid_and_say_how_to_run_them(load_file, path):
+  module = load_file(path)
   config = module.get_config()
   config = config.get("run", config)  # A benchmark has a run, and sizes of its own.
   validate(config)
   assert flatten(config).keys() == flatten(default_config()).keys()
   assert f"--config=configs/{path.name}" in module.__doc__
+
+
+@pytest.mark.parametrize(
+  ("name", "choices"),
+  [
+    ("scientific", ("generative", "dense", "parallel", "hybrid")),
+    ("beauty", ("generative", "dense", "parallel", "hybrid")),
+    ("sasrec", ("item", "features")),
+    ("tiger", ("full", "small")),
+    ("benchmark", ("small", "paper", "large")),
+  ],
+)
+def test_every_choice_of_a_shipped_config_is_valid_and_no_other(load_file, name, choices):
+  module = load_file(f"configs/{name}.py")
+  flattened = []
+  for choice in choices:
+    config = module.get_config(choice)
+    validate(config.get("run", config))
+    flattened.append(str(config))
+  assert len(set(flattened)) == len(choices)
+  with pytest.raises((KeyError, InputError)):
+    validate(module.get_config("nosuch"))
 
 
 def test_there_are_shipped_configs():

@@ -378,6 +378,11 @@ def test_time_between_interactions_needs_times_and_is_asked_for(generative, tmp_
   np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
   assert np.abs(scores[0] - scores[2]).max() > 1e-5
 
+  note = read_json(tmp_path / "run" / "run.json")
+  (tmp_path / "run" / "run.json").write_text(json.dumps(note | {"data times_hash": "other"}))
+  with pytest.raises(InputError, match="has times_hash"):
+    restore(tmp_path / "run")
+
   folder = tmp_path / "data"
   folder.mkdir()
   (folder / "sequences.txt").write_text("".join(f"{user} 0 1 2 3\n" for user in range(5)))

@@ -145,14 +145,13 @@ def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
 
 def recommender_cases(config: Any, dataset: Dataset, ids: SemanticIds) -> Iterator[Case]:
   """Training steps, rankings and the pipeline of every recommender."""
-  store = FeatureStore(dataset.features, dataset.present)
   for name, changes in RECOMMENDERS.items():
     run = copy.deepcopy(config.run)
     run.update_from_flattened_dict(changes)
     if run.recommender.backbone == "encoder_decoder":
       run.recommender.update(config.encoder_decoder)
     partitioner, dtype = PARTITIONERS[run.partitioner](), run.recommender.dtype
-    model, catalogue = build_recommender(run, ids, dataset.interactions, store)
+    model, catalogue = build_recommender(run, ids, dataset.interactions, num_items=config.num_items)
     state = initial_state(run, model, catalogue)
     step = make_recommender_step(model, make_optimizer(run.recommender.optimizer, total_steps=run.recommender.steps))
     batches = training_batches(run, dataset.interactions)

@@ -1,6 +1,7 @@
 """What every source gives: the histories, the features and the titles of one catalogue, and figures about them."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,8 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
   Returns:
     name, source, users, items, interactions; history_length (mean, median, min, max); density, interactions / (users x
     items); head_share, the share of interactions that the most popular 10 % of items hold; unseen_items, how many are
-    in no training history; modalities (width and coverage of each); split_hash and features_hash.
+    in no training history; modalities (width and coverage of each); split_hash, features_hash and times_hash
+    (None without times).
   """
   interactions = dataset.interactions
   lengths = interactions.lengths
@@ -74,6 +76,7 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
     },
     "split_hash": split.split_hash,
     "features_hash": features_hash(dataset.features, dataset.present),
+    "times_hash": None if interactions.times is None else hashlib.sha256(interactions.times.tobytes()).hexdigest()[:16],
   }
 
 

@@ -9,6 +9,9 @@ import numpy as np
 
 from bbqrec_jax.errors import InputError
 
+# Features [N, D] and presence [N] of some items, each by modality.
+Modalities = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
 # Features are float32 on the device, so that is what a number must fit in; NaN and infinity do not.
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -171,7 +174,7 @@ def load_modalities(
   return features, present
 
 
-def load_new_items(folder: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def load_new_items(folder: Path, names: tuple[str, ...]) -> Modalities:
   """The features of new items, `<modality>_features.npy` with one row an item, and `has_<modality>.npy` where given.
 
   Raises:

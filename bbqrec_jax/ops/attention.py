@@ -70,7 +70,7 @@ def attention(
   # One query, as in a cached search: many products of a vector and a few rows, for which a sum is the faster form.
   single = query.shape[1] == 1
   if single:
-    products = (query * key).astype(jnp.float32)
+    products = query.astype(jnp.float32) * key.astype(jnp.float32)
     scores = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2)[:, :, None]
   else:
     scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
@@ -82,7 +82,8 @@ def attention(
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
   weights = weights.astype(value.dtype)
   if single:
-    return jnp.sum(jnp.swapaxes(weights[:, :, 0], 1, 2)[..., None] * value, axis=1, keepdims=True)
+    each = jnp.swapaxes(weights[:, :, 0], 1, 2)[..., None].astype(jnp.float32) * value.astype(jnp.float32)
+    return jnp.sum(each, axis=1, keepdims=True).astype(value.dtype)
   return jnp.einsum("bhts,bshd->bthd", weights, value)
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.features import Modalities
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
 from bbqrec_jax.data.pipeline import FeatureStore, PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
@@ -147,12 +149,20 @@ def comparison(
   return vectors, np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
 
 
-def item_features(config: Any, store: FeatureStore) -> np.ndarray | None:
-  """The standardised features of all items, [N, F] float32, where the recommender reads them; otherwise None."""
+def item_features(config: Any, dataset: Dataset, new: Modalities | None = None) -> np.ndarray | None:
+  """The standardised features of all items, [N, F] float32, where the recommender reads them; otherwise None.
+
+  Args:
+    config: of the run.
+    dataset: the items it was trained on, whose statistics standardise all.
+    new: features and presence by modality of items that came later, who stand at the end.
+  """
   if "features" not in config.recommender.item_inputs:
     return None
-  num_items = len(next(iter(store.present.values())))
-  return np.concatenate(list(store.rows(np.arange(num_items))[0].values()), axis=1)
+  store = FeatureStore(dataset.features, dataset.present)
+  stores = [store, *([FeatureStore(*new, store.arrays())] if new else [])]
+  rows = [part.rows(np.arange(len(next(iter(part.present.values())))))[0] for part in stores]
+  return np.concatenate([np.concatenate(list(part.values()), axis=1) for part in rows])
 
 
 def build_catalogue(
@@ -234,11 +244,9 @@ def build_catalogue(
 
 
 def build_recommender(
-  config: Any, ids: SemanticIds | None, histories: Interactions, store: FeatureStore
+  config: Any, ids: SemanticIds | None, histories: Interactions, *, num_items: int, features: np.ndarray | None = None
 ) -> tuple[Recommender, Catalogue]:
-  """The model, and the catalogue it reads."""
-  num_items = len(next(iter(store.present.values()))) if ids is None else len(ids.codes)
-  features = item_features(config, store)
+  """The model, and the catalogue it reads; the arguments are those of `build_catalogue`."""
   catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items, features=features)
   return Recommender(settings), catalogue
 
@@ -267,7 +275,7 @@ def run_recommender(
   config: Any,
   ids: SemanticIds | None,
   split: Split,
-  store: FeatureStore,
+  dataset: Dataset,
   *,
   workdir: pathlib.Path,
   partitioner: Partitioner,
@@ -279,7 +287,9 @@ def run_recommender(
     ({"validation": metrics, "test": metrics} of the best model on all users, the loop's progress record).
   """
   r, e = config.recommender, config.evaluation
-  model, catalogue = build_recommender(config, ids, split.train, store)
+  model, catalogue = build_recommender(
+    config, ids, split.train, num_items=dataset.num_items, features=item_features(config, dataset)
+  )
   ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
   shared = partitioner.replicate(catalogue)
   some = sample_users(split, e.validation_users, seed=config.seed)

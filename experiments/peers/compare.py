@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -113,6 +114,11 @@ def main(argv: list[str]) -> None:
   """Prints a table, and writes it."""
   del argv
   options = flags.FLAGS
+  if options.peer_python and not shutil.which(options.peer_python):
+    raise SystemExit(f"error: --peer_python: no interpreter at {options.peer_python}; see the head of this file")
+  unknown = set(options.only) - set(PEERS)
+  if unknown:
+    raise SystemExit(f"error: --only: expected some of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
   rows = [row for name in options.only for row in measure(name, options.peer_python, options.rounds)]
   about = {"machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(),
            "load": os.getloadavg()[0], "rounds": options.rounds}  # fmt: skip

@@ -1,29 +1,22 @@
 """The benchmark from config to table: what a record holds, what is refused, and the arithmetic of its tables."""
 
-import importlib.util
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from bbqrec_jax import benchmark
+from bbqrec_jax.benchmarks import limits
 from bbqrec_jax.benchmarks.cases import RECOMMENDERS, all_cases
-from bbqrec_jax.benchmarks.limits import measured_limits
 from bbqrec_jax.benchmarks.report import chart, comparison, table, utilisation
 from bbqrec_jax.benchmarks.timing import Case, measure
 from bbqrec_jax.errors import InputError
 
-CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "benchmark.py"
-
 
 @pytest.fixture
-def config():
-  spec = importlib.util.spec_from_file_location("config_benchmark", CONFIG)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config("small")
+def config(load_file):
+  config = load_file("configs/benchmark.py").get_config("small")
   config.num_users, config.num_items, config.tokenized, config.windows, config.window_seconds = 200, 100, 40, 2, 1e-3
   config.modalities = {"text": 12, "image": 8}
   config.run.update_from_flattened_dict({
@@ -100,21 +93,23 @@ def test_utilisation_is_a_share_of_each_limit():
   assert utilisation(record, limits, {"float32": None})["of_peak"] is None
 
 
-def test_a_window_waits_for_its_calls_and_counts_them(monkeypatch):
-  made = []
+def test_a_window_holds_as_many_calls_as_it_says():
+  made, called = [], []
 
   def make():
     made.append(jax.jit(lambda x: x + 1))
-    return lambda: made[-1](jnp.ones(3))
+    return lambda: called.append(1) or made[-1](jnp.ones(3))
 
-  record = measure(Case("a/b", 3, "items", make), windows=3, window_seconds=1e-3)
+  record = measure(Case("a/b", 3, "items", make, lambda: (5.0, 7.0)), windows=3, window_seconds=1e-3)
   assert len(made) == 2, "once compiled from nothing, once from the cache"
-  assert record["windows"] == 3
-  assert record["calls"] >= 1
-  assert record["process_peak_bytes"] > 2**20
+  assert len(called) == 3 + 3 * record["calls"], "each first call, one to judge by, and the windows"
+  assert (record["flops"], record["bytes"]) == (5.0, 7.0)
 
 
-def test_limits_are_rates():
-  limits = measured_limits(size=64, repeats=2)
-  assert set(limits) == {"matmul_float32", "matmul_bfloat16", "copy"}
-  assert all(value > 0 for value in limits.values())
+def test_limits_are_work_over_time(monkeypatch):
+  shapes = []
+  monkeypatch.setattr(limits, "_median_seconds", lambda function, argument, repeats: shapes.append(argument) or 0.5)
+  assert limits.measured_limits(size=64) == {
+    "matmul_float32": 4 * 64**3, "matmul_bfloat16": 4 * 64**3, "copy": 4 * shapes[-1].nbytes,
+  }  # fmt: skip
+  assert [str(shape.dtype) for shape in shapes] == ["float32", "bfloat16", "float32"]

@@ -138,3 +138,18 @@ def test_scores_are_float32_and_the_output_keeps_the_type_of_the_query():
   expected = oracle(*(np.asarray(x, np.float64) for x in (query, key, value)), np.asarray(mask), np.asarray(bias))
   # The weights are rounded to bfloat16, three significant digits, and so is the result.
   assert_allclose(np.asarray(out, np.float64), expected, atol=0.02)
+
+
+def test_a_single_query_in_16_bits_is_as_near_to_float64_as_several_are():
+  rng = np.random.default_rng(3)
+  query, key, value = (jnp.asarray(rng.normal(size=(4, 64, 2, 32)), jnp.bfloat16) for _ in range(3))
+  mask = jnp.ones((1, 1, 1, 64), bool)
+  several = np.asarray(attention(query, key, value, mask=mask), np.float64)
+  single = np.concatenate([attention(query[:, t : t + 1], key, value, mask=mask) for t in range(64)], axis=1)
+  q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+  scores = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(32)
+  weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+  exact = np.einsum("bhts,bshd->bthd", weights / weights.sum(axis=-1, keepdims=True), v)
+  error = [np.sqrt(np.mean(np.square(np.asarray(got, np.float64) - exact))) for got in (several, single)]
+  assert error[1] < 1.1 * error[0]
+  assert error[0] < 0.01
