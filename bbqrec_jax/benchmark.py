@@ -29,6 +29,7 @@ from bbqrec_jax.benchmarks.cases import all_cases
 from bbqrec_jax.benchmarks.limits import PEAKS, measured_limits
 from bbqrec_jax.benchmarks.report import chart, comparison, table, utilisation
 from bbqrec_jax.benchmarks.timing import measure
+from bbqrec_jax.command_line import parse_flags
 from bbqrec_jax.config import validate
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.json_files import read_json, write_json
@@ -121,4 +122,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("output", "", "The JSON file; a chart of the same name stands beside it.")
   flags.DEFINE_list("only", [], "Beginnings of the names of what to time.")
   flags.DEFINE_list("compare", [], "Two files to compare instead.")
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

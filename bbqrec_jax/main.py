@@ -1,8 +1,7 @@
 """Runs a config: `python -m bbqrec_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
 
-import difflib
+import functools
 import pathlib
-import re
 import signal
 import sys
 
@@ -10,28 +9,12 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from bbqrec_jax.command_line import parse_flags
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.experiment import run
 from bbqrec_jax.train.loop import Interrupted
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses as absl does, with one line instead of a traceback where a config or a field of it is wrong."""
-  known = flatten(default_config())
-  for argument in argv[1:]:
-    field = re.match(r"--?config\.([^=]+)", argument)
-    if field and field[1] not in known:
-      close = difflib.get_close_matches(field[1], known, 1)
-      meant = f"did you mean {close[0]}? " if close else ""
-      refuse(InputError(f"config field {field[1]} is unknown: {meant}all fields are in bbqrec_jax/config.py"))
-  try:
-    rest = app.parse_flags_with_usage(argv)
-    flags.FLAGS.config.items()  # A config file that cannot be loaded is only missed when it is used.
-    return rest
-  except (AttributeError, KeyError, TypeError, ImportError, OSError) as error:
-    refuse(InputError(f"the config cannot be used: {error}"))
 
 
 def main(argv: list[str]) -> None:
@@ -55,4 +38,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Where everything is written; the same one again goes on with the run.")
   flags.mark_flags_as_required(["config", "workdir"])
   jax.config.config_with_absl()
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=functools.partial(parse_flags, known=flatten(default_config())))

@@ -14,6 +14,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from bbqrec_jax.benchmarks.cases import random_dataset, random_ids, recommender_cases
+from bbqrec_jax.command_line import parse_flags
 
 ROUNDS = 15
 
@@ -41,4 +42,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "configs/benchmark.py:small, :paper or :large.")
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

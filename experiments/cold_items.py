@@ -18,6 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from bbqrec_jax.assign import assign
+from bbqrec_jax.command_line import parse_flags
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import validate
 from bbqrec_jax.data.dataset import Dataset
@@ -159,4 +160,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Gets the two data sets, the run and the IDs.")
   flags.DEFINE_float("share", 0.05, "Of the items, to hold out.")
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -19,6 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from bbqrec_jax.command_line import parse_flags
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError, refuse
@@ -179,4 +180,4 @@ if __name__ == "__main__":
   flags.DEFINE_bool("ids_alone", False, "Whether to train a recommender that knows items by their IDs alone.")
   flags.DEFINE_bool("report", False, "Train nothing; print the tables of what is there.")
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -25,14 +25,15 @@ def call(module, *arguments):
 @pytest.mark.parametrize(
   ("config", "arguments", "named"),
   [
-    ("directory", ["--config.data.path=no/such/folder"], "no/such/folder"),
-    ("quickstart", ["--config.recommender.head=nosuch"], "recommender.head"),
-    ("nosuch", [], "configs/nosuch.py"),
+    ("directory.py", ["--config.data.path=no/such/folder"], "no/such/folder"),
+    ("quickstart.py", ["--config.recommender.head=nosuch"], "recommender.head"),
+    ("nosuch.py", [], "configs/nosuch.py"),
+    ("tiger.py:nosuch", [], "'nosuch' is neither a field nor a choice"),
   ],
 )
 def test_bad_input_is_one_line(tmp_path, config, arguments, named):
   workdir = tmp_path / "run"
-  result = call("main", f"--config=configs/{config}.py", f"--workdir={workdir}", *arguments)
+  result = call("main", f"--config=configs/{config}", f"--workdir={workdir}", *arguments)
   assert result.returncode not in (0, None)
   lines = result.stderr.splitlines()
   assert len(lines) == 1, result.stderr
