@@ -276,8 +276,20 @@ def test_statistics_against_counts_by_hand(folder):
     "head_share": 0.4,  # Item 2, of 4 items, holds 4 of 10 interactions.
     "unseen_items": 1,  # Training is ann 0, bob 3 2, cy 2.
     "modalities": {"image": {"width": 3, "coverage": 0.75}, "text": {"width": 2, "coverage": 1.0}},
+    "times_hash": None,
   }
   json.dumps(figures)
+
+
+def test_the_hash_of_times_changes_with_any_of_them_and_no_other_hash_does(folder):
+  found = []
+  for times in ("ann 1 2 3\nbob 0 1 2 3\ncy 1 2 3\n", "ann 1 2 3\nbob 0 1 2 3\ncy 1 2 4\n"):
+    (folder / "timestamps.txt").write_text(times)
+    dataset = load_directory(folder)
+    figures = statistics(dataset, leave_one_out(dataset.interactions))
+    found.append([figures[name] for name in ("times_hash", "split_hash", "features_hash")])
+  assert found[0][0] != found[1][0]
+  assert found[0][1:] == found[1][1:]
 
 
 def test_statistics_as_text_name_the_data(folder):
