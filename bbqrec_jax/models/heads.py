@@ -4,7 +4,9 @@ A head is a flax module with
 
 - `losses(items, states [P, d], targets [P], *, deterministic)` -> the parts of its loss by name, each [P] float32;
 - `exact`, and where that is True `scores(items, states [B, d])` -> [B, N], else
-  `search(items, states [B, d], *, width, exclude)` -> `BeamResult`.
+  `search(items, states [B, d], *, width, exclude)` -> `BeamResult`;
+- where it knows a faster way to them than through each, `summed_losses(items, states, targets, weights [P], *,
+  deterministic)` -> the parts, each summed over the positions as they weigh.
 
 `items` is an `Items`: the catalogue, and the vectors that the sequence model knows its items by.
 """
@@ -21,7 +23,7 @@ from bbqrec_jax.models.backbones import TransformerLayer
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.encoder_decoder import DecoderHead
 from bbqrec_jax.models.node_scores import NodeScores, NodeTables, search_scores, training_scores
-from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy
+from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy, weighted_cross_entropy
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
 
 
@@ -37,16 +39,30 @@ class Items(NamedTuple):
   vectors: Callable[..., jax.Array]
 
 
+def weighted(parts: dict[str, jax.Array], weights: jax.Array) -> dict[str, jax.Array]:
+  """Sums each part [P] as the positions weigh; what weighs nothing may be anything."""
+  return {
+    name: jnp.sum(jnp.where(weights > 0, part.astype(jnp.float32) * weights, 0.0)) for name, part in parts.items()
+  }
+
+
+def summed_losses(
+  head: Any, items: Items, states: Any, targets: jax.Array, weights: jax.Array, *, deterministic: bool
+) -> dict[str, jax.Array]:
+  """The parts of a head's loss, each a float32 scalar: the sum over positions as they weigh, [P] float32."""
+  if hasattr(head, "summed_losses"):
+    return head.summed_losses(items, states, targets, weights, deterministic=deterministic)
+  return weighted(head.losses(items, states, targets, deterministic=deterministic), weights)
+
+
 class DenseHead(nn.Module):
   """Full softmax over the catalogue: the product of the state and each item's vector (SASRec with cross-entropy).
 
   Attributes:
     num_negatives: items drawn at random in a training step to stand for the whole catalogue; 0 takes the catalogue.
-    max_logits: logits that are there at once at most in the loss; more positions are looked at in turns.
   """
 
   num_negatives: int = 0
-  max_logits: int = 2**26
   exact: ClassVar[bool] = True
 
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
@@ -57,8 +73,16 @@ class DenseHead(nn.Module):
         states, items.vectors(targets), items.vectors(drawn), targets, drawn, num_items=items.catalogue.num_items
       )
     else:
-      surprise = cross_entropy(states, items.vectors(), targets, max_logits=self.max_logits)
+      surprise = cross_entropy(states, items.vectors(), targets)
     return {"nll_dense": surprise}
+
+  def summed_losses(
+    self, items: Items, states: jax.Array, targets: jax.Array, weights: jax.Array, *, deterministic: bool
+  ) -> dict[str, jax.Array]:
+    """The sum of `losses` as the positions weigh; the full softmax forms its gradient with its value."""
+    if self.num_negatives and not deterministic:
+      return weighted(self.losses(items, states, targets, deterministic=deterministic), weights)
+    return {"nll_dense": weighted_cross_entropy(states, items.vectors(), targets, weights)}
 
   def scores(self, items: Items, states: jax.Array) -> jax.Array:
     """Logits of all items, [B, N] float32."""
@@ -259,6 +283,15 @@ class HybridHead(nn.Module):
     return self.generative.losses(items, states, targets, deterministic=deterministic) | self.dense.losses(
       items, states, targets, deterministic=deterministic
     )
+
+  def summed_losses(
+    self, items: Items, states: jax.Array, targets: jax.Array, weights: jax.Array, *, deterministic: bool
+  ) -> dict[str, jax.Array]:
+    """Those of both heads."""
+    parts: dict[str, jax.Array] = {}
+    for head in (self.generative, self.dense):
+      parts |= summed_losses(head, items, states, targets, weights, deterministic=deterministic)
+    return parts
 
   def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The candidates of the beam in the order of the dense head; log-probabilities are among the candidates."""

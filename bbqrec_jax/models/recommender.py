@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from bbqrec_jax.models.backbones import CausalBackbone
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.encoder_decoder import Encoder, Memory, encoder_shape
-from bbqrec_jax.models.heads import Items, make_head, named
-from bbqrec_jax.ops.reduction import masked_mean
+from bbqrec_jax.models.heads import Items, make_head, named, summed_losses
+from bbqrec_jax.ops.reduction import mean_weights
 from bbqrec_jax.ops.similarity import bucket_bias, continuous_bias, similarity_buckets
 from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
 
@@ -160,8 +160,8 @@ class Recommender(nn.Module):
         catalogue, items, segments, batch["positions"], batch.get("times"), deterministic=deterministic
       )
       states, real = states.reshape(-1, states.shape[-1]), segments.reshape(-1) > 0
-    parts = self.head.losses(self._items(catalogue), states, targets, deterministic=deterministic)
-    terms = {name: masked_mean(part, real, axis_name=axis_name) for name, part in parts.items()}
+    weights = mean_weights(real, axis_name=axis_name)
+    terms = summed_losses(self.head, self._items(catalogue), states, targets, weights, deterministic=deterministic)
     loss = sum(terms.values(), start=jnp.asarray(0.0))
     return loss, terms | {"nll": loss}
 

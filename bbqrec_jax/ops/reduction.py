@@ -30,5 +30,15 @@ def masked_mean(values: jax.Array, valid: jax.Array, *, axis_name: str | None = 
     raise ValueError(f"values and valid must have one shape, got {values.shape} and {valid.shape}")
   # where, not a product: an invalid entry may be NaN and must not leak into the sum or its gradient.
   total = jnp.sum(jnp.where(valid, values.astype(jnp.float32), 0.0))
+  return total / _count(valid, axis_name)
+
+
+def mean_weights(valid: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+  """What the entries of `masked_mean` weigh: [...] bool -> [...] float32, 0 where not valid."""
+  return valid.astype(jnp.float32) / _count(valid, axis_name)
+
+
+def _count(valid: jax.Array, axis_name: str | None) -> jax.Array:
+  """How many are valid on all devices, at least 1."""
   count = global_sum(jnp.sum(valid.astype(jnp.float32)), axis_name)
-  return total / jnp.maximum(jax.lax.stop_gradient(count), 1.0)
+  return jnp.maximum(jax.lax.stop_gradient(count), 1.0)

@@ -1,5 +1,8 @@
 """Cross-entropy over a catalogue of items, whole or drawn, without ever holding all logits of a batch."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +11,7 @@ def cross_entropy(states: jax.Array, vectors: jax.Array, targets: jax.Array, *, 
   """-log softmax(states @ vectors.T)[target], at most `max_logits` logits at a time.
 
   Where the product is larger, positions are looked at in turns, and the backward pass computes each turn's logits anew.
+  `weighted_cross_entropy` is faster where only the sum matters.
 
   Args:
     states: [P, d].
@@ -19,21 +23,100 @@ def cross_entropy(states: jax.Array, vectors: jax.Array, targets: jax.Array, *, 
     [P] float32.
   """
 
-  def some(states, targets):
+  def some(part):
+    states, targets = part
+    logits = jnp.dot(states, vectors.T, preferred_element_type=jnp.float32)
+    return jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+
+  rows = _rows_a_turn(states.shape[0], vectors.shape[0], max_logits)
+  if rows == states.shape[0]:
+    return some((states, targets))
+  turns = _in_turns((states, targets), rows)
+  return jax.lax.map(jax.checkpoint(some), turns).reshape(-1)[: states.shape[0]]
+
+
+def weighted_cross_entropy(
+  states: jax.Array, vectors: jax.Array, targets: jax.Array, weights: jax.Array, *, max_logits: int = 0
+) -> jax.Array:
+  """sum over p of weights[p] * -log softmax(states[p] @ vectors.T)[targets[p]], at most `max_logits` logits at a time.
+
+  Because the sum alone leaves, its gradient is known but for one factor as soon as the logits are: both are formed in
+  one turn over the positions, in three products of the size of the logits, while those are in the processor's cache.
+
+  Args:
+    states: [P, d].
+    vectors: [N, d], one an item.
+    targets: [P] int.
+    weights: [P] float32, 0 or more; positions that weigh nothing may hold anything. No gradient flows to them.
+    max_logits: float32 logits that may be there at once; one position's N always are. 0: 2^22 on a CPU, where more
+      would not stay in its cache, and 2^26 elsewhere.
+
+  Returns:
+    A float32 scalar.
+  """
+  if not max_logits:
+    max_logits = 2**22 if jax.default_backend() == "cpu" else 2**26
+  rows = _rows_a_turn(states.shape[0], vectors.shape[0], max_logits)
+  states = jnp.where(weights[:, None] > 0, states, jnp.zeros((), states.dtype))
+  return _weighted_sum(states, vectors, targets, jax.lax.stop_gradient(weights.astype(jnp.float32)), rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_sum(states: jax.Array, vectors: jax.Array, targets: jax.Array, weights: jax.Array, rows: int) -> Any:
+  surprise = cross_entropy(states, vectors, targets, max_logits=rows * vectors.shape[0])
+  return jnp.sum(weights * surprise)
+
+
+def _weighted_sum_forward(states, vectors, targets, weights, rows):
+  """The sum, and its gradients with respect to states and vectors."""
+
+  def turn(carry, part):
+    total, of_vectors = carry
+    states, targets, weights = part
     logits = jnp.dot(states, vectors.T, preferred_element_type=jnp.float32)
     own = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=1) - own
+    highest = jnp.max(logits, axis=1)
+    exponentials = jnp.exp(logits - highest[:, None])
+    normalizer = jnp.sum(exponentials, axis=1)
+    total += jnp.sum(weights * (jnp.log(normalizer) + highest - own))
+    share = (weights / normalizer)[:, None]
+    exponentials = exponentials.astype(vectors.dtype)
+    of_states = share * jnp.dot(exponentials, vectors, preferred_element_type=jnp.float32)
+    of_vectors += jnp.dot(exponentials.T, (share * states).astype(vectors.dtype), preferred_element_type=jnp.float32)
+    return (total, of_vectors), of_states
 
-  positions, num_items = states.shape[0], vectors.shape[0]
+  start = (jnp.zeros(()), jnp.zeros(vectors.shape))
+  turns = _in_turns((states, targets, weights), rows)
+  (total, of_vectors), of_states = jax.lax.scan(turn, start, turns)
+  of_states = of_states.reshape(-1, states.shape[1])[: states.shape[0]] - weights[:, None] * vectors[targets]
+  of_vectors = of_vectors.at[targets].add(-weights[:, None] * states)
+  return total, (of_states.astype(states.dtype), of_vectors.astype(vectors.dtype))
+
+
+def _weighted_sum_backward(rows, gradients, factor):
+  del rows
+  of_states, of_vectors = gradients
+  return (factor * of_states).astype(of_states.dtype), (factor * of_vectors).astype(of_vectors.dtype), None, None
+
+
+_weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
+
+
+def _rows_a_turn(positions: int, num_items: int, max_logits: int) -> int:
+  """Positions to look at at once: as even turns as there can be with at most `max_logits` logits each."""
   turns = -(-positions // max(1, max_logits // num_items))
-  if turns == 1:
-    return some(states, targets)
-  rows = -(-positions // turns)
-  missing = turns * rows - positions
-  states = jnp.pad(states, ((0, missing), (0, 0))).reshape(turns, rows, -1)
-  targets = jnp.pad(targets, (0, missing)).reshape(turns, rows)
-  turn = jax.checkpoint(some)
-  return jax.lax.map(lambda part: turn(*part), (states, targets)).reshape(-1)[:positions]
+  return -(-positions // turns)
+
+
+def _in_turns(arrays: tuple[jax.Array, ...], rows: int) -> tuple[jax.Array, ...]:
+  """[P, ...] arrays -> [turns, rows, ...], filled up with zeros."""
+
+  def split(array):
+    missing = -array.shape[0] % rows
+    padded = jnp.pad(array, ((0, missing), *((0, 0) for _ in array.shape[1:])))
+    return padded.reshape(-1, rows, *array.shape[1:])
+
+  return tuple(split(array) for array in arrays)
 
 
 def sampled_cross_entropy(

@@ -12,7 +12,7 @@ from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.ops.attention import attention
-from bbqrec_jax.ops.softmax import cross_entropy
+from bbqrec_jax.ops.softmax import cross_entropy, weighted_cross_entropy
 from bbqrec_jax.semantic_ids.trie import build_trie
 
 
@@ -50,6 +50,9 @@ def test_attention_and_softmax_by_formula():
   # In turns, the backward pass computes the logits anew: four products of the size instead of three.
   turns = lambda s, v: jnp.sum(cross_entropy(s, v, targets, max_logits=5 * items))  # noqa: E731
   assert matmul_flops(jax.grad(turns, argnums=(0, 1)), states, vectors) == 4 * 2 * 10 * items * width
+  # The weighted sum forms its gradient with its value.
+  whole = lambda s, v: weighted_cross_entropy(s, v, targets, jnp.ones(10), max_logits=5 * items)  # noqa: E731
+  assert matmul_flops(jax.grad(whole, argnums=(0, 1)), states, vectors) == 3 * 2 * 10 * items * width
 
 
 @pytest.mark.parametrize("head", ["generative", "dense"])

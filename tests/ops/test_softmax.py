@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy
+from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy, weighted_cross_entropy
 
 POSITIONS, ITEMS, WIDTH = 11, 40, 6
 
@@ -38,6 +38,42 @@ def test_it_is_the_cross_entropy_and_its_gradient_however_few_logits_are_allowed
   share *= weights[:, None]
   assert_allclose(gradients[0], share @ vectors, atol=1e-4)
   assert_allclose(gradients[1], share.T @ states, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_logits", [0, POSITIONS * ITEMS, 4 * ITEMS, 3 * ITEMS + 5, 1])
+def test_the_weighted_sum_and_its_gradient_however_few_logits_are_allowed(max_logits):
+  states, vectors, targets = inputs()
+  weights = np.random.default_rng(1).uniform(size=POSITIONS).astype(np.float32)
+  weights[[2, 7]] = 0
+  expected = np.sum(weights * oracle(states, vectors, targets))
+  logits = states.astype(np.float64) @ vectors.T
+  share = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  share[np.arange(POSITIONS), targets] -= 1
+  share *= weights[:, None]
+  states[7] = np.nan  # Padding may hold anything.
+  loss = functools.partial(weighted_cross_entropy, max_logits=max_logits)
+  assert_allclose(jax.jit(loss)(states, vectors, targets, weights), expected, rtol=1e-5)
+  # As a part of a larger loss, whose factor reaches the gradient.
+  both = jax.value_and_grad(lambda *data: 3 * loss(*data, targets, weights), argnums=(0, 1))
+  value, gradients = jax.jit(both)(states, vectors)
+  assert_allclose(value, 3 * expected, rtol=1e-5)
+  assert_allclose(gradients[0], 3 * share @ vectors, atol=1e-4)
+  states[7] = 0
+  assert_allclose(gradients[1], 3 * share.T @ states, atol=1e-4)
+
+
+def test_the_weighted_sum_of_bfloat16_is_that_of_the_rounded_numbers():
+  states, vectors, targets = inputs()
+  weights = np.full(POSITIONS, 1 / POSITIONS, np.float32)
+  loss = jax.value_and_grad(lambda *data: weighted_cross_entropy(*data, targets, weights), argnums=(0, 1))
+  rounded = [jnp.asarray(array, jnp.bfloat16) for array in (states, vectors)]
+  value, gradients = loss(*rounded)
+  expected, exact = loss(*(array.astype(jnp.float32) for array in rounded))
+  assert value.dtype == jnp.float32
+  assert_allclose(value, expected, rtol=1e-3)
+  for got, gradient in zip(gradients, exact, strict=True):
+    assert got.dtype == jnp.bfloat16
+    assert_allclose(got.astype(jnp.float32), gradient, atol=2e-2 * float(jnp.max(jnp.abs(gradient))))
 
 
 def test_logits_never_exceed_what_is_allowed():
