@@ -38,7 +38,7 @@ def cross_entropy(states: jax.Array, vectors: jax.Array, targets: jax.Array, *, 
 def weighted_cross_entropy(
   states: jax.Array, vectors: jax.Array, targets: jax.Array, weights: jax.Array, *, max_logits: int = 0
 ) -> jax.Array:
-  """sum over p of weights[p] * -log softmax(states[p] @ vectors.T)[targets[p]], at most `max_logits` logits at a time.
+  """Sum over p of weights[p] * -log softmax(states[p] @ vectors.T)[targets[p]], at most `max_logits` logits at a time.
 
   Because the sum alone leaves, its gradient is known but for one factor as soon as the logits are: both are formed in
   one turn over the positions, in three products of the size of the logits, while those are in the processor's cache.
