@@ -137,7 +137,7 @@ def report(config: Any, workdir: pathlib.Path, *, share: float) -> str:
     batch_size=config.evaluation.batch_size,
     max_length=config.recommender.max_length,
     num_items=dataset.num_items,
-  )
+  ).metrics
   figures = {
     "items": dataset.num_items, "cold_items": int(cold.sum()), "cold_users": len(targets), "cold": metrics,
     "warm": results["test"],

@@ -1,7 +1,7 @@
 """Full-catalogue ranking of held-out items, for both heads and for popularity."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,19 @@ def summarize(ranks: np.ndarray) -> dict[str, float]:
   return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
 
 
+class Ranking(NamedTuple):
+  """What a model makes of some users.
+
+  Attributes:
+    metrics: Recall@{1,5,10,20}, NDCG@{5,10,20}, MRR, and `coverage@10`, the share of the catalogue in anybody's first
+      ten.
+    ranks: [U] int32 of each user's target, from 0; the largest int32 where a search missed it.
+  """
+
+  metrics: dict[str, float]
+  ranks: np.ndarray
+
+
 def evaluate(
   ranker: Callable[[Any, Any, Any], Any],
   params: Any,
@@ -56,7 +69,7 @@ def evaluate(
   batch_size: int,
   max_length: int,
   num_items: int,
-) -> dict[str, float]:
+) -> Ranking:
   """Ranks the catalogue for every user.
 
   Args:
@@ -68,17 +81,15 @@ def evaluate(
     batch_size: users at once.
     max_length: T.
     num_items: N, for the coverage.
-
-  Returns:
-    Recall@{1,5,10,20}, NDCG@{5,10,20}, MRR, and `coverage@10`, the share of the catalogue in anybody's first ten.
   """
-  ranks, seen = [], np.zeros(num_items + 1, bool)
+  parts, seen = [], np.zeros(num_items + 1, bool)
   for batch in evaluation_batches(histories, targets, batch_size=batch_size, max_length=max_length):
     valid = batch.pop("valid")
     result = jax.device_get(ranker(params, shared, batch))
-    ranks.append(result["ranks"][valid])
+    parts.append(result["ranks"][valid])
     seen[result["top"][valid]] = True  # -1, a short beam's filling, is the row past the last item.
-  return summarize(np.concatenate(ranks)) | {f"coverage@{_COVERAGE_CUTOFF}": float(seen[:num_items].mean())}
+  ranks = np.concatenate(parts)
+  return Ranking(summarize(ranks) | {f"coverage@{_COVERAGE_CUTOFF}": float(seen[:num_items].mean())}, ranks)
 
 
 def popularity_metrics(split: Split, targets: np.ndarray, *, num_items: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from bbqrec_jax.data.features import Modalities
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
 from bbqrec_jax.data.pipeline import FeatureStore, PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.evaluation.ranking import evaluate, make_ranker, sample_users
+from bbqrec_jax.evaluation.ranking import Ranking, evaluate, make_ranker, sample_users
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.models.recommender import Recommender
@@ -283,6 +283,8 @@ def run_recommender(
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
   """Trains the recommender (or goes on with it), picks it by validation NDCG@10, ranks the test items once.
 
+  The rank of each user's validation and test item, in the order of the users, goes into `workdir/ranks.npz`.
+
   Returns:
     ({"validation": metrics, "test": metrics} of the best model on all users, the loop's progress record).
   """
@@ -295,7 +297,7 @@ def run_recommender(
   some = sample_users(split, e.validation_users, seed=config.seed)
   some_histories = select_users(split.train, some)
 
-  def rank(params: Any, stage_histories: Interactions, targets: np.ndarray) -> dict[str, float]:
+  def rank(params: Any, stage_histories: Interactions, targets: np.ndarray) -> Ranking:
     return evaluate(
       ranker,
       params,
@@ -312,7 +314,7 @@ def run_recommender(
     steps=r.steps,
     log_every=config.log_every,
     evaluate_every=r.evaluate_every,
-    evaluate=lambda state: rank(state.params, some_histories, split.validation_target[some]),
+    evaluate=lambda state: rank(state.params, some_histories, split.validation_target[some]).metrics,
     select="ndcg@10",
     patience=r.patience,
   )
@@ -328,9 +330,11 @@ def run_recommender(
     log=log,
   )
   started = time.monotonic()
-  metrics = {
+  rankings = {
     "validation": rank(state.params, split.history("validation"), split.validation_target),
     "test": rank(state.params, split.history("test"), split.test_target),
   }
   progress["evaluation_seconds"] += time.monotonic() - started
-  return metrics, progress
+  ranks: dict[str, Any] = {name: ranking.ranks for name, ranking in rankings.items()}
+  np.savez(workdir / "ranks.npz", **ranks)
+  return {name: ranking.metrics for name, ranking in rankings.items()}, progress

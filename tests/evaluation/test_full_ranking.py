@@ -103,7 +103,8 @@ def test_dense_evaluation_against_brute_force(stage):
     max_length=MAX_LENGTH,
     num_items=NUM_ITEMS,
   )
-  assert_metrics(result, metrics_of(ranks) | {"coverage@10": len(firsts) / NUM_ITEMS})
+  assert_metrics(result.metrics, metrics_of(ranks) | {"coverage@10": len(firsts) / NUM_ITEMS})
+  assert result.ranks.tolist() == ranks
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
@@ -133,7 +134,8 @@ def test_evaluate_joins_batches_and_counts_coverage(batch_size):
     ranker, "params", "shared", histories, targets, batch_size=batch_size, max_length=MAX_LENGTH, num_items=NUM_ITEMS
   )
   np.testing.assert_array_equal(np.concatenate(given)[:users], targets)
-  assert_metrics(result, metrics_of(ranks.tolist()) | {"coverage@10": 7 / NUM_ITEMS})
+  assert_metrics(result.metrics, metrics_of(ranks.tolist()) | {"coverage@10": 7 / NUM_ITEMS})
+  assert result.ranks.tolist() == ranks.tolist()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,0 +1,138 @@
+"""Heads side by side, with and without the similarity bias, and SASRec beside them: one table.
+
+    python experiments/compare_heads.py --config_file=configs/scientific.py --path=DIR --workdir=runs/heads
+
+trains for every seed (`--seeds`) one tokenizer, and on its IDs every system (`--systems`); what is done already is not
+done again, and the work can be split over processes by system once the tokenizers are there. `--report` prints the
+tables of whatever is there. Below the means stands what each system has over the `--reference` in test NDCG@10, user by
+user (the mean of the seeds), with the 95 % interval that the spread over users gives.
+"""
+
+import importlib.util
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+from compare_tokenizers import change, mean, table
+
+from bbqrec_jax.compilation import keep_compiled
+from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
+from bbqrec_jax.json_files import read_json
+
+HEADS = ("generative", "parallel", "dense", "hybrid")
+NO_BIAS = "-no_bias"
+SYSTEMS = ("sasrec", *(head + suffix for head in HEADS for suffix in (NO_BIAS, "")))
+
+
+def load_config(file: str, system: str, *, path: str, seed: int) -> Any:
+  """The config of a system: what the file gives for its head, on the data of `path`.
+
+  Raises:
+    InputError: if there is no such file, or it has no such head.
+  """
+  head = system.removesuffix(NO_BIAS)
+  spec = importlib.util.spec_from_file_location("config_file", file)
+  if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
+    raise InputError(f"--config_file: expected a config with a choice of heads, as configs/scientific.py, got {file!r}")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  try:
+    config = module.get_config(head)
+  except (AttributeError, KeyError, TypeError) as error:
+    raise InputError(f"--config_file: {file} has no config for {head!r} ({error!r})") from error
+  changes = {"data.path": path, "seed": seed} | ({"recommender.similarity": ()} if system.endswith(NO_BIAS) else {})
+  return change(config, changes)
+
+
+def do(configs: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Trains the systems of one seed, the configs by name, if they are not there yet."""
+  for system, config in configs.items():
+    folder = workdir / system / str(config.seed)
+    if system == "sasrec":
+      run(config, folder)
+      continue
+    shared = workdir / "tokenizer" / str(config.seed)
+    tokenize(of_any_recommender(config), shared)
+    run(change(config, {"tokenizer.artefact": str(shared / "tokenizer")}), folder)
+
+
+def gains(folders: list[pathlib.Path], part: str) -> np.ndarray:
+  """NDCG@10 of each user, the mean over the seeds: [U]."""
+  ranks = np.stack([np.load(folder / "ranks.npz")[part] for folder in folders]).astype(np.float64)
+  return np.mean(np.where(ranks < 10, 1 / np.log2(ranks + 2), 0.0), axis=0)
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> str:
+  """The mean of what `first` has over `second`, both [U] of the same users, and half the width of its 95 % interval."""
+  paired = first - second
+  return f"{paired.mean():+.4f} ± {1.96 * paired.std(ddof=1) / np.sqrt(len(paired)):.4f}"
+
+
+def report(config: Any, workdir: pathlib.Path, *, reference: str) -> str:
+  """The table of all that is done."""
+  _, _, figures = read_data(config)
+  done = {system: sorted(path.parent for path in (workdir / system).glob("*/results.json")) for system in SYSTEMS}
+  rows = [
+    ["system", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10", f"NDCG@10 over {reference}",
+     "best step", "minutes"]
+  ]  # fmt: skip
+  for system, folders in done.items():
+    if not folders:
+      continue
+    results = [read_json(folder / "results.json") for folder in folders]
+    row = [system, str(len(folders))]
+    for part in ("validation", "test"):
+      row += [mean([result[part][name] for result in results], ".4f") for name in ("recall@10", "ndcg@10")]
+    if done[reference] and system != reference:
+      row.append(difference(gains(folders, "test"), gains(done[reference], "test")))
+    else:
+      row.append("")
+    row.append(mean([float(result["best_step"]) for result in results], ".0f"))
+    row.append(mean([(r["seconds"]["recommender"] + r["seconds"]["evaluation"]) / 60 for r in results], ".1f"))
+    rows.append(row)
+  head = (
+    f"{figures['name']}: {figures['users']:,} users, {figures['items']:,} items, {figures['interactions']:,}"
+    f" interactions, split {figures['split_hash']}"
+  )
+  return "\n\n".join([head, table(rows)])
+
+
+def main(argv: list[str]) -> None:
+  """Does the work that the flags ask for, and prints the table."""
+  del argv
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  keep_compiled()
+  options = flags.FLAGS
+  try:
+    for name in [*options.systems, options.reference]:
+      if name not in SYSTEMS:
+        raise InputError(f"expected some of {', '.join(SYSTEMS)}, got {name!r}")
+    for seed in options.seeds:
+      if not seed.isdecimal():
+        raise InputError(f"--seeds: expected whole numbers from 0, got {seed!r}")
+    workdir = pathlib.Path(options.workdir)
+    if not options.report:
+      for seed in map(int, options.seeds):
+        do(
+          {name: load_config(options.config_file, name, path=options.path, seed=seed) for name in options.systems},
+          workdir,
+        )
+    config = load_config(options.config_file, "sasrec", path=options.path, seed=0)
+    print(report(config, workdir, reference=options.reference))
+  except InputError as error:
+    refuse(error)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("config_file", None, "A config with a choice of heads.")
+  flags.DEFINE_string("path", None, "The folder of its data.")
+  flags.DEFINE_string("workdir", None, "Gets a folder for each system and seed.")
+  flags.DEFINE_list("systems", list(SYSTEMS), "Which systems.")
+  flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of everything random.")
+  flags.DEFINE_string("reference", "sasrec", "The system that the others are compared with.")
+  flags.DEFINE_bool("report", False, "Train nothing; print the tables of what is there.")
+  flags.mark_flags_as_required(["config_file", "path", "workdir"])
+  app.run(main)

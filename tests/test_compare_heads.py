@@ -1,0 +1,79 @@
+"""The comparison of heads: what it trains, what it shares, and its table."""
+
+import numpy as np
+import pytest
+
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.json_files import read_json
+
+CONFIG = """
+from bbqrec_jax.config import default_config
+
+
+def get_config(head="generative"):
+  config = default_config()
+  config.update_from_flattened_dict({
+    "data.source": "synthetic", "data.synthetic.num_users": 60, "data.synthetic.num_items": 40,
+    "tokenizer.num_levels": 2, "tokenizer.num_codes": 8, "tokenizer.kmeans_iterations": 2,
+    "tokenizer.quantizer": "rq_kmeans", "recommender.head": {"dense": "dense", "sasrec": "dense"}[head],
+    "recommender.width": 8, "recommender.mlp_width": 8, "recommender.num_layers": 1, "recommender.num_buckets": 4,
+    "recommender.steps": 4, "recommender.evaluate_every": 2, "evaluation.batch_size": 60,
+  })
+  if head == "sasrec":
+    config.recommender.item_inputs = ("item",)
+    config.recommender.similarity = ()
+  return config
+"""
+
+
+@pytest.fixture
+def script(load_file, monkeypatch, request):
+  monkeypatch.syspath_prepend(request.config.rootpath / "experiments")
+  return load_file("experiments/compare_heads.py")
+
+
+@pytest.fixture
+def config_file(tmp_path):
+  path = tmp_path / "tiny.py"
+  path.write_text(CONFIG)
+  return str(path)
+
+
+@pytest.mark.usefixtures("compile_cache", "quick_compile")
+def test_systems_share_a_tokenizer_and_the_table_compares_them_user_by_user(script, config_file, tmp_path):
+  workdir = tmp_path / "heads"
+  systems = ("sasrec", "dense-no_bias", "dense")
+  for seed in (0, 1):
+    script.do({name: script.load_config(config_file, name, path="", seed=seed) for name in systems}, workdir)
+  assert len(list(workdir.glob("**/semantic_ids.json"))) == 2, "one tokenizer a seed"
+  fingerprints = [read_json(workdir / name / "0" / "recommender.json") for name in systems[1:]]
+  assert fingerprints[0] == fingerprints[1]
+  assert read_json(workdir / "dense-no_bias" / "0" / "run.json")["recommender.similarity"] == []
+  assert read_json(workdir / "dense" / "0" / "run.json")["recommender.similarity"] != []
+
+  config = script.load_config(config_file, "sasrec", path="", seed=0)
+  report = script.report(config, workdir, reference="sasrec")
+  rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()
+          if line.startswith("| ")}  # fmt: skip
+  assert set(rows) == {"system", *systems}
+  gains = {}
+  for name in systems:
+    results = [read_json(workdir / name / seed / "results.json") for seed in "01"]
+    values = [result["test"]["ndcg@10"] for result in results]
+    assert rows[name][5] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+    gains[name] = []
+    for seed in "01":
+      ranks = np.load(workdir / name / seed / "ranks.npz")["test"].tolist()
+      gains[name].append([1 / np.log2(rank + 2) if rank < 10 else 0 for rank in ranks])
+    assert np.mean(gains[name]) == pytest.approx(np.mean(values), rel=1e-5)
+  paired = np.mean(gains["dense"], axis=0) - np.mean(gains["sasrec"], axis=0)
+  interval = 1.96 * np.std(paired, ddof=1) / np.sqrt(60)
+  assert rows["dense"][6] == f"{np.mean(paired):+.4f} ± {interval:.4f}"
+  assert rows["sasrec"][6] == ""
+
+
+def test_what_cannot_be_a_config_is_said(script, config_file):
+  with pytest.raises(InputError, match="expected a config with a choice of heads"):
+    script.load_config("nowhere.py", "dense", path="", seed=0)
+  with pytest.raises(InputError, match="no config for 'parallel'"):
+    script.load_config(config_file, "parallel", path="", seed=0)
