@@ -2,9 +2,11 @@
 
     python -m bbqrec_jax.benchmark --config=configs/benchmark.py:small --output=small.json
     python -m bbqrec_jax.benchmark --compare=small.json,other.json
+    python -m bbqrec_jax.benchmark --records=experiments/records
 
 prints a table, and writes `small.json` and, where matplotlib is there, `small.png`. `--only=tokenizer,causal/dense`
-chooses by the beginning of the names. `--compare` prints the ratios of two such files.
+chooses by the beginning of the names. `--compare` prints the ratios of two such files, `--records` one table of all
+those in a folder, for each config.
 
 The JSON holds `schema` (1), `about` (versions, device kind and count, cores, load, commit), `limits` (the rates of a
 large product and of a copy that were measured in the same process, on one device), `peak` (the data sheet's, of all
@@ -27,7 +29,7 @@ from ml_collections import config_flags
 import bbqrec_jax
 from bbqrec_jax.benchmarks.cases import all_cases
 from bbqrec_jax.benchmarks.limits import PEAKS, measured_limits
-from bbqrec_jax.benchmarks.report import chart, comparison, table, utilisation
+from bbqrec_jax.benchmarks.report import chart, comparison, records_table, table, utilisation
 from bbqrec_jax.benchmarks.timing import measure
 from bbqrec_jax.command_line import parse_flags
 from bbqrec_jax.config import validate
@@ -78,6 +80,22 @@ def run(config: Any, *, only: tuple[str, ...] = ()) -> dict[str, Any]:
   return {"schema": 1, "about": about(config.name), "limits": limits, "peak": peak, "records": records}
 
 
+def records(folder: pathlib.Path) -> str:
+  """The tables of the results in a folder, one for each config, under its name.
+
+  Raises:
+    InputError: if there is none, or one cannot be read.
+  """
+  results = [_read(path) for path in sorted(folder.glob("*.json"))]
+  if not results:
+    raise InputError(f"--records: {folder} holds no result of --output")
+  configs = dict.fromkeys(result["about"]["config"] for result in results)
+  return "\n\n".join(
+    f"`{name}`:\n\n{records_table([result for result in results if result['about']['config'] == name])}"
+    for name in configs
+  )
+
+
 def main(argv: list[str]) -> None:
   """Times, or compares."""
   if len(argv) > 1:
@@ -90,6 +108,9 @@ def main(argv: list[str]) -> None:
       if len(options.compare) != 2:
         raise InputError(f"--compare: expected two files, got {len(options.compare)}")
       print(comparison(*(_read(pathlib.Path(name)) for name in options.compare)))
+      return
+    if options.records:
+      print(records(pathlib.Path(options.records)))
       return
     if options.config is None:
       raise InputError("--config: expected configs/benchmark.py:small, :paper or :large, or --compare with two files")
@@ -122,4 +143,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("output", "", "The JSON file; a chart of the same name stands beside it.")
   flags.DEFINE_list("only", [], "Beginnings of the names of what to time.")
   flags.DEFINE_list("compare", [], "Two files to compare instead.")
+  flags.DEFINE_string("records", "", "A folder of such files, to print one table of instead.")
   app.run(main, flags_parser=parse_flags)

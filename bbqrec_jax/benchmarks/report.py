@@ -64,6 +64,32 @@ def comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def records_table(results: list[dict[str, Any]]) -> str:
+  """Markdown: what each machine does in a second, a line a record and a column a result.
+
+  In brackets stands the share of the rate of matrix products that was measured in the same process.
+
+  Args:
+    results: what `--output` wrote, of one config.
+  """
+  names = list(dict.fromkeys(record["name"] for result in results for record in result["records"]))
+  units = {record["name"]: record["unit"] for result in results for record in result["records"]}
+  rows = [
+    ["a second", *(f"{result['about']['device_count']} x {result['about']['device_kind']}" for result in results)],
+    ["measured matrix product, GFLOP", *(f"{result['limits']['matmul_float32'] / 1e9:,.0f}" for result in results)],
+    ["measured copy, GB", *(f"{result['limits']['copy'] / 1e9:,.1f}" for result in results)],
+  ]
+  for name in names:
+    cells = []
+    for result in results:
+      record = next((record for record in result["records"] if record["name"] == name), None)
+      share = _cell(record and record["of_matmul"], ".0%")
+      cells.append("" if record is None else f"{record['rate']:,.0f}" + (f" ({share})" if share else ""))
+    rows.append([f"{name}, {units[name]}", *cells])
+  lines = [f"| {' | '.join(row)} |" for row in rows]
+  return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
 def chart(result: dict[str, Any]) -> Any:
   """A matplotlib figure: of each record how long it takes, and the share of the measured rate of matrix products."""
   from matplotlib.figure import Figure

@@ -12,6 +12,7 @@ from bbqrec_jax.models.backbones import CausalBackbone
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.encoder_decoder import Encoder, Memory, encoder_shape
 from bbqrec_jax.models.heads import Items, make_head, named, summed_losses
+from bbqrec_jax.ops.embedding import summed_embedding
 from bbqrec_jax.ops.reduction import mean_weights
 from bbqrec_jax.ops.similarity import bucket_bias, continuous_bias, similarity_buckets
 from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
@@ -77,9 +78,9 @@ class Recommender(nn.Module):
       total = total + features.astype(self.feature_map.dtype) @ self.feature_map
     if s.num_columns > first_column:
       columns = catalogue.columns if items is None else catalogue.columns[items]
-      for column in range(first_column, s.num_columns):
-        row = columns[..., column]
-        total = total + jnp.where((row >= 0)[..., None], self.code_embedding[jnp.maximum(row, 0)], 0.0)
+      tables = self.code_embedding.reshape(s.num_columns, s.num_codes, s.width)[first_column:]
+      first_row = (s.num_codes * jnp.arange(s.num_columns)).reshape((1,) * (columns.ndim - 1) + (-1,))
+      total = total + summed_embedding(tables, (columns - first_row)[..., first_column:])
     return jnp.asarray(total)
 
   def memory(

@@ -66,6 +66,41 @@ def test_a_result_can_be_written_compared_and_drawn(config):
   assert len(figure.axes[0].patches) == len(names)
 
 
+def stored(device, config, rates):
+  """A result as --output writes it, of records "a/b" and on."""
+  records = [{"name": name, "rate": rate, "unit": "items", "of_matmul": share} for name, (rate, share) in rates.items()]
+  limits = {"matmul_float32": 2e11, "copy": 1.5e10}
+  return {"schema": 1, "about": {"config": config, "device_kind": device, "device_count": 1}, "limits": limits,
+          "records": records}  # fmt: skip
+
+
+def test_records_of_many_machines_stand_in_one_table_for_each_config(tmp_path):
+  results = {
+    "1.json": stored("cpu", "small", {"a/b": (1234.5, 0.5), "a/c": (10.0, None)}),
+    "2.json": stored("H100", "small", {"a/b": (99999.0, 0.25)}),
+    "3.json": stored("H100", "large", {"a/b": (5.0, 0.125)}),
+  }
+  for name, result in results.items():
+    (tmp_path / name).write_text(json.dumps(result))
+  small, large = benchmark.records(tmp_path).split("`large`:")
+  lines = [line for line in small.splitlines() if line.startswith("| ")]
+  assert lines == [
+    "| a second | 1 x cpu | 1 x H100 |",
+    "| measured matrix product, GFLOP | 200 | 200 |",
+    "| measured copy, GB | 15.0 | 15.0 |",
+    "| a/b, items | 1,234 (50%) | 99,999 (25%) |",
+    "| a/c, items | 10 |  |",
+  ]
+  assert "| a/b, items | 5 (12%) |" in large
+  with pytest.raises(InputError, match="holds no result"):
+    benchmark.records(tmp_path / "nosuch")
+
+
+def test_the_readme_shows_the_records_that_are_kept(pytestconfig):
+  records = pytestconfig.rootpath / "experiments" / "records"
+  assert benchmark.records(records) in (pytestconfig.rootpath / "README.md").read_text(encoding="utf-8")
+
+
 def test_an_unknown_name_is_refused(config, monkeypatch):
   monkeypatch.setattr(benchmark, "all_cases", lambda config: [Case("a/b", 1, "items", lambda: lambda: None)])
   with pytest.raises(InputError, match="no benchmark begins with nosuch"):
