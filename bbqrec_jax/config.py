@@ -3,6 +3,7 @@
 A config file sets fields on `default_config()`; a field that is not here is refused.
 """
 
+import itertools
 from typing import Any
 
 import ml_collections
@@ -121,6 +122,8 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.steps = 2000
   recommender.batch_rows = 32  # Rows of packed histories in a batch, over all devices.
   recommender.row_length = 32  # Positions in a row, where histories are packed.
+  recommender.length_buckets = ()  # Lengths below T, rising, that histories are padded to where each has a row of its
+  # own (the encoder-decoder's, and all in evaluation), a batch being of histories of one length, or nearly.
   recommender.evaluate_every = 500  # Steps between two validations (and checkpoints).
   recommender.patience = 5  # Validations without a better NDCG@10 after which training stops.
   recommender.optimizer = _optimizer(learning_rate=1e-3, weight_decay=1e-2, warmup_steps=100)
@@ -236,6 +239,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     lowest = 0 if name in _MAY_BE_ZERO or isinstance(value, float) else 1
     if not value >= lowest or value == float("inf"):
       raise InputError(f"config field {name} must be at least {lowest} and finite, got {value}")
+  buckets = flat["recommender.length_buckets"]
+  rising = (0, *buckets, flat["recommender.max_length"]) if all(isinstance(bound, int) for bound in buckets) else (0, 0)
+  if not all(low < high for low, high in itertools.pairwise(rising)):
+    raise InputError(
+      f"config field recommender.length_buckets must be rising whole numbers from 1 to recommender.max_length - 1 ="
+      f" {flat['recommender.max_length'] - 1}, got {buckets!r}"
+    )
   for name in ("tokenizer.dropout", "tokenizer.codeword_decay", "tokenizer.revival_threshold", "recommender.dropout"):
     if flat[name] >= 1:
       raise InputError(f"config field {name} must be less than 1, got {flat[name]}")

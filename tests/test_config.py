@@ -210,6 +210,15 @@ def test_subsets(name, choices):
   assert "once" in refusal(with_field(name, (choices[0], choices[0])))
 
 
+def test_length_buckets_rise_below_the_longest_history():
+  for value in ((), (5,), (1, 5, 19)):
+    validate(with_field("recommender.length_buckets", value))
+  for value in ((0, 5), (5, 5), (10, 5), (20,), (2.5,), ("5",)):
+    message = refusal(with_field("recommender.length_buckets", value))
+    assert message.startswith("config field recommender.length_buckets must be rising whole numbers from 1 to ")
+    assert message.endswith(f"= 19, got {value!r}")
+
+
 def test_empty_subsets():
   validate(with_field("recommender.similarity", ()))
   assert refusal(with_field("recommender.item_inputs", ())).startswith("config field recommender.item_inputs is empty")

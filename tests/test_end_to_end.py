@@ -346,7 +346,7 @@ def test_a_long_history_does_not_shorten_the_list(finished):
   [
     {"recommender.head": "parallel"},
     {"recommender.head": "hybrid"},
-    {"recommender.backbone": "encoder_decoder", "recommender.head_width": 8},
+    {"recommender.backbone": "encoder_decoder", "recommender.head_width": 8, "recommender.length_buckets": (2, 4)},
     {"recommender.softmax_over": "all", "recommender.node_scores": False, "recommender.dtype": "bfloat16"},
     {"recommender.item_inputs": ("fused", "features"), "recommender.head": "dense"},
   ],

@@ -121,7 +121,33 @@ def packed_epoch(
   return epoch_rows
 
 
-def prefix_epoch(interactions: Interactions, *, max_length: int, seed: int, epoch: int) -> Batch:
+def length_groups(lengths: np.ndarray, bounds: tuple[int, ...], longest: int) -> list[tuple[int, np.ndarray]]:
+  """Histories grouped by the least bound that holds them, so that little of a batch of one group is padding.
+
+  Args:
+    lengths: [R] int, none above `longest`.
+    bounds: rising, each below `longest`; () makes one group of all.
+    longest: the last bound.
+
+  Returns:
+    For each bound that some history has, rising: (bound, the histories' indices, rising).
+  """
+  every = np.array([*bounds, longest])
+  group = np.searchsorted(every, lengths)
+  return [
+    (int(bound), np.flatnonzero(group == number)) for number, bound in enumerate(every) if np.any(group == number)
+  ]
+
+
+def prefix_epoch(
+  interactions: Interactions,
+  *,
+  max_length: int,
+  seed: int,
+  epoch: int,
+  batch_rows: int = 1,
+  bounds: tuple[int, ...] = (),
+) -> Batch:
   """Every transition of an epoch with the history before it, in random order: a sliding window over each history.
 
   Args:
@@ -129,6 +155,9 @@ def prefix_epoch(interactions: Interactions, *, max_length: int, seed: int, epoc
     max_length: T, the most items of a history; the last ones count.
     seed: of the run.
     epoch: from 0.
+    batch_rows: rows of a batch.
+    bounds: see `length_groups`; where there are some, each batch is of one group, filled up with empty rows at the end
+      of the group, and the batches are in random order.
 
   Returns:
     `items`, `segments` (1, or 0 at padding), `positions` [R, T] int32, and `targets` [R] int32.
@@ -136,9 +165,17 @@ def prefix_epoch(interactions: Interactions, *, max_length: int, seed: int, epoc
   transitions = np.maximum(interactions.lengths - 1, 0)
   users = np.repeat(np.arange(len(transitions)), transitions)
   place = np.arange(len(users)) - np.repeat(np.cumsum(transitions) - transitions, transitions) + 1
-  order = np.random.default_rng([seed, epoch]).permutation(len(users))
+  rng = np.random.default_rng([seed, epoch])
+  order = rng.permutation(len(users))
+  there = np.ones(len(order), bool)
+  if bounds:
+    batches = []
+    for _, group in length_groups(np.minimum(place[order], max_length), bounds, max_length):
+      batches.append(np.append(order[group], np.full(-len(group) % batch_rows, -1)).reshape(-1, batch_rows))
+    order = rng.permutation(np.concatenate(batches)).reshape(-1)
+    there = order >= 0
   target = (interactions.offsets[users] + place)[order]
-  lengths = np.minimum(place[order], max_length)
+  lengths = np.where(there, np.minimum(place[order], max_length), 0)
   column = np.arange(max_length)
   real = column < lengths[:, None]
   source = np.where(real, (target - lengths)[:, None] + column, 0)
@@ -146,5 +183,5 @@ def prefix_epoch(interactions: Interactions, *, max_length: int, seed: int, epoc
     "items": np.where(real, interactions.items[source], 0).astype(np.int32),
     "segments": real.astype(np.int32),
     "positions": np.where(real, column, 0).astype(np.int32),
-    "targets": interactions.items[target].astype(np.int32),
+    "targets": np.where(there, interactions.items[target], 0).astype(np.int32),
   }

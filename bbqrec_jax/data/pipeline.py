@@ -32,6 +32,7 @@ class EpochBatches(grain.IterDataset):
     batch_rows: int,
     process_index: int = 0,
     process_count: int = 1,
+    bounds: tuple[int, ...] = (),
   ):
     """Checks the shapes.
 
@@ -41,6 +42,8 @@ class EpochBatches(grain.IterDataset):
       batch_rows: rows of the global batch.
       process_index: which process this is.
       process_count: how many there are; must divide `batch_rows`.
+      bounds: lengths, rising: a batch is cut to the least that holds its longest row; of the global batch, so that
+        every process has the same shape.
 
     Raises:
       InputError: if processes do not divide the batch, or no history has two items.
@@ -50,7 +53,7 @@ class EpochBatches(grain.IterDataset):
       raise InputError(f"batch_rows {batch_rows} is not a multiple of the {process_count} processes")
     if not np.any(interactions.lengths > 1):
       raise InputError("no training history has two items: there is no next item to learn from")
-    self.batch_rows, self.epoch = batch_rows, epoch
+    self.batch_rows, self.epoch, self.bounds = batch_rows, epoch, bounds
     share = batch_rows // process_count
     self.rows = slice(process_index * share, (process_index + 1) * share)
 
@@ -100,11 +103,19 @@ class PrefixHistories(EpochBatches):
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    bounds: tuple[int, ...] = (),
   ):
     """As `EpochBatches`."""
-    epoch = functools.partial(prefix_epoch, interactions, max_length=max_length, seed=seed)
+    epoch = functools.partial(
+      prefix_epoch, interactions, max_length=max_length, seed=seed, batch_rows=batch_rows, bounds=bounds
+    )
     super().__init__(
-      interactions, epoch, batch_rows=batch_rows, process_index=process_index, process_count=process_count
+      interactions,
+      epoch,
+      batch_rows=batch_rows,
+      process_index=process_index,
+      process_count=process_count,
+      bounds=bounds,
     )
 
 
@@ -128,6 +139,11 @@ class _EpochIterator(grain.DatasetIterator):
     batch: Batch = {name: grid[np.minimum(rows, total - 1)] for name, grid in self._rows.items()}
     for grid in batch.values():
       grid[rows >= total] = 0
+    if dataset.bounds:
+      everyones = self._rows["segments"][state["row"] : state["row"] + dataset.batch_rows]
+      longest = np.max(np.sum(everyones > 0, axis=1))
+      length = next((bound for bound in dataset.bounds if bound >= longest), everyones.shape[1])
+      batch = {name: grid[:, :length] if grid.ndim == 2 else grid for name, grid in batch.items()}
     batch["index"] = state["index"]
     following = state["row"] + dataset.batch_rows
     done = following >= total

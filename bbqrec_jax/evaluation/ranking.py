@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bbqrec_jax.data.interactions import Interactions, Split
+from bbqrec_jax.data.interactions import Interactions, Split, select_users
+from bbqrec_jax.data.packing import length_groups
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
@@ -69,6 +70,7 @@ def evaluate(
   batch_size: int,
   max_length: int,
   num_items: int,
+  bounds: tuple[int, ...] = (),
 ) -> Ranking:
   """Ranks the catalogue for every user.
 
@@ -81,14 +83,18 @@ def evaluate(
     batch_size: users at once.
     max_length: T.
     num_items: N, for the coverage.
+    bounds: lengths, rising, each below T: users are ranked in groups, padded to the least that holds them.
   """
-  parts, seen = [], np.zeros(num_items + 1, bool)
-  for batch in evaluation_batches(histories, targets, batch_size=batch_size, max_length=max_length):
-    valid = batch.pop("valid")
-    result = jax.device_get(ranker(params, shared, batch))
-    parts.append(result["ranks"][valid])
-    seen[result["top"][valid]] = True  # -1, a short beam's filling, is the row past the last item.
-  ranks = np.concatenate(parts)
+  ranks, seen = np.zeros(len(targets), np.int32), np.zeros(num_items + 1, bool)
+  for length, users in length_groups(np.minimum(histories.lengths, max_length), bounds, max_length):
+    parts = []
+    some = select_users(histories, users)
+    for batch in evaluation_batches(some, targets[users], batch_size=batch_size, max_length=length):
+      valid = batch.pop("valid")
+      result = jax.device_get(ranker(params, shared, batch))
+      parts.append(result["ranks"][valid])
+      seen[result["top"][valid]] = True  # -1, a short beam's filling, is the row past the last item.
+    ranks[users] = np.concatenate(parts)
   return Ranking(summarize(ranks) | {f"coverage@{_COVERAGE_CUTOFF}": float(seen[:num_items].mean())}, ranks)
 
 

@@ -267,7 +267,7 @@ def training_batches(config: Any, histories: Interactions) -> grain.IterDataset:
   shape = {"batch_rows": r.batch_rows, "max_length": r.max_length, "seed": config.seed}
   shape |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
   if r.backbone == "encoder_decoder":
-    return recommender_batches(PrefixHistories(histories, **shape))
+    return recommender_batches(PrefixHistories(histories, bounds=tuple(r.length_buckets), **shape))
   return recommender_batches(PackedHistories(histories, row_length=r.row_length, whole=False, **shape))
 
 
@@ -307,6 +307,7 @@ def run_recommender(
       batch_size=e.batch_size,
       max_length=r.max_length,
       num_items=catalogue.num_items,
+      bounds=tuple(r.length_buckets),
     )
 
   plan = Plan(

@@ -460,13 +460,38 @@ def test_a_prefix_epoch_holds_every_transition_once_with_the_history_before_it(m
   assert sorted(rows["targets"]) == sorted(other["targets"])
 
 
-def test_prefix_batches_come_again_after_a_resume_and_on_any_number_of_processes():
+def test_batches_of_one_length_hold_every_transition_once_and_are_in_random_order():
   histories = make_histories()
-  options = {"batch_rows": 6, "max_length": 5, "seed": 0}
+  options = {"max_length": 7, "seed": 3, "epoch": 2}
+  rows = prefix_epoch(histories, **options, batch_rows=4, bounds=(1, 3))
+  lengths = rows["segments"].sum(axis=1)
+  real = lengths > 0
+  assert not any(grid[~real].any() for grid in rows.values())
+
+  def bag(rows, chosen):
+    return sorted(zip(map(tuple, rows["items"][chosen].tolist()), rows["targets"][chosen].tolist(), strict=True))
+
+  every = prefix_epoch(histories, **options)
+  assert bag(rows, real) == bag(every, np.ones(len(every["targets"]), bool))
+  groups = []
+  for batch in lengths.reshape(-1, 4):
+    groups.append(next(number for number, bound in enumerate((1, 3, 7)) if batch.max() <= bound))
+    assert batch.max() > 0
+    assert all(length > (0, 1, 3)[groups[-1]] for length in batch[batch > 0])
+  assert set(groups) == {0, 1, 2}
+  assert groups != sorted(groups)
+  assert (~real).sum() <= 3 * 3, "at most one batch of each group is filled up"
+
+
+@pytest.mark.parametrize("bounds", [(), (2, 3)])
+def test_prefix_batches_come_again_after_a_resume_and_on_any_number_of_processes(bounds):
+  histories = make_histories()
+  options = {"batch_rows": 6, "max_length": 5, "seed": 0, "bounds": bounds}
   whole = iter(PrefixHistories(histories, **options))
   parts = [iter(PrefixHistories(histories, **options, process_index=part, process_count=3)) for part in range(3)]
   transitions = sum(max(length - 1, 0) for length in LENGTHS)
-  per_epoch = -(-transitions // 6)
+  per_epoch = len(prefix_epoch(histories, max_length=5, seed=0, epoch=0, batch_rows=6, bounds=bounds)["items"])
+  per_epoch = -(-per_epoch // 6)
   seen, state, after = 0, None, []
   for number in range(per_epoch + 2):
     if number == per_epoch - 1:
@@ -474,6 +499,8 @@ def test_prefix_batches_come_again_after_a_resume_and_on_any_number_of_processes
     batch, shares = next(whole), [next(part) for part in parts]
     for name in ("items", "segments", "positions", "targets"):
       np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), batch[name])
+    longest = int(batch["segments"].sum(axis=1).max())
+    assert batch["items"].shape[1] == next(bound for bound in (*bounds, 5) if bound >= longest)
     if number < per_epoch:
       seen += int((batch["segments"][:, 0] > 0).sum())
     if state is not None:
