@@ -26,14 +26,25 @@ ODD = ("--config.data.name=it's a b", '--config.note="$HOME" $(id) ${x} $$ `id` 
 MAIN = ("-m", "bbqrec_jax.main", "--distributed=on")
 
 
+@pytest.fixture(scope="module")
+def no_clouds(tmp_path_factory):
+  """A PATH on which the programs of clouds and clusters only fail, should a plan be run that was to be printed."""
+  folder = tmp_path_factory.mktemp("no_clouds")
+  for name in ("docker", "gcloud", "kubectl", "mkdir", "sbatch", "tar"):
+    (folder / name).symlink_to(shutil.which("false"))
+  return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
 @pytest.fixture
-def launch():
+def launch(no_clouds):
   """A function that calls the launcher as a shell does, without a terminal: own arguments, the program's flags."""
 
-  def call(*arguments, flags=(), path=None, **options):
+  def call(*arguments, flags=(), path=no_clouds, environment=None, stdin=subprocess.DEVNULL):
     command = [sys.executable, str(FOLDER), *arguments, *(["--", *flags] if flags else [])]
-    options = {"stdin": subprocess.DEVNULL, "env": os.environ | ({"PATH": str(path)} if path else {})} | options
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+    environment = os.environ | {"PATH": str(path)} | (environment or {})
+    return subprocess.run(
+      command, capture_output=True, text=True, timeout=60, check=False, env=environment, stdin=stdin
+    )
 
   return call
 
@@ -237,8 +248,7 @@ def test_arguments_arrive_unchanged_on_every_worker_of_a_tpu(launch, stand_ins, 
     'for word; do case $word in --command=*) cd "$HOME" && exec bash -c "${word#--command=}" ;; esac; done'
   )
   calls = stand_ins(gcloud=on_the_worker, sudo='exec "$@"', mountpoint="", systemd_run="")
-  environment = os.environ | {"PATH": stand_ins.path, "HOME": str(tmp_path)}
-  result = launch(*TPU, "run", flags=(*FLAGS, *ODD), env=environment)
+  result = launch(*TPU, "run", flags=(*FLAGS, *ODD), path=stand_ins.path, environment={"HOME": str(tmp_path)})
   assert result.returncode == 0, result.stderr
   (service,) = [call for call in calls() if call[0] == "systemd-run"]
   start = service.index(f"{tmp_path}/bbqrec_env/bin/python")
@@ -330,7 +340,7 @@ def test_a_worker_mounts_and_installs_once(stand_ins, tmp_path):
     systemd_run=f"touch {mounted}",
     gcsfuse="",
     python3="",
-    uv='[[ $1 != venv ]] || { mkdir -p "${@: -1}/bin"; cp /bin/true "${@: -1}/bin/python"; }',
+    uv='[[ $1 != venv ]] || { mkdir -p "${@: -1}/bin"; cp "$(type -P true)" "${@: -1}/bin/python"; }',
   )
   uv.symlink_to(stand_ins.path.split(os.pathsep)[0] + "/uv")
   environment = os.environ | {"PATH": stand_ins.path, "HOME": str(tmp_path)}
@@ -489,12 +499,12 @@ def test_what_is_run_is_what_is_printed_until_something_fails(launch, stand_ins)
   lines = commands(launch(*own, "--dry-run", flags=(*FLAGS, *ODD), path=stand_ins.path))
   printed = [shlex.split(line) for line in lines if not line.startswith("#")]
   assert calls() == []
-  environment = os.environ | {"PATH": stand_ins.path}
-  result = launch(*own, "--yes", flags=(*FLAGS, *ODD), env=environment)
+  result = launch(*own, "--yes", flags=(*FLAGS, *ODD), path=stand_ins.path)
   assert result.returncode == 0, result.stderr
   assert calls() == printed
   assert len(printed) == 3
-  result = launch(*own, "--yes", flags=(*FLAGS, *ODD), env=environment | {"FAILING": "create"})
+  failing = {"FAILING": "create"}
+  result = launch(*own, "--yes", flags=(*FLAGS, *ODD), path=stand_ins.path, environment=failing)
   assert calls()[3:] == printed[:2]
   assert result.returncode == 1
   (line,) = result.stderr.splitlines()
