@@ -1,0 +1,201 @@
+"""Kubernetes: a JobSet of one pod a host, all started again when one fails, on GKE (TPUs, GPUs) or elsewhere (GPUs)."""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from plan import FOLDER, MOUNT, Step, check_bucket, name, of_actions, positive, read_program, require_mount
+
+from bbqrec_jax.errors import InputError
+
+_RBAC = "rbac.authorization.k8s.io"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of `plan`."""
+  parser.add_argument("actions", nargs="+", help="of build, apply, logs, delete; in this order")
+  parser.add_argument("--name", type=name, required=True, help="of the JobSet")
+  parser.add_argument("--image", help="REGISTRY/NAME:TAG")
+  parser.add_argument("--namespace", default="default")
+  parser.add_argument("--context", help="kubectl's own if not given")
+  parser.add_argument("--service-account", default="default", help="of the pods; on GKE one that may use the bucket")
+  parser.add_argument("--tpu", help="as tpu-v5-lite-podslice")
+  parser.add_argument("--topology", help="of the slice of TPUs, as 4x4")
+  parser.add_argument("--chips-per-host", type=positive, default=4)
+  parser.add_argument("--hosts", type=positive, help="with GPUs")
+  parser.add_argument("--gpus-per-host", type=positive)
+  parser.add_argument("--gpu", help="on GKE: as nvidia-h100-80gb")
+  parser.add_argument("--spot", action="store_true", help="on GKE: nodes that are cheaper, and taken away at any time")
+  parser.add_argument("--bucket", help=f"on GKE: a bucket with hierarchical namespace, to be mounted at {MOUNT}")
+  parser.add_argument("--claim", help=f"a ReadWriteMany PersistentVolumeClaim, to be mounted at {MOUNT}")
+  parser.add_argument("--max-restarts", type=int, default=20)
+
+
+def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
+  """The commands for the actions asked for.
+
+  Args:
+    args: of `add_flags`.
+    flags: of the program.
+
+  Raises:
+    InputError: as `manifest`.
+  """
+  kubectl = ("kubectl", *([f"--context={args.context}"] if args.context else []), f"--namespace={args.namespace}")
+
+  def build() -> list[Step]:
+    _require_image(args)
+    options = ("--platform=linux/amd64", f"--build-arg=ACCELERATOR={'tpu' if args.tpu else 'cuda'}")
+    return [
+      Step(("docker", "build", f"--file={FOLDER}/Dockerfile", *options, f"--tag={args.image}", ".")),
+      Step(("docker", "push", args.image), asks=f"push the image {args.image}"),
+    ]
+
+  def apply() -> list[Step]:
+    objects = json.dumps(manifest(args, flags), indent=2)
+    asks = f"start the JobSet {args.name}, whose nodes may cost money until it ends or is deleted"
+    return [*check_bucket(args.bucket), Step((*kubectl, "apply", "--filename=-"), stdin=objects, asks=asks)]
+
+  def logs() -> list[Step]:
+    first = f"--selector=jobset.sigs.k8s.io/jobset-name={args.name},batch.kubernetes.io/job-completion-index=0"
+    return [Step((*kubectl, "logs", first, "--container=bbqrec", "--tail=1000", "--follow"))]
+
+  def delete() -> list[Step]:
+    kinds = "jobsets.jobset.x-k8s.io" if args.tpu else "jobsets.jobset.x-k8s.io,rolebindings,roles"
+    # In the foreground: only when its pods are gone can another of its name follow.
+    options = ("--cascade=foreground", "--ignore-not-found")
+    return [Step((*kubectl, "delete", kinds, args.name, *options), asks=f"delete the JobSet {args.name}")]
+
+  return of_actions(args.actions, [build, apply, logs, delete])
+
+
+def manifest(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
+  """What `kubectl apply` is given: the JobSet, and with GPUs the right of its pods to find one another.
+
+  Args:
+    args: of `add_flags`.
+    flags: of the program.
+
+  Raises:
+    InputError: if the image, the devices or the storage are not told, or the workdir is not on that storage.
+  """
+  hosts, devices = _hosts(args)
+  metadata: dict[str, Any] = {"name": args.name, "namespace": args.namespace}
+  # Status 2 is a refusal, which another start would only repeat. After anything else all pods start again, together.
+  refused = {"action": "FailJob", "onExitCodes": {"containerName": "bbqrec", "operator": "In", "values": [2]}}
+  job = {
+    "parallelism": hosts,
+    "completions": hosts,
+    "completionMode": "Indexed",
+    "backoffLimit": 0,
+    "podFailurePolicy": {"rules": [refused]},
+    "template": _pod(args, flags, devices),
+  }
+  jobset = {
+    "apiVersion": "jobset.x-k8s.io/v1alpha2",
+    "kind": "JobSet",
+    "metadata": dict(metadata),
+    "spec": {
+      "failurePolicy": {
+        "maxRestarts": args.max_restarts,
+        "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+      },
+      "replicatedJobs": [{"name": "hosts", "replicas": 1, "template": {"spec": job}}],
+    },
+  }
+  if args.tpu:
+    # On GKE a node pool is a slice: all pods belong in the same one.
+    exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    jobset["metadata"] = metadata | {"annotations": exclusive}
+    return {"apiVersion": "v1", "kind": "List", "items": [jobset]}
+  # TPUs know of one another; elsewhere JAX asks Kubernetes for its own pod and job.
+  rules = [{"apiGroups": [group], "resources": [kind], "verbs": ["get", "list"]} for group, kind in
+           (("", "pods"), ("batch", "jobs"))]  # fmt: skip
+  role = {"apiVersion": f"{_RBAC}/v1", "kind": "Role", "metadata": metadata, "rules": rules}
+  binding = {
+    "apiVersion": f"{_RBAC}/v1",
+    "kind": "RoleBinding",
+    "metadata": metadata,
+    "roleRef": {"apiGroup": _RBAC, "kind": "Role", "name": args.name},
+    "subjects": [{"kind": "ServiceAccount", "name": args.service_account, "namespace": args.namespace}],
+  }
+  return {"apiVersion": "v1", "kind": "List", "items": [role, binding, jobset]}
+
+
+def _require_image(args: argparse.Namespace) -> None:
+  if not args.image:
+    raise InputError("--image is missing: `build` and `apply` need it, as REGISTRY/NAME:TAG")
+
+
+def _hosts(args: argparse.Namespace) -> tuple[int, dict[str, int]]:
+  """The number of pods, and the devices of each.
+
+  Raises:
+    InputError: unless either a slice of TPUs or the number of hosts and GPUs is told.
+  """
+  if not args.tpu:
+    if not (args.hosts and args.gpus_per_host):
+      raise InputError("which devices? `apply` needs --tpu and --topology, or --hosts and --gpus-per-host")
+    return args.hosts, {"nvidia.com/gpu": args.gpus_per_host}
+  if not re.fullmatch(r"\d+(x\d+){1,2}", args.topology or ""):
+    raise InputError(f"--topology={args.topology}: expected the shape of the slice of {args.tpu}, as 4x4 or 2x2x2")
+  chips = math.prod(int(side) for side in args.topology.split("x"))
+  if chips % args.chips_per_host:
+    raise InputError(
+      f"--topology={args.topology} has {chips} chips, not a multiple of --chips-per-host={args.chips_per_host}"
+    )
+  return chips // args.chips_per_host, {"google.com/tpu": args.chips_per_host}
+
+
+def _pod(args: argparse.Namespace, flags: Sequence[str], devices: dict[str, int]) -> dict[str, Any]:
+  """The template of a pod.
+
+  Raises:
+    InputError: if the image or the storage is not told, or the workdir is not on that storage.
+  """
+  _require_image(args)
+  program = read_program(flags)
+  require_mount(program)
+  if bool(args.bucket) == bool(args.claim):
+    raise InputError(f"`apply` needs one of --bucket and --claim, which it mounts at {MOUNT}")
+  command = ("bash", f"{FOLDER}/container.sh", program.workdir, "python", *program.arguments)
+  annotations, selector, tolerations = {}, {}, []
+  volumes: list[dict[str, Any]] = [{"name": "storage", "persistentVolumeClaim": {"claimName": args.claim}}]
+  mounts = [{"name": "storage", "mountPath": MOUNT}]
+  if args.bucket:
+    annotations["gke-gcsfuse/volumes"] = "true"
+    # Without caches of what exists: the other hosts write there too.
+    options = "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
+    attributes = {"bucketName": args.bucket, "mountOptions": options}
+    volumes = [{"name": "storage", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}]
+  if args.tpu:
+    selector |= {"cloud.google.com/gke-tpu-accelerator": args.tpu, "cloud.google.com/gke-tpu-topology": args.topology}
+  else:
+    # The 64 MiB that a container has otherwise are few for NCCL.
+    volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
+    mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
+    selector |= {"cloud.google.com/gke-accelerator": args.gpu} if args.gpu else {}
+  if args.spot:
+    selector["cloud.google.com/gke-spot"] = "true"
+    tolerations.append({"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"})
+  container = {
+    "name": "bbqrec",
+    "image": args.image,
+    # Kubernetes replaces $(NAME) in a command, and $$ by $.
+    "command": [word.replace("$", "$$") for word in command],
+    "resources": {"limits": devices},
+    "volumeMounts": mounts,
+  }
+  spec = {
+    "serviceAccountName": args.service_account,
+    "restartPolicy": "Never",
+    "terminationGracePeriodSeconds": 300,
+    "nodeSelector": selector,
+    "tolerations": tolerations,
+    "containers": [container],
+    "volumes": volumes,
+  }
+  return {"metadata": {"annotations": annotations}, "spec": spec}
