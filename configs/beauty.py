@@ -18,7 +18,7 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   The contrast is sharper and the item IDs are freer: here behaviour says more that the features do not.
 
   Args:
-    head: "generative", "dense", "parallel" or "hybrid".
+    head: "generative", "dense", "parallel" or "hybrid"; "sasrec" is the dense head without anything semantic.
   """
   config = default_config()
   config.data.modalities = ("text", "attribute")
@@ -27,7 +27,7 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.tokenizer.weights.item_id = 0.005
   config.tokenizer.steps = 4000
   config.tokenizer.evaluate_every = 1000
-  config.recommender.head = head
+  config.recommender.head = "dense" if head == "sasrec" else head
   config.recommender.steps = 4000
   config.recommender.evaluate_every = 1000
   config.evaluation.validation_users = 8192
@@ -37,4 +37,9 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
     config.recommender.dropout = 0.5
     config.recommender.steps = 5000 if head == "parallel" else 3000
     config.recommender.evaluate_every = 500
+  if head == "sasrec":
+    config.recommender.item_inputs = ("item",)
+    config.recommender.similarity = ()
+    config.recommender.optimizer.weight_decay = 0.1
+    config.recommender.steps = 6000
   return config

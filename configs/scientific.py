@@ -17,15 +17,19 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   """Both stages at the paper's sizes, four levels of 256 codes.
 
   Args:
-    head: "generative", "dense", "parallel" or "hybrid"; all but the first are wider, and have more dropout.
+    head: "generative", "dense", "parallel" or "hybrid"; all but the first are wider, and have more dropout. "sasrec"
+      is the dense head without anything semantic.
   """
   config = default_config()
   config.data.modalities = ("text", "attribute")
-  config.recommender.head = head
+  config.recommender.head = "dense" if head == "sasrec" else head
+  if head == "sasrec":
+    config.recommender.item_inputs = ("item",)
+    config.recommender.similarity = ()
   if head != "generative":
     config.recommender.width = 128
     config.recommender.mlp_width = 512
     config.recommender.dropout = 0.5
-    config.recommender.steps = {"dense": 1500, "hybrid": 1500, "parallel": 2500}[head]
+    config.recommender.steps = {"dense": 1500, "hybrid": 1500, "parallel": 2500, "sasrec": 3000}[head]
     config.recommender.evaluate_every = 250
   return config
