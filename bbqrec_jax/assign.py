@@ -11,7 +11,7 @@ from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.models.frozen import FrozenTokenizer, encode_blocks, id_space, settings_from_json
+from bbqrec_jax.models.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions, suffix_collisions
 
@@ -34,9 +34,18 @@ def assign(
     The IDs of N + n items, the new ones at the end.
 
   Raises:
-    InputError: if the modalities or their widths are not the tokenizer's, or the IDs do not suffice.
+    InputError: if the modalities or their widths are not the tokenizer's, the IDs do not suffice, or the tokenizer's
+      arrays and settings do not fit one another.
   """
   settings = settings_from_json(ids.settings)
+  check_arrays(settings, ids.encoder, ids.codebooks)
+  repair = ids.settings.get("repair")
+  levels = len(settings.id_streams) * settings.num_levels + (repair == "suffix")
+  if ids.streams != settings.streams or ids.codes.shape[1] != levels or repair not in ("reassign", "suffix"):
+    raise InputError(
+      f"the tokenizer's settings speak of streams {settings.streams}, {levels} codes an item and repair {repair!r}, its"
+      f" IDs are of {ids.streams} and {ids.codes.shape[1]}: they do not fit one another; train it again"
+    )
   widths = {name: array.shape[1] for name, array in features.items()}
   if widths != dict(settings.modalities):
     raise InputError(
@@ -48,7 +57,7 @@ def assign(
   count = len(next(iter(ordered.values())))
   latents, here, codes = encode_blocks(lambda items: frozen(*store.rows(items)), count, block=block)
   raw, id_latents, id_codebooks = id_space(settings, latents, codes, ids.codebooks)
-  if ids.settings["repair"] == "suffix":
+  if repair == "suffix":
     own = suffix_collisions(raw, num_codes=ids.num_codes, taken=ids.codes)
   else:
     own = reassign_collisions(raw, id_latents, id_codebooks, taken=ids.codes)

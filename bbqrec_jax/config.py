@@ -9,9 +9,9 @@ from typing import Any
 import ml_collections
 
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.models.frozen import CHOICES as TOKENIZER_CHOICES
 from bbqrec_jax.models.heads import HEADS, named
 from bbqrec_jax.models.recommender import BACKBONES
-from bbqrec_jax.ops.quantize import GRADIENTS, QUANTIZERS
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -147,14 +147,10 @@ def _optimizer(*, learning_rate: float, weight_decay: float, warmup_steps: int) 
 
 
 _CHOICES = {
+  **{f"tokenizer.{name}": choices for name, choices in TOKENIZER_CHOICES.items()},
   "partitioner": ("pmap", "single"),
   "data.source": ("synthetic", "directory", "recbole"),
-  "tokenizer.quantizer": (*QUANTIZERS, "rq_kmeans"),
-  "tokenizer.codebooks": ("shared", "per_stream", "single"),
   "tokenizer.codebook_update": ("loss", "moving_average"),
-  "tokenizer.gradient": tuple(GRADIENTS),
-  "tokenizer.item_id": ("added", "stream", "none"),
-  "tokenizer.semantic_id": ("fused", "concatenated", "item_id"),
   "tokenizer.repair": ("reassign", "suffix"),
   "tokenizer.club.bound": ("full", "sampled"),
   "recommender.similarity_kind": ("equal_frequency", "equal_width", "overlap", "continuous"),
@@ -178,6 +174,19 @@ _MAY_BE_ZERO = {
   "evaluation.validation_users",
   "recommender.num_negatives",
   "recommender.time_buckets",
+}
+
+
+# What is built, allocated or computed before anything else shows that it is too much.
+_AT_MOST = {
+  "data.synthetic.num_users": 10**7,
+  "data.synthetic.num_items": 10**7,
+  "tokenizer.num_levels": 100,
+  "tokenizer.history_layers": 100,
+  "recommender.num_layers": 1000,
+  "recommender.depth_layers": 1000,
+  "recommender.num_buckets": 10**4,
+  "recommender.max_length": 10**4,
 }
 
 
@@ -246,6 +255,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"config field recommender.length_buckets must be rising whole numbers from 1 to recommender.max_length - 1 ="
       f" {flat['recommender.max_length'] - 1}, got {buckets!r}"
     )
+  for name, highest in _AT_MOST.items():
+    if flat[name] > highest:
+      raise InputError(f"config field {name} must be at most {highest}, got {flat[name]}")
   for name in ("tokenizer.dropout", "tokenizer.codeword_decay", "tokenizer.revival_threshold", "recommender.dropout"):
     if flat[name] >= 1:
       raise InputError(f"config field {name} must be less than 1, got {flat[name]}")

@@ -3,16 +3,40 @@
 import sys
 from typing import NoReturn
 
+LONGEST_MESSAGE = 1000
+
+
+def printable(text: str) -> str:
+  r"""The text on one line, with what would move a terminal's cursor, or that it cannot show, escaped as in "\x1b"."""
+
+  def one(character: str) -> str:
+    if character.isprintable():
+      return character
+    return " " if character.isspace() else character.encode("unicode_escape").decode()
+
+  return "".join(map(one, text))
+
+
+def shown(token: bytes | str) -> str:
+  """A token as an error message quotes it: one line, at most 40 characters of it."""
+  text = token.decode("utf-8", "replace") if isinstance(token, bytes) else token
+  return repr(text if len(text) <= 40 else text[:40] + "...")
+
 
 class InputError(ValueError):
   """Bad input, found before anything was computed or written.
 
-  The message is one line: the file, row and field, what was expected, what came, and the way out. Programs print it
-  without a traceback and exit with status 2.
+  The message is one line: the file, row and field, what was expected, what came, and the way out. It quotes files that
+  may hold anything, so it is made printable and short here. Programs print it without a traceback and exit with
+  status 2.
   """
+
+  def __init__(self, message: str):
+    line = printable(message)
+    super().__init__(line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "...")
 
 
 def refuse(error: Exception) -> NoReturn:
   """Ends a program with one line on standard error and status 2."""
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  print(f"error: {' '.join(printable(str(error)).split())}", file=sys.stderr)
   sys.exit(2)

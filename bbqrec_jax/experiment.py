@@ -4,8 +4,10 @@ import copy
 import dataclasses
 import json
 import pathlib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 from bbqrec_jax.config import default_config, flatten, validate
@@ -15,9 +17,11 @@ from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import popularity_metrics
+from bbqrec_jax.input_files import check_links, is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue
-from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.models.heads import HEADS
+from bbqrec_jax.models.recommender import BACKBONES, Recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import check_capacity
 from bbqrec_jax.train.checkpointing import Checkpointer
@@ -32,11 +36,13 @@ from bbqrec_jax.train.recommender_stage import (
   run_recommender,
   tokenizer_folder,
 )
+from bbqrec_jax.train.state import TrainState
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer
 
 # Of the figures of `statistics`: what tells one data set from another.
 _HASHES = ("split_hash", "features_hash", "times_hash")
-_SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
+_LARGEST = 2**63  # Of numbers in the files of a workdir; JSON itself knows no bounds.
+SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
 
 
 def read_data(config: ml_collections.ConfigDict) -> tuple[Dataset, Split, dict[str, Any]]:
@@ -69,20 +75,32 @@ def _check_sizes(config: ml_collections.ConfigDict, *, num_items: int, num_modal
       raise InputError(f"config field {name} = {flat[name]} must be a multiple of the {num_devices} devices")
 
 
-def _claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dict[str, Any]) -> None:
+def _identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What of a config tells one run from another, as JSON gives it back."""
+  # Where the data lies may change between two starts of one run; what it holds may not.
+  fields = {name: value for name, value in flatten(config).items() if name != "data.path"}
+  return json.loads(json.dumps(fields))
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+  """The names that two dictionaries do not both give the same value."""
+  both = one.keys() & other.keys()
+  return sorted(name for name in one.keys() | other.keys() if name not in both or one[name] != other[name])
+
+
+def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dict[str, Any]) -> None:
   """Writes what this run is into the workdir, or makes sure that the run found there is this one.
 
   Raises:
-    InputError: if the workdir belongs to a run with another config or other data; names the fields that differ.
+    InputError: if the workdir belongs to a run with another config or other data; names the fields that differ. Or if
+      a link in it leads out of it.
   """
-  # Where the data lies may change between two starts of one run; what it holds may not.
-  mine = {name: value for name, value in flatten(config).items() if name != "data.path"}
-  mine |= {f"data {name}": figures[name] for name in _HASHES}
-  mine = json.loads(json.dumps(mine))
+  mine = _identity(config) | {f"data {name}": figures[name] for name in _HASHES}
   path = workdir / "run.json"
-  if path.exists():
+  check_links(workdir)
+  if is_given(path):
     theirs = read_json(path)
-    differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    differing = differences(theirs, mine)
     if differing:
       shown = ", ".join(f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})" for name in differing)
       raise InputError(f"{workdir} holds another run, which differs in {shown}; use another --workdir")
@@ -99,7 +117,7 @@ def format_results(results: dict[str, Any]) -> str:
     f" {data['interactions']:,} interactions, split {data['split_hash']}",
     f"{'':12s}  {'popularity':>10s}  {'validation':>10s}  {'test':>10s}",
   ]
-  for name in _SHOWN:
+  for name in SHOWN:
     values = [results[part][name] for part in ("popularity", "validation", "test")]
     lines.append(f"{name:12s}  " + "  ".join(f"{value:10.4f}" for value in values))
   seconds = results["seconds"]
@@ -129,18 +147,23 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
     num_modalities=len(dataset.modalities),
     num_devices=partitioner.num_devices,
   )
-  _claim(workdir, config, figures)
+  claim(workdir, config, figures)
   say(format_statistics(figures))
   return _Run(config, workdir, partitioner, dataset, split, figures)
+
+
+def _data_hash(figures: dict[str, Any]) -> str:
+  """What semantic IDs are learned from."""
+  return f"{figures['split_hash']} {figures['features_hash']}"
 
 
 def _semantic_ids(run: _Run, log: MetricsLog) -> SemanticIds:
   """The semantic IDs that the run's config names, or those of its own tokenizer, trained if it is not yet."""
   folder = tokenizer_folder(run.config, run.workdir)
-  data_hash = f"{run.figures['split_hash']} {run.figures['features_hash']}"
+  data_hash = _data_hash(run.figures)
   if run.config.tokenizer.artefact or SemanticIds.exists(folder):
     ids = SemanticIds.load(folder)
-    ids.check_data(data_hash, where=folder)
+    ids.check_data(data_hash, num_items=run.dataset.num_items, where=folder)
     say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
     return ids
   return run_tokenizer(
@@ -195,20 +218,20 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   prepared = _begin(config, workdir)
   dataset, split, figures = prepared.dataset, prepared.split, prepared.figures
   finished = workdir / "results.json"
-  if finished.exists():
-    results = read_json(finished)
+  if is_given(finished):
+    results = load_results(workdir)
     say(f"{finished} is there already: this run is done")
     say(format_results(results))
     return results
 
   log = MetricsLog(workdir)
-  ids, tokenizer_seconds = None, 0.0
+  ids, seconds = None, 0.0
   try:
     if needs_semantic_ids(config):
       ids = _semantic_ids(prepared, log)
       check_fingerprint(workdir, ids)
       if not config.tokenizer.artefact:
-        tokenizer_seconds = read_json(workdir / "tokenizer" / "health.json")["seconds"]
+        seconds = tokenizer_seconds(workdir / "tokenizer")
     metrics, progress = run_recommender(
       config,
       ids,
@@ -228,7 +251,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     "best_step": progress["best_step"],
     "steps": progress["step"],
     "seconds": {
-      "tokenizer": tokenizer_seconds,
+      "tokenizer": seconds,
       "recommender": progress["training_seconds"],
       "evaluation": progress["evaluation_seconds"],
     },
@@ -238,22 +261,90 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   return results
 
 
-def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_collections.ConfigDict:
   """The config that a run wrote into its workdir.
 
+  Args:
+    workdir: of the run, from anywhere.
+    trusted: Python modules outside this project that its heads and backbones may be imported from.
+
   Raises:
-    InputError: if there is no run, or it is of another version of the fields.
+    InputError: if there is no run, it is of another version of the fields, a value is none that the field can have, it
+      is not what `run.json` says of the run, or it names code that is not trusted.
   """
   path = workdir / "config.json"
-  if not path.exists():
+  if not is_given(path):
     raise InputError(f"{path} does not exist: --workdir must be that of a run of bbqrec_jax.main")
   config = default_config()
-  written = flatten(read_json(path))
-  unknown = written.keys() ^ flatten(config).keys()
+  fields = flatten(config)
+  try:
+    written = flatten(read_json(path))
+  except RecursionError:
+    raise InputError(f"{path}: expected the fields of a config, got values nested without end; restore it") from None
+  unknown = written.keys() ^ fields.keys()
   if unknown:
     raise InputError(f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only")
+  for name, default in fields.items():
+    if not _has_type_of(written[name], default):
+      raise InputError(f"{path} field {name}: expected a {type(default).__name__}, got {written[name]!r}; restore it")
   config.update_from_flattened_dict(written)
+  noted = {name: value for name, value in read_json(workdir / "run.json").items() if not name.startswith("data ")}
+  differing = differences(noted, _identity(config))
+  if differing:
+    raise InputError(f"{path} and run.json beside it tell of different runs: {', '.join(differing)}; restore them")
+  for name, registered in (("recommender.head", HEADS), ("recommender.backbone", BACKBONES)):
+    module = written[name].partition(":")[0]
+    if written[name] not in registered and module not in trusted:
+      raise InputError(
+        f"{path} field {name} names code outside this project, {written[name]!r}, and reading a workdir runs none: if"
+        f" you trust it, say --trust={module}"
+      )
+  validate(config)
   return config
+
+
+def _has_type_of(value: Any, default: Any) -> bool:
+  """Whether a value from JSON can stand where a config has `default`."""
+  if isinstance(default, tuple):
+    # A tuple that is empty by default holds names.
+    return isinstance(value, tuple) and all(type(one) is type((default or ("",))[0]) for one in value)
+  if isinstance(value, int | float) and not -_LARGEST < value < _LARGEST:
+    return False
+  return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+
+
+def load_results(workdir: pathlib.Path) -> dict[str, Any]:
+  """What `run` wrote of a finished run.
+
+  Raises:
+    InputError: if it is not there, or is not that.
+  """
+  path = workdir / "results.json"
+  results = read_json(path)
+  try:
+    format_results(results)
+    steps = results["best_step"], results["steps"]
+    if not all(type(step) is int and step > 0 for step in steps):
+      raise ValueError(f"it was best at step {steps[0]!r} of {steps[1]!r}")
+  except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    raise InputError(
+      f"{path}: expected the results of a run, got something else ({type(error).__name__}: {error}); delete it, and the"
+      " run's own command makes it again"
+    ) from error
+  return results
+
+
+def tokenizer_seconds(folder: pathlib.Path) -> float:
+  """How long the tokenizer in a folder took to train, which its `health.json` says.
+
+  Raises:
+    InputError: if it does not.
+  """
+  path = folder / "health.json"
+  seconds = read_json(path).get("seconds")
+  if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < _LARGEST:
+    raise InputError(f"{path} field seconds: expected a number of at least 0, got {seconds!r}; restore it")
+  return float(seconds)
 
 
 class Restored(NamedTuple):
@@ -291,22 +382,30 @@ def _new_items(dataset: Dataset, folder: pathlib.Path, *, count: int) -> Modalit
 
 
 def restore(
-  workdir: pathlib.Path, *, tokenizer: pathlib.Path | None = None, features: pathlib.Path | None = None
+  workdir: pathlib.Path,
+  *,
+  tokenizer: pathlib.Path | None = None,
+  features: pathlib.Path | None = None,
+  trusted: Collection[str] = (),
 ) -> Restored:
-  """The best model of a finished workdir, of the items it was trained on or of more.
+  """The best model of a finished workdir, of the items it was trained on or of more; none of its files is run.
 
   Args:
     workdir: of the run.
     tokenizer: semantic IDs that `bbqrec_jax.assign` extended by new items; None: those of the run.
     features: the folder of the new items' features, as `assign` was given it; only a recommender whose item inputs are
       "features" needs it.
+    trusted: Python modules outside this project that the config may name its head and backbone from.
 
   Raises:
-    InputError: if the run is not finished, the data is not what it was trained on, or the new items do not fit.
+    InputError: if the run is not finished or its files do not fit one another, the data is not what it was trained on,
+      the new items do not fit, or the config names code that is not trusted.
   """
-  config = load_config(workdir)
-  if not (workdir / "results.json").exists():
+  config = load_config(workdir, trusted=trusted)
+  check_links(workdir)
+  if not is_given(workdir / "results.json"):
     raise InputError(f"{workdir} holds no finished run (no results.json): start bbqrec_jax.main on it again")
+  best = load_results(workdir)["best_step"]
   dataset, split, figures = read_data(config)
   trained_on = read_json(workdir / "run.json")
   for name in _HASHES:
@@ -317,11 +416,13 @@ def restore(
       )
   ids = None
   if needs_semantic_ids(config):
-    ids = SemanticIds.load(tokenizer_folder(config, workdir))
-    check_fingerprint(workdir, ids)
+    folder = tokenizer_folder(config, workdir)
+    ids = SemanticIds.load(folder)
+    ids.check_data(_data_hash(figures), num_items=dataset.num_items, where=folder)
+    check_fingerprint(workdir, ids, trained=True)
   known = item_features(config, dataset)
   model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=known)
-  state = initial_state(config, model, catalogue)
+  like = _like(config, model, catalogue)
   if tokenizer is not None:
     if ids is None:
       raise InputError(f"{workdir}: its recommender knows items by number alone, and cannot take new ones")
@@ -334,8 +435,20 @@ def restore(
     every = item_features(config, dataset, new)
     _, catalogue = build_recommender(config, ids, split.train, num_items=len(ids.codes), features=every)
     dataset = dataclasses.replace(dataset, titles=dataset.titles + ("",) * count)
-  best = read_json(workdir / "results.json")["best_step"]
   checkpointer = Checkpointer(workdir / "checkpoints" / "recommender")
-  state = checkpointer.restore_state(best, state)
-  checkpointer.close()
+  try:
+    state = checkpointer.restore_state(best, like)
+  except (ValueError, KeyError, OSError) as error:
+    raise InputError(
+      f"{workdir}: expected a checkpoint of step {best} that fits its config, got {error}; restore it"
+    ) from error
+  finally:
+    checkpointer.close()
   return Restored(dataset, ids, model, state.params, catalogue, config)
+
+
+def _like(config: ml_collections.ConfigDict, model: Recommender, catalogue: Catalogue) -> TrainState:
+  """Shapes and dtypes of the state that a config makes, on the first device; nothing is allocated."""
+  where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shapes = jax.eval_shape(lambda: initial_state(config, model, catalogue))
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)

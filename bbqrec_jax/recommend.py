@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.pipeline import evaluation_batches
-from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.errors import InputError, printable, refuse
 from bbqrec_jax.experiment import restore
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
@@ -104,6 +104,7 @@ def main(argv: list[str]) -> None:
       pathlib.Path(options.workdir),
       tokenizer=options.tokenizer and pathlib.Path(options.tokenizer),
       features=options.features and pathlib.Path(options.features),
+      trusted=options.trust,
     )
     history = parse_history(options.history, num_items=dataset.num_items)
     times = parse_times(options.times, count=len(history))
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
 
   def line(item):
     code = "" if ids is None else " ".join(f"{value:3d}" for value in ids.codes[item]) + "  "
-    return f"{item:6d}  {code}{dataset.titles[item]}"
+    return f"{item:6d}  {code}{printable(dataset.titles[item])}"
 
   print("history:", *(" " * 16 + line(item) for item in history), sep="\n")
   rows = enumerate(zip(items, scores, strict=True), 1)
@@ -139,5 +140,6 @@ if __name__ == "__main__":
   flags.DEFINE_string("features", None, "The new items' features, for a recommender that reads features.")
   flags.DEFINE_integer("top", 10, "How many items to recommend.")
   flags.DEFINE_bool("repeat", False, "Whether items of the history may be recommended again.")
+  flags.DEFINE_list("trust", [], "Python modules of yours that the run's config may name its head or backbone from.")
   flags.mark_flags_as_required(["workdir", "history"])
   app.run(main)

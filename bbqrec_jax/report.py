@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
   workdir = pathlib.Path(flags.FLAGS.workdir)
   try:
-    run = restore(workdir)
+    run = restore(workdir, trusted=flags.FLAGS.trust)
     if not run.model.settings.num_streams:
       raise InputError(
         f"{workdir}: this run's attention is not reweighted by similarity (recommender.similarity is ())"
@@ -87,5 +87,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "The workdir of a finished run.")
+  flags.DEFINE_list("trust", [], "Python modules of yours that the run's config may name its head or backbone from.")
   flags.mark_flags_as_required(["workdir"])
   app.run(main)

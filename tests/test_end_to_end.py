@@ -545,8 +545,9 @@ def test_a_run_of_another_version_is_refused(copied):
 
 
 def test_a_run_on_other_data_is_refused(copied):
-  config = read_json(copied / "config.json")
-  config["data"]["synthetic"]["seed"] = 5
+  config, note = read_json(copied / "config.json"), read_json(copied / "run.json")
+  config["data"]["synthetic"]["seed"] = note["data.synthetic.seed"] = 5
   (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+  (copied / "run.json").write_text(json.dumps(note), encoding="utf-8")
   with pytest.raises(InputError, match="was trained on"):
     restore(copied)

@@ -4,15 +4,16 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import load_modalities
-from bbqrec_jax.data.files import read_lines, require_folder, shown
+from bbqrec_jax.data.files import check_label, read_lines, require_folder
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.input_files import is_given
 
 
 def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_short_users: bool = False) -> Dataset:
@@ -35,13 +36,13 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
   """
   folder = require_folder(path)
   sequences = folder / "sequences.txt"
-  if not sequences.is_file():
+  if not is_given(sequences):
     hint = "; --config.data.source=recbole reads the .inter file there" if any(folder.glob("*.inter")) else ""
     raise InputError(f"{folder}: expected sequences.txt ('user item item ...' lines), found no such file{hint}")
   titles = read_titles(folder)
   whole = read_sequences(sequences, num_items=len(titles))
   times = folder / "timestamps.txt"
-  if times.is_file():
+  if is_given(times):
     whole = dataclasses.replace(whole, times=read_timestamps(times, whole))
   interactions = check_history_lengths(whole, path=sequences, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(titles))
@@ -55,7 +56,7 @@ def read_titles(folder: Path) -> tuple[str, ...]:
     InputError: if neither file is there, or both, or none holds an item, or a line is not what it should be.
   """
   names = ("items.jsonl.gz", "items.jsonl")
-  found = [folder / name for name in names if (folder / name).is_file()]
+  found = [folder / name for name in names if is_given(folder / name)]
   if len(found) != 1:
     came = "both" if found else "neither"
     raise InputError(f"{folder}: expected one of {' and '.join(names)} (line k describes item k), found {came}")
@@ -64,23 +65,40 @@ def read_titles(folder: Path) -> tuple[str, ...]:
   for row, line in enumerate(read_lines(path)):
     place = f"{path} line {row + 1}"
     try:
-      record = json.loads(line)
+      record = json.loads(line.decode())
     except (ValueError, RecursionError):
       raise InputError(f"{place}: expected a JSON object, got {shown(line)}; write one object a line") from None
     if not isinstance(record, dict):
       raise InputError(f"{place}: expected a JSON object, got {shown(line)}; write one object a line")
     if record.get("id", row) != row:
       raise InputError(
-        f"{place} field 'id': expected {row}, the item of this line, got {shown(json.dumps(record['id']))}; sort the"
-        " file by id, or leave the field out"
+        f"{place} field 'id': expected {row}, the item of this line, got {_shown_json(record['id'])}; sort the file by"
+        " id, or leave the field out"
       )
-    title = record.get("title") or ""
-    if not isinstance(title, str):
-      raise InputError(f"{place} field 'title': expected a string, got {shown(str(title))}; quote it or leave it out")
+    title = "" if record.get("title") is None else record["title"]
+    if not isinstance(title, str) or not _is_whole(title):
+      raise InputError(
+        f"{place} field 'title': expected a string of whole characters, got {_shown_json(title)}; correct it or leave"
+        " it out"
+      )
     titles.append(title)
   if not titles:
     raise InputError(f"{path}: expected at least one item, got an empty file; write one JSON object for each item")
   return tuple(titles)
+
+
+def _is_whole(text: str) -> bool:
+  """Whether the text can be written: JSON can escape half of a surrogate pair, which is no character."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def _shown_json(value: Any) -> str:
+  """A JSON value as an error message quotes it; of a list or object, which may be nested without end, only the kind."""
+  return type(value).__name__ if isinstance(value, list | dict) else shown(json.dumps(value))
 
 
 def read_sequences(path: Path, *, num_items: int) -> Interactions:
@@ -91,7 +109,8 @@ def read_sequences(path: Path, *, num_items: int) -> Interactions:
     num_items: N.
 
   Raises:
-    InputError: if a line is empty, lacks its user or items, or repeats a user, or an item is not an integer in 0..N-1.
+    InputError: if a line is empty, lacks its user or items, or repeats a user, a user's label is longer than 256 bytes,
+      or an item is not an integer in 0..N-1.
   """
   lines = read_lines(path)
   labels, tails = [], []
@@ -113,6 +132,9 @@ def read_sequences(path: Path, *, num_items: int) -> Interactions:
   items = np.fromstring(tail.decode("ascii"), dtype=np.int64, sep=" ")
   if np.any(items >= num_items):
     _refuse_items(path, lines, num_items)
+  if labels:
+    longest = max(range(len(labels)), key=lambda row: len(labels[row]))
+    check_label(labels[longest], where=f"{path} line {longest + 1} field 1")
   if len(set(labels)) < len(labels):
     first: dict[bytes, int] = {}
     for row, label in enumerate(labels):
@@ -159,7 +181,7 @@ def read_timestamps(path: Path, interactions: Interactions) -> np.ndarray:
       values = np.array(fields, np.float64)
     except ValueError:
       values = np.full(len(fields), np.nan)
-    if not np.isfinite(values).all() or np.any(np.diff(values) < 0):
+    if b"_" in b" ".join(fields) or not np.isfinite(values).all() or np.any(np.diff(values) < 0):
       raise InputError(f"{place}: expected finite numbers in time order, got {shown(line)}; sort the history by time")
     times[first:last] = values
   return times

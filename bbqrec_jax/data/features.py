@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.input_files import is_given, open_array
 
 # Features [N, D] and presence [N] of some items, each by modality.
 Modalities = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -37,23 +38,6 @@ def row_blocks(array: np.ndarray) -> Iterator[slice]:
   for start in range(0, len(array), step):
     yield slice(start, start + step)
     release(array)
-
-
-def open_array(path: Path) -> np.ndarray:
-  """Memory-maps a `.npy` file, read-only; pickled objects are never loaded.
-
-  Raises:
-    InputError: if the file is not a whole `.npy` file of plain numbers.
-  """
-  try:
-    return np.lib.format.open_memmap(path, mode="r")
-  except FileNotFoundError:
-    raise InputError(f"{path}: expected a .npy file, found nothing; check the path") from None
-  except Exception:  # A damaged header is parsed as Python, and can fail in as many ways.
-    raise InputError(
-      f"{path}: expected a .npy file of plain numbers, got one that is corrupt, cut off, of another format or of Python"
-      " objects; write it again with numpy.save(path, array.astype('float32'))"
-    ) from None
 
 
 def load_modality(
@@ -97,7 +81,7 @@ def load_modality(
         " write the row as zeros if the item lacks the modality"
       )
     present[rows] = block.any(axis=1)
-  if mask_path is not None and Path(mask_path).exists():
+  if mask_path is not None and is_given(Path(mask_path)):
     path = Path(mask_path)
     present = _load_mask(path, num_items)
   if not present.any():
@@ -119,6 +103,21 @@ def _load_mask(path: Path, num_items: int) -> np.ndarray:
     row = int(np.argmin(is_flag))
     raise InputError(f"{path} row {row}: expected 0 or 1, got {mask[row]}; save mask.astype(bool)")
   return np.asarray(mask, bool)
+
+
+def check_name(name: str, *, where: object) -> None:
+  """Refuses a modality whose name could not stand in the names of files and parameters.
+
+  Raises:
+    InputError: if it is empty, longer than 128 bytes, hidden, holds a separator of paths or what cannot be printed, or
+      is the name of a stream that every tokenizer has.
+  """
+  plain = name.isprintable() and not set("/\\") & set(name) and not name.startswith(".")
+  if not name or not plain or len(name.encode()) > 128 or name in ("id", "fused"):
+    raise InputError(
+      f"{where}: expected a modality's name of at most 128 printable bytes, without slashes, not id or fused, got"
+      f" {shown(name)}; rename it"
+    )
 
 
 def choose_modalities(found: Iterable[str], modalities: Iterable[str], *, path: str | Path) -> tuple[str, ...]:
@@ -156,11 +155,14 @@ def load_modalities(
     features and present, as in `load_modality`, by modality.
 
   Raises:
-    InputError: as in `load_modality` and `choose_modalities`, or if a modality is in a table and in a file.
+    InputError: as in `load_modality`, `choose_modalities` and `check_name`, or if a modality is in a table and in a
+      file.
   """
   tables = in_tables or {}
   suffix = "_features.npy"
   files = {path.name.removesuffix(suffix): path for path in sorted(folder.glob(f"?*{suffix}"))}
+  for name in [*files, *tables]:
+    check_name(name, where=folder)
   for name in sorted(files.keys() & tables.keys()):
     raise InputError(f"{files[name]}: expected each modality once, {name!r} is also a column; remove one of the two")
   features: dict[str, np.ndarray] = {}
@@ -180,9 +182,13 @@ def load_new_items(folder: Path, names: tuple[str, ...]) -> Modalities:
   Raises:
     InputError: if a modality is missing or damaged, or their rows differ in number.
   """
-  count = len(open_array(folder / f"{names[0]}_features.npy"))
-  if not count:
-    raise InputError(f"{folder / names[0]}_features.npy: expected a row for each new item, got none")
+  for name in names:
+    check_name(name, where="the tokenizer's modalities")  # Its artefact may come from anywhere.
+  path = folder / f"{names[0]}_features.npy"
+  shape = open_array(path).shape
+  if not shape or not shape[0]:
+    raise InputError(f"{path}: expected a row for each new item, got none")
+  count = shape[0]
   return load_modalities(folder, names, num_items=count)
 
 

@@ -1,16 +1,21 @@
 """Reading whole text files, plain or gzip, so that whatever is wrong with them is one clear error."""
 
 import gzip
+import io
 import zlib
 from pathlib import Path
 
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.input_files import check_file
 
+# Bytes of a text file, ten times those of half a billion interactions.
+LARGEST = 2**36
 
-def shown(token: bytes | str) -> str:
-  """A token as an error message quotes it: one line, at most 40 characters of it."""
-  text = token.decode("utf-8", "replace") if isinstance(token, bytes) else token
-  return repr(text if len(text) <= 40 else text[:40] + "...")
+# What a file may grow to in memory, compressed text or a sparse table: this many times its size, or FLOOR bytes.
+GROWTH, FLOOR = 100, 2**26
+
+# Bytes of a user's or an item's label. One longer one would make all labels of an array as long.
+LONGEST_LABEL = 256
 
 
 def require_folder(path: str | Path) -> Path:
@@ -38,17 +43,15 @@ def read_text(path: Path) -> bytes:
     The bytes, valid UTF-8, empty or ending in a line feed.
 
   Raises:
-    InputError: if the file cannot be read, is corrupt gzip, or is not UTF-8 (the line is named).
+    InputError: if the file cannot be read or is too large, is corrupt gzip, or is not UTF-8 (the line is named).
   """
+  check_file(path, most=LARGEST)
   try:
     content = path.read_bytes()
   except OSError as error:
     raise InputError(f"{path}: expected a readable file, got {error.strerror}; check its rights") from None
   if path.suffix == ".gz":
-    try:
-      content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error):
-      raise InputError(f"{path}: expected gzip, got corrupt or cut-off data; copy or compress the file again") from None
+    content = _decompress(path, content)
   content = content.removeprefix(b"\xef\xbb\xbf")
   # UTF-16, and binary files in general, are full of zero bytes, which are valid UTF-8.
   bad = content.find(b"\0")
@@ -62,6 +65,48 @@ def read_text(path: Path) -> bytes:
     raise InputError(f"{path} line {line}: expected UTF-8 text, got byte {content[bad]:#04x}; save the file as UTF-8")
   content = content.replace(b"\r\n", b"\n")
   return content if not content or content.endswith(b"\n") else content + b"\n"
+
+
+def _decompress(path: Path, content: bytes) -> bytes:
+  """Decompresses gzip a piece at a time, no further than a file of its size may reasonably go."""
+  pieces, total = [], 0
+  try:
+    with gzip.open(io.BytesIO(content)) as stream:
+      while piece := stream.read(2**20):
+        pieces.append(piece)
+        total += len(piece)
+        check_growth(path, len(content), total)
+  except (OSError, EOFError, zlib.error):
+    raise InputError(f"{path}: expected gzip, got corrupt or cut-off data; copy or compress the file again") from None
+  return b"".join(pieces)
+
+
+def check_growth(path: Path, size: int, grown: int) -> None:
+  """Refuses a file that would become far larger in memory than it is on disk.
+
+  Args:
+    path: the file, for the message.
+    size: of the file, in bytes.
+    grown: what it would come to, in bytes.
+
+  Raises:
+    InputError: if that is more than 64 MiB and more than a hundred times the file.
+  """
+  if grown > max(FLOOR, GROWTH * size):
+    raise InputError(
+      f"{path}: expected no more than {GROWTH} times its {size} bytes, got at least {grown}, as of a file made to fill"
+      " the memory; if it is right, give it uncompressed, or its features as .npy"
+    )
+
+
+def check_label(label: bytes, *, where: str) -> None:
+  """Refuses a label that is too long.
+
+  Raises:
+    InputError: if it has more than 256 bytes; `where` says which file, line and field.
+  """
+  if len(label) > LONGEST_LABEL:
+    raise InputError(f"{where}: expected at most {LONGEST_LABEL} bytes, got {len(label)}, {shown(label)}; shorten it")
 
 
 def read_lines(path: Path) -> list[bytes]:

@@ -8,9 +8,9 @@ import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import LARGEST, load_modalities
-from bbqrec_jax.data.files import read_lines, read_text, require_folder, shown
+from bbqrec_jax.data.files import check_growth, check_label, read_lines, read_text, require_folder
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.errors import InputError, shown
 
 TITLE_COLUMNS = ("title", "item_name", "movie_title", "name")
 
@@ -95,8 +95,12 @@ def _read_interactions(
   columns = _read_header(path, content[: content.find(b"\n")], ("user_id", "item_id"))
   places = {name: place for place, name in enumerate(columns)}
   starts, ends = _locate_fields(path, content, len(columns))
-  users, user_rows = _number(_column(content, starts, ends, places["user_id"]).tolist())
-  items = _column(content, starts, ends, places["item_id"]).tolist()
+
+  def column(name: str) -> np.ndarray:
+    return _column(path, name, content, starts[:, places[name]], ends[:, places[name]])
+
+  users, user_rows = _number(column("user_id").tolist())
+  items = column("item_id").tolist()
   for name, tokens in (("user_id", users), ("item_id", items)):
     if b"" in tokens:
       line = int(np.argmax(starts[:, places[name]] == ends[:, places[name]])) + 2
@@ -113,7 +117,7 @@ def _read_interactions(
       )
   keys, times = [user_rows], None
   if "timestamp" in columns:
-    times = _timestamps(path, _column(content, starts, ends, places["timestamp"]))
+    times = _timestamps(path, column("timestamp"))
     keys.insert(0, times)
   order = np.lexsort(keys)  # By user, then by timestamp, then as in the file: the sort is stable.
   lengths = np.bincount(user_rows, minlength=len(users))
@@ -138,16 +142,22 @@ def _locate_fields(path: Path, content: bytes, num_fields: int) -> tuple[np.ndar
   return starts.reshape(-1, num_fields), ends.reshape(-1, num_fields)
 
 
-def _column(content: bytes, starts: np.ndarray, ends: np.ndarray, place: int) -> np.ndarray:
-  """The tokens of one column, [rows] bytes, gathered a character position at a time rather than a row at a time."""
-  start = starts[:, place]
-  lengths = ends[:, place] - start
+def _column(path: Path, name: str, content: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+  """The tokens between starts and ends [rows], as bytes, gathered a character position at a time, not a row at a time.
+
+  Raises:
+    InputError: if a token is too long for an array of them.
+  """
+  lengths = ends - starts
   width = int(lengths.max(initial=1))
+  if len(starts):
+    longest = int(np.argmax(lengths))
+    check_label(content[starts[longest] : ends[longest]], where=f"{path} line {longest + 2} field '{name}'")
   data = np.frombuffer(content, np.uint8)
-  tokens = np.zeros((len(start), width), np.uint8)
+  tokens = np.zeros((len(starts), width), np.uint8)
   for position in range(width):
     inside = np.flatnonzero(lengths > position)
-    tokens[inside, position] = data[start[inside] + position]
+    tokens[inside, position] = data[starts[inside] + position]
   return tokens.view(f"S{width}")[:, 0]
 
 
@@ -160,6 +170,8 @@ def _number(tokens: list[bytes]) -> tuple[list[bytes], np.ndarray]:
 
 def _timestamps(path: Path, tokens: np.ndarray) -> np.ndarray:
   try:
+    if np.any(tokens.view(np.uint8) == ord("_")):
+      raise ValueError("not all are numbers")
     values = tokens.astype(np.float64)
   except ValueError:
     values = np.array([_number_or_nan(token) for token in tokens])
@@ -173,8 +185,9 @@ def _timestamps(path: Path, tokens: np.ndarray) -> np.ndarray:
 
 
 def _number_or_nan(token: bytes) -> float:
+  """NaN for what is no number; Python would read "1_0" as ten."""
   try:
-    return float(token)
+    return float("nan") if b"_" in token else float(token)
   except ValueError:
     return float("nan")
 
@@ -218,6 +231,7 @@ def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
   width = next((len(cell.split()) for cell in cells if cell.split()), 0)
   if not width:
     raise InputError(f"{path} field '{name}': expected numbers for some items, got none; remove the column")
+  check_growth(path, sum(map(len, cells)), 4 * len(cells) * width)
   features = np.zeros((len(cells), width), np.float32)
   for row, cell in enumerate(cells):
     numbers = cell.split()

@@ -1,6 +1,7 @@
 """A tokenizer that no longer learns: what quantizes items from arrays that an artefact holds."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,28 +10,118 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, stream_codebooks
-from bbqrec_jax.ops.quantize import residual_quantize
+from bbqrec_jax.ops.quantize import GRADIENTS, QUANTIZERS, residual_quantize
 
 # Codebooks by k-means of the features themselves, with no gradient training: the cheap baseline.
 RQ_KMEANS = "rq_kmeans"
 
 
+# What the fields of `TokenizerSettings` that name something may be.
+CHOICES: dict[str, tuple[str, ...]] = {
+  "quantizer": (*QUANTIZERS, RQ_KMEANS),
+  "codebooks": ("shared", "per_stream", "single"),
+  "gradient": tuple(GRADIENTS),
+  "item_id": ("added", "stream", "none"),
+  "semantic_id": ("fused", "concatenated", "item_id"),
+}
+
+_MEND = "train the tokenizer again"
+
+# More layers than anyone trains, and few enough to be built before it shows that they do not fit.
+_MOST_LAYERS = 100
+
+
 def settings_from_json(values: Mapping[str, Any]) -> TokenizerSettings:
-  """`TokenizerSettings` from the fields that an artefact holds; others are passed over."""
-  known = {field.name for field in dataclasses.fields(TokenizerSettings)}
-  fields = {name: value for name, value in values.items() if name in known}
-  fields["modalities"] = tuple((name, width) for name, width in fields["modalities"])
-  fields["hidden"] = tuple(fields["hidden"])
+  """`TokenizerSettings` from the fields that an artefact holds; others are passed over.
+
+  Raises:
+    InputError: if a field is missing, or its value is none that it can have.
+  """
+  fields: dict[str, Any] = {}
+  for field in dataclasses.fields(TokenizerSettings):
+    if field.name in values:
+      fields[field.name] = value = _tuples(values[field.name])
+      if not _fits(field, value):
+        raise InputError(f"tokenizer setting {field.name}: expected another value than {shown(repr(value))}; {_MEND}")
+    elif field.default is dataclasses.MISSING:
+      raise InputError(f"tokenizer setting {field.name} is missing; {_MEND}")
   return TokenizerSettings(**fields)
+
+
+def _fits(field: dataclasses.Field, value: Any) -> bool:
+  """Whether a field of the settings can have a value."""
+  if field.name == "modalities":
+    pairs = isinstance(value, tuple) and all(isinstance(one, tuple) and len(one) == 2 for one in value)
+    typed = pairs and all(isinstance(name, str) and type(width) is int and width > 0 for name, width in value)
+    return typed and 0 < len(value) == len({name for name, _ in value})
+  if field.name == "hidden":
+    widths = isinstance(value, tuple) and all(type(width) is int and width > 0 for width in value)
+    return widths and 0 < len(value) <= _MOST_LAYERS
+  if field.name in CHOICES:
+    return value in CHOICES[field.name]
+  default = 0 if field.default is dataclasses.MISSING else field.default
+  if isinstance(default, bool):
+    return isinstance(value, bool)
+  return type(value) in (int, type(default)) and 0 <= value < 2**31
+
+
+def _tuples(value: Any) -> Any:
+  """A JSON value with tuples for its lists and for the lists in it."""
+  return tuple(tuple(one) if isinstance(one, list) else one for one in value) if isinstance(value, list) else value
+
+
+def check_arrays(settings: TokenizerSettings, encoder: Mapping[str, np.ndarray], codebooks: np.ndarray) -> None:
+  """Makes sure that `FrozenTokenizer` finds what it needs: an artefact may come from anywhere.
+
+  Raises:
+    InputError: if an array of the encoder is missing or not needed, has another shape, or is not of finite float32
+      numbers (and more than 0, where it is a deviation), or the codebooks have another shape than the settings say.
+  """
+  sets = len(settings.streams) if settings.codebooks == "per_stream" else 1
+  width = settings.code_width
+  if settings.quantizer == RQ_KMEANS:
+    width = sum(width for _, width in settings.modalities)
+  expected: dict[str, tuple[int, ...]] = {"codebooks": (sets, settings.num_levels, settings.num_codes, width)}
+  expected |= {f"{part}/{name}": (width,) for name, width in settings.modalities for part in ("mean", "deviation")}
+  if settings.quantizer != RQ_KMEANS:
+    expected |= {f"params/{name}": shape for name, shape in _parameter_shapes(settings).items()}
+    expected |= {"item_id": (width,)} if settings.item_id != "none" else {}
+  arrays = {"codebooks": codebooks, **encoder}
+  for name in sorted(expected.keys() ^ arrays.keys()):
+    what = "is missing" if name in expected else "is not needed by its settings"
+    raise InputError(f"the tokenizer's array {shown(name)} {what}: its files do not fit one another; {_MEND}")
+  for name, array in arrays.items():
+    least = np.finfo(np.float32).tiny if name.startswith("deviation/") else -np.inf
+    if array.shape != expected[name] or array.dtype != np.float32 or not np.all(np.isfinite(array) & (array >= least)):
+      raise InputError(
+        f"the tokenizer's array {shown(name)}: expected finite float32 {list(expected[name])}, got {array.dtype}"
+        f" {list(array.shape)}, or numbers that it cannot have; {_MEND}"
+      )
+
+
+def _parameter_shapes(settings: TokenizerSettings) -> dict[str, tuple[int, ...]]:
+  """Shapes of the parameters that quantize items, by name; nothing is allocated."""
+  model = Tokenizer(settings)
+  features = {name: jax.ShapeDtypeStruct((1, width), jnp.float32) for name, width in settings.modalities}
+  present = dict.fromkeys(settings.names, jax.ShapeDtypeStruct((1,), bool))
+  item_id = jax.ShapeDtypeStruct((1, settings.code_width), jnp.float32) if settings.item_id != "none" else None
+  init = functools.partial(model.init, method="fuse")
+  params = jax.eval_shape(init, jax.random.key(0), item_id, features, present)["params"]
+  return {name: leaf.shape for name, leaf in _needed(params).items()}
+
+
+def _needed(params: Any) -> dict[str, Any]:
+  """What of the parameters quantizes items, by name, but for the ID vectors."""
+  needed = {name: value for name, value in params.items() if name.startswith("behaviour_encoders_")}
+  return flax.traverse_util.flatten_dict(needed, sep="/")
 
 
 def frozen_parameters(settings: TokenizerSettings, params: Any) -> dict[str, np.ndarray]:
   """What of the parameters quantizes items, by name; of the ID vectors the mean, which stands for an unseen item's."""
-  needed = {name: value for name, value in params.items() if name.startswith("behaviour_encoders_")}
-  flat = flax.traverse_util.flatten_dict(needed, sep="/")
-  arrays = {f"params/{name}": np.asarray(value) for name, value in flat.items()}
+  arrays = {f"params/{name}": np.asarray(value) for name, value in _needed(params).items()}
   if settings.item_id != "none":
     arrays["item_id"] = np.asarray(params["item_embedding"]["embedding"]).mean(axis=0)
   return arrays

@@ -4,16 +4,22 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.json_files import write_json
+from bbqrec_jax.input_files import read_archive, read_array
+from bbqrec_jax.json_files import read_json, write_json
 
-_ARRAYS = ("codes", "stream_codes", "present", "codebooks")
+# Each with its dtype and shape; the letters are those of `SemanticIds`.
+_ARRAYS = {
+  "codes": (np.int32, "[items, levels]"),
+  "stream_codes": (np.int32, "[streams, items, levels]"),
+  "present": (np.bool_, "[streams, items]"),
+  "codebooks": (np.float32, "[1 or streams, levels, codes, width]"),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,27 +56,37 @@ class SemanticIds:
     """The streams that are modalities."""
     return tuple(name for name in self.streams if name not in ("id", "fused"))
 
-  def check_data(self, data_hash: str, *, where: object) -> None:
+  def check_data(self, data_hash: str, *, num_items: int, where: object) -> None:
     """Refuses IDs that were learned from other data.
 
     Raises:
-      InputError: if `data_hash` is not theirs; names both.
+      InputError: if `data_hash` is not theirs (names both), or they are of more or fewer than `num_items` items.
     """
     if data_hash != self.data_hash:
       raise InputError(
         f"{where} holds semantic IDs of other data: they were learned from {self.data_hash}, this run's split and"
         f" features are {data_hash}; train a tokenizer on this data"
       )
+    if num_items != len(self.codes):
+      raise InputError(
+        f"{where} holds semantic IDs of {len(self.codes)} items, this run's data has {num_items}; train a tokenizer on"
+        " this data"
+      )
 
   def check_extension(self, known: "SemanticIds", *, where: object) -> None:
     """Refuses IDs that are not another artefact's with new items after the known ones.
 
     Raises:
-      InputError: if a known item has another ID here, or the codebooks differ.
+      InputError: if a known item has other codes here, or the codebooks differ.
     """
     first = len(known.codes)
-    same = np.array_equal(self.codes[:first], known.codes) and np.array_equal(self.codebooks, known.codebooks)
-    if not same or self.streams != known.streams:
+    pairs = (
+      (self.codes[:first], known.codes),
+      (self.stream_codes[:, :first], known.stream_codes),
+      (self.present[:, :first], known.present),
+      (self.codebooks, known.codebooks),
+    )
+    if self.streams != known.streams or not all(np.array_equal(ours, theirs) for ours, theirs in pairs):
       raise InputError(
         f"{where} does not extend the semantic IDs that the recommender was trained on (fingerprint"
         f" {known.fingerprint}): make it from them with python -m bbqrec_jax.assign"
@@ -124,19 +140,23 @@ class SemanticIds:
 
   @classmethod
   def load(cls, folder: pathlib.Path) -> "SemanticIds":
-    """Reads the folder.
+    """Reads the folder; nothing in it is run.
 
     Raises:
-      InputError: if a file is missing or damaged, or the arrays are not those that the fingerprint was taken of.
+      InputError: if a file is missing or damaged, the arrays do not fit one another, or they are not those that the
+        fingerprint was taken of.
     """
     try:
-      about = json.loads((folder / "semantic_ids.json").read_text(encoding="utf-8"))
-      arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _ARRAYS}
-      with np.load(folder / "encoder.npz", allow_pickle=False) as encoder:
-        arrays["encoder"] = {name: encoder[name] for name in encoder.files}
-      loaded = cls(streams=tuple(about["streams"]), data_hash=about["data_hash"], settings=about["settings"], **arrays)
+      about = read_json(folder / "semantic_ids.json")
+      arrays: dict[str, Any] = {name: read_array(folder / f"{name}.npy") for name in _ARRAYS}
+      arrays["encoder"] = read_archive(folder / "encoder.npz")
+      streams, data_hash, settings = about["streams"], about["data_hash"], about["settings"]
       fingerprint = about["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+      if not isinstance(streams, list) or not isinstance(data_hash, str) or not isinstance(settings, dict):
+        raise ValueError("semantic_ids.json: expected streams, data_hash and settings, got values of other types")
+      loaded = cls(streams=tuple(streams), data_hash=data_hash, settings=settings, **arrays)
+      loaded.check()
+    except (ValueError, KeyError) as error:
       raise InputError(
         f"{folder} holds no readable semantic IDs ({error}); delete the folder and run the tokenizer again"
       ) from error
@@ -146,3 +166,32 @@ class SemanticIds:
         " file was changed or damaged; delete the folder and run the tokenizer again"
       )
     return loaded
+
+  def check(self) -> None:
+    """Makes sure that the arrays fit one another: whoever writes an artefact can give any of them a fingerprint.
+
+    Raises:
+      ValueError: if a name, dtype, shape, code or codeword is none that a tokenizer writes.
+    """
+    names = self.streams
+    if (
+      not all(isinstance(name, str) and name for name in names)
+      or len({*names}) < len(names)
+      or names[-1:] != ("fused",)
+    ):
+      raise ValueError(f"streams: expected different names, the last of them fused, got {list(names)}")
+    for name, (dtype, shape) in _ARRAYS.items():
+      array = getattr(self, name)
+      if array.dtype != dtype or array.ndim != shape.count(",") + 1 or 0 in array.shape:
+        raise ValueError(f"{name}: expected {np.dtype(dtype)} {shape}, got {array.dtype} {list(array.shape)}")
+    (items, _), (sets, levels, num_codes, _) = self.codes.shape, self.codebooks.shape
+    expected = (len(names), items, levels)
+    if self.stream_codes.shape != expected or self.present.shape != expected[:2] or sets not in (1, len(names)):
+      shapes = {name: list(getattr(self, name).shape) for name in _ARRAYS}
+      raise ValueError(f"expected arrays of {len(names)} streams, {items} items and {levels} levels, got {shapes}")
+    for name in ("codes", "stream_codes"):
+      codes = getattr(self, name)
+      if codes.min() < 0 or codes.max() >= num_codes:
+        raise ValueError(f"{name}: expected codes in 0..{num_codes - 1}, got {codes.min()} to {codes.max()}")
+    if not np.isfinite(self.codebooks).all():
+      raise ValueError("codebooks: expected finite numbers, got others")

@@ -15,6 +15,7 @@ from bbqrec_jax.data.interactions import Interactions, Split, select_users
 from bbqrec_jax.data.pipeline import FeatureStore, PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import Ranking, evaluate, make_ranker, sample_users
+from bbqrec_jax.input_files import is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.models.recommender import Recommender
@@ -41,17 +42,22 @@ def tokenizer_folder(config: Any, workdir: pathlib.Path) -> pathlib.Path:
   return pathlib.Path(config.tokenizer.artefact) if config.tokenizer.artefact else workdir / "tokenizer"
 
 
-def check_fingerprint(workdir: pathlib.Path, ids: SemanticIds) -> None:
+def check_fingerprint(workdir: pathlib.Path, ids: SemanticIds, *, trained: bool = False) -> None:
   """Notes which semantic IDs a workdir's recommender reads, or makes sure that they are still the same.
 
+  Args:
+    workdir: of the run.
+    ids: the tokenizer's semantic IDs.
+    trained: whether the recommender is trained already, so that there must be a note.
+
   Raises:
-    InputError: if it was trained on others; names both fingerprints.
+    InputError: if it was trained on others (names both fingerprints), or the note is missing or is none.
   """
   path = workdir / "recommender.json"
-  if not path.exists():
+  if not trained and not is_given(path):
     write_json(path, {"semantic_ids": ids.fingerprint})
     return
-  trained_on = read_json(path)["semantic_ids"]
+  trained_on = read_json(path).get("semantic_ids")
   if trained_on != ids.fingerprint:
     raise InputError(
       f"{workdir}: the recommender reads semantic IDs with fingerprint {trained_on}, the tokenizer's have"

@@ -1,0 +1,1015 @@
+"""Damaged and hostile input for everything that reads a file: it must be refused in one line, or loaded as it stands.
+
+    python experiments/fuzz.py --cases=10000 --output=fuzz.json
+
+Each reader gets small valid files, of which one is damaged: bits flipped, pieces cut out, doubled and swapped, numbers
+and names replaced by strange ones, headers that promise more than the file holds, bombs, pickles, files that are not
+there or are no files. An independent reader, written here in plain Python, says what the damaged files hold. A case is
+
+- loaded: the program loaded exactly that;
+- refused: one line of `InputError`, and the independent reader finds nothing to load either;
+- wrong: anything else. Another exception, another value, a hang, a death, more memory than 2 GiB, or a refusal of files
+  that are right.
+
+Case number n is the same in every run. `tests/test_fuzz.py` runs a few of each reader.
+"""
+
+import ast
+import concurrent.futures
+import contextlib
+import copy
+import functools
+import gzip
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import pickle
+import re
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import app, flags
+
+from bbqrec_jax import experiment
+from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.directory import load_directory
+from bbqrec_jax.data.features import load_new_items
+from bbqrec_jax.data.recbole import load_recbole
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.json_files import write_json
+from bbqrec_jax.models.heads import HEADS
+from bbqrec_jax.models.recommender import BACKBONES
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.train.recommender_stage import check_fingerprint
+
+# What a file may be instead of bytes.
+MISSING, FOLDER, PIPE, LOOP, HUGE = "missing", "folder", "pipe", "loop", "huge"
+Files = dict[str, Any]
+Change = Callable[[np.random.Generator, bytes], bytes]
+Damage = Callable[[np.random.Generator, Files], Files]
+
+SECONDS = 20.0  # Of one case, after which it hangs.
+MEMORY = 2 * 2**30  # Bytes that a process may take beyond what it has when it starts.
+FLOOR, GROWTH, TOKEN = 2**26, 100, 256  # The limits of bbqrec_jax/data/files.py.
+CHUNK = 500  # Cases that a process does at once; one that dies takes the rest of its chunk with it.
+
+
+class Bad(Exception):
+  """The independent reader finds nothing that could be loaded."""
+
+
+class Reader(NamedTuple):
+  """One way into the program.
+
+  Attributes:
+    files: valid files by their name in a folder.
+    damages: ways to damage them.
+    read: the program's reader, folder -> what it loaded, in plain values.
+    expect: the independent reader, files -> the same; raises if there is nothing to load.
+    may_refuse: whether the program may refuse what the independent reader can read.
+  """
+
+  files: Files
+  damages: tuple[Damage, ...]
+  read: Callable[[pathlib.Path], Any]
+  expect: Callable[[Files], Any]
+  may_refuse: bool = False
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+TOKENS = tuple(
+  token if isinstance(token, bytes) else token.encode()
+  for token in (
+    b"\0", b"\xff", b"\xff\xfe", b"\xc3", "\ufeff", "\u2028", "\u0663", "\x1b[2J", "\x1c", "\x85", "\r", "\r\n", "\n",
+    "\n\n", "\t", "\t\t", " ", "\v", "\f", "-1", "+1", "01", "1_0", "0x1", "1e400", "-1e39", "1e39", "nan", "NaN",
+    "inf", "Infinity", "-0", "0", "3", "4", "1.5", "4294967296", "9223372036854775807", "18446744073709551617",
+    "9" * 5000, "0" * 30 + "1", "x" * 300, "x" * 100_000, "null", "true", "{}", "{", "[", "[" * 3000, '{"a":' * 3000,
+    '"', "\\", "\\ud800", "\\u0000", "\\u001b[2J", '"id"', '"title"', ":", ":token", ":float_seq", "../../x",
+    "/etc/passwd", "$(id)", "%s", "__import__('os')", pickle.dumps(os.getcwd),
+  )
+)  # fmt: skip
+
+
+def piece(rng: np.random.Generator, content: bytes) -> slice:
+  """A random piece of the content, short ones more often."""
+  start = int(rng.integers(len(content) + 1))
+  return slice(start, start + int(rng.integers(1, 2 ** rng.integers(1, 8))))
+
+
+def damage_bytes(rng: np.random.Generator, content: bytes) -> bytes:
+  """One edit or a few that know nothing of the format."""
+  for _ in range(rng.geometric(0.6)):
+    here, there = piece(rng, content), piece(rng, content)
+    token = TOKENS[rng.integers(len(TOKENS))]
+    kind = rng.integers(7)
+    if kind == 0 and content:
+      place = int(rng.integers(len(content)))
+      flipped = content[place] ^ (1 << int(rng.integers(8)))
+      content = content[:place] + bytes([flipped]) + content[place + 1 :]
+    elif kind == 1:
+      content = content[: here.start]
+    elif kind == 2:
+      content = content[: here.start] + content[here.stop :]
+    elif kind == 3:
+      content = content[: here.stop] + content[here] + content[here.stop :]
+    elif kind == 4:
+      content = content[: here.start] + content[there] + content[here.start :]
+    elif kind == 5:
+      content = content[: here.start] + token + content[here.start :]
+    else:
+      content = content[: here.start] + token + content[here.stop :]
+  return content
+
+
+def damage_fields(rng: np.random.Generator, content: bytes) -> bytes:
+  """Edits of lines and of the fields between blanks and tabs."""
+  lines = content.split(b"\n")
+  for _ in range(rng.geometric(0.6)):
+    row, other = int(rng.integers(len(lines))), int(rng.integers(len(lines)))
+    fields = re.split(rb"([ \t]+)", lines[row])
+    field = int(rng.integers(len(fields)))
+    kind = rng.integers(7)
+    if kind == 0:
+      lines[row], lines[other] = lines[other], lines[row]
+    elif kind == 1:
+      lines.insert(other, lines[row])
+    elif kind == 2 and len(lines) > 1:
+      del lines[row]
+    elif kind == 3:
+      fields[field] = TOKENS[rng.integers(len(TOKENS))]
+    elif kind == 4:
+      fields.insert(field, fields[rng.integers(len(fields))])
+    elif kind == 5:
+      fields[field] = b"%d" % rng.integers(-2, 7)
+    else:
+      fields[field] = b"%.3g" % rng.normal(scale=100)
+    if kind >= 3:
+      lines[row] = b"".join(fields)
+  return b"\n".join(lines)
+
+
+def compressed(change: Change) -> Change:
+  """The change inside gzip."""
+
+  def change_inside(rng: np.random.Generator, content: bytes) -> bytes:
+    return gzip.compress(change(rng, gzip.decompress(content)), 1, mtime=0)
+
+  return change_inside
+
+
+@functools.cache
+def bomb() -> bytes:
+  """Half a MiB of gzip that becomes 128 MiB of valid lines."""
+  return gzip.compress(b"{}\n" * (2**27 // 3), 9, mtime=0)
+
+
+def gzip_bomb(rng: np.random.Generator, content: bytes) -> bytes:
+  """Now and then (it is slow to make) a bomb; otherwise two members in one file."""
+  return bomb() if rng.random() < 0.01 else content + content
+
+
+DEEP = "[" * 5000 + "]" * 5000
+VALUES: tuple[Any, ...] = (
+  None, True, False, 0, -1, 1, 2, 40, 2**31, 2**70, 10**4000, -0.5, 0.5, 1e308, float("nan"), float("inf"), "", "0",
+  "x", "x" * 10_000, "../../x", "/etc/passwd", "\ud800", "\x1b[2J", "os:system", "antigravity:x", "a\nb", [], {}, [[]],
+  [0], ["x"], [None], [{}], {"x": 1}, {"a": {"b": {"c": 1}}}, [["text", 2]], [["text", 10**12]], [10**9],
+)  # fmt: skip
+
+
+def places(holder: Any) -> Iterator[tuple[Any, Any]]:
+  """Every (dict or list, key) below a JSON value."""
+  for key in list(holder) if isinstance(holder, dict) else range(len(holder)):
+    yield holder, key
+    if isinstance(holder[key], dict | list):
+      yield from places(holder[key])
+
+
+def damage_json(rng: np.random.Generator, content: bytes) -> bytes:
+  """Replaces, removes, renames or adds a value anywhere in a JSON document."""
+  document = [json.loads(content)]
+  for _ in range(rng.geometric(0.6)):
+    found = list(places(document))
+    holder, key = found[rng.integers(len(found))]
+    value = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
+    kind = rng.integers(7)
+    if kind == 0 and holder is not document:
+      del holder[key]
+    elif kind == 1 and isinstance(holder, dict):
+      holder[str(value)[:50]] = holder.pop(key)
+    elif kind == 2 and isinstance(holder[key], dict):
+      holder[key][str(value)[:50]] = value
+    elif kind == 3 and isinstance(holder[key], int | float):
+      holder[key] = holder[key] + 1
+    elif kind == 4 and isinstance(holder[key], str):
+      holder[key] = holder[key] + "x"
+    elif kind == 5 and isinstance(holder, dict):
+      holder[key] = holder.pop(key)  # The same in another order.
+    else:
+      holder[key] = value
+  text = json.dumps(document[0])
+  return (text.replace("0", DEEP, 1) if rng.random() < 0.05 else text).encode()
+
+
+def damage_json_line(rng: np.random.Generator, content: bytes) -> bytes:
+  """The same in one line of many."""
+  lines = content.split(b"\n")
+  row = int(rng.integers(len(lines) - 1))
+  return b"\n".join([*lines[:row], damage_json(rng, lines[row]), *lines[row + 1 :]])
+
+
+SHAPES = (
+  "()", "(0,)", "(1,)", "(4,)", "(4, 2)", "(2, 4)", "(8,)", "(8, 1)", "(4, 2, 1)", "(4, 0)", "(0, 2)", "(3, 2)",
+  "(5, 2)", "(4, 1)", "(-1, 2)", "(-4, -2)", "(True, 8)", "(4.0, 2)", "(1000000000000,)", "(1000000000000, 2)",
+  "(4, 1000000000000)", "(8589934592, 2147483648)", "(4294967296, 4294967296)", "(9223372036854775807,)",
+  "(10" + "0" * 30 + ",)", "None", "4", "[4, 2]", "(4, 2,)", "(1000000000000, 0)", "(" + "1, " * 70 + ")", "(4L, 2L)",
+  "(4, 2)()",
+)  # fmt: skip
+DTYPES = (
+  "'<f2'", "'<f4'", "'>f4'", "'<f8'", "'<f16'", "'<i4'", "'<i8'", "'|b1'", "'|u1'", "'|i1'", "'<u8'", "'|O'", "'<c8'",
+  "'|S4'", "'<U2'", "'|V8'", "'|S0'", "'|V0'", "'<U0'", "'<M8[s]'", "[('a', '<f4')]", "[('a', '|O')]", "('<f4', (2,))",
+  "('|V0', (10000000000,))", "'junk'", "5", "None", "''", "'float32'", "'f'", "'<f4,<f4'",
+)  # fmt: skip
+
+
+def npy(descr: str, fortran: str, shape: str, data: bytes, version: tuple[int, int] = (1, 0)) -> bytes:
+  """A `.npy` file that declares what it is told to."""
+  header = f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}".encode()
+  header += b" " * (-(len(header) + 11) % 64) + b"\n"
+  length = struct.pack("<H" if version == (1, 0) else "<I", len(header) % 2**16)
+  return b"\x93NUMPY" + bytes(version) + length + header + data
+
+
+def split_npy(content: bytes) -> tuple[dict[str, Any], bytes]:
+  """Header and data of a `.npy` file of version 1."""
+  (length,) = struct.unpack("<H", content[8:10])
+  return ast.literal_eval(content[10 : 10 + length].decode()), content[10 + length :]
+
+
+def damage_header(rng: np.random.Generator, content: bytes) -> bytes:
+  """Another shape, dtype, order or version in front of the same data, or data that fits them."""
+  header, data = split_npy(content)
+  descr, fortran, shape = (repr(header[key]) for key in ("descr", "fortran_order", "shape"))
+  version = (1, 0)
+  for _ in range(rng.integers(1, 3)):
+    kind = rng.integers(6)
+    if kind == 0:
+      descr = DTYPES[rng.integers(len(DTYPES))]
+    elif kind == 1:
+      shape = SHAPES[rng.integers(len(SHAPES))]
+    elif kind == 2:
+      fortran = ("True", "False", "1", "'x'", "None")[rng.integers(5)]
+    elif kind == 3:
+      version = ((1, 0), (2, 0), (3, 0), (9, 9), (0, 0))[rng.integers(5)]
+    elif kind == 4:
+      shape = ("(" * 3000 + ")" * 3000, "-" * 5000 + "1", "[" * 90 + "]" * 90, "1" * 5000, "{}", "f'{1}'")[
+        rng.integers(6)
+      ]
+    else:
+      data = (data + data, data[:-1], data + b"\0", b"", data[: len(data) // 2])[rng.integers(5)]
+  return npy(descr, fortran, shape, data, version)
+
+
+def damage_numbers(rng: np.random.Generator, content: bytes) -> bytes:
+  """Strange numbers in an array that stays whole, or the array in another dtype."""
+  array = np.load(io.BytesIO(content), allow_pickle=False).copy()
+  with np.errstate(all="ignore"):
+    if rng.random() < 0.5:
+      names = ["f2", "f4", "f8", ">f4", "i4", "u1", "?", "i8", "f4,f4", "O", "c8", "S3"]
+      array = array.astype(names[rng.integers(len(names))])
+    if array.dtype.kind in "f" and array.size and rng.random() < 0.7:
+      strange = (np.nan, np.inf, -np.inf, 1e300, 3.5e38, 0.0, -0.0, 1e-45, 65504.0)
+      array.flat[rng.integers(array.size)] = strange[rng.integers(len(strange))]
+    if array.dtype.kind in "iu?" and array.size:
+      raw = array.view(np.uint8)
+      raw.flat[rng.integers(raw.size)] = rng.integers(256)
+    if rng.random() < 0.1:
+      array = np.zeros_like(array)
+    if rng.random() < 0.2:
+      array = np.asfortranarray(array)
+  buffer = io.BytesIO()
+  np.save(buffer, array, allow_pickle=True)
+  return buffer.getvalue()
+
+
+def unpickled(rng: np.random.Generator, content: bytes) -> bytes:
+  """A pickle, with or without the header of a `.npy` file before it."""
+  del content
+  load = pickle.dumps(functools.partial(os.mkdir, "unpickled"))
+  return (load, npy("'|O'", "False", "(1,)", load), npy("'|O'", "False", "()", load))[rng.integers(3)]
+
+
+def damage_archive(rng: np.random.Generator, content: bytes) -> bytes:
+  """Members of a zip archive damaged, compressed, doubled, renamed, left out or added."""
+  with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+  place = int(rng.integers(len(members)))
+  name, data = members[place]
+  kind, compression = rng.integers(7), zipfile.ZIP_STORED
+  if kind == 0:
+    members[place] = (name, damage_bytes(rng, data))
+  elif kind == 1:
+    members[place] = (name, damage_header(rng, data))
+  elif kind == 2:
+    members[place] = (name, damage_numbers(rng, data))
+  elif kind == 3:
+    names = ["../../x.npy", "/x.npy", "", "x", name.upper(), "x" * 3000 + ".npy", "mean/\x1b.npy", "id.npy"]
+    members[place] = (names[rng.integers(len(names))], data)
+  elif kind == 4:
+    del members[place]
+  elif kind == 5:
+    members.append((name, damage_numbers(rng, data)))
+  else:
+    compression = (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)[rng.integers(3)]
+    if rng.random() < 0.5:
+      members[place] = (name, npy("'<f4'", "False", "(5000000,)", bytes(20_000_000)))
+  buffer = io.BytesIO()
+  with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(buffer, "w", compression) as archive:
+    for name, data in members:
+      archive.writestr(zipfile.ZipInfo(name), data, compression)
+  return buffer.getvalue()
+
+
+# --- independent readers --------------------------------------------------------------------------------------------
+
+
+def text_lines(files: Files, name: str) -> list[str]:
+  """The lines of a text file."""
+  content = files[name]
+  if not isinstance(content, bytes):
+    raise Bad
+  if name.endswith(".gz"):
+    size = len(content)
+    content = gzip.decompress(content)
+    if len(content) > max(FLOOR, GROWTH * size):
+      raise Bad
+  text = content.decode().removeprefix("\ufeff").replace("\r\n", "\n")
+  if "\0" in text:
+    raise Bad
+  lines = text.split("\n")
+  return lines if lines[-1] else lines[:-1]
+
+
+def split_blanks(text: str) -> list[str]:
+  """What stands between ASCII blanks; the first is "" where the text starts with one."""
+  return re.split("[ \t\r\v\f]+", text.rstrip(" \t\r\v\f"))
+
+
+def number(token: str) -> float:
+  """A finite number in ASCII."""
+  if not token.isascii() or "_" in token or not np.isfinite(float(token)):
+    raise Bad
+  return float(token)
+
+
+def whole_array(content: Any) -> np.ndarray:
+  """A `.npy` file that holds exactly what its header says."""
+  if not isinstance(content, bytes) or content[:6] != b"\x93NUMPY" or content[6:8] not in (b"\1\0", b"\2\0"):
+    raise Bad
+  start = 10 if content[6] == 1 else 12
+  stop = start + int.from_bytes(content[8:start], "little")
+  header = ast.literal_eval(re.sub(r"(\d)\s*L\b", r"\1", content[start:stop].decode("latin1")))
+  descr, fortran, shape = (header.pop(key) for key in ("descr", "fortran_order", "shape"))
+  if header or type(fortran) is not bool or type(shape) is not tuple or stop - start > 10_000 or stop > len(content):
+    raise Bad
+  if not all(isinstance(size, int) and size >= 0 for size in shape) or not isinstance(descr, str):
+    raise Bad
+  dtype = np.dtype(descr)
+  count = functools.reduce(lambda a, b: a * b, shape, 1)
+  if dtype.kind not in "biuf" or count * dtype.itemsize != len(content) - stop:
+    raise Bad
+  values = np.frombuffer(content[stop:], dtype, count)
+  if dtype.kind == "b" and np.any(values.view(np.uint8) > 1):
+    raise Bad
+  return values.reshape(shape, order="F" if fortran else "C")
+
+
+def plain(array: np.ndarray) -> Any:
+  """Shape, dtype and bytes."""
+  return list(array.shape), array.dtype.str, array.tobytes()
+
+
+def modality(files: Files, name: str, num_items: int | None) -> tuple[np.ndarray, list[bool]]:
+  """The features and presence of one modality."""
+  features = whole_array(files[f"{name}_features.npy"])
+  if features.ndim != 2 or features.dtype.kind != "f" or features.dtype.itemsize > 8 or 0 in features.shape:
+    raise Bad
+  if len(features) != (len(features) if num_items is None else num_items):
+    raise Bad
+  if not np.all(np.abs(features.astype(np.float64)) <= float(np.finfo(np.float32).max)):
+    raise Bad
+  present = [any(value != 0 for value in row) for row in features.tolist()]
+  if files.get(f"has_{name}.npy", MISSING) != MISSING:
+    mask = whole_array(files[f"has_{name}.npy"])
+    if mask.dtype.kind not in "biu" or mask.shape != (len(features),) or not set(mask.tolist()) <= {0, 1}:
+      raise Bad
+    present = [bool(value) for value in mask.tolist()]
+  if not any(present):
+    raise Bad
+  return features, present
+
+
+def modalities(files: Files, num_items: int | None, names: tuple[str, ...] = ("image", "text")) -> Any:
+  """All of them, as `shown_modalities` shows them."""
+  pairs = {}
+  for name in names:
+    if files.get(f"{name}_features.npy", MISSING) != MISSING:
+      pairs[name] = modality(files, name, num_items)
+      num_items = len(pairs[name][0])
+  if not pairs:
+    raise Bad
+  return {name: (plain(features), present) for name, (features, present) in pairs.items()}
+
+
+def expect_directory(files: Files) -> Any:
+  """What a folder of the project's own format holds."""
+  titles = []
+  (items,) = (name for name in files if name.startswith("items"))
+  for row, line in enumerate(text_lines(files, items)):
+    record = json.loads(line)
+    if not isinstance(record, dict) or record.get("id", row) != row:
+      raise Bad
+    title = "" if record.get("title") is None else record["title"]
+    if not isinstance(title, str) or title.encode("utf-8", "ignore").decode() != title:
+      raise Bad
+    titles.append(title)
+  histories = []
+  for line in text_lines(files, "sequences.txt"):
+    user, *tokens = split_blanks(line)
+    if not user or not tokens or len(user.encode()) > TOKEN or not all(re.fullmatch("[0-9]+", t) for t in tokens):
+      raise Bad
+    history = [int(token.lstrip("0")[:20] or 0) for token in tokens]
+    if len(history) < 3 or max(history) >= len(titles):
+      raise Bad
+    histories.append((user, history))
+  if not titles or not histories or len({user for user, _ in histories}) < len(histories):
+    raise Bad
+  times = None
+  if files.get("timestamps.txt", MISSING) != MISSING:
+    times, lines = [], text_lines(files, "timestamps.txt")
+    for line, (user, history) in zip(lines, histories, strict=True):
+      label, *tokens = split_blanks(line.lstrip(" \t\r\v\f"))
+      own = [number(token) for token in tokens]
+      if label != user or len(own) != len(history) or own != sorted(own):
+        raise Bad
+      times.extend(own)
+  return histories, times, titles, modalities(files, len(titles))
+
+
+def split_table(files: Files, name: str) -> tuple[dict[str, str], list[dict[str, str]]]:
+  """The types of a RecBole table's columns, and its rows by column."""
+  lines = text_lines(files, name)
+  pairs = [column.partition(":")[::2] for column in lines[0].split("\t")] if lines else [("", "")]
+  kinds = dict(pairs)
+  if len(kinds) < len(pairs) or not all(part for pair in pairs for part in pair) or kinds.get("item_id") != "token":
+    raise Bad
+  rows = [dict(zip(kinds, line.split("\t"), strict=True)) for line in lines[1:]]
+  if not all(row["item_id"] for row in rows):
+    raise Bad
+  return kinds, rows
+
+
+def expect_recbole(files: Files) -> Any:
+  """What a folder of RecBole's atomic files holds."""
+  kinds, rows = split_table(files, "tiny.item")
+  items = {row["item_id"]: place for place, row in enumerate(rows)}
+  if not rows or len(items) < len(rows):
+    raise Bad
+  column = next((name for name in ("title", "item_name", "movie_title", "name") if name in kinds), None)
+  titles = [row[column] if column else "" for row in rows]
+  tables: dict[str, Any] = {}
+  for name in kinds:
+    if kinds[name] != "float_seq":
+      continue
+    short = next((name[: -len(end)] for end in ("_features", "_feature", "_emb") if name.endswith(end)), name)
+    cells = [[number(token) for token in split_blanks(row[name].lstrip(" \t\r\v\f")) if token] for row in rows]
+    (width,) = {len(cell) for cell in cells if cell}
+    if (
+      short in tables or not fits_name(short) or any(abs(v) > float(np.finfo(np.float32).max) for c in cells for v in c)
+    ):
+      raise Bad
+    table = np.array([cell or [0.0] * width for cell in cells], np.float32)
+    tables[short] = (plain(table), table.any(axis=1).tolist())
+    if not any(tables[short][1]):
+      raise Bad
+  if not tables:
+    raise Bad
+
+  kinds, rows = split_table(files, "tiny.inter")
+  if kinds.get("user_id") != "token" or not rows:
+    raise Bad
+  histories: dict[str, list[tuple[float, int]]] = {}
+  for row in rows:
+    used = [row[name] for name in ("user_id", "item_id", "timestamp") if name in kinds]
+    if not row["user_id"] or row["item_id"] not in items or max(len(token.encode()) for token in used) > TOKEN:
+      raise Bad
+    time = number(row["timestamp"].strip(" \t\r\v\f")) if "timestamp" in kinds else 0.0
+    histories.setdefault(row["user_id"], []).append((time, items[row["item_id"]]))
+  ordered = {user: sorted(history, key=lambda pair: pair[0]) for user, history in histories.items()}
+  if any(len(history) < 3 for history in ordered.values()):
+    raise Bad
+  times = [time for history in ordered.values() for time, _ in history] if "timestamp" in kinds else None
+  return (
+    [(user, [item for _, item in own]) for user, own in ordered.items()],
+    times,
+    titles,
+    dict(sorted(tables.items())),
+  )
+
+
+def fits_name(name: str) -> bool:
+  """Whether a modality may be called so."""
+  safe = name.isprintable() and not set(name) & set("/\\") and not name.startswith(".") and len(name.encode()) <= 128
+  return bool(name) and safe and name not in ("id", "fused")
+
+
+# --- the readers ----------------------------------------------------------------------------------------------------
+
+
+def read_dataset(dataset: Dataset) -> Any:
+  """What was loaded, as the independent readers give it."""
+  interactions = dataset.interactions
+  histories = [(str(user), interactions.history(row).tolist()) for row, user in enumerate(interactions.users)]
+  times = None if interactions.times is None else interactions.times.tolist()
+  arrays = {name: (plain(array), dataset.present[name].tolist()) for name, array in dataset.features.items()}
+  return histories, times, list(dataset.titles), arrays
+
+
+def read_new_items(folder: pathlib.Path) -> Any:
+  """The features of new items."""
+  features, present = load_new_items(folder, ("image", "text"))
+  return {name: (plain(array), present[name].tolist()) for name, array in features.items()}
+
+
+def expect_new_items(files: Files) -> Any:
+  """The same, by the independent reader; every modality must be there."""
+  arrays = modalities(files, None)
+  if len(arrays) < 2:
+    raise Bad
+  return arrays
+
+
+def saved(array: np.ndarray) -> bytes:
+  """The array as a `.npy` file."""
+  buffer = io.BytesIO()
+  np.save(buffer, array, allow_pickle=False)
+  return buffer.getvalue()
+
+
+ITEMS = "".join(json.dumps({"id": k, "title": title}) + "\n" for k, title in enumerate(["A", "", "\u0106", "D"]))
+IMAGE = np.array([[1, 2, 3], [0, 0, 0], [4, 5, 6], [7, 8, 9]], np.float16)
+FEATURES = {
+  "text_features.npy": saved(np.arange(1, 9, dtype=np.float32).reshape(4, 2)),
+  "image_features.npy": saved(IMAGE),
+  "has_image.npy": saved(np.array([True, False, True, True])),
+}
+DIRECTORY: Files = FEATURES | {
+  "sequences.txt": b"ann 0 1 2\nbob 3 2 1 0\n\xc5\xbeo 2 2 3\n",
+  "timestamps.txt": b"ann 1 2 3.5\nbob 0 1e3 2000 2000\n\xc5\xbeo -1 5 6\n",
+}
+RECBOLE: Files = {
+  "tiny.inter": b"user_id:token\titem_id:token\ttimestamp:float\nu2\tb\t30\nu1\tc\t5\nu1\ta\t5\nu2\ta\t10\n"
+  b"u1\tb\t1.5\nu2\tb\t2e1\nu1\tb\t99\n",
+  "tiny.item": "item_id:token\tmovie_title:token_seq\ttext_emb:float_seq\taudio:float_seq\na\tFilm A\t1 2\t\n"
+  "b\tFilm B\t3.5 -4e-1\t1 0 2\nc\tFilm \u010c\t0 0\t3 4 5\n".encode(),
+}
+
+
+def semantic_ids() -> SemanticIds:
+  """A small artefact."""
+  rng = np.random.default_rng(0)
+  codes = rng.integers(5, size=(4, 6, 3)).astype(np.int32)
+  return SemanticIds(
+    streams=("text", "image", "id", "fused"),
+    codes=np.stack([np.arange(6) % 5, np.arange(6) // 5, np.arange(6) % 2], axis=1).astype(np.int32),
+    stream_codes=codes,
+    present=rng.random((4, 6)) < 0.6,
+    codebooks=rng.normal(size=(1, 3, 5, 2)).astype(np.float32),
+    data_hash="0123abcd 4567cdef",
+    settings={"modalities": [["text", 3], ["image", 2]], "num_levels": 3, "hidden": [8], "repair": "reassign"},
+    encoder={"mean/text": np.arange(3.0, dtype=np.float32), "params/a/kernel": np.eye(2, dtype=np.float32)},
+  )
+
+
+def show_ids(ids: SemanticIds) -> Any:
+  """What an artefact holds."""
+  arrays = {name: plain(getattr(ids, name)) for name in ("codes", "stream_codes", "present", "codebooks")}
+  encoder = {name: plain(array) for name, array in sorted(ids.encoder.items())}
+  return list(ids.streams), ids.data_hash, json.dumps(ids.settings, sort_keys=True), arrays, encoder
+
+
+def folder_of(save: Callable[[pathlib.Path], None]) -> Files:
+  """The files that `save` writes into a folder."""
+  with tempfile.TemporaryDirectory() as folder:
+    save(pathlib.Path(folder))
+    return {path.name: path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir())}
+
+
+FIGURES = {"split_hash": "0123abcd", "features_hash": "4567cdef", "times_hash": None}
+RESULTS: dict[str, Any] = {
+  "model": "dense head",
+  "data": {
+    "name": "tiny", "source": "synthetic", "users": 3, "items": 4, "interactions": 10, "split_hash": "0123abcd"
+  },
+  **{
+    part: {name: 0.25 for name in experiment.SHOWN} for part in ("popularity", "validation", "test")
+  },
+  "best_step": 40,
+  "steps": 120,
+  "seconds": {"tokenizer": 1.0, "recommender": 2.5, "evaluation": 0.5},
+}  # fmt: skip
+
+
+def save_run(folder: pathlib.Path) -> None:
+  """The JSON files of a workdir."""
+  config = default_config()
+  config.data.source, config.data.path, config.data.modalities = "directory", "data/tiny", ("text", "image")
+  experiment.claim(folder, config, FIGURES)
+  write_json(folder / "results.json", RESULTS)
+  check_fingerprint(folder, semantic_ids())
+  write_json(folder / "health.json", {"usage": [1.0, 0.5], "num_codes": 5, "seconds": 1.5})
+
+
+def read_run(folder: pathlib.Path) -> Any:
+  """Whether a run of this config and data may go on here; nothing is returned."""
+  config = default_config()
+  config.data.source, config.data.path, config.data.modalities = "directory", "elsewhere", ("text", "image")
+  experiment.claim(folder, config, FIGURES)
+
+
+def document(files: Files, name: str) -> Any:
+  """What a JSON file holds."""
+  if not isinstance(files[name], bytes):
+    raise Bad
+  found = json.loads(files[name].decode())
+  if not isinstance(found, dict):
+    raise Bad
+  return found
+
+
+def expect_run(files: Files, valid: Files) -> None:
+  """Nothing, if the file says of the run what the valid one says."""
+  if document(files, "run.json") != document(valid, "run.json"):
+    raise Bad
+
+
+def expect_note(files: Files, fingerprint: str) -> None:
+  """Nothing, if the file names the semantic IDs that there are."""
+  if document(files, "recommender.json")["semantic_ids"] != fingerprint:
+    raise Bad
+
+
+def expect_results(files: Files) -> Any:
+  """What a results file holds, whatever it is: no other file says what it should be."""
+  return document(files, "results.json")
+
+
+def forge_config(rng: np.random.Generator, files: Files) -> Files:
+  """Damages the config of a run and makes the note of what the run is agree with it, as whoever forges one would."""
+  content = damage_json(rng, files["config.json"])
+  with contextlib.suppress(*NOTHING_THERE):
+    fields = {name: value for name, value in flatten(json.loads(content)).items() if name != "data.path"}
+    data = {name: value for name, value in document(files, "run.json").items() if name.startswith("data ")}
+    files = files | {"run.json": json.dumps(fields | data).encode()}
+  return files | {"config.json": content}
+
+
+def expect_forged_config(files: Files) -> Any:
+  """The fields of a config, whatever they are, if it names no code outside the project."""
+  found = flatten(document(files, "config.json"))
+  if found["recommender.head"] not in HEADS or found["recommender.backbone"] not in BACKBONES:
+    raise Bad
+  return found
+
+
+def expect_config(files: Files, valid: Files) -> Any:
+  """The fields of a config that differs from the run's in nothing but where the data is."""
+  found, right = flatten(document(files, "config.json")), flatten(document(valid, "config.json"))
+  if found | {"data.path": ""} != right | {"data.path": ""} or type(found["data.path"]) is not str:
+    raise Bad
+  return found
+
+
+def parse_ids(files: Files) -> SemanticIds:
+  """What the files of an artefact hold, whatever it is."""
+  about = document(files, "semantic_ids.json")
+  arrays = {name: whole_array(files[f"{name}.npy"]) for name in ("codes", "stream_codes", "present", "codebooks")}
+  with zipfile.ZipFile(io.BytesIO(files["encoder.npz"])) as archive:
+    encoder = {info.filename.removesuffix(".npy"): whole_array(archive.read(info)) for info in archive.infolist()}
+  streams, data_hash, settings = (about[name] for name in ("streams", "data_hash", "settings"))
+  return SemanticIds(streams, data_hash=data_hash, settings=settings, encoder=encoder, **arrays)
+
+
+def expect_ids(files: Files) -> Any:
+  """What the artefact holds, if it is what `semantic_ids` made."""
+  found = parse_ids(files)
+  fingerprint = document(files, "semantic_ids.json")["fingerprint"]
+  if show_ids(found) != show_ids(semantic_ids()) or fingerprint != semantic_ids().fingerprint:
+    raise Bad
+  return show_ids(found)
+
+
+def reseal(rng: np.random.Generator, files: Files) -> Files:
+  """Damages an artefact and gives it the fingerprint of what it then holds, as whoever forges one would."""
+  name = ("codes.npy", "stream_codes.npy", "present.npy", "codebooks.npy", "semantic_ids.json")[rng.integers(5)]
+  if name.endswith("json"):
+    changes: tuple[Change, ...] = (damage_json,)
+  else:
+    changes = (damage_header, damage_numbers, damage_numbers, absurd_codes)
+  files = files | {name: changes[rng.integers(len(changes))](rng, files[name])}
+  with contextlib.suppress(*NOTHING_THERE):
+    about = json.loads(files["semantic_ids.json"])
+    about["fingerprint"] = parse_ids(files).fingerprint
+    files["semantic_ids.json"] = json.dumps(about).encode()
+  return files
+
+
+def absurd_codes(rng: np.random.Generator, content: bytes) -> bytes:
+  """The array with an axis cut, repeated, added or taken away."""
+  array = np.load(io.BytesIO(content), allow_pickle=False)
+  axis = int(rng.integers(array.ndim))
+  made = (
+    np.repeat(array, 3, axis), np.take(array, [0], axis), np.take(array, [], axis), array[None], array[0],
+    np.swapaxes(array, 0, axis), array.reshape(-1),
+  )  # fmt: skip
+  return saved(made[rng.integers(len(made))])
+
+
+def expect_sound_ids(files: Files) -> Any:
+  """What the artefact holds, if its arrays fit one another."""
+  ids = parse_ids(files)
+  streams, items, levels = ids.stream_codes.shape
+  sets, same_levels, num_codes, width = ids.codebooks.shape
+  fits = ids.codes.shape == (items, ids.codes.shape[1]) and ids.present.shape == (streams, items)
+  fits = fits and same_levels == levels and sets in (1, streams) and 0 not in (*ids.codes.shape, levels, width)
+  dtypes = [getattr(ids, name).dtype.str for name in ("codes", "stream_codes", "present", "codebooks")]
+  whole = fits and dtypes == ["<i4", "<i4", "|b1", "<f4"] and np.isfinite(ids.codebooks).all()
+  for codes in (ids.codes, ids.stream_codes):
+    whole = whole and codes.min() >= 0 and codes.max() < num_codes
+  named = len(ids.streams) == streams == len(set(ids.streams)) and ids.streams[-1] == "fused"
+  if not whole or not named or not all(isinstance(name, str) and name for name in ids.streams):
+    raise Bad
+  if not isinstance(ids.settings, dict) or not isinstance(ids.data_hash, str):
+    raise Bad
+  return show_ids(ids)
+
+
+def in_files(names: tuple[str, ...], changes: tuple[Change, ...], others: tuple[str, ...] = ()) -> tuple[Damage, ...]:
+  """Damages of one file: each change of its content about as often as all that may stand in its place together."""
+
+  def apply(change: Change | None) -> Damage:
+    def damage(rng: np.random.Generator, files: Files) -> Files:
+      name = names[rng.integers(len(names))]
+      return files | {name: change(rng, files[name]) if change else others[rng.integers(len(others))]}
+
+    return damage
+
+  return tuple(apply(change) for change in (*changes, *((None,) if others else ())))
+
+
+NO_FILE = (MISSING, FOLDER, PIPE, LOOP, HUGE)
+ARRAY_CHANGES = (damage_bytes, damage_header, damage_header, damage_numbers, damage_numbers, unpickled)
+
+
+@functools.cache
+def readers() -> dict[str, Reader]:
+  """All of them by name."""
+  plain_items, zipped_items = (
+    {"items.jsonl": ITEMS.encode()},
+    {"items.jsonl.gz": gzip.compress(ITEMS.encode(), mtime=0)},
+  )
+  ids, run = folder_of(semantic_ids().save), folder_of(save_run)
+
+  def directory(name: str, changes: tuple[Change, ...], items: Files = plain_items) -> Reader:
+    def read(folder: pathlib.Path) -> Any:
+      return read_dataset(load_directory(folder))
+
+    return Reader(DIRECTORY | items, in_files((name,), changes, NO_FILE), read, expect_directory)
+
+  def recbole(name: str) -> Reader:
+    def read(folder: pathlib.Path) -> Any:
+      return read_dataset(load_recbole(folder))
+
+    return Reader(RECBOLE, in_files((name,), (damage_bytes, damage_fields), NO_FILE), read, expect_recbole)
+
+  def workdir(name: str, read: Callable[[pathlib.Path], Any], expect: Callable[[Files], Any]) -> Reader:
+    # A workdir that lacks a file is that of a run that has not come so far.
+    return Reader(run, in_files((name,), (damage_bytes, damage_json, unpickled), NO_FILE[1:]), read, expect, True)
+
+  lines = (damage_bytes, damage_fields, damage_json_line)
+  return {
+    "sequences.txt": directory("sequences.txt", (damage_bytes, damage_fields)),
+    "timestamps.txt": directory("timestamps.txt", (damage_bytes, damage_fields)),
+    "items.jsonl": directory("items.jsonl", lines),
+    "items.jsonl.gz": directory(
+      "items.jsonl.gz", (damage_bytes, gzip_bomb, *map(compressed, lines)), zipped_items
+    ),
+    "features.npy": directory("text_features.npy", ARRAY_CHANGES),
+    "has.npy": directory("has_image.npy", ARRAY_CHANGES),
+    "new items' features": Reader(
+      FEATURES,
+      in_files(("text_features.npy", "image_features.npy", "has_image.npy"), ARRAY_CHANGES, NO_FILE),
+      read_new_items,
+      expect_new_items,
+    ),
+    "RecBole .inter": recbole("tiny.inter"),
+    "RecBole .item": recbole("tiny.item"),
+    "artefact arrays": Reader(
+      ids,
+      in_files(("codes.npy", "stream_codes.npy", "present.npy", "codebooks.npy"), ARRAY_CHANGES, NO_FILE),
+      lambda folder: show_ids(SemanticIds.load(folder)), expect_ids, True,
+    ),
+    "artefact encoder.npz": Reader(
+      ids, in_files(("encoder.npz",), (damage_bytes, damage_archive, damage_archive, unpickled), NO_FILE),
+      lambda folder: show_ids(SemanticIds.load(folder)), expect_ids, True,
+    ),
+    "artefact semantic_ids.json": Reader(
+      ids, in_files(("semantic_ids.json",), (damage_bytes, damage_json, unpickled), NO_FILE),
+      lambda folder: show_ids(SemanticIds.load(folder)), expect_ids, True,
+    ),
+    "artefact forged": Reader(
+      ids, (reseal,), lambda folder: show_ids(SemanticIds.load(folder)), expect_sound_ids, True
+    ),
+    "run.json": workdir("run.json", read_run, lambda files: expect_run(files, run)),
+    "config.json": workdir(
+      "config.json", lambda folder: flatten(experiment.load_config(folder)), lambda files: expect_config(files, run)
+    ),
+    "config.json forged": Reader(
+      run, (forge_config,), lambda folder: flatten(experiment.load_config(folder)), expect_forged_config, True
+    ),
+    "results.json": workdir(
+      "results.json", experiment.load_results, expect_results
+    ),
+    "recommender.json": workdir(
+      "recommender.json",
+      lambda folder: check_fingerprint(folder, semantic_ids()),
+      lambda files: expect_note(files, semantic_ids().fingerprint),
+    ),
+    "health.json": workdir(
+      "health.json", experiment.tokenizer_seconds, lambda files: float(document(files, "health.json")["seconds"])
+    ),
+  }  # fmt: skip
+
+
+# --- a case ---------------------------------------------------------------------------------------------------------
+
+# What an independent reader raises where there is nothing to load.
+NOTHING_THERE = (
+  Bad, ValueError, TypeError, AttributeError, KeyError, IndexError, SyntaxError, RecursionError, MemoryError, OSError,
+  EOFError, RuntimeError, OverflowError, struct.error, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def write(folder: pathlib.Path, files: Files) -> None:
+  """Lays the files of a case out in an empty folder."""
+  for name, content in files.items():
+    path = folder / name
+    if isinstance(content, bytes):
+      path.write_bytes(content)
+    elif content == FOLDER:
+      path.mkdir()
+    elif content == PIPE:
+      os.mkfifo(path)
+    elif content == LOOP:
+      path.symlink_to(name)
+    elif content == HUGE:
+      path.write_bytes(b"")
+      os.truncate(path, 2**40)  # No block of it is ever written.
+
+
+class Hang(BaseException):
+  """The time of a case is over."""
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+  """Raises `Hang` after that time."""
+
+  def stop(_signum, _frame):
+    raise Hang
+
+  before = signal.signal(signal.SIGALRM, stop)
+  signal.setitimer(signal.ITIMER_REAL, seconds)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def verdict(reader: Reader, files: Files) -> tuple[str, str]:
+  """("loaded", "refused" or "wrong", what there is to say of it)."""
+  try:
+    expected, there = reader.expect(files), True
+  except NOTHING_THERE:
+    expected, there = None, False
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    write(folder, files)
+    before = sorted(path.name for path in folder.iterdir())
+    try:
+      with limited(SECONDS):
+        loaded = reader.read(folder)
+    except InputError as error:
+      message = str(error)
+      if len(message.splitlines()) != 1 or len(message) > 2000 or not message.isprintable():
+        return "wrong", f"not one short line: {message[:200]!r}"
+      if there and not reader.may_refuse:
+        return "wrong", f"refused what is right: {message}"
+      return "refused", message
+    except (Exception, Hang) as error:
+      return "wrong", f"{type(error).__name__}: {str(error)[:200]}"
+    if sorted(path.name for path in folder.iterdir()) != before:
+      return "wrong", "wrote a file"
+  if not there:
+    return "wrong", f"loaded what cannot be: {str(loaded)[:200]}"
+  if loaded != expected:
+    return "wrong", f"loaded {str(loaded)[:200]} for {str(expected)[:200]}"
+  return "loaded", ""
+
+
+def damaged(name: str, case: int) -> Files:
+  """The files of a case; those of case 0 are valid."""
+  reader = readers()[name]
+  if not case:
+    return reader.files
+  rng = np.random.default_rng([zlib.crc32(name.encode()), case])
+  return reader.damages[rng.integers(len(reader.damages))](rng, reader.files)
+
+
+def run_cases(name: str, first: int, last: int) -> tuple[Counter[str], list[str]]:
+  """The verdicts of cases first..last - 1, and a line for each that is wrong."""
+  counts, wrong = Counter[str](), []
+  for case in range(first, last):
+    kind, said = verdict(readers()[name], damaged(name, case))
+    counts[kind] += 1
+    if kind == "wrong":
+      wrong.append(f"{name} case {case}: {said}")
+  return counts, wrong
+
+
+def limit_memory() -> None:
+  """Lets this process have `MEMORY` more than it has: an allocation beyond fails at once, touched or not."""
+  pages = int(pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+  size = pages * resource.getpagesize() + MEMORY
+  resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def fuzz(name: str, cases: int) -> tuple[dict[str, Any], list[str]]:
+  """The row of one reader: cases, loaded, refused, wrong; and what was wrong."""
+  counts, wrong = Counter[str](), []
+  context = multiprocessing.get_context("spawn")
+  pool = None
+  for first in range(0, cases, CHUNK):
+    last = min(first + CHUNK, cases)
+    pool = pool or concurrent.futures.ProcessPoolExecutor(1, context, initializer=limit_memory)
+    try:
+      found, lines = pool.submit(run_cases, name, first, last).result(timeout=60 + SECONDS * 10)
+    except (concurrent.futures.BrokenExecutor, TimeoutError) as error:
+      # A death or a hang that no exception could end.
+      found, lines = Counter(wrong=last - first), [f"{name} cases {first} to {last - 1}: {type(error).__name__}"]
+      for process in list(pool._processes.values()):
+        process.kill()
+      pool = None
+    counts += found
+    wrong += lines
+  if pool:
+    pool.shutdown()
+  return {"reader": name, "cases": cases, **{kind: counts[kind] for kind in ("loaded", "refused", "wrong")}}, wrong
+
+
+def main(argv: list[str]) -> None:
+  """Prints a line a reader and what was wrong, and writes the rows."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  options = flags.FLAGS
+  rows = []
+  for name in options.readers or readers():
+    row, wrong = fuzz(name, options.cases)
+    rows.append(row)
+    print(f"{name:28s}  {row['loaded']:6d} loaded  {row['refused']:6d} refused  {row['wrong']:6d} wrong", flush=True)
+    print(*wrong[: options.show], sep="\n", end="\n" if wrong else "", flush=True)
+  if options.output:
+    pathlib.Path(options.output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+  sys.exit(1 if any(row["wrong"] for row in rows) else 0)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_integer("cases", 1000, "Cases of each reader.", lower_bound=1)
+  flags.DEFINE_list("readers", [], "Some of the readers alone, by name.")
+  flags.DEFINE_integer("show", 20, "Lines about wrong cases, of each reader.")
+  flags.DEFINE_string("output", "", "The JSON file.")
+  app.run(main)
