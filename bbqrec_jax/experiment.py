@@ -324,7 +324,7 @@ def load_results(workdir: pathlib.Path) -> dict[str, Any]:
   try:
     format_results(results)
     steps = results["best_step"], results["steps"]
-    if not all(type(step) is int and step > 0 for step in steps):
+    if not all(type(step) is int and 0 < step < _LARGEST for step in steps):
       raise ValueError(f"it was best at step {steps[0]!r} of {steps[1]!r}")
   except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
     raise InputError(

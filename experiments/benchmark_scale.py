@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
   statistics = {"mean/text": np.zeros(WIDTH, np.float32), "deviation/text": np.ones(WIDTH, np.float32)}
 
   def encode_all(count):
-    features = {"text": np.load(path, mmap_mode="r")[:count]}
+    features = {"text": np.load(path, mmap_mode="r", allow_pickle=False)[:count]}
     store = FeatureStore(features, {"text": np.ones(count, bool)}, statistics)
     return encode_blocks(lambda block: frozen(*store.rows(block)), count, block=2048)
 

@@ -137,7 +137,7 @@ def report(config: Any, workdir: pathlib.Path) -> str:
                  for name in ("recall@10", "ndcg@10")]  # fmt: skip
         metrics.append([variant, head, str(len(results)), *cells])
   for path in sorted(pathlib.Path(dataset.source).glob("sid_*.npy")):
-    healths.append(health_row(f"published: {path.stem}", [measure(np.load(path), split)]))
+    healths.append(health_row(f"published: {path.stem}", [measure(np.load(path, allow_pickle=False), split)]))
   head = (
     f"{figures['name']}: {figures['users']:,} users, {figures['items']:,} items, {figures['interactions']:,}"
     f" interactions, split {figures['split_hash']}; cohesion over {len(split.validation_target):,} held-out pairs"

@@ -15,6 +15,7 @@ Case number n is the same in every run. `tests/test_fuzz.py` runs a few of each 
 """
 
 import ast
+import codecs
 import concurrent.futures
 import contextlib
 import copy
@@ -63,6 +64,7 @@ Damage = Callable[[np.random.Generator, Files], Files]
 
 SECONDS = 20.0  # Of one case, after which it hangs.
 MEMORY = 2 * 2**30  # Bytes that a process may take beyond what it has when it starts.
+MARK = "a pickle was run"
 FLOOR, GROWTH, TOKEN = 2**26, 100, 256  # The limits of bbqrec_jax/data/files.py.
 CHUNK = 500  # Cases that a process does at once; one that dies takes the rest of its chunk with it.
 
@@ -305,10 +307,26 @@ def damage_numbers(rng: np.random.Generator, content: bytes) -> bytes:
   return buffer.getvalue()
 
 
-def unpickled(rng: np.random.Generator, content: bytes) -> bytes:
-  """A pickle, with or without the header of a `.npy` file before it."""
+class Bomb:
+  """Unpickling it runs a function, and leaves a mark in this process."""
+
+  def __reduce__(self):
+    return codecs.register_error, (MARK, len)
+
+
+def exploded() -> bool:
+  """Whether one was ever unpickled."""
+  try:
+    codecs.lookup_error(MARK)
+  except LookupError:
+    return False
+  return True
+
+
+def pickled(rng: np.random.Generator, content: bytes) -> bytes:
+  """A pickle that runs a function, with or without the header of a `.npy` file before it."""
   del content
-  load = pickle.dumps(functools.partial(os.mkdir, "unpickled"))
+  load = pickle.dumps(Bomb())
   return (load, npy("'|O'", "False", "(1,)", load), npy("'|O'", "False", "()", load))[rng.integers(3)]
 
 
@@ -781,7 +799,7 @@ def in_files(names: tuple[str, ...], changes: tuple[Change, ...], others: tuple[
 
 
 NO_FILE = (MISSING, FOLDER, PIPE, LOOP, HUGE)
-ARRAY_CHANGES = (damage_bytes, damage_header, damage_header, damage_numbers, damage_numbers, unpickled)
+ARRAY_CHANGES = (damage_bytes, damage_header, damage_header, damage_numbers, damage_numbers, pickled)
 
 
 @functools.cache
@@ -807,7 +825,7 @@ def readers() -> dict[str, Reader]:
 
   def workdir(name: str, read: Callable[[pathlib.Path], Any], expect: Callable[[Files], Any]) -> Reader:
     # A workdir that lacks a file is that of a run that has not come so far.
-    return Reader(run, in_files((name,), (damage_bytes, damage_json, unpickled), NO_FILE[1:]), read, expect, True)
+    return Reader(run, in_files((name,), (damage_bytes, damage_json, pickled), NO_FILE[1:]), read, expect, True)
 
   lines = (damage_bytes, damage_fields, damage_json_line)
   return {
@@ -833,11 +851,11 @@ def readers() -> dict[str, Reader]:
       lambda folder: show_ids(SemanticIds.load(folder)), expect_ids, True,
     ),
     "artefact encoder.npz": Reader(
-      ids, in_files(("encoder.npz",), (damage_bytes, damage_archive, damage_archive, unpickled), NO_FILE),
+      ids, in_files(("encoder.npz",), (damage_bytes, damage_archive, damage_archive, pickled), NO_FILE),
       lambda folder: show_ids(SemanticIds.load(folder)), expect_ids, True,
     ),
     "artefact semantic_ids.json": Reader(
-      ids, in_files(("semantic_ids.json",), (damage_bytes, damage_json, unpickled), NO_FILE),
+      ids, in_files(("semantic_ids.json",), (damage_bytes, damage_json, pickled), NO_FILE),
       lambda folder: show_ids(SemanticIds.load(folder)), expect_ids, True,
     ),
     "artefact forged": Reader(
@@ -910,35 +928,40 @@ def limited(seconds: float) -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def verdict(reader: Reader, files: Files) -> tuple[str, str]:
-  """("loaded", "refused" or "wrong", what there is to say of it)."""
-  try:
-    expected, there = reader.expect(files), True
-  except NOTHING_THERE:
-    expected, there = None, False
+def attempt(reader: Reader, files: Files) -> tuple[str, Any]:
+  """("loaded", what), ("refused", the message) or ("wrong", how it went)."""
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     write(folder, files)
     before = sorted(path.name for path in folder.iterdir())
     try:
       with limited(SECONDS):
-        loaded = reader.read(folder)
+        outcome = "loaded", reader.read(folder)
     except InputError as error:
-      message = str(error)
-      if len(message.splitlines()) != 1 or len(message) > 2000 or not message.isprintable():
-        return "wrong", f"not one short line: {message[:200]!r}"
-      if there and not reader.may_refuse:
-        return "wrong", f"refused what is right: {message}"
-      return "refused", message
+      outcome = "refused", str(error)
     except (Exception, Hang) as error:
       return "wrong", f"{type(error).__name__}: {str(error)[:200]}"
     if sorted(path.name for path in folder.iterdir()) != before:
       return "wrong", "wrote a file"
-  if not there:
-    return "wrong", f"loaded what cannot be: {str(loaded)[:200]}"
-  if loaded != expected:
-    return "wrong", f"loaded {str(loaded)[:200]} for {str(expected)[:200]}"
-  return "loaded", ""
+  return ("wrong", MARK) if exploded() else outcome
+
+
+def verdict(reader: Reader, files: Files) -> tuple[str, str]:
+  """("loaded", ""), ("refused", the message) or ("wrong", why)."""
+  try:
+    expected, there = reader.expect(files), True
+  except NOTHING_THERE:
+    expected, there = None, False
+  kind, what = attempt(reader, files)
+  if kind == "refused" and (not what.isprintable() or len(what) > 2000):
+    return "wrong", f"not one short line: {what[:200]!r}"
+  if kind == "refused" and there and not reader.may_refuse:
+    return "wrong", f"refused what is right: {what}"
+  if kind == "loaded" and not there:
+    return "wrong", f"loaded what cannot be: {str(what)[:200]}"
+  if kind == "loaded" and what != expected:
+    return "wrong", f"loaded {str(what)[:200]} for {str(expected)[:200]}"
+  return kind, "" if kind == "loaded" else what
 
 
 def damaged(name: str, case: int) -> Files:

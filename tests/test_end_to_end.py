@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -469,6 +470,40 @@ def test_generative_recommendations_against_every_items_log_probability(generati
   assert sorted(items.tolist()) == sorted(set(range(NUM_ITEMS)) - set(history))
   np.testing.assert_allclose(scores, expected[items], rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(scores, np.sort(np.delete(expected, history))[::-1], rtol=1e-4, atol=1e-4)
+
+
+WATCHED = []  # What the hook below writes into while there is a list in it; a hook cannot be taken off again.
+
+
+def _watch(event, arguments):
+  if WATCHED and event.split(".")[0] in ("pickle", "import", "exec", "marshal", "subprocess", "os", "open", "shutil"):
+    WATCHED[0].append((event, arguments))
+
+
+@pytest.fixture
+def watched():
+  """The audit events of the interpreter, while a test runs: (name, arguments) each."""
+  if not hasattr(_watch, "added"):
+    sys.addaudithook(_watch)
+    _watch.added = True
+  events = []
+  WATCHED.append(events)
+  yield events
+  WATCHED.clear()
+
+
+def test_reading_a_run_unpickles_imports_runs_and_writes_nothing(generative, tmp_path, request):
+  workdir, _ = generative
+  restore(workdir)  # Whatever a library imports the first time it is used.
+  events = request.getfixturevalue("watched")
+  restore(workdir)
+  SemanticIds.load(workdir / "tokenizer")
+  WATCHED.clear()
+  opened = {os.fspath(arguments[0]) for event, arguments in events if event == "open"}
+  assert str(workdir / "tokenizer" / "codes.npy") in opened
+  writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+  assert not [arguments for event, arguments in events if event == "open" and (arguments[2] or 0) & writing]
+  assert {event for event, _ in events} <= {"open", "os.scandir", "os.listdir", "os.walk"}
 
 
 def test_the_best_model_is_what_recommends(dense):

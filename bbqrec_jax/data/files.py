@@ -72,7 +72,7 @@ def _decompress(path: Path, content: bytes) -> bytes:
   pieces, total = [], 0
   try:
     with gzip.open(io.BytesIO(content)) as stream:
-      while piece := stream.read(2**20):
+      while piece := stream.read(2**18):
         pieces.append(piece)
         total += len(piece)
         check_growth(path, len(content), total)
