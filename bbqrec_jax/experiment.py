@@ -439,8 +439,9 @@ def restore(
   try:
     state = checkpointer.restore_state(best, like)
   except (ValueError, KeyError, OSError) as error:
+    reason = str(error)[:200]
     raise InputError(
-      f"{workdir}: expected a checkpoint of step {best} that fits its config, got {error}; restore it"
+      f"{workdir}: expected a checkpoint of step {best} that fits the config, found none ({reason}); restore it"
     ) from error
   finally:
     checkpointer.close()

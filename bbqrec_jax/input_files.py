@@ -23,6 +23,15 @@ def is_given(path: Path) -> bool:
   return os.path.lexists(path)
 
 
+def is_plain_name(name: str) -> bool:
+  """Whether a name from a file can stand in the names of files and parameters.
+
+  It is not if it is empty, longer than 128 bytes, hidden, or holds a separator of paths or what cannot be printed.
+  """
+  printable = name.isprintable() and not set("/\\") & set(name) and not name.startswith(".")
+  return printable and 0 < len(name.encode()) <= 128
+
+
 def check_links(folder: Path) -> None:
   """Refuses a folder with links that lead out of it: what is written through one would land anywhere.
 

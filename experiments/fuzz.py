@@ -19,6 +19,7 @@ import codecs
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import functools
 import gzip
 import io
@@ -51,8 +52,10 @@ from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import write_json
+from bbqrec_jax.models.frozen import check_arrays, settings_from_json
 from bbqrec_jax.models.heads import HEADS
 from bbqrec_jax.models.recommender import BACKBONES
+from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.recommender_stage import check_fingerprint
 
@@ -200,9 +203,9 @@ def places(holder: Any) -> Iterator[tuple[Any, Any]]:
       yield from places(holder[key])
 
 
-def damage_json(rng: np.random.Generator, content: bytes) -> bytes:
-  """Replaces, removes, renames or adds a value anywhere in a JSON document."""
-  document = [json.loads(content)]
+def change_json(rng: np.random.Generator, value: Any) -> Any:
+  """Replaces, removes, renames or adds a value anywhere in a JSON value, which may be changed itself."""
+  document = [value]
   for _ in range(rng.geometric(0.6)):
     found = list(places(document))
     holder, key = found[rng.integers(len(found))]
@@ -222,7 +225,12 @@ def damage_json(rng: np.random.Generator, content: bytes) -> bytes:
       holder[key] = holder.pop(key)  # The same in another order.
     else:
       holder[key] = value
-  text = json.dumps(document[0])
+  return document[0]
+
+
+def damage_json(rng: np.random.Generator, content: bytes) -> bytes:
+  """The same in a JSON file; or what is nested deeper than can be read."""
+  text = json.dumps(change_json(rng, json.loads(content)))
   return (text.replace("0", DEEP, 1) if rng.random() < 0.05 else text).encode()
 
 
@@ -606,6 +614,12 @@ RECBOLE: Files = {
 }
 
 
+SETTINGS = TokenizerSettings(
+  modalities=(("text", 3), ("image", 2)), num_items=6, code_width=2, num_levels=3, num_codes=5, hidden=(4,)
+)
+STATISTICS = ("mean", "deviation")
+
+
 def semantic_ids() -> SemanticIds:
   """A small artefact."""
   rng = np.random.default_rng(0)
@@ -617,8 +631,17 @@ def semantic_ids() -> SemanticIds:
     present=rng.random((4, 6)) < 0.6,
     codebooks=rng.normal(size=(1, 3, 5, 2)).astype(np.float32),
     data_hash="0123abcd 4567cdef",
-    settings={"modalities": [["text", 3], ["image", 2]], "num_levels": 3, "hidden": [8], "repair": "reassign"},
-    encoder={"mean/text": np.arange(3.0, dtype=np.float32), "params/a/kernel": np.eye(2, dtype=np.float32)},
+    settings=dataclasses.asdict(SETTINGS) | {"repair": "reassign"},
+    encoder={
+      "item_id": rng.normal(size=2).astype(np.float32),
+      **{f"{part}/{name}": np.ones(width, np.float32) for name, width in SETTINGS.modalities for part in STATISTICS},
+      **{
+        f"params/behaviour_encoders_{name}/Dense_{layer}/{part}": rng.normal(size=shape).astype(np.float32)
+        for name, width in SETTINGS.modalities
+        for layer, shapes in enumerate((((width, 4), 4), ((4, 2), 2)))
+        for part, shape in zip(("kernel", "bias"), shapes, strict=True)
+      },
+    },
   )
 
 
@@ -785,6 +808,43 @@ def expect_sound_ids(files: Files) -> Any:
   return show_ids(ids)
 
 
+def reseal_settings(rng: np.random.Generator, files: Files) -> Files:
+  """Damages the settings of an artefact, or an array of its encoder, and gives it the fingerprint of that."""
+  about = json.loads(files["semantic_ids.json"])
+  if rng.random() < 0.7:
+    about["settings"] = change_json(rng, about["settings"])
+  else:
+    files = files | {"encoder.npz": damage_archive(rng, files["encoder.npz"])}
+  files = files | {"semantic_ids.json": json.dumps(about).encode()}
+  with contextlib.suppress(*NOTHING_THERE):
+    about["fingerprint"] = parse_ids(files).fingerprint
+    files["semantic_ids.json"] = json.dumps(about).encode()
+  return files
+
+
+def read_settings(folder: pathlib.Path) -> Any:
+  """The settings of a tokenizer that could quantize new items."""
+  ids = SemanticIds.load(folder)
+  settings = settings_from_json(ids.settings)
+  check_arrays(settings, ids.encoder, ids.codebooks)
+  return dataclasses.asdict(settings)
+
+
+def expect_settings(files: Files) -> Any:
+  """The fields that the artefact gives, and the others as they are by default, if the arrays are as they must be."""
+  ids = parse_ids(files)
+  given = {name: value for name, value in ids.settings.items() if name in dataclasses.asdict(SETTINGS)}
+  given["modalities"] = tuple((name, width) for name, width in given["modalities"])
+  given["hidden"] = tuple(given["hidden"])
+  shapes = {name: (array.shape, array.dtype.str) for name, array in ids.encoder.items()}
+  needed = {name: (array.shape, array.dtype.str) for name, array in semantic_ids().encoder.items()}
+  if shapes != needed or not all(np.isfinite(array).all() for array in ids.encoder.values()):
+    raise Bad
+  if min(ids.encoder[f"deviation/{name}"].min() for name in ("text", "image")) <= 0:
+    raise Bad
+  return dataclasses.asdict(TokenizerSettings(("default", 1), 1)) | given
+
+
 def in_files(names: tuple[str, ...], changes: tuple[Change, ...], others: tuple[str, ...] = ()) -> tuple[Damage, ...]:
   """Damages of one file: each change of its content about as often as all that may stand in its place together."""
 
@@ -861,6 +921,7 @@ def readers() -> dict[str, Reader]:
     "artefact forged": Reader(
       ids, (reseal,), lambda folder: show_ids(SemanticIds.load(folder)), expect_sound_ids, True
     ),
+    "tokenizer settings": Reader(ids, (reseal_settings,), read_settings, expect_settings, True),
     "run.json": workdir("run.json", read_run, lambda files: expect_run(files, run)),
     "config.json": workdir(
       "config.json", lambda folder: flatten(experiment.load_config(folder)), lambda files: expect_config(files, run)

@@ -12,6 +12,7 @@ from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.frozen import (
   FrozenTokenizer,
+  check_arrays,
   content_latents,
   encode_blocks,
   frozen_parameters,
@@ -129,6 +130,52 @@ def test_other_modalities_or_widths_are_refused_with_both(random_params):
     assign(ids, {"text": features["text"]}, {"text": present["text"]})
   with pytest.raises(InputError, match=r"'text': 8.*'text': 7"):
     assign(ids, features | {"text": features["text"][:, :7]}, present)
+
+
+@pytest.fixture(scope="module")
+def one_artefact(random_params):
+  return make_ids(random_params)
+
+
+@pytest.mark.parametrize(
+  ("setting", "value"),
+  [
+    ("modalities", [["text", 8]]), ("modalities", [["text", 8], ["../x", 5]]), ("modalities", [["text", 0]]),
+    ("modalities", "text"), ("modalities", []), ("hidden", [10**9]), ("hidden", [6] * 10**4), ("hidden", 6),
+    ("num_levels", 10**9), ("num_codes", True), ("code_width", "4"), ("item_id", "no such"), ("item_id", "none"),
+    ("semantic_id", "concatenated"), ("quantizer", "os:system"), ("quantizer", "rq_kmeans"),
+    ("codebooks", "per_stream"), ("temperature", None), ("repair", "suffix"), ("repair", "none"),
+    ("history_layers", 10**12),
+  ],
+)  # fmt: skip
+def test_settings_that_are_not_of_the_arrays_are_refused_before_anything_is_computed(one_artefact, setting, value):
+  forged = dataclasses.replace(one_artefact, settings={**one_artefact.settings, setting: value})
+  with pytest.raises(InputError, match=r"train it again|train the tokenizer again|trained on modalities"):
+    assign(forged, *make_features(3))
+
+
+@pytest.mark.parametrize("field", ["modalities", "num_items"])
+def test_settings_that_lack_a_field_are_refused(one_artefact, field):
+  with pytest.raises(InputError, match=f"tokenizer setting {field} is missing"):
+    settings_from_json({name: value for name, value in one_artefact.settings.items() if name != field})
+
+
+def test_an_encoder_that_does_not_fit_is_refused_by_the_name_of_the_array(one_artefact):
+  ids = one_artefact
+  settings = settings_from_json(ids.settings)
+  check_arrays(settings, ids.encoder, ids.codebooks)
+  for name, array in ids.encoder.items():
+    bad = [array[..., :-1], array.astype(np.float64), array * np.nan]
+    bad += [np.zeros_like(array)] if name.startswith("deviation") else []
+    for changed in bad:
+      with pytest.raises(InputError, match=f"array '{name}': expected finite float32"):
+        check_arrays(settings, {**ids.encoder, name: changed}, ids.codebooks)
+    with pytest.raises(InputError, match=f"array '{name}' is missing"):
+      check_arrays(settings, {other: array for other, array in ids.encoder.items() if other != name}, ids.codebooks)
+  with pytest.raises(InputError, match="array 'extra' is not needed"):
+    check_arrays(settings, {**ids.encoder, "extra": np.ones(1, np.float32)}, ids.codebooks)
+  with pytest.raises(InputError, match="array 'codebooks'"):
+    check_arrays(settings, ids.encoder, ids.codebooks[:, :1])
 
 
 def test_more_items_than_ids_are_refused(random_params):

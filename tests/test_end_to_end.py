@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -412,10 +413,15 @@ def test_new_items_are_served_without_training(generative, tmp_path):
   assert sorted(items.tolist()) == sorted(set(range(NUM_ITEMS)) - {5})
   assert np.isfinite(scores).all()
 
-  other = dataclasses.replace(extended, codes=(extended.codes + 1) % CODES)
-  other.save(tmp_path / "other")
-  with pytest.raises(InputError, match="does not extend the semantic IDs that the recommender was trained on"):
-    restore(workdir, tokenizer=tmp_path / "other")
+  for name, change in (
+    ("codes", (extended.codes + 1) % CODES),
+    ("stream_codes", (extended.stream_codes + 1) % CODES),
+    ("present", ~extended.present),
+    ("codebooks", extended.codebooks + 1),
+  ):
+    dataclasses.replace(extended, **{name: change}).save(tmp_path / name)
+    with pytest.raises(InputError, match="does not extend the semantic IDs that the recommender was trained on"):
+      restore(workdir, tokenizer=tmp_path / name)
 
 
 def test_new_items_need_ids_and_the_features_that_are_read(sasrec, generative, tmp_path):
@@ -480,30 +486,33 @@ def _watch(event, arguments):
     WATCHED[0].append((event, arguments))
 
 
-@pytest.fixture
-def watched():
-  """The audit events of the interpreter, while a test runs: (name, arguments) each."""
+@contextlib.contextmanager
+def watching():
+  """The audit events of the interpreter, (name, arguments) each, of what is done inside."""
   if not hasattr(_watch, "added"):
     sys.addaudithook(_watch)
     _watch.added = True
   events = []
   WATCHED.append(events)
-  yield events
-  WATCHED.clear()
+  try:
+    yield events
+  finally:
+    WATCHED.clear()
 
 
-def test_reading_a_run_unpickles_imports_runs_and_writes_nothing(generative, tmp_path, request):
+def test_reading_a_run_unpickles_imports_runs_and_writes_nothing(generative):
   workdir, _ = generative
   restore(workdir)  # Whatever a library imports the first time it is used.
-  events = request.getfixturevalue("watched")
-  restore(workdir)
-  SemanticIds.load(workdir / "tokenizer")
-  WATCHED.clear()
+  with watching() as events:
+    restore(workdir)
   opened = {os.fspath(arguments[0]) for event, arguments in events if event == "open"}
   assert str(workdir / "tokenizer" / "codes.npy") in opened
   writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
   assert not [arguments for event, arguments in events if event == "open" and (arguments[2] or 0) & writing]
   assert {event for event, _ in events} <= {"open", "os.scandir", "os.listdir", "os.walk"}
+  with watching() as events:
+    pickle.loads(pickle.dumps(len))
+  assert ("pickle.find_class", ("builtins", "len")) in events
 
 
 def test_the_best_model_is_what_recommends(dense):
@@ -568,6 +577,23 @@ def copied(sasrec, tmp_path):
 def test_an_unfinished_run_is_refused(copied):
   (copied / "results.json").unlink()
   with pytest.raises(InputError, match=r"holds no finished run \(no results\.json\)"):
+    restore(copied)
+
+
+def test_a_trained_recommender_that_does_not_say_which_ids_it_reads_is_refused(dense, tmp_path):
+  shutil.copytree(dense[0], tmp_path / "run")
+  (tmp_path / "run" / "recommender.json").unlink()
+  with pytest.raises(InputError, match=r"recommender\.json: expected a JSON file, found nothing"):
+    restore(tmp_path / "run")
+  assert not (tmp_path / "run" / "recommender.json").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_the_config_is_refused_before_it_is_read(copied):
+  config, note = read_json(copied / "config.json"), read_json(copied / "run.json")
+  config["recommender"]["mlp_width"] = note["recommender.mlp_width"] = 10**12
+  (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+  (copied / "run.json").write_text(json.dumps(note), encoding="utf-8")
+  with pytest.raises(InputError, match=r"expected a checkpoint of step \d+ that fits the config"):
     restore(copied)
 
 

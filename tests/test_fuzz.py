@@ -18,7 +18,8 @@ CASES = 60
 READERS = (
   "sequences.txt", "timestamps.txt", "items.jsonl", "items.jsonl.gz", "features.npy", "has.npy", "new items' features",
   "RecBole .inter", "RecBole .item", "artefact arrays", "artefact encoder.npz", "artefact semantic_ids.json",
-  "artefact forged", "run.json", "config.json", "config.json forged", "results.json", "recommender.json", "health.json",
+  "artefact forged", "tokenizer settings", "run.json", "config.json", "config.json forged", "results.json",
+  "recommender.json", "health.json",
 )  # fmt: skip
 
 pytestmark = [

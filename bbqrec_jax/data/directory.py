@@ -190,7 +190,8 @@ def read_timestamps(path: Path, interactions: Interactions) -> np.ndarray:
 def _refuse_items(path: Path, lines: list[bytes], num_items: int) -> NoReturn:
   for row, line in enumerate(lines):
     for field, token in enumerate(line.split()[1:], start=2):
-      if not token.isdigit() or len(token) > 18 or int(token) >= num_items:
+      digits = token.lstrip(b"0") or b"0"
+      if not token.isdigit() or len(digits) > 18 or int(digits) >= num_items:
         raise InputError(
           f"{path} line {row + 1} field {field}: expected an item id, an integer in 0..{num_items - 1}, got"
           f" {shown(token)}; correct it, or add the item to the items file"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bbqrec_jax.errors import InputError, shown
-from bbqrec_jax.input_files import is_given, open_array
+from bbqrec_jax.input_files import is_given, is_plain_name, open_array
 
 # Features [N, D] and presence [N] of some items, each by modality.
 Modalities = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -106,14 +106,12 @@ def _load_mask(path: Path, num_items: int) -> np.ndarray:
 
 
 def check_name(name: str, *, where: object) -> None:
-  """Refuses a modality whose name could not stand in the names of files and parameters.
+  """Refuses a modality that could not be called so in files, or that every tokenizer has as a stream.
 
   Raises:
-    InputError: if it is empty, longer than 128 bytes, hidden, holds a separator of paths or what cannot be printed, or
-      is the name of a stream that every tokenizer has.
+    InputError: if that is so; see `input_files.is_plain_name`.
   """
-  plain = name.isprintable() and not set("/\\") & set(name) and not name.startswith(".")
-  if not name or not plain or len(name.encode()) > 128 or name in ("id", "fused"):
+  if not is_plain_name(name) or name in ("id", "fused"):
     raise InputError(
       f"{where}: expected a modality's name of at most 128 printable bytes, without slashes, not id or fused, got"
       f" {shown(name)}; rename it"

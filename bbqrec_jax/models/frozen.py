@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.input_files import is_plain_name
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, stream_codebooks
 from bbqrec_jax.ops.quantize import GRADIENTS, QUANTIZERS, residual_quantize
@@ -55,17 +56,20 @@ def _fits(field: dataclasses.Field, value: Any) -> bool:
   """Whether a field of the settings can have a value."""
   if field.name == "modalities":
     pairs = isinstance(value, tuple) and all(isinstance(one, tuple) and len(one) == 2 for one in value)
-    typed = pairs and all(isinstance(name, str) and type(width) is int and width > 0 for name, width in value)
-    return typed and 0 < len(value) == len({name for name, _ in value})
+    named = pairs and all(isinstance(name, str) and is_plain_name(name) and _is_size(width) for name, width in value)
+    return named and 0 < len(value) == len({name for name, _ in value})
   if field.name == "hidden":
-    widths = isinstance(value, tuple) and all(type(width) is int and width > 0 for width in value)
-    return widths and 0 < len(value) <= _MOST_LAYERS
+    return isinstance(value, tuple) and all(map(_is_size, value)) and 0 < len(value) <= _MOST_LAYERS
   if field.name in CHOICES:
     return value in CHOICES[field.name]
   default = 0 if field.default is dataclasses.MISSING else field.default
   if isinstance(default, bool):
     return isinstance(value, bool)
   return type(value) in (int, type(default)) and 0 <= value < 2**31
+
+
+def _is_size(value: Any) -> bool:
+  return type(value) is int and 0 < value < 2**31
 
 
 def _tuples(value: Any) -> Any:
@@ -92,12 +96,12 @@ def check_arrays(settings: TokenizerSettings, encoder: Mapping[str, np.ndarray],
   arrays = {"codebooks": codebooks, **encoder}
   for name in sorted(expected.keys() ^ arrays.keys()):
     what = "is missing" if name in expected else "is not needed by its settings"
-    raise InputError(f"the tokenizer's array {shown(name)} {what}: its files do not fit one another; {_MEND}")
+    raise InputError(f"the tokenizer's array {name!r} {what}: its files do not fit one another; {_MEND}")
   for name, array in arrays.items():
     least = np.finfo(np.float32).tiny if name.startswith("deviation/") else -np.inf
     if array.shape != expected[name] or array.dtype != np.float32 or not np.all(np.isfinite(array) & (array >= least)):
       raise InputError(
-        f"the tokenizer's array {shown(name)}: expected finite float32 {list(expected[name])}, got {array.dtype}"
+        f"the tokenizer's array {name!r}: expected finite float32 {list(expected[name])}, got {array.dtype}"
         f" {list(array.shape)}, or numbers that it cannot have; {_MEND}"
       )
 

@@ -146,6 +146,10 @@ class SemanticIds:
       InputError: if a file is missing or damaged, the arrays do not fit one another, or they are not those that the
         fingerprint was taken of.
     """
+    if not cls.exists(folder):
+      raise InputError(
+        f"{folder}: expected semantic IDs, the tokenizer/ folder of a run, found no semantic_ids.json; check the path"
+      )
     try:
       about = read_json(folder / "semantic_ids.json")
       arrays: dict[str, Any] = {name: read_array(folder / f"{name}.npy") for name in _ARRAYS}

@@ -124,6 +124,7 @@ def test_many_interactions_against_a_plain_python_oracle(folder):
     ("u1\tc\t1\t5\n", "\tc\t1\t5\n", ["line 3 field 'user_id'", "expected a token", "empty field"]),
     ("u1\tc\t1\t5\n", "u1\t\t1\t5\n", ["line 3 field 'item_id'", "expected a token", "empty field"]),
     ("u1\tc\t1\t5\n", "u1\tc\t1\tnoon\n", ["line 3 field 'timestamp'", "expected a finite number", "got 'noon'"]),
+    ("u1\tc\t1\t5\n", "u1\tc\t1\t1_0\n", ["line 3 field 'timestamp'", "expected a finite number", "got '1_0'"]),
     ("u1\tc\t1\t5\n", "u1\tc\t1\tnan\n", ["line 3 field 'timestamp'", "expected a finite number", "got 'nan'"]),
     ("u1\tc\t1\t5\n", "u1\tc\t1\t\n", ["line 3 field 'timestamp'", "expected a finite number", "got ''"]),
     ("user_id:token", "uid:token", ["line 1", "expected a column user_id:token", "uid:token"]),
@@ -151,6 +152,7 @@ def test_short_users_are_dropped_on_request(folder):
   [
     ("b\tFilm B\t3.5 -4e-1\t", "b\tFilm B\t3.5\t", ["line 3 field 'text_emb'", "expected 2 numbers", "got 1"]),
     ("3.5 -4e-1", "3.5 nan", ["line 3 field 'text_emb'", "expected finite float32 numbers", "got 'nan'"]),
+    ("3.5 -4e-1", "3.5 1_0", ["line 3 field 'text_emb'", "expected finite float32 numbers", "got '1_0'"]),
     ("3.5 -4e-1", "3.5 x", ["line 3 field 'text_emb'", "expected finite float32 numbers", "got 'x'"]),
     ("3.5 -4e-1", "3.5 1e39", ["line 3 field 'text_emb'", "expected finite float32 numbers", "got '1e39'"]),
     ("b\tFilm B", "a\tFilm B", ["line 3 field 'item_id'", "each item on one line", "'a' again", "first on line 2"]),

@@ -104,11 +104,11 @@ def test_the_fingerprint_changes_with_every_part(change):
   assert dataclasses.replace(ids, **change(ids)).fingerprint != ids.fingerprint
 
 
-def refusal(folder):
+def refusal(folder, way_out="delete the folder and run the tokenizer again"):
   with pytest.raises(InputError) as error:
     SemanticIds.load(folder)
   assert str(folder) in str(error.value)
-  assert "delete the folder and run the tokenizer again" in str(error.value)
+  assert way_out in str(error.value)
   return str(error.value)
 
 
@@ -140,11 +140,59 @@ def test_a_missing_a_truncated_and_an_empty_file_are_refused(folder, name):
     (folder / name).write_bytes(content)
     refusal(folder)
   (folder / name).unlink()
-  refusal(folder)
+  refusal(folder, "check the path" if name == "semantic_ids.json" else "delete the folder")
 
 
-def test_a_missing_folder_is_refused(tmp_path):
-  refusal(tmp_path / "nowhere")
+def test_a_folder_of_anything_else_is_refused_and_not_to_be_deleted(tmp_path):
+  for folder in (tmp_path, tmp_path / "nowhere"):
+    assert "delete" not in refusal(folder, "found no semantic_ids.json; check the path")
+
+
+@pytest.mark.parametrize(
+  ("change", "named"),
+  [
+    (lambda ids: {"codes": np.zeros((6, 0), np.int32)}, r"codes: expected int32 \[items, levels\]"),
+    (lambda ids: {"codes": ids.codes.astype(np.int64)}, r"codes: expected int32 .* got int64"),
+    (lambda ids: {"codes": ids.codes[0]}, r"codes: expected int32 \[items, levels\], got int32 \[3\]"),
+    (lambda ids: {"codes": ids.codes + 5}, r"codes: expected codes in 0\.\.4"),
+    (lambda ids: {"codes": ids.codes[:5]}, "expected arrays of 4 streams, 5 items and 3 levels"),
+    (lambda ids: {"stream_codes": ids.stream_codes - 5}, r"stream_codes: expected codes in 0\.\.4"),
+    (lambda ids: {"stream_codes": ids.stream_codes[..., :2]}, "expected arrays of 4 streams, 6 items and 3 levels"),
+    (lambda ids: {"present": ids.present.astype(np.uint8)}, "present: expected bool"),
+    (lambda ids: {"present": ids.present[:3]}, "expected arrays of 4 streams"),
+    (lambda ids: {"codebooks": ids.codebooks * np.inf}, "codebooks: expected finite numbers"),
+    (lambda ids: {"codebooks": np.tile(ids.codebooks, (2, 1, 1, 1))}, "expected arrays of 4 streams"),
+    (lambda ids: {"streams": ("text", "text", "id", "fused")}, "streams: expected different names"),
+    (lambda ids: {"streams": ("text", "image", "fused", "id")}, "the last of them fused"),
+    (lambda ids: {"streams": ("image", "id", "fused")}, "expected arrays of 3 streams"),
+  ],
+)  # fmt: skip
+def test_arrays_that_do_not_fit_one_another_are_refused_whatever_their_fingerprint(tmp_path, change, named):
+  ids = make()
+  dataclasses.replace(ids, **change(ids)).save(tmp_path / "ids")
+  assert re.search(named, refusal(tmp_path / "ids"))
+
+
+def test_a_description_of_other_types_is_refused(folder):
+  about = json.loads((folder / "semantic_ids.json").read_text())
+  for change in (
+    {"streams": "text"},
+    {"streams": [1, "fused"]},
+    {"settings": []},
+    {"data_hash": 5},
+    {"fingerprint": 0},
+  ):
+    (folder / "semantic_ids.json").write_text(json.dumps(about | change))
+    refusal(folder)
+
+
+def test_other_data_or_another_number_of_items_is_refused():
+  ids = make()
+  ids.check_data("0123abcd", num_items=6, where="there")
+  with pytest.raises(InputError, match="learned from 0123abcd, this run's split and features are 4567cdef"):
+    ids.check_data("4567cdef", num_items=6, where="there")
+  with pytest.raises(InputError, match="there holds semantic IDs of 6 items, this run's data has 7"):
+    ids.check_data("0123abcd", num_items=7, where="there")
 
 
 class Payload:
