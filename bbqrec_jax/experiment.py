@@ -277,10 +277,7 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
     raise InputError(f"{path} does not exist: --workdir must be that of a run of bbqrec_jax.main")
   config = default_config()
   fields = flatten(config)
-  try:
-    written = flatten(read_json(path))
-  except RecursionError:
-    raise InputError(f"{path}: expected the fields of a config, got values nested without end; restore it") from None
+  written = flatten(read_json(path))
   unknown = written.keys() ^ fields.keys()
   if unknown:
     raise InputError(f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only")

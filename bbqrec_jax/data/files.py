@@ -90,9 +90,9 @@ def check_growth(path: Path, size: int, grown: int) -> None:
     grown: what it would come to, in bytes.
 
   Raises:
-    InputError: if that is more than 64 MiB and more than a hundred times the file.
+    InputError: if that is more than 64 MiB and more than a hundred times the file, or more than any file may have.
   """
-  if grown > max(FLOOR, GROWTH * size):
+  if grown > min(LARGEST, max(FLOOR, GROWTH * size)):
     raise InputError(
       f"{path}: expected no more than {GROWTH} times its {size} bytes, got at least {grown}, as of a file made to fill"
       " the memory; if it is right, give it uncompressed, or its features as .npy"
