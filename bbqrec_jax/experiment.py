@@ -303,8 +303,9 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
 def _has_type_of(value: Any, default: Any) -> bool:
   """Whether a value from JSON can stand where a config has `default`."""
   if isinstance(default, tuple):
-    # A tuple that is empty by default holds names.
-    return isinstance(value, tuple) and all(type(one) is type((default or ("",))[0]) for one in value)
+    # One that is empty by default does not tell whether it holds names or numbers; `validate` knows.
+    kinds = {type(one) for one in default} or {str, int}
+    return isinstance(value, tuple) and all(type(one) in kinds for one in value)
   if isinstance(value, int | float) and not -_LARGEST < value < _LARGEST:
     return False
   return type(value) is type(default) or (isinstance(default, float) and type(value) is int)

@@ -19,6 +19,7 @@ from compare_tokenizers import change, mean, table
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
+from bbqrec_jax.input_files import read_archive
 from bbqrec_jax.json_files import read_json
 
 HEADS = ("generative", "parallel", "dense", "hybrid")
@@ -60,7 +61,7 @@ def do(configs: dict[str, Any], workdir: pathlib.Path) -> None:
 
 def gains(folders: list[pathlib.Path], part: str) -> np.ndarray:
   """NDCG@10 of each user, the mean over the seeds: [U]."""
-  ranks = np.stack([np.load(folder / "ranks.npz")[part] for folder in folders]).astype(np.float64)
+  ranks = np.stack([read_archive(folder / "ranks.npz")[part] for folder in folders]).astype(np.float64)
   return np.mean(np.where(ranks < 10, 1 / np.log2(ranks + 2), 0.0), axis=0)
 
 
