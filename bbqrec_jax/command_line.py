@@ -1,12 +1,62 @@
-"""Flags as absl parses them, with one line instead of a traceback where a config is wrong."""
+"""What the programs share: flags as absl parses them, and one line instead of a traceback."""
 
+import contextlib
 import difflib
+import pathlib
 import re
-from collections.abc import Collection
+import signal
+import sys
+from collections.abc import Collection, Iterator
+from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
-from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.errors import STORAGE_ERRORS, Diverged, InputError, StorageError, refuse
+from bbqrec_jax.interruption import Interrupted, heard_at_once, impatient
+
+
+def _drop_echoes(unraisable: Any) -> None:
+  """When a save fails, orbax closes an event loop that threads of tensorstore still answer, and each would tell so."""
+  if not isinstance(unraisable.exc_value, RuntimeError) or str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
+@contextlib.contextmanager
+def training(workdir: pathlib.Path) -> Iterator[None]:
+  """For programs that train: an interruption, a full disk or a wrong input ends them with one line.
+
+  The exit status is 0 after SIGTERM, 130 after Ctrl-C, 2 for wrong input and 1 for anything else that went wrong.
+
+  Args:
+    workdir: where the program writes.
+  """
+  if not flags.FLAGS["verbosity"].present:
+    # orbax tells of every file it writes; what fails there it also raises.
+    logging.set_verbosity(logging.FATAL)
+  sys.unraisablehook = _drop_echoes
+  try:
+    with impatient(), heard_at_once():
+      yield
+  except InputError as error:
+    refuse(error)
+  except (StorageError, Diverged) as error:
+    refuse(error, status=1)
+  except OSError as error:
+    if error.errno not in STORAGE_ERRORS:
+      raise
+    place = f" ({error.filename})" if error.filename else ""
+    refuse(
+      StorageError(
+        f"{workdir}: could not write what a run leaves there: {error.strerror}{place}; mend that, and the same"
+        " command goes on from the last checkpoint"
+      ),
+      status=1,
+    )
+  except Interrupted as stop:
+    print(f"stopped by {stop}, everything is saved; the same command goes on from here", flush=True)
+    sys.exit(0 if stop.signum == signal.SIGTERM else 128 + stop.signum)
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
 
 
 def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:

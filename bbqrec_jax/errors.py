@@ -1,9 +1,13 @@
-"""The one exception that means "what you gave me is wrong, and here is how to mend it", and how programs show it."""
+"""The exceptions that say what is wrong and how to mend it, and how programs show them."""
 
+import errno
 import sys
 from typing import NoReturn
 
 LONGEST_MESSAGE = 1000
+
+# What a disk answers that takes no more, or not from us.
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def printable(text: str) -> str:
@@ -36,7 +40,21 @@ class InputError(ValueError):
     super().__init__(line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "...")
 
 
-def refuse(error: Exception) -> NoReturn:
-  """Ends a program with one line on standard error and status 2."""
+class StorageError(RuntimeError):
+  """What a run has to write could not be written; what was saved before is still there.
+
+  Programs print it without a traceback and exit with status 1.
+  """
+
+
+class Diverged(FloatingPointError):
+  """Training came to numbers that are not finite; the last checkpoint is from before that.
+
+  Programs print it without a traceback and exit with status 1.
+  """
+
+
+def refuse(error: Exception, *, status: int = 2) -> NoReturn:
+  """Ends a program with one line on standard error and a status."""
   print(f"error: {' '.join(printable(str(error)).split())}", file=sys.stderr)
-  sys.exit(2)
+  sys.exit(status)

@@ -14,18 +14,18 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from bbqrec_jax.assign import assign
-from bbqrec_jax.command_line import parse_flags
+from bbqrec_jax.command_line import parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import validate
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, drop_short_users
 from bbqrec_jax.data.sources import load
-from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
 from bbqrec_jax.experiment import of_any_recommender, restore, run, tokenize
 from bbqrec_jax.json_files import read_json, write_json
@@ -85,14 +85,10 @@ def save(dataset: Dataset, keep: np.ndarray, folder: pathlib.Path, interactions:
 def main(argv: list[str]) -> None:
   """Trains what is not there yet, and prints what it makes of cold items."""
   del argv
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
   keep_compiled()
   config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
-  try:
+  with training(workdir):
     print(report(config, workdir, share=flags.FLAGS.share))
-  except InputError as error:
-    refuse(error)
 
 
 def report(config: Any, workdir: pathlib.Path, *, share: float) -> str:

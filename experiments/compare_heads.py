@@ -13,11 +13,12 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from compare_tokenizers import change, mean, table
 
+from bbqrec_jax.command_line import training
 from bbqrec_jax.compilation import keep_compiled
-from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
 from bbqrec_jax.input_files import read_archive
 from bbqrec_jax.json_files import read_json
@@ -103,18 +104,16 @@ def report(config: Any, workdir: pathlib.Path, *, reference: str) -> str:
 def main(argv: list[str]) -> None:
   """Does the work that the flags ask for, and prints the table."""
   del argv
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
   keep_compiled()
   options = flags.FLAGS
-  try:
+  workdir = pathlib.Path(options.workdir)
+  with training(workdir):
     for name in [*options.systems, options.reference]:
       if name not in SYSTEMS:
         raise InputError(f"expected some of {', '.join(SYSTEMS)}, got {name!r}")
     for seed in options.seeds:
       if not seed.isdecimal():
         raise InputError(f"--seeds: expected whole numbers from 0, got {seed!r}")
-    workdir = pathlib.Path(options.workdir)
     if not options.report:
       for seed in map(int, options.seeds):
         do(
@@ -123,8 +122,6 @@ def main(argv: list[str]) -> None:
         )
     config = load_config(options.config_file, "sasrec", path=options.path, seed=0)
     print(report(config, workdir, reference=options.reference))
-  except InputError as error:
-    refuse(error)
 
 
 if __name__ == "__main__":

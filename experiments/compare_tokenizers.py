@@ -16,13 +16,13 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from bbqrec_jax.command_line import parse_flags
+from bbqrec_jax.command_line import parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
-from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
 from bbqrec_jax.json_files import read_json
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health
@@ -148,18 +148,16 @@ def report(config: Any, workdir: pathlib.Path) -> str:
 def main(argv: list[str]) -> None:
   """Does the work that the flags ask for, and prints the tables."""
   del argv
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
   keep_compiled()
   options = flags.FLAGS
-  try:
+  workdir = pathlib.Path(options.workdir)
+  with training(workdir):
     for name in options.variants:
       if name not in VARIANTS:
         raise InputError(f"--variants: expected some of {', '.join(VARIANTS)}, got {name!r}")
     for seed in options.seeds:
       if not seed.isdecimal():
         raise InputError(f"--seeds: expected whole numbers from 0, got {seed!r}")
-    workdir = pathlib.Path(options.workdir)
     if not options.report:
       do(
         options.config, workdir,
@@ -167,8 +165,6 @@ def main(argv: list[str]) -> None:
         ids_alone=options.ids_alone,
       )  # fmt: skip
     print(report(options.config, workdir))
-  except InputError as error:
-    refuse(error)
 
 
 if __name__ == "__main__":

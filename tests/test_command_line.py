@@ -2,10 +2,16 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import pytest
+from absl import flags
+
+from bbqrec_jax.command_line import training
+from bbqrec_jax.errors import Diverged, InputError, StorageError
+from bbqrec_jax.interruption import Interrupted
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -59,3 +65,51 @@ def test_recommending_from_no_run_is_one_line(tmp_path):
   ]
   assert result.stdout == ""
   assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def parsed():
+  """absl's own flags, as a program has them."""
+  flags.FLAGS(["program"])
+  yield
+  flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "said"),
+  [
+    (InputError("bad\nfield"), 2, "error: bad field\n"),
+    (StorageError("no disk"), 1, "error: no disk\n"),
+    (Diverged("nan"), 1, "error: nan\n"),
+    (
+      OSError(28, "No space left on device"),
+      1,
+      "error: runs/x: could not write what a run leaves there: No space left on device; mend that, and the same command"
+      " goes on from the last checkpoint\n",
+    ),
+    (
+      PermissionError(13, "Permission denied", "runs/x/run.json"),
+      1,
+      "error: runs/x: could not write what a run leaves there: Permission denied (runs/x/run.json); mend that, and the"
+      " same command goes on from the last checkpoint\n",
+    ),
+    (Interrupted(signal.SIGTERM), 0, ""),
+    (Interrupted(signal.SIGINT), 130, ""),
+    (KeyboardInterrupt(), 130, ""),
+  ],
+  ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_ends_a_training_is_one_line_and_a_status(parsed, capsys, error, status, said):
+  with pytest.raises(SystemExit) as end, training(pathlib.Path("runs/x")):
+    raise error
+  assert end.value.code == status
+  out, err = capsys.readouterr()
+  assert err == said
+  if isinstance(error, Interrupted):
+    assert out == f"stopped by {error}, everything is saved; the same command goes on from here\n"
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback(parsed):
+  for error in (ValueError("bug"), FileNotFoundError(2, "No such file")):
+    with pytest.raises(type(error)), training(pathlib.Path("runs/x")):
+      raise error

@@ -20,10 +20,10 @@ from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import load_config, restore
+from bbqrec_jax.interruption import Interrupted
 from bbqrec_jax.recommend import parse_history, parse_times, recommend
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.logging import MetricsLog
-from bbqrec_jax.train.loop import Interrupted
 
 NUM_ITEMS, LEVELS, CODES = 80, 3, 16
 METRICS = {

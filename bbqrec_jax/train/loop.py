@@ -12,22 +12,11 @@ from typing import Any
 import grain
 import jax
 
+from bbqrec_jax.interruption import Interrupted
 from bbqrec_jax.train.checkpointing import Checkpointer
 from bbqrec_jax.train.logging import MetricsLog, Progress, say
 from bbqrec_jax.train.parallel import Partitioner, StepFunction
 from bbqrec_jax.train.state import TrainState
-
-
-class Interrupted(Exception):
-  """A signal asked the run to stop, and everything is saved.
-
-  Attributes:
-    signum: the signal.
-  """
-
-  def __init__(self, signum: int):
-    super().__init__(signal.Signals(signum).name)
-    self.signum = signum
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 import pytest
 
+from bbqrec_jax.interruption import Interrupted
 from bbqrec_jax.train.checkpointing import Checkpointer
 from bbqrec_jax.train.logging import MetricsLog
-from bbqrec_jax.train.loop import Interrupted, Plan, fit
+from bbqrec_jax.train.loop import Plan, fit
 from bbqrec_jax.train.parallel import SingleDevice
 from bbqrec_jax.train.state import TrainState, step_key
 
