@@ -42,6 +42,7 @@ from bbqrec_jax.train.tokenizer_stage import run_tokenizer
 # Of the figures of `statistics`: what tells one data set from another.
 _HASHES = ("split_hash", "features_hash", "times_hash")
 _LARGEST = 2**63  # Of numbers in the files of a workdir; JSON itself knows no bounds.
+_REMAKE = "delete its folder, and the run's own command makes it again from the checkpoint"
 SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
 
 
@@ -192,7 +193,7 @@ def tokenize(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
     _semantic_ids(prepared, log)
   finally:
     log.close()
-  return read_json(tokenizer_folder(config, workdir) / "health.json")
+  return read_json(tokenizer_folder(config, workdir) / "health.json", mend=_REMAKE)
 
 
 def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -231,7 +232,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
       ids = _semantic_ids(prepared, log)
       check_fingerprint(workdir, ids)
       if not config.tokenizer.artefact:
-        seconds = tokenizer_seconds(workdir / "tokenizer")
+        seconds = tokenizer_figure(workdir / "tokenizer", "seconds")
     metrics, progress = run_recommender(
       config,
       ids,
@@ -318,7 +319,7 @@ def load_results(workdir: pathlib.Path) -> dict[str, Any]:
     InputError: if it is not there, or is not that.
   """
   path = workdir / "results.json"
-  results = read_json(path)
+  results = read_json(path, mend="delete it, and the run's own command makes it again")
   try:
     format_results(results)
     steps = results["best_step"], results["steps"]
@@ -332,17 +333,17 @@ def load_results(workdir: pathlib.Path) -> dict[str, Any]:
   return results
 
 
-def tokenizer_seconds(folder: pathlib.Path) -> float:
-  """How long the tokenizer in a folder took to train, which its `health.json` says.
+def tokenizer_figure(folder: pathlib.Path, name: str) -> float:
+  """What training the tokenizer in a folder took, which its `health.json` says, such as "seconds".
 
   Raises:
     InputError: if it does not.
   """
   path = folder / "health.json"
-  seconds = read_json(path).get("seconds")
-  if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < _LARGEST:
-    raise InputError(f"{path} field seconds: expected a number of at least 0, got {seconds!r}; restore it")
-  return float(seconds)
+  figure = read_json(path, mend=_REMAKE).get(name)
+  if isinstance(figure, bool) or not isinstance(figure, int | float) or not 0 <= figure < _LARGEST:
+    raise InputError(f"{path} field {name}: expected a number of at least 0, got {figure!r}; {_REMAKE}")
+  return figure
 
 
 class Restored(NamedTuple):

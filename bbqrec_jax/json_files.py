@@ -1,5 +1,6 @@
-"""JSON files that are there whole or not at all."""
+"""JSON files that are there whole or not at all, and that tell when they were changed."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -15,19 +16,32 @@ LARGEST = 2**28
 DEEPEST = 20
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes beside `path`, then moves into place: whoever reads, or resumes after a kill, never sees half a file."""
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+  """Writes beside `path`, then moves into place: whoever reads, or resumes after a kill, never sees half a file.
+
+  Args:
+    path: of the file; its folder is made.
+    value: what JSON can hold. The file has one field more, `checksum`.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.with_name(path.name + ".unfinished")
-  unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  value = json.loads(json.dumps(value))
+  with open(unfinished, "w", encoding="utf-8") as file:
+    file.write(json.dumps(value | {"checksum": checksum(value)}, indent=2) + "\n")
+    file.flush()
+    os.fsync(file.fileno())  # Or a power cut might leave the new name with nothing behind it.
   os.replace(unfinished, path)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path, *, mend: str = "restore it from a copy, or use another folder") -> dict[str, Any]:
   """What a file of `write_json` holds.
 
+  Args:
+    path: of the file.
+    mend: what to do about a damaged one.
+
   Raises:
-    InputError: if the file is missing or is not a JSON object.
+    InputError: if the file is missing, is not a JSON object, or is not what was written.
   """
   check_file(path, what="a JSON file", most=LARGEST)
   try:
@@ -36,11 +50,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       raise ValueError(f"it holds a {type(value).__name__}, no object")
     if _is_deep(value):
       raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+    written = value.pop("checksum", None)
+    if written != checksum(value):
+      raise ValueError(f"its checksum is {written}, that of what it holds {checksum(value)}: it was changed")
     return value
   except (OSError, ValueError, RecursionError) as error:
-    raise InputError(
-      f"{path}: expected a JSON file, could not read one ({error}); restore it or use another folder"
-    ) from error
+    raise InputError(f"{path}: expected a JSON file, could not read one ({error}); {mend}") from error
+
+
+def checksum(value: dict[str, Any]) -> str:
+  """16 hexadecimal digits that change with any name or value."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _is_deep(value: Any) -> bool:

@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import functools
 import gzip
+import hashlib
 import io
 import json
 import multiprocessing
@@ -228,9 +229,19 @@ def change_json(rng: np.random.Generator, value: Any) -> Any:
   return document[0]
 
 
+def sealed(value: dict[str, Any]) -> bytes:
+  """A JSON file with the checksum of what it holds, as whoever forges one would write it."""
+  held = {name: part for name, part in value.items() if name != "checksum"}
+  digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+  return json.dumps(held | {"checksum": digest[:16]}).encode()
+
+
 def damage_json(rng: np.random.Generator, content: bytes) -> bytes:
-  """The same in a JSON file; or what is nested deeper than can be read."""
-  text = json.dumps(change_json(rng, json.loads(content)))
+  """The same in a JSON file, mostly with the checksum of what it then holds; or nested deeper than can be read."""
+  value = change_json(rng, json.loads(content))
+  if isinstance(value, dict) and "checksum" in value and rng.random() < 0.7:
+    return sealed(value)
+  text = json.dumps(value)
   return (text.replace("0", DEEP, 1) if rng.random() < 0.05 else text).encode()
 
 
@@ -692,12 +703,13 @@ def read_run(folder: pathlib.Path) -> Any:
 
 
 def document(files: Files, name: str) -> Any:
-  """What a JSON file holds."""
+  """What a JSON file holds, if its checksum says so."""
   if not isinstance(files[name], bytes):
     raise Bad
   found = json.loads(files[name].decode())
-  if not isinstance(found, dict):
+  if not isinstance(found, dict) or found != json.loads(sealed(found)):
     raise Bad
+  del found["checksum"]
   return found
 
 
@@ -724,7 +736,7 @@ def forge_config(rng: np.random.Generator, files: Files) -> Files:
   with contextlib.suppress(*NOTHING_THERE):
     fields = {name: value for name, value in flatten(json.loads(content)).items() if name != "data.path"}
     data = {name: value for name, value in document(files, "run.json").items() if name.startswith("data ")}
-    files = files | {"run.json": json.dumps(fields | data).encode()}
+    files = files | {"run.json": sealed(fields | data)}
   return files | {"config.json": content}
 
 
@@ -774,7 +786,7 @@ def reseal(rng: np.random.Generator, files: Files) -> Files:
   with contextlib.suppress(*NOTHING_THERE):
     about = json.loads(files["semantic_ids.json"])
     about["fingerprint"] = parse_ids(files).fingerprint
-    files["semantic_ids.json"] = json.dumps(about).encode()
+    files["semantic_ids.json"] = sealed(about)
   return files
 
 
@@ -815,10 +827,10 @@ def reseal_settings(rng: np.random.Generator, files: Files) -> Files:
     about["settings"] = change_json(rng, about["settings"])
   else:
     files = files | {"encoder.npz": damage_archive(rng, files["encoder.npz"])}
-  files = files | {"semantic_ids.json": json.dumps(about).encode()}
+  files = files | {"semantic_ids.json": sealed(about)}
   with contextlib.suppress(*NOTHING_THERE):
     about["fingerprint"] = parse_ids(files).fingerprint
-    files["semantic_ids.json"] = json.dumps(about).encode()
+    files["semantic_ids.json"] = sealed(about)
   return files
 
 
@@ -938,7 +950,9 @@ def readers() -> dict[str, Reader]:
       lambda files: expect_note(files, semantic_ids().fingerprint),
     ),
     "health.json": workdir(
-      "health.json", experiment.tokenizer_seconds, lambda files: float(document(files, "health.json")["seconds"])
+      "health.json",
+      lambda folder: experiment.tokenizer_figure(folder, "seconds"),
+      lambda files: float(document(files, "health.json")["seconds"]),
     ),
   }  # fmt: skip
 

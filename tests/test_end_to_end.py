@@ -21,6 +21,7 @@ from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import load_config, restore
 from bbqrec_jax.interruption import Interrupted
+from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.recommend import parse_history, parse_times, recommend
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.logging import MetricsLog
@@ -90,10 +91,6 @@ def semantic(request):
 def finished(request):
   """Each of the runs."""
   return request.getfixturevalue(request.param)
-
-
-def read_json(path):
-  return json.loads(path.read_text(encoding="utf-8"))
 
 
 def without_seconds(results):
@@ -381,7 +378,7 @@ def test_time_between_interactions_needs_times_and_is_asked_for(generative, tmp_
   assert np.abs(scores[0] - scores[2]).max() > 1e-5
 
   note = read_json(tmp_path / "run" / "run.json")
-  (tmp_path / "run" / "run.json").write_text(json.dumps(note | {"data times_hash": "other"}))
+  write_json(tmp_path / "run" / "run.json", note | {"data times_hash": "other"})
   with pytest.raises(InputError, match="has times_hash"):
     restore(tmp_path / "run")
 
@@ -591,8 +588,8 @@ def test_a_trained_recommender_that_does_not_say_which_ids_it_reads_is_refused(d
 def test_a_checkpoint_that_does_not_fit_the_config_is_refused_before_it_is_read(copied):
   config, note = read_json(copied / "config.json"), read_json(copied / "run.json")
   config["recommender"]["mlp_width"] = note["recommender.mlp_width"] = 10**12
-  (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
-  (copied / "run.json").write_text(json.dumps(note), encoding="utf-8")
+  write_json(copied / "config.json", config)
+  write_json(copied / "run.json", note)
   with pytest.raises(InputError, match=r"expected a checkpoint of step \d+ that fits the config"):
     restore(copied)
 
@@ -600,7 +597,7 @@ def test_a_checkpoint_that_does_not_fit_the_config_is_refused_before_it_is_read(
 def test_a_run_of_another_version_is_refused(copied):
   config = read_json(copied / "config.json")
   config["recommender"]["forgotten"] = 1
-  (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+  write_json(copied / "config.json", config)
   with pytest.raises(InputError, match=r"does not fit this version: field recommender\.forgotten is on one side only"):
     restore(copied)
 
@@ -608,7 +605,7 @@ def test_a_run_of_another_version_is_refused(copied):
 def test_a_run_on_other_data_is_refused(copied):
   config, note = read_json(copied / "config.json"), read_json(copied / "run.json")
   config["data"]["synthetic"]["seed"] = note["data.synthetic.seed"] = 5
-  (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
-  (copied / "run.json").write_text(json.dumps(note), encoding="utf-8")
+  write_json(copied / "config.json", config)
+  write_json(copied / "run.json", note)
   with pytest.raises(InputError, match="was trained on"):
     restore(copied)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gzip
+import json
 import os
 import struct
 import tracemalloc
@@ -17,7 +18,7 @@ from bbqrec_jax.data.features import load_modality, load_new_items
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.input_files import check_file, check_links, open_array, read_archive, read_array
-from bbqrec_jax.json_files import read_json
+from bbqrec_jax.json_files import read_json, write_json
 
 ARRAYS = {
   "floats": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -150,14 +151,14 @@ def test_json_is_no_larger_nor_deeper_than_can_be_read(tmp_path):
   path = tmp_path / "a.json"
   path.write_text("[" * 10_000)
   refusal(lambda: read_json(path), path, "expected a JSON file")
-  path.write_text('{"a":' * 20 + "1" + "}" * 20)
+  write_json(path, json.loads('{"a":' * 20 + "1" + "}" * 20))
   assert read_json(path)["a"].keys() == {"a"}
   for deep in ('{"a":' * 21 + "[]" + "}" * 21, '{"a":' + "[" * 20 + "1" + "]" * 20 + "}"):
     path.write_text(deep)
     refusal(lambda: read_json(path), path, "nested deeper than 20 levels")
   path.write_text("[1]")
   refusal(lambda: read_json(path), path, "it holds a list")
-  path.write_text("{}")
+  write_json(path, {})
   assert read_json(path) == {}
   os.truncate(path, 2**40)
   with little_memory():

@@ -3,7 +3,6 @@
 import ast
 import codecs
 import gc
-import json
 import pathlib
 import pickle
 import sys
@@ -17,8 +16,8 @@ import pytest
 from bbqrec_jax import experiment
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.experiment import claim, load_config, load_results, tokenizer_seconds
-from bbqrec_jax.json_files import write_json
+from bbqrec_jax.experiment import claim, load_config, load_results, tokenizer_figure
+from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.train.checkpointing import Checkpointer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -144,10 +143,10 @@ def test_code_that_a_workdir_names_is_not_run_until_it_is_trusted(tmp_path, monk
 
 def test_a_config_that_is_not_the_runs_is_refused(tmp_path):
   workdir = start(tmp_path / "run")
-  config = json.loads((workdir / "config.json").read_text())
+  config = read_json(workdir / "config.json")
 
   def change(**fields):
-    (workdir / "config.json").write_text(json.dumps(config | {"recommender": config["recommender"] | fields}))
+    write_json(workdir / "config.json", config | {"recommender": config["recommender"] | fields})
 
   change(num_heads=4)  # A number of heads that the parameters of this width would fit as well.
   with pytest.raises(InputError, match=r"tell of different runs: recommender\.num_heads"):
@@ -216,4 +215,4 @@ def test_what_is_no_results_file_is_refused_with_the_way_out(tmp_path):
 def test_a_health_report_without_a_sensible_time_is_refused(tmp_path, seconds):
   write_json(tmp_path / "health.json", {"seconds": seconds})
   with pytest.raises(InputError, match=r"health\.json field seconds: expected a number"):
-    tokenizer_seconds(tmp_path)
+    tokenizer_figure(tmp_path, "seconds")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 
 import jax
@@ -15,6 +14,7 @@ from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.data.sources import load
+from bbqrec_jax.json_files import read_json
 from bbqrec_jax.models.frozen import FrozenTokenizer, settings_from_json
 from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.models.tokenizer_loss import LossWeights
@@ -119,10 +119,6 @@ def trained(data, tmp_path_factory, compile_cache, quick_compile):
     return train(*data, workdir, ALTERNATIVES[name]), workdir
 
   return run
-
-
-def read_json(path):
-  return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_the_runs_below_take_every_choice_and_every_switch_both_ways():
