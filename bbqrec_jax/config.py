@@ -20,6 +20,12 @@ def default_config() -> ml_collections.ConfigDict:
   config.seed = 0  # Of everything random: initialisation, batch order, dropout, codebook fitting.
   config.partitioner = "pmap"  # "pmap" over all devices, or "single".
   config.log_every = 50  # Steps between two lines of training metrics.
+  config.keep_checkpoints = 2  # Newest ones kept of each stage, beside the best: a damaged one has one before it.
+  config.on_nonfinite = (
+    "stop"  # At a step whose loss or gradient is not finite, or "skip" it: nothing of it is applied.
+  )
+  config.max_skipped = 10  # Steps skipped in a row after which training stops all the same.
+  config.spike_factor = 3.0  # Losses of more than so many times their running median are logged.
 
   config.data = data = ml_collections.ConfigDict()
   data.source = "directory"  # "directory", "recbole" (atomic files) or "synthetic" (planted structure).
@@ -146,8 +152,12 @@ def _optimizer(*, learning_rate: float, weight_decay: float, warmup_steps: int) 
   return optimizer
 
 
+# What may change between two starts of one run: no number of a run that nothing befalls depends on it.
+CHANGEABLE = {"data.path", "keep_checkpoints", "on_nonfinite", "max_skipped", "spike_factor"}
+
 _CHOICES = {
   **{f"tokenizer.{name}": choices for name, choices in TOKENIZER_CHOICES.items()},
+  "on_nonfinite": ("stop", "skip"),
   "partitioner": ("pmap", "single"),
   "data.source": ("synthetic", "directory", "recbole"),
   "tokenizer.codebook_update": ("loss", "moving_average"),
@@ -261,7 +271,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for name in ("tokenizer.dropout", "tokenizer.codeword_decay", "tokenizer.revival_threshold", "recommender.dropout"):
     if flat[name] >= 1:
       raise InputError(f"config field {name} must be less than 1, got {flat[name]}")
-  for name in ("tokenizer.temperature", "tokenizer.optimizer.clip_norm", "recommender.optimizer.clip_norm"):
+  for name in (
+    "spike_factor",
+    "tokenizer.temperature",
+    "tokenizer.optimizer.clip_norm",
+    "recommender.optimizer.clip_norm",
+  ):
     if flat[name] <= 0:
       raise InputError(f"config field {name} must be greater than 0, got {flat[name]}")
   for name in ("tokenizer.specific_dropout", "tokenizer.level_dropout"):

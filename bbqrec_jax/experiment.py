@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from bbqrec_jax.config import default_config, flatten, validate
+from bbqrec_jax.config import CHANGEABLE, default_config, flatten, validate
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.features import Modalities, load_new_items
 from bbqrec_jax.data.interactions import Split, leave_one_out
@@ -24,7 +24,7 @@ from bbqrec_jax.models.heads import HEADS
 from bbqrec_jax.models.recommender import BACKBONES, Recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import check_capacity
-from bbqrec_jax.train.checkpointing import Checkpointer
+from bbqrec_jax.train.checkpointing import restore_state
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.parallel import PARTITIONERS, Partitioner
 from bbqrec_jax.train.recommender_stage import (
@@ -79,7 +79,7 @@ def _check_sizes(config: ml_collections.ConfigDict, *, num_items: int, num_modal
 def _identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What of a config tells one run from another, as JSON gives it back."""
   # Where the data lies may change between two starts of one run; what it holds may not.
-  fields = {name: value for name, value in flatten(config).items() if name != "data.path"}
+  fields = {name: value for name, value in flatten(config).items() if name not in CHANGEABLE}
   return json.loads(json.dumps(fields))
 
 
@@ -215,6 +215,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
 
   Raises:
     InputError: for anything wrong with the config, the data or the workdir, before anything is computed.
+    Interrupted, Diverged, StorageError: as `train.loop.fit`.
   """
   prepared = _begin(config, workdir)
   dataset, split, figures = prepared.dataset, prepared.split, prepared.figures
@@ -226,13 +227,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     return results
 
   log = MetricsLog(workdir)
-  ids, seconds = None, 0.0
+  ids, seconds, skipped = None, 0.0, 0.0
   try:
     if needs_semantic_ids(config):
       ids = _semantic_ids(prepared, log)
       check_fingerprint(workdir, ids)
       if not config.tokenizer.artefact:
-        seconds = tokenizer_figure(workdir / "tokenizer", "seconds")
+        seconds, skipped = (tokenizer_figure(workdir / "tokenizer", name) for name in ("seconds", "skipped_steps"))
     metrics, progress = run_recommender(
       config,
       ids,
@@ -251,10 +252,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     **metrics,
     "best_step": progress["best_step"],
     "steps": progress["step"],
+    "skipped_steps": {"tokenizer": int(skipped), "recommender": progress["skipped"]},
     "seconds": {
       "tokenizer": seconds,
       "recommender": progress["training_seconds"],
       "evaluation": progress["evaluation_seconds"],
+      "checkpoints": progress["checkpoint_seconds"],
     },
   }
   write_json(finished, results)
@@ -334,7 +337,7 @@ def load_results(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def tokenizer_figure(folder: pathlib.Path, name: str) -> float:
-  """What training the tokenizer in a folder took, which its `health.json` says, such as "seconds".
+  """What training the tokenizer in a folder took, which its `health.json` says: "seconds" or "skipped_steps".
 
   Raises:
     InputError: if it does not.
@@ -434,16 +437,7 @@ def restore(
     every = item_features(config, dataset, new)
     _, catalogue = build_recommender(config, ids, split.train, num_items=len(ids.codes), features=every)
     dataset = dataclasses.replace(dataset, titles=dataset.titles + ("",) * count)
-  checkpointer = Checkpointer(workdir / "checkpoints" / "recommender")
-  try:
-    state = checkpointer.restore_state(best, like)
-  except (ValueError, KeyError, OSError) as error:
-    reason = str(error)[:200]
-    raise InputError(
-      f"{workdir}: expected a checkpoint of step {best} that fits the config, found none ({reason}); restore it"
-    ) from error
-  finally:
-    checkpointer.close()
+  state = restore_state(workdir / "checkpoints" / "recommender", best, like)
   return Restored(dataset, ids, model, state.params, catalogue, config)
 
 

@@ -46,7 +46,7 @@ import numpy as np
 from absl import app, flags
 
 from bbqrec_jax import experiment
-from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.config import CHANGEABLE, default_config, flatten
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import load_new_items
@@ -734,7 +734,7 @@ def forge_config(rng: np.random.Generator, files: Files) -> Files:
   """Damages the config of a run and makes the note of what the run is agree with it, as whoever forges one would."""
   content = damage_json(rng, files["config.json"])
   with contextlib.suppress(*NOTHING_THERE):
-    fields = {name: value for name, value in flatten(json.loads(content)).items() if name != "data.path"}
+    fields = {name: value for name, value in flatten(json.loads(content)).items() if name not in CHANGEABLE}
     data = {name: value for name, value in document(files, "run.json").items() if name.startswith("data ")}
     files = files | {"run.json": sealed(fields | data)}
   return files | {"config.json": content}
@@ -749,9 +749,13 @@ def expect_forged_config(files: Files) -> Any:
 
 
 def expect_config(files: Files, valid: Files) -> Any:
-  """The fields of a config that differs from the run's in nothing but where the data is."""
+  """The fields of a config that differs from the run's in nothing but what may change between two starts."""
   found, right = flatten(document(files, "config.json")), flatten(document(valid, "config.json"))
-  if found | {"data.path": ""} != right | {"data.path": ""} or type(found["data.path"]) is not str:
+  same = found | {name: right[name] for name in CHANGEABLE} == right
+  numbers = (type(found[name]) is int and 0 < found[name] < 2**63 for name in ("keep_checkpoints", "max_skipped"))
+  factor = type(found["spike_factor"]) in (int, float) and 0 < found["spike_factor"] < 2**63
+  named = type(found["data.path"]) is str and found["on_nonfinite"] in ("stop", "skip")
+  if not same or not all(numbers) or not factor or not named:
     raise Bad
   return found
 

@@ -118,7 +118,9 @@ INTEGERS_FROM_ZERO = [
   if isinstance(value, int) and not isinstance(value, bool) and name not in INTEGERS_FROM_ONE
 ]
 FLOATS = [name for name, value in flatten(default_config()).items() if isinstance(value, float)]
-POSITIVE_FLOATS = ["tokenizer.temperature", "tokenizer.optimizer.clip_norm", "recommender.optimizer.clip_norm"]
+POSITIVE_FLOATS = [
+  "spike_factor", "tokenizer.temperature", "tokenizer.optimizer.clip_norm", "recommender.optimizer.clip_norm",
+]  # fmt: skip
 
 
 def with_field(name, value):

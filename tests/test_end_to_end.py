@@ -117,9 +117,10 @@ def test_results_hold_what_is_documented(finished):
     recalls = [results[part][f"recall@{k}"] for k in (1, 5, 10, 20)]
     assert recalls == sorted(recalls)
     assert results[part]["recall@1"] <= results[part]["mrr"]
-  assert results["seconds"].keys() == {"tokenizer", "recommender", "evaluation"}
+  assert results["seconds"].keys() == {"tokenizer", "recommender", "evaluation", "checkpoints"}
   assert results["seconds"]["recommender"] > 0.0
   assert results["seconds"]["evaluation"] > 0.0
+  assert results["seconds"]["checkpoints"] > 0.0
   assert results["best_step"] in (40, 80, 120)
 
 
@@ -215,6 +216,12 @@ def test_another_config_in_the_same_workdir_is_refused(generative, changes, name
   assert named in message
   assert "\n" not in message
   assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
+
+
+def test_what_no_number_depends_on_may_change_between_two_starts(sasrec):
+  workdir, results = sasrec
+  changes = {"keep_checkpoints": 5, "on_nonfinite": "skip", "max_skipped": 3, "spike_factor": 9.0}
+  assert experiment.run(make_config(**SASREC, **changes), workdir) == results
 
 
 @pytest.mark.parametrize(
@@ -590,8 +597,31 @@ def test_a_checkpoint_that_does_not_fit_the_config_is_refused_before_it_is_read(
   config["recommender"]["mlp_width"] = note["recommender.mlp_width"] = 10**12
   write_json(copied / "config.json", config)
   write_json(copied / "run.json", note)
-  with pytest.raises(InputError, match=r"expected a checkpoint of step \d+ that fits the config"):
+  with pytest.raises(InputError, match=r"checkpoints/recommender/\d+: expected a checkpoint that fits the config"):
     restore(copied)
+
+
+@pytest.mark.parametrize("damaged", ["cut off", "changed"])
+@pytest.mark.parametrize("name", ["run.json", "results.json"])
+def test_damaged_notes_are_refused_and_named(copied, name, damaged):
+  whole = (copied / name).read_text()
+  (copied / name).write_text(whole[:-9] if damaged == "cut off" else whole.replace("0", "1", 1))
+  with pytest.raises(InputError, match=rf"run/{name}: expected "):
+    experiment.run(make_config(**SASREC), copied)
+
+
+def test_a_damaged_model_is_refused_and_made_again_where_that_is_asked_for(copied, sasrec):
+  _, results = sasrec
+  best = copied / "checkpoints" / "recommender" / str(results["best_step"])
+  damaged = max(best.rglob("*"), key=lambda path: path.stat().st_size)
+  content = bytearray(damaged.read_bytes())
+  content[len(content) // 2] ^= 1
+  damaged.write_bytes(content)
+  with pytest.raises(InputError, match=rf"{damaged} was changed or cut off .*remove the workdir's results.json"):
+    restore(copied)
+  (copied / "results.json").unlink()
+  assert without_seconds(experiment.run(make_config(**SASREC), copied)) == without_seconds(results)
+  restore(copied)
 
 
 def test_a_run_of_another_version_is_refused(copied):

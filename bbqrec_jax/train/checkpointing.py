@@ -1,6 +1,15 @@
-"""Checkpoints of a stage: state, input pipeline and where the run stood, saved together and restored together."""
+"""Checkpoints of a stage: state, input pipeline and where the run stood, saved together and restored together.
 
+Every checkpoint holds the SHA-256 digests of its files, written after them and before the checkpoint gets its name. One
+whose files are not those is passed over.
+"""
+
+import contextlib
+import hashlib
+import os
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -8,33 +17,136 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from bbqrec_jax.errors import STORAGE_ERRORS, InputError, StorageError
+from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.train.logging import warn
 
-class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-  """Keeps the newest checkpoint and the one that the run calls its best; no other record of metrics can disagree."""
+_DIGESTS = "digests.json"
+_TIMES = "_CHECKPOINT_METADATA"  # When the save began and ended: orbax writes it once more after the digests.
 
-  best_step = -1
+
+class _NewestAndTheirBest(checkpoint_managers.PreservationPolicy):
+  """Keeps the newest checkpoints, and for each of them the one that the run called its best by then.
+
+  So each can be gone on from. No other record of metrics can disagree.
+  """
+
+  def __init__(self, keep: int):
+    self._keep, self.best = keep, dict[int, int]()
 
   def should_preserve(self, checkpoints, *, context):
     del context
-    latest = max((checkpoint.step for checkpoint in checkpoints), default=-1)
-    return [checkpoint.step in (latest, self.best_step) for checkpoint in checkpoints]
+    newest = sorted(checkpoint.step for checkpoint in checkpoints)[-self._keep :]
+    kept = {*newest, *(self.best.get(step) for step in newest)}
+    return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _digest(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_digests(folder: pathlib.Path) -> None:
+  files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _TIMES)
+  write_json(folder / _DIGESTS, {str(path.relative_to(folder)): _digest(path) for path in files})
+
+
+def damage(folder: pathlib.Path) -> str:
+  """What is wrong with the files of a checkpoint, "" if nothing is.
+
+  Raises:
+    OSError: if the disk cannot be read; that says nothing about the checkpoint.
+  """
+  if not (folder / _DIGESTS).is_file():
+    return f"{folder / _DIGESTS} is missing"
+  try:
+    digests = read_json(folder / _DIGESTS)
+  except InputError as error:
+    return str(error)
+  for name, digest in digests.items():
+    if not (folder / name).is_file():
+      return f"{folder / name} is missing"
+    if _digest(folder / name) != digest:
+      return f"{folder / name} was changed or cut off after it was written"
+  return ""
+
+
+def restore_state(directory: pathlib.Path, step: int, like: Any) -> Any:
+  """The state saved at a step, without its input pipeline; nothing is written.
+
+  Args:
+    directory: of the stage's checkpoints.
+    step: of the checkpoint.
+    like: a state of the same structure, placed where the restored one shall be.
+
+  Raises:
+    InputError: if the checkpoint is missing or damaged (names the file), or is of a state of another structure.
+  """
+  folder = directory.absolute() / str(step)
+  problem = damage(folder)
+  if problem:
+    raise InputError(
+      f"{problem}: checkpoint {step} cannot be used; restore it from a copy, or remove the workdir's results.json and"
+      " start the run again, which trains anew what is lost, to the same numbers"
+    )
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(folder / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+  except (ValueError, KeyError) as error:
+    reason = str(error)[:200]
+    raise InputError(
+      f"{folder}: expected a checkpoint that fits the config, found none ({reason}); restore it"
+    ) from error
 
 
 class Checkpointer:
-  """Keeps the latest checkpoint and the best one."""
+  """Keeps the newest checkpoints of a stage and the best one."""
 
-  def __init__(self, directory: pathlib.Path):
-    """Opens (or makes) the folder of one stage."""
-    self._policy = _LatestAndBest()
-    self._manager = ocp.CheckpointManager(
-      directory.absolute(),
-      options=ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True),
-      item_handlers={
-        "state": ocp.StandardCheckpointHandler(),
-        "data": grain.checkpoint.CheckpointHandler(),
-        "progress": ocp.JsonCheckpointHandler(),
-      },
-    )
+  def __init__(self, directory: pathlib.Path, *, keep: int = 2):
+    """Opens (or makes) the folder of one stage; removes what unfinished saves have left there.
+
+    Args:
+      directory: the folder.
+      keep: how many of the newest checkpoints are kept, at least 1. From 2 on, a damaged one has one before it.
+
+    Raises:
+      StorageError: if the folder cannot be made.
+    """
+    self._directory = directory.absolute()
+    self._policy = _NewestAndTheirBest(keep)
+    self._saving = -1
+    with self._storing("open the folder of checkpoints"):
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=self._policy,
+          cleanup_tmp_directories=True,
+          async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        ),
+        item_handlers={
+          "state": ocp.StandardCheckpointHandler(),
+          "data": grain.checkpoint.CheckpointHandler(),
+          "progress": ocp.JsonCheckpointHandler(),
+        },
+      )
+
+  def _seal(self) -> None:
+    """Called in the thread that saves, when everything is written and before the folder gets its final name."""
+    (folder,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+    _write_digests(folder)
+
+  @contextlib.contextmanager
+  def _storing(self, what: str) -> Iterator[None]:
+    """Makes one kind of error of all that orbax and the libraries below it raise when a disk takes no more."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+      known = [os.strerror(number) for number in STORAGE_ERRORS if os.strerror(number) in reason] or [reason[:300]]
+      raise StorageError(
+        f"{self._directory}: could not {what}: {known[0]}; mend that, and the same command goes on from the last"
+        " checkpoint"
+      ) from error
 
   def save(self, step: int, state: Any, data: grain.DatasetIterator, progress: dict[str, Any]) -> None:
     """Saves in the background; does nothing if this step is saved already.
@@ -43,49 +155,83 @@ class Checkpointer:
       step: steps taken.
       state: of the training.
       data: the input pipeline's iterator.
-      progress: where the run stands; its `best_step` is kept besides the latest.
+      progress: where the run stands; the checkpoint of its `best_step` is kept as long as this one.
+
+    Raises:
+      StorageError: if this checkpoint, or the one before it in the background, could not be written.
     """
+    self.wait()
     if step in self._manager.all_steps():
       return
-    self._policy.best_step = progress["best_step"]
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        data=grain.checkpoint.CheckpointSave(data),
-        # A copy: the run goes on and changes its own while this one is written.
-        progress=ocp.args.JsonSave(dict(progress)),
-      ),
-    )
+    self._policy.best[step] = progress["best_step"]
+    self._saving = step
+    with self._storing(f"write checkpoint {step}"):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          data=grain.checkpoint.CheckpointSave(data),
+          # A copy: the run goes on and changes its own while this one is written.
+          progress=ocp.args.JsonSave(dict(progress)),
+        ),
+      )
 
   def restore_latest(self, like: Any, data: grain.DatasetIterator) -> tuple[Any, dict[str, Any]] | None:
-    """(state, progress) of the latest checkpoint, `data` being moved to its place; None if there is none.
+    """(state, progress) of the latest whole checkpoint, `data` being moved to its place; None if there is none.
+
+    A checkpoint that is damaged, or whose best one is, is passed over with a warning and renamed to STEP.set_aside.
 
     Args:
       like: a state of the same structure, placed where the restored one shall be.
       data: the input pipeline's iterator.
     """
-    step = self._manager.latest_step()
-    if step is None:
+    damages = {step: damage(self._directory / str(step)) for step in sorted(self._manager.all_steps())}
+    progress = {step: self._progress(step) for step, problem in damages.items() if not problem}
+    for step in reversed(damages):
+      problem = damages[step]
+      if not problem:
+        best = progress[step]["best_step"]
+        if best in (-1, step) or damages.get(best) == "":
+          break
+        problem = f"the best one by then, {best}, cannot be used: {damages.get(best, 'it is missing')}"
+      self._set_aside(step, problem)
+    else:
       return None
+    self._policy.best = {other: where["best_step"] for other, where in progress.items() if other <= step}
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
         data=grain.checkpoint.CheckpointRestore(data),
-        progress=ocp.args.JsonRestore(),
       ),
     )
-    return restored["state"], restored["progress"]
+    return restored["state"], progress[step]
 
-  def restore_state(self, step: int, like: Any) -> Any:
-    """The state saved at `step`, without its input pipeline."""
-    self._manager.wait_until_finished()
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-    return restored["state"]
+  def _progress(self, step: int) -> dict[str, Any]:
+    return self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+
+  def _set_aside(self, step: int, problem: str) -> None:
+    folder, aside = self._directory / str(step), self._directory / f"{step}.set_aside"
+    warn(f"checkpoint {step} is passed over, and is now {aside}: {problem}")
+    with self._storing(f"set checkpoint {step} aside"):
+      shutil.rmtree(aside, ignore_errors=True)
+      os.rename(folder, aside)
+      self._manager.reload()
+
+  def wait(self) -> None:
+    """Waits for the save in flight.
+
+    Raises:
+      StorageError: if it failed.
+    """
+    with self._storing(f"write checkpoint {self._saving}"):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for saves in flight."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits for the save in flight, and closes.
+
+    Raises:
+      StorageError: as `wait`.
+    """
+    with self._storing(f"write checkpoint {self._saving}"):
+      self._manager.close()

@@ -2,15 +2,18 @@
 
 import datetime
 import json
+import os
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 
 def say(message: str) -> None:
@@ -19,26 +22,97 @@ def say(message: str) -> None:
   sys.stdout.flush()
 
 
+def warn(message: str) -> None:
+  """Something that the person at the terminal did not expect, in one line."""
+  say(f"warning: {' '.join(message.split())}")
+
+
 class MetricsLog:
-  """Appends each record to `metrics.jsonl` and to TensorBoard files."""
+  """Appends each record to `metrics.jsonl` and to TensorBoard files.
+
+  A record is a line `{"stage", "kind", "step", "time", ...}`, and none stands there twice: what a run logged past the
+  checkpoint that it goes on from is dropped, and so is a line that was cut off.
+  """
 
   def __init__(self, workdir: pathlib.Path):
-    """Opens both in `workdir`."""
-    self._file: IO[str] = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+    """Opens `metrics.jsonl` in `workdir`; the TensorBoard files of a stage are opened by `resume`."""
+    self._path, self._boards = workdir / "metrics.jsonl", workdir / "tensorboard"
+    self._keep(lambda record: True)
+    self._file: IO[str] = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+    self._board: EventsWriter | None = None
 
-  def write(self, stage: str, kind: str, step: int, values: Mapping[str, float]) -> None:
-    """One record: `stage` tokenizer or recommender, `kind` train or validation."""
-    record = {"stage": stage, "kind": kind, "step": step, "time": time.time(), **values}
+  def resume(self, stage: str, step: int, *, evaluated_step: int) -> None:
+    """Begins a stage, or goes on with it.
+
+    Args:
+      stage: that the records from now on are of.
+      step: the last one of its steps that counts; what was logged of later ones is dropped.
+      evaluated_step: the same of its evaluations.
+    """
+    self._close_board()
+    self._file.close()
+    last = {"validation": evaluated_step}
+    self._keep(lambda record: record["stage"] != stage or record["step"] <= last.get(record["kind"], step))
+    self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+    folder = self._boards / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and whoever writes then waits for it for ever.
+    self._board = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+    # Tells TensorBoard to hide what older files have from this step on.
+    self._board.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+  def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrites the file without the records that are not wanted and without what is no record."""
+    if not self._path.exists():
+      return
+    lines = self._path.read_bytes().splitlines(keepends=True)
+    kept, broken = [], 0
+    for line in lines:
+      try:
+        if not line.endswith(b"\n"):
+          raise ValueError("cut off")
+        if wanted(json.loads(line)):
+          kept.append(line)
+      except (ValueError, KeyError, TypeError):
+        broken += 1
+    if broken:
+      warn(f"{self._path}: dropped {broken} of {len(lines)} lines that are no whole records")
+    if len(kept) < len(lines):
+      unfinished = self._path.with_name(self._path.name + ".unfinished")
+      unfinished.write_bytes(b"".join(kept))
+      os.replace(unfinished, self._path)
+
+  def write(self, stage: str, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    """One record; its numbers go to TensorBoard too.
+
+    Args:
+      stage: tokenizer or recommender.
+      kind: "train" or "validation" for metrics, or what happened: "spike", "skipped", "diverged".
+      step: of the stage.
+      values: what JSON can hold.
+    """
+    now = time.time()
+    record = {"stage": stage, "kind": kind, "step": step, "time": now, **values}
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
-    for name, value in values.items():
-      self._board.add_scalar(f"{stage}/{kind}/{name}", value, step)
+    if self._board is not None:
+      for name, value in values.items():
+        if isinstance(value, int | float):
+          self._board.write_event(Event(step=step, wall_time=now, summary=scalar(f"{stage}/{kind}/{name}", value)))
+      if kind != "train":
+        self._board.flush()
+
+  def _close_board(self) -> None:
+    if self._board is not None:
+      self._board.close()
+      self._board = None
 
   def close(self) -> None:
     """Flushes and closes."""
-    self._file.close()
-    self._board.close()
+    try:
+      self._file.close()
+    finally:
+      self._close_board()
 
 
 class Progress:

@@ -1,39 +1,22 @@
 """The training loop that both stages share."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import grain
-import jax
 
-from bbqrec_jax.interruption import Interrupted
-from bbqrec_jax.train.checkpointing import Checkpointer
+from bbqrec_jax.interruption import Interrupted, heard_at_once, noted
+from bbqrec_jax.train.checkpointing import Checkpointer, restore_state
 from bbqrec_jax.train.logging import MetricsLog, Progress, say
 from bbqrec_jax.train.parallel import Partitioner, StepFunction
 from bbqrec_jax.train.state import TrainState
-
-
-@contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-  """Collects SIGTERM and SIGINT instead of dying of them; the second Ctrl-C is not caught."""
-  caught: list[int] = []
-
-  def note(signum, _frame):
-    caught.append(signum)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-  previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield caught
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
+from bbqrec_jax.train.steps import skip_nonfinite
+from bbqrec_jax.train.watch import Safeguards, Watch, items_of, require_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +32,7 @@ class Plan:
     select: the metric whose highest value is the best model; None takes the last state.
     patience: evaluations without a better one after which training stops.
     before_step: (step, state) -> state, run before that step; for what happens once, on the host.
+    safeguards: against what may befall the run.
   """
 
   name: str
@@ -59,6 +43,11 @@ class Plan:
   select: str | None = None
   patience: int = 0
   before_step: Callable[[int, TrainState], TrainState] = lambda step, state: state
+  safeguards: Safeguards = dataclasses.field(default_factory=Safeguards)
+
+  def due(self, step: int) -> bool:
+    """Whether an evaluation follows this step."""
+    return step % self.evaluate_every == 0 or step >= self.steps
 
 
 def fit(
@@ -77,6 +66,9 @@ def fit(
   The order of a turn is: step, training metrics, evaluation, checkpoint. A checkpoint so holds all that came of its
   step, and the run goes on from it with the next batch as if it had never stopped.
 
+  A signal stops the run after the step that is underway. What happens between steps, `before_step` and `evaluate`, is
+  given up at once and done again by the run that goes on.
+
   Args:
     plan: the stage.
     state: the first state.
@@ -88,94 +80,110 @@ def fit(
     log: for metrics.
 
   Returns:
-    The best state by `plan.select` (or the last), and the progress record: `step`, `best_step`, `best`, `worse`,
-    `finished`, `training_seconds` and `evaluation_seconds`, all of them over every start of the run.
+    The best state by `plan.select` (or the last), and the progress record: `step`, `evaluated_step`, `best_step`,
+    `best`, `worse`, `finished`, what `Watch` remembers (`skipped` steps among it), `training_seconds`,
+    `evaluation_seconds` and `checkpoint_seconds` (the loop waited so long for them), all over every start of the run.
 
   Raises:
     Interrupted: after a signal, once a checkpoint is written.
-    FloatingPointError: if a training metric is not finite; names stage, step and term.
+    Diverged: if a training metric is not finite (see `Safeguards`), or a state that was to be saved is not.
+    StorageError: if a checkpoint could not be written.
+    InputError: if the best checkpoint was damaged meanwhile.
   """
-  state = partitioner.replicate(state)
-  shared = partitioner.replicate(shared)
-  data = iter(batches)
-  checkpointer = Checkpointer(directory)
-  progress: dict[str, Any] = {
-    "step": 0, "best_step": -1, "best": -math.inf, "worse": 0, "finished": False,
-    "training_seconds": 0.0, "evaluation_seconds": 0.0,
-  }  # fmt: skip
-  restored = checkpointer.restore_latest(state, data)
-  if restored is not None:
-    state, progress = restored
-    if not progress["finished"]:
-      say(f"{plan.name}: going on from step {progress['step']}")
-  step = partitioner.compile_step(step_function)
-  clock = time.monotonic()
+  with noted() as caught, contextlib.ExitStack() as stack:
+    state = partitioner.replicate(state)
+    shared = partitioner.replicate(shared)
+    data = iter(batches)
+    stack.callback(data.close)
+    checkpointer = Checkpointer(directory, keep=plan.safeguards.keep_checkpoints)
+    stack.callback(checkpointer.close)
+    progress: dict[str, Any] = {
+      "step": 0, "evaluated_step": 0, "best_step": -1, "best": -math.inf, "worse": 0, "finished": False,
+      "training_seconds": 0.0, "evaluation_seconds": 0.0, "checkpoint_seconds": 0.0, **Watch.fresh(),
+    }  # fmt: skip
+    restored = checkpointer.restore_latest(state, data)
+    if restored is not None:
+      state, progress = restored
+      if not progress["finished"]:
+        say(f"{plan.name}: going on from step {progress['step']}")
+    log.resume(plan.name, progress["step"], evaluated_step=progress["evaluated_step"])
+    if plan.safeguards.on_nonfinite == "skip":
+      step_function = skip_nonfinite(step_function)
+    step = partitioner.compile_step(step_function)
+    watch = Watch(plan.name, plan.safeguards, log)
+    recent: list[Any] = []  # Metrics of the steps since they were last looked at, and what their batches held.
+    bar = Progress(plan.name, total=plan.steps, done=progress["step"])
+    stack.callback(bar.close)
+    clock = time.monotonic()
 
-  def spent() -> float:
-    """Seconds since the last call."""
-    nonlocal clock
-    before, clock = clock, time.monotonic()
-    return clock - before
+    def spent(kind: str) -> None:
+      """Counts the seconds since the last call."""
+      nonlocal clock
+      before, clock = clock, time.monotonic()
+      progress[f"{kind}_seconds"] += clock - before
 
-  recent: list[Any] = []  # Metrics of the steps since they were last looked at.
-  bar = Progress(plan.name, total=plan.steps, done=progress["step"])
-  with _caught_signals() as caught:
-    try:
-      while not progress["finished"]:
-        state = plan.before_step(progress["step"], state)
-        state, metrics = step(state, shared, next(data))
-        progress["step"] += 1
-        recent.append(metrics)
-        bar.advance()
-        done = progress["step"] >= plan.steps
-        evaluating = progress["step"] % plan.evaluate_every == 0 or done
-        # Looked at before every checkpoint: none is ever written of a state that has diverged.
-        if progress["step"] % plan.log_every == 0 or evaluating or caught:
-          _log_training(plan.name, progress["step"], recent, log, bar)
-          recent.clear()
-        if evaluating:
-          progress["training_seconds"] += spent()
-          values = plan.evaluate(state)
-          progress["evaluation_seconds"] += spent()
+    def look(*, logging: bool) -> None:
+      """Judges the recent steps. Done before every checkpoint: none is ever written of a state that has diverged."""
+      memory, latest = watch.look(progress["step"], recent, progress)
+      progress.update(memory)
+      recent.clear()
+      if logging and latest is not None:
+        number, values = latest
+        log.write(plan.name, "train", number, values)
+        bar.report({"loss": values["loss"]})
+
+    def save() -> None:
+      require_finite(plan.name, progress["step"], state)
+      checkpointer.save(progress["step"], state, data, progress)
+
+    while not progress["finished"] and not caught:
+      try:
+        # A run that was stopped amid an evaluation goes on with it.
+        if not plan.due(progress["step"]) or progress["evaluated_step"] == progress["step"]:
+          with heard_at_once():
+            state = plan.before_step(progress["step"], state)
+          batch = next(data)
+          state, metrics = step(state, shared, batch)
+          progress["step"] += 1
+          recent.append((metrics, items_of(batch)))
+          bar.advance()
+          if progress["step"] % plan.log_every == 0 or plan.due(progress["step"]):
+            look(logging=True)
+        if plan.due(progress["step"]):
+          spent("training")
+          with heard_at_once():
+            values = plan.evaluate(state)
+          spent("evaluation")
           log.write(plan.name, "validation", progress["step"], values)
-          progress = _judge(plan, progress, values, done)
-          checkpointer.save(progress["step"], state, data, progress)
-        if caught:
-          progress["training_seconds"] += spent()
-          checkpointer.save(progress["step"], state, data, progress)
-          raise Interrupted(caught[0])
-      if plan.select is not None and progress["best_step"] != progress["step"]:
-        state = checkpointer.restore_state(progress["best_step"], state)
-    finally:
-      bar.close()
-      checkpointer.close()
-      data.close()
+          progress |= _judge(plan, progress, values)
+          save()
+          spent("checkpoint")
+      except Interrupted as stop:
+        caught.append(stop.signum)
+    if caught:
+      if recent:
+        look(logging=False)
+      spent("training")
+      if progress["step"]:
+        save()
+      checkpointer.wait()
+      raise Interrupted(caught[0])
+    checkpointer.wait()
+    spent("checkpoint")
+    if plan.select is not None and progress["best_step"] != progress["step"]:
+      state = restore_state(directory, progress["best_step"], state)
   return state, progress
 
 
-def _log_training(name: str, step: int, recent: list[Any], log: MetricsLog, bar: Progress) -> None:
-  """Logs the metrics of `step`, the last of `recent`, once all of those are known to be finite."""
-  looked_at = [{key: float(value) for key, value in metrics.items()} for metrics in jax.device_get(recent)]
-  for number, values in enumerate(looked_at, start=step - len(recent) + 1):
-    broken = [term for term, value in values.items() if not math.isfinite(value)]
-    if broken:
-      # The terms that broke, not the sums and norms that follow from them, where there are such.
-      terms = [term for term in broken if term not in ("loss", "gradient_norm")] or broken
-      found = ", ".join(f"{term} is {values[term]}" for term in terms)
-      raise FloatingPointError(f"{name}: {found} at step {number}; lower the learning rate or the clip norm")
-  log.write(name, "train", step, looked_at[-1])
-  bar.report({"loss": looked_at[-1]["loss"]})
-
-
-def _judge(plan: Plan, progress: dict[str, Any], values: dict[str, float], done: bool) -> dict[str, Any]:
-  """Updates the record of the best model after an evaluation."""
-  progress = dict(progress)
+def _judge(plan: Plan, progress: dict[str, Any], values: dict[str, float]) -> dict[str, Any]:
+  """What an evaluation changes in the record of the best model."""
+  step = progress["step"]
+  changes: dict[str, Any] = {"evaluated_step": step, "finished": step >= plan.steps}
   if plan.select is not None:
     value = values[plan.select]
-    say(f"{plan.name} {progress['step']}/{plan.steps}  validation {plan.select} {value:.4f}")
+    say(f"{plan.name} {step}/{plan.steps}  validation {plan.select} {value:.4f}")
     if value > progress["best"]:
-      progress |= {"best": value, "best_step": progress["step"], "worse": 0}
-    else:
-      progress["worse"] += 1
-    done = done or (plan.patience > 0 and progress["worse"] >= plan.patience)
-  return progress | {"finished": done}
+      return changes | {"best": value, "best_step": step, "worse": 0}
+    changes["worse"] = progress["worse"] + 1
+    changes["finished"] |= 0 < plan.patience <= changes["worse"]
+  return changes

@@ -28,6 +28,7 @@ from bbqrec_jax.train.optimizer import make_optimizer
 from bbqrec_jax.train.parallel import Partitioner
 from bbqrec_jax.train.state import TrainState
 from bbqrec_jax.train.steps import make_recommender_step
+from bbqrec_jax.train.watch import Safeguards
 
 
 def needs_semantic_ids(config: Any) -> bool:
@@ -324,6 +325,7 @@ def run_recommender(
     evaluate=lambda state: rank(state.params, some_histories, split.validation_target[some]).metrics,
     select="ndcg@10",
     patience=r.patience,
+    safeguards=Safeguards.of(config),
   )
   optimizer = make_optimizer(r.optimizer, total_steps=r.steps)
   state, progress = fit(

@@ -31,6 +31,21 @@ def _updated(
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics  # type: ignore[attr-defined]
 
 
+def skip_nonfinite(step: StepFunction) -> StepFunction:
+  """The step, but for one thing: where its metrics are not all finite, nothing changes but the count of steps.
+
+  The loss and the norm of the gradients are among the metrics, and metrics are the same on every device.
+  """
+
+  def guarded(state: TrainState, shared: Any, batch: Any, *, axis_name: str | None) -> tuple[TrainState, Metrics]:
+    following, metrics = step(state, shared, batch, axis_name=axis_name)
+    finite = jnp.all(jnp.stack([jnp.isfinite(value) for value in metrics.values()]))
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, state)
+    return kept.replace(step=following.step), metrics
+
+  return guarded
+
+
 @dataclasses.dataclass(frozen=True)
 class Disentangling:
   """How the CLUB bound is fitted and taken.

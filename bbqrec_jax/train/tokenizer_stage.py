@@ -38,6 +38,7 @@ from bbqrec_jax.train.optimizer import make_optimizer
 from bbqrec_jax.train.parallel import Partitioner, StepFunction
 from bbqrec_jax.train.state import CodebookUse, TrainState
 from bbqrec_jax.train.steps import CodebookUpkeep, Disentangling, make_tokenizer_step
+from bbqrec_jax.train.watch import Safeguards
 
 
 def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
@@ -197,7 +198,7 @@ def run_kmeans_tokenizer(
     for key, vectors in (("reconstruction", ids.vectors(name)), ("reconstruction_from_codes", fused)):
       error = np.square(vectors[here, mine] - latents[index][here, mine])
       health[key][name] = float(error.sum(axis=1).mean())  # The latents are already divided by the root of the width.
-  health["seconds"] = time.monotonic() - start
+  health |= {"seconds": time.monotonic() - start, "skipped_steps": 0}
   return _finish(ids, raw, health, workdir / "tokenizer")
 
 
@@ -334,6 +335,7 @@ def run_tokenizer(
     evaluate_every=t.evaluate_every,
     evaluate=evaluate,
     before_step=before_step,
+    safeguards=Safeguards.of(config),
   )
   state, progress = fit(
     plan,
@@ -350,5 +352,6 @@ def run_tokenizer(
   codebooks = artefact_codebooks(settings, params["codebooks"])
   encoder = frozen_parameters(settings, params) | store.arrays()
   ids, raw = build_semantic_ids(config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash)
-  health["seconds"] = progress["training_seconds"] + progress["evaluation_seconds"]
+  health["seconds"] = sum(progress[f"{kind}_seconds"] for kind in ("training", "evaluation", "checkpoint"))
+  health["skipped_steps"] = progress["skipped"]
   return _finish(ids, raw, health, folder)
