@@ -1,0 +1,573 @@
+"""Breaks a real run in every way it can think of, and looks whether the same command still ends with the same numbers.
+
+    python experiments/faults.py --output=faults.json [--short]
+
+One small run of both stages, on data in files, is done in peace. Then it is started again and again as a process of its
+own, and
+
+- killed at random moments (SIGKILL, SIGTERM, Ctrl-C), some of them anywhere, some during compilation, steps, saves,
+  evaluations and k-means, which are told from the files that the run writes,
+- given a disk that fills up (a small tmpfs; as root alone) or files that may not grow (`ulimit -f`), and a folder that
+  cannot be written to (remounted read-only; by its rights, where this is not root),
+- given checkpoints, semantic IDs, notes and data with a flipped bit, cut off or missing.
+
+After each, the same command is given once more, with what was taken away given back. It *survived* if it ends with the
+metrics, parameters and semantic IDs of the run in peace, bit for bit; it was *refused* if it ends with one line on
+standard error and a status that is not 0; anything else is *wrong*, and is told. `--short` does a few of all this, one
+after the other on one run. What cannot be done here has a row with the reason and no figures.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import app, flags, logging
+
+from bbqrec_jax.data.synthetic import make_synthetic
+from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS, EVALUATE_EVERY, WARMUP = 60, 20, 15
+SETTINGS = {
+  "data.source": "directory", "partitioner": "single", "log_every": 5, "seed": 1,
+  "tokenizer.num_codes": 8, "tokenizer.code_width": 8, "tokenizer.hidden": (16,), "tokenizer.steps": STEPS,
+  "tokenizer.warmup_steps": WARMUP, "tokenizer.evaluate_every": EVALUATE_EVERY, "tokenizer.batch_items": 16,
+  "tokenizer.batch_rows": 4, "tokenizer.max_length": 8, "tokenizer.row_length": 8, "tokenizer.kmeans_iterations": 3,
+  "recommender.head": "dense", "recommender.width": 16, "recommender.mlp_width": 16, "recommender.num_layers": 1,
+  "recommender.max_length": 8, "recommender.row_length": 8, "recommender.batch_rows": 16, "recommender.steps": STEPS,
+  "recommender.evaluate_every": EVALUATE_EVERY, "recommender.num_buckets": 4, "evaluation.batch_size": 150,
+}  # fmt: skip
+SHORT = {"tokenizer.quantizer": "rq_kmeans", "recommender.similarity": ()}  # One stage less to compile.
+PATIENCE = 300  # Seconds after which a run hangs.
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+class Unfit(Exception):
+  """A fault that did not come about, such as a kill after the end."""
+
+
+class Process:
+  """The program at work."""
+
+  def __init__(self, command: list[str], environment: dict[str, str], output: pathlib.Path):
+    """Starts it; what it says goes to a file."""
+    self.output = output
+    with open(output, "w") as file:
+      self._process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.PIPE, text=True
+      )
+
+  def said(self) -> str:
+    """What it has said so far. Nothing means that Python is still loading it."""
+    return self.output.read_text()
+
+  def logged(self) -> list[tuple[str, int]]:
+    """(stage, step) of the training metrics that it has shown so far."""
+    return [(stage, int(step)) for stage, step in re.findall(r"^(\w+) (\d+)/\d+  loss ", self.said(), re.MULTILINE)]
+
+  def send(self, signum: int) -> None:
+    """Sends it a signal."""
+    self._process.send_signal(signum)
+
+  def wait_for(self, happened: Callable[[], Any]) -> None:
+    """Returns at once when it has happened.
+
+    Raises:
+      Unfit: if the program ends first.
+    """
+    while not happened():
+      if self._process.poll() is not None:
+        raise Unfit
+      time.sleep(0.001)
+
+  def end(self) -> tuple[int, str, str]:
+    """Status and output, once it has ended."""
+    try:
+      _, err = self._process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      _, err = self._process.communicate()
+      return 0, self.said(), f"hung for {PATIENCE} s\n{err}"
+    return self._process.returncode, self.said(), err
+
+
+@dataclasses.dataclass
+class Run:
+  """A workdir, and with what the program is started on it."""
+
+  workdir: pathlib.Path
+  data: pathlib.Path
+  settings: dict[str, Any]
+  environment: dict[str, str]
+  output: pathlib.Path
+
+  def start(self, *, fresh_cache: bool = False, limit: str = "unlimited") -> Process:
+    """Starts the program; `limit` is of the size of its files, in blocks of `ulimit -f`."""
+    fields = [f"--config.{name}={value}" for name, value in (self.settings | {"data.path": self.data}).items()]
+    environment = dict(self.environment)
+    if fresh_cache:
+      environment["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(dir=self.output.parent)
+    command = [
+      "sh", "-c", f'ulimit -f {limit}; exec "$@"', "sh", sys.executable, "-m", "bbqrec_jax.main",
+      f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={self.workdir}", *fields,
+    ]  # fmt: skip
+    return Process(command, environment, self.output)
+
+  def records(self) -> list[dict[str, Any]]:
+    """What it has logged, without times."""
+    lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
+    return [{**json.loads(line), "time": 0} for line in lines]
+
+
+def numbers(workdir: pathlib.Path) -> dict[str, Any]:
+  """All that a finished run must agree in with another: metrics, parameters and semantic IDs."""
+  results = read_json(workdir / "results.json")
+  best = workdir / "checkpoints" / "recommender" / str(results["best_step"]) / "state"
+  with ocp.StandardCheckpointer() as checkpointer:
+    params = checkpointer.restore(best.absolute())["params"]
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
+  compared = {name: value for name, value in results.items() if name not in ("seconds", "data")}
+  return compared | {"params": digest.hexdigest(), "ids": SemanticIds.load(workdir / "tokenizer").fingerprint}
+
+
+class Bench:
+  """The run in peace, copies of it, and the book of what became of each fault."""
+
+  def __init__(self, folder: pathlib.Path, *, short: bool, seed: int):
+    """Makes the data, and runs in peace."""
+    self.folder, self.rng, self._made = folder, np.random.default_rng(seed), 0
+    self.rows: dict[str, dict[str, Any]] = {}
+    self.wrong: list[str] = []
+    self.seconds = 0.0  # Of a run.
+    dataset = make_synthetic(num_users=150, num_items=60)
+    data = folder / "data"
+    data.mkdir(parents=True)
+    for name, features in dataset.features.items():
+      np.save(data / f"{name}_features.npy", features)
+    (data / "items.jsonl").write_text("".join(json.dumps({"title": title}) + "\n" for title in dataset.titles))
+    histories = enumerate(np.split(dataset.interactions.items, dataset.interactions.offsets[1:-1]))
+    (data / "sequences.txt").write_text("".join(f"{u} {' '.join(map(str, h))}\n" for u, h in histories))
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+    if short:
+      environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    settings = SETTINGS | (SHORT if short else {})
+    self.peace = Run(folder / "peace", data, settings, environment, folder / "peace.out")
+    process = self.peace.start()
+    status, out, err = process.end()
+    if status or err:
+      raise RuntimeError(f"the run in peace ended with status {status}\n{out}\n{err}")
+    self.numbers, self.logs = numbers(self.peace.workdir), process.logged()
+    if short:
+      return
+    # Once more, as all that come find their programs compiled: they must be the same, and take as long.
+    again = self.fresh()
+    started = time.monotonic()
+    status, out, err = again.start().end()
+    self.seconds = time.monotonic() - started
+    if status or err or numbers(again.workdir) != self.numbers or again.records() != self.peace.records():
+      raise RuntimeError(f"two runs in peace differ\n{out}\n{err}")
+
+  def fresh(self, like: Run | None = None, *, folder: pathlib.Path | None = None) -> Run:
+    """A run in a workdir of its own, a copy of another's or empty."""
+    self._made += 1
+    workdir = (folder or self.folder) / f"run{self._made}"
+    if like is not None:
+      shutil.copytree(like.workdir, workdir)
+    return dataclasses.replace(self.peace, workdir=workdir, output=self.folder / f"{workdir.name}.out")
+
+  def judge(self, fault: str, run: Run, *, log: bool = False) -> str:
+    """Gives the command once more and writes down how it ended: survived, refused or wrong.
+
+    Args:
+      fault: what had befallen the run.
+      run: the run.
+      log: whether `metrics.jsonl` must be the same too.
+    """
+    status, out, err = run.start().end()
+    lines = err.splitlines()
+    if status == 0 and not lines:
+      found = numbers(run.workdir)
+      differing = [name for name in found if found[name] != self.numbers[name]]
+      if log and run.records() != self.peace.records():
+        differing.append("metrics.jsonl")
+      return self.note(fault, "wrong" if differing else "survived", f"{differing} differ\n{out}")
+    clear = status in (1, 2) and len(lines) == 1 and lines[0].startswith("error: ")
+    return self.note(fault, "refused" if clear else "wrong", f"status {status}\n{out}\n{err}")
+
+  def note(self, fault: str, verdict: str, what: str) -> str:
+    """Counts one fault."""
+    row = self.rows.setdefault(fault, {"fault": fault, "injected": 0, "survived": 0, "refused": 0, "wrong": 0})
+    row["injected"] += 1
+    row[verdict] += 1
+    if verdict == "wrong":
+      self.wrong.append(f"{fault}: {what}")
+    print(f"{fault}: {verdict}", flush=True)
+    return verdict
+
+  def not_run(self, fault: str, why: str) -> None:
+    """Says that a fault could not be tried here."""
+    self.rows[fault] = {"fault": fault, "not_run": why}
+
+  def pick(self, options: Any) -> Any:
+    """One of a sequence, at random."""
+    return options[int(self.rng.integers(len(options)))]
+
+
+def moments(bench: Bench, run: Run, process: Process, *, early: bool) -> dict[str, Callable[[], None]]:
+  """For each part of a run, a function that returns at a random moment in it.
+
+  Args:
+    bench: has the dice.
+    run: whose files tell where it is.
+    process: whose words tell it.
+    early: the first such part of the process, not any of them.
+  """
+
+  def rest(seconds: float) -> None:
+    time.sleep(float(bench.rng.uniform(0, seconds)))
+
+  def number(among: list[Any]) -> int:
+    return 1 if early else int(bench.rng.integers(1, len(among) + 1))
+
+  evaluated = [log for log in bench.logs if log[1] % EVALUATE_EVERY == 0]
+
+  def anywhere() -> None:
+    rest(bench.seconds)
+
+  def compilation() -> None:
+    process.wait_for(process.said)
+    rest(2 * bench.seconds)
+
+  def step() -> None:
+    wanted = number(bench.logs)
+    process.wait_for(lambda: len(process.logged()) >= wanted)
+    rest(0.03)
+
+  def evaluation() -> None:
+    wanted = number(evaluated)
+    process.wait_for(lambda: sum(step % EVALUATE_EVERY == 0 for _, step in process.logged()) >= wanted)
+    rest(0.05)
+
+  def save() -> None:
+    def unfinished() -> set[pathlib.Path]:
+      return set(run.workdir.glob("checkpoints/*/*.orbax-checkpoint-tmp*"))
+
+    wanted, before, seen = number(evaluated), unfinished(), set[pathlib.Path]()
+
+    def happened() -> bool:
+      seen.update(unfinished() - before)
+      return len(seen) >= wanted
+
+    process.wait_for(happened)
+    rest(0.05)
+
+  def k_means() -> None:
+    process.wait_for(lambda: ("tokenizer", WARMUP) in process.logged())
+    rest(0.05)
+
+  parts = (anywhere, compilation, step, evaluation, save, k_means)
+  return {part.__name__.replace("_", "-"): part for part in parts}
+
+
+def killed(part: str, signum: int) -> str:
+  """What to call a kill."""
+  return f"{signal.Signals(signum).name} {'' if part == 'anywhere' else 'during '}{part}"
+
+
+def kill(bench: Bench, run: Run, part: str, signum: int, *, early: bool = False) -> None:
+  """Starts a run and sends it a signal; sees that it ends as a signal should end it.
+
+  Raises:
+    Unfit: if the run was over before the moment came.
+  """
+  process = run.start(fresh_cache=part == "compilation")
+  try:
+    moments(bench, run, process, early=early)[part]()
+  finally:
+    begun = bool(process.said())
+    process.send(signum)
+    status, out, err = process.end()
+  if (run.workdir / "results.json").exists():
+    raise Unfit
+  # While Python loads the program, a signal does what it does to any process.
+  expected = {signal.SIGKILL: -9, signal.SIGTERM: 0, signal.SIGINT: 130}[signum]
+  clear = signum == signal.SIGKILL or "the same command goes on from here" in out
+  if begun and (status != expected or not clear or err):
+    bench.note(killed(part, signum), "wrong", f"ended with status {status}\n{out}\n{err}")
+    raise Unfit
+
+
+def kills(bench: Bench, count: int) -> None:
+  """Kills runs of their own at random moments, each followed by one that must end well."""
+  parts = ["anywhere", "step", "save", "evaluation", "step", "save", "compilation", "anywhere", "evaluation", "k-means"]
+  done = tries = 0
+  while done < count and tries < 4 * count:
+    tries += 1
+    part, signum = parts[done % len(parts)], SIGNALS[done % len(SIGNALS)]
+    run = bench.fresh()
+    with contextlib.suppress(Unfit):
+      kill(bench, run, part, signum)
+      bench.judge(killed(part, signum), run, log=True)
+      done += 1
+    shutil.rmtree(run.workdir, ignore_errors=True)
+
+
+def twice(bench: Bench) -> None:
+  """Ctrl-C twice ends a run at once, wherever it is."""
+  run = bench.fresh()
+  process = run.start()
+  with contextlib.suppress(Unfit):
+    moments(bench, run, process, early=False)["compilation"]()
+  for _ in range(2):
+    process.send(signal.SIGINT)
+    time.sleep(0.05)
+  asked = time.monotonic()
+  status, out, err = process.end()
+  if (run.workdir / "results.json").exists():
+    return
+  if status == 130 and time.monotonic() - asked < 5:
+    bench.judge("Ctrl-C twice", run, log=True)
+  else:
+    bench.note("Ctrl-C twice", "wrong", f"status {status}\n{out}\n{err}")
+
+
+def cut(bench: Bench, stage: str, step: int) -> Run:
+  """A run that was stopped in a stage, when it had logged a step."""
+  run = bench.fresh()
+  process = run.start()
+  process.wait_for(lambda: (stage, step) in process.logged())
+  process.send(signal.SIGTERM)
+  process.end()
+  return run
+
+
+def one_line(status: int, err: str) -> bool:
+  """Whether a process said in one line what it could not do."""
+  lines = err.splitlines()
+  return status == 1 and len(lines) == 1 and lines[0].startswith("error: ")
+
+
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path, kibibytes: int) -> Iterator[Callable[[str], None]]:
+  """A disk of its own at `folder`; gives a function that changes its options."""
+
+  def mount(options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True, capture_output=True)
+
+  folder.mkdir()
+  subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)], check=True)
+  try:
+    yield mount
+  finally:
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+    folder.rmdir()
+
+
+def may_mount(bench: Bench) -> bool:
+  """Whether disks can be mounted here."""
+  try:
+    with small_disk(bench.folder / "probe", 64):
+      return True
+  except (OSError, subprocess.CalledProcessError):
+    (bench.folder / "probe").rmdir()
+    return False
+
+
+def full_disk(bench: Bench) -> None:
+  """A run on a disk that fills up at a random place; then there is room."""
+  fault = "disk full (tmpfs)"
+  needed = sum(path.stat().st_blocks for path in bench.peace.workdir.rglob("*")) // 2
+  with small_disk(bench.folder / "disk", int(bench.rng.uniform(8, needed))) as remount:
+    run = bench.fresh(folder=bench.folder / "disk")
+    status, out, err = run.start().end()
+    if not one_line(status, err):
+      bench.note(fault, "wrong", f"status {status}\n{out}\n{err}")
+      return
+    remount("size=64m")
+    bench.judge(fault, run, log=True)
+
+
+def limited_files(bench: Bench) -> None:
+  """A run whose files may not grow past a random size; then they may."""
+  fault = "file size limit (ulimit -f)"
+  largest = max(path.stat().st_size for path in bench.peace.workdir.rglob("*"))
+  run = bench.fresh()
+  status, out, err = run.start(limit=str(int(bench.rng.uniform(1, largest / 1024)))).end()
+  if one_line(status, err):
+    bench.judge(fault, run, log=True)
+  elif status or err:
+    bench.note(fault, "wrong", f"status {status}\n{out}\n{err}")
+
+
+def read_only(bench: Bench, like: Run | None, fault: str) -> None:
+  """A run in a folder that cannot be written to; then it can."""
+  root = os.geteuid() == 0
+  with small_disk(bench.folder / "disk", 65536) if root else contextlib.nullcontext(None) as remount:
+    run = bench.fresh(like, folder=bench.folder / "disk" if root else None)
+    run.workdir.mkdir(exist_ok=True)
+    folders = [run.workdir, *(path for path in run.workdir.rglob("*") if path.is_dir())]
+    if remount:
+      remount("ro")
+    else:
+      for folder in folders:
+        folder.chmod(0o500)
+    status, out, err = run.start().end()
+    if remount:
+      remount("rw")
+    else:
+      for folder in folders:
+        folder.chmod(0o700)
+    finished = (run.workdir / "results.json").exists()
+    if one_line(status, err) or (finished and status == 0 and not err):
+      bench.judge(fault, run)
+    else:
+      bench.note(fault, "wrong", f"status {status}\n{out}\n{err}")
+
+
+def spoil(bench: Bench, path: pathlib.Path, how: str) -> None:
+  """Damages a file: "flipped bit", "cut off" at a random place, or "missing"."""
+  content = bytearray(path.read_bytes())
+  if how == "missing" or not content:
+    path.unlink()
+  elif how == "cut off":
+    path.write_bytes(content[: int(bench.rng.integers(len(content)))])
+  else:
+    content[int(bench.rng.integers(len(content)))] ^= 1 << int(bench.rng.integers(8))
+    path.write_bytes(content)
+
+
+HOWS = ("flipped bit", "cut off", "missing")
+
+
+def damages(bench: Bench, name: str, base: Run, pattern: str, count: int) -> None:
+  """Damages one random file a time of those that match, each in a copy of the run."""
+  for number in range(count):
+    run = bench.fresh(base)
+    how = HOWS[number % len(HOWS)]
+    spoil(bench, bench.pick(sorted(path for path in run.workdir.glob(pattern) if path.is_file())), how)
+    bench.judge(f"{name}: {how}", run)
+    shutil.rmtree(run.workdir)
+
+
+def damaged_data(bench: Bench, base: Run, count: int) -> None:
+  """Damages a file of the data that a run goes on with."""
+  for number in range(count):
+    run = bench.fresh(base)
+    run.data = run.workdir.with_suffix(".data")
+    shutil.copytree(base.data, run.data)
+    how = HOWS[number % len(HOWS)]
+    spoil(bench, bench.pick(sorted(run.data.iterdir())), how)
+    bench.judge(f"data: {how}", run)
+
+
+def long(bench: Bench, count: int) -> None:
+  """Everything."""
+  mounts = may_mount(bench)
+  tokenizing, recommending = cut(bench, "tokenizer", 45), cut(bench, "recommender", 45)
+  unfinished = bench.fresh(bench.peace)
+  (unfinished.workdir / "results.json").unlink()
+  fifth = max(1, count // 5)
+  damages(bench, "checkpoint of the tokenizer", tokenizing, "checkpoints/tokenizer/**/*", fifth)
+  damages(bench, "checkpoint of the recommender", recommending, "checkpoints/recommender/**/*", fifth)
+  damages(bench, "checkpoint of a finished training", unfinished, "checkpoints/recommender/**/*", fifth)
+  damages(bench, "semantic IDs", recommending, "tokenizer/*", fifth)
+  damages(bench, "notes", recommending, "*.json", fifth)
+  damages(bench, "results of a finished run", bench.peace, "results.json", fifth // 2)
+  damaged_data(bench, recommending, fifth)
+  for like, what in ((None, "before a run"), (recommending, "amid a run"), (bench.peace, "after a run")):
+    if mounts or os.geteuid():
+      read_only(bench, like, f"read-only {what}")
+    else:
+      bench.not_run(f"read-only {what}", "root, whom rights do not bind, and no leave to mount")
+  for _ in range(fifth):
+    limited_files(bench)
+    if mounts:
+      full_disk(bench)
+    else:
+      bench.not_run("disk full (tmpfs)", "no leave to mount")
+  for _ in range(max(1, count // 16)):
+    twice(bench)
+  kills(bench, count)
+
+
+def short(bench: Bench) -> None:
+  """A few of all, one after the other on one run, whose end tells of them all."""
+  run = bench.fresh()
+  faults = []
+  for part, signum in (("step", signal.SIGTERM), ("save", signal.SIGKILL), ("evaluation", signal.SIGINT)):
+    with contextlib.suppress(Unfit):
+      kill(bench, run, part, signum, early=True)
+      faults.append(killed(part, signum))
+  checkpoints = [path for path in (run.workdir / "checkpoints" / "recommender").iterdir() if path.name.isdecimal()]
+  newest = max(checkpoints, key=lambda path: int(path.name))
+  spoil(bench, bench.pick(sorted(newest.glob("state/**/d/*"))), "flipped bit")
+  faults.append("checkpoint of the recommender: flipped bit")
+  status, out, err = run.start(limit="4").end()
+  faults.append("file size limit (ulimit -f)")
+  verdict = bench.judge(faults.pop(), run, log=True) if one_line(status, err) else "wrong"
+  for fault in faults:
+    bench.note(fault, verdict, f"see the last\n{out}\n{err}")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """The rows in Markdown."""
+  columns = ("injected", "survived", "refused", "wrong")
+  lines = ["| fault | injected | survived | refused | wrong |", "|---|---|---|---|---|"]
+  for row in rows:
+    figures = [f"not run: {row['not_run']}", "", "", ""] if "not_run" in row else [str(row[name]) for name in columns]
+    lines.append(f"| {row['fault']} | {' | '.join(figures)} |")
+  return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+  """Does it all, prints the table and writes the rows."""
+  del argv
+  logging.set_verbosity(logging.FATAL)
+  jax.config.update("jax_platforms", "cpu")  # The processes that are broken may need the accelerator.
+  options = flags.FLAGS
+  started = time.monotonic()
+  with tempfile.TemporaryDirectory() as folder:
+    bench = Bench(pathlib.Path(folder), short=options.short, seed=options.seed)
+    if options.short:
+      short(bench)
+    else:
+      long(bench, options.count)
+    rows = list(bench.rows.values())
+    total = collections.Counter()
+    for row in rows:
+      total.update({name: value for name, value in row.items() if isinstance(value, int)})
+    rows.append({"fault": "all", **{name: total[name] for name in ("injected", "survived", "refused", "wrong")}})
+    print(table(rows))
+    for what in bench.wrong:
+      print(f"\nWRONG {what}", file=sys.stderr)
+    write_json(pathlib.Path(options.output), {"rows": rows, "seconds": time.monotonic() - started})
+    sys.exit(1 if bench.wrong else 0)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("output", None, "The JSON file.")
+  flags.DEFINE_bool("short", False, "A few faults on one run.")
+  flags.DEFINE_integer("count", 50, "Kills of the long form; the other faults are in proportion.")
+  flags.DEFINE_integer("seed", 0, "Of the moments and places.")
+  flags.mark_flags_as_required(["output"])
+  app.run(main)
