@@ -2,7 +2,7 @@
 
     python -m bbqrec_jax.benchmark --config=configs/benchmark.py:small --output=small.json
     python -m bbqrec_jax.benchmark --compare=small.json,other.json
-    python -m bbqrec_jax.benchmark --records=experiments/records
+    python -m bbqrec_jax.benchmark --records=DIR
 
 prints a table, and writes `small.json` and, where matplotlib is there, `small.png`. `--only=tokenizer,causal/dense`
 chooses by the beginning of the names. `--compare` prints the ratios of two such files, `--records` one table of all

@@ -96,11 +96,6 @@ def test_records_of_many_machines_stand_in_one_table_for_each_config(tmp_path):
     benchmark.records(tmp_path / "nosuch")
 
 
-def test_the_readme_shows_the_records_that_are_kept(pytestconfig):
-  records = pytestconfig.rootpath / "experiments" / "records"
-  assert benchmark.records(records) in (pytestconfig.rootpath / "README.md").read_text(encoding="utf-8")
-
-
 def test_an_unknown_name_is_refused(config, monkeypatch):
   monkeypatch.setattr(benchmark, "all_cases", lambda config: [Case("a/b", 1, "items", lambda: lambda: None)])
   with pytest.raises(InputError, match="no benchmark begins with nosuch"):
