@@ -73,9 +73,7 @@ def attention(
     products = query.astype(jnp.float32) * key.astype(jnp.float32)
     scores = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2)[:, :, None]
   else:
-    # Heads first, written out: the compiler's own way to the same products is up to four times slower on a CPU.
-    query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
-    scores = jnp.einsum("bhtd,bhsd->bhts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
   # One product with the whole factor, so that a scale of zeros is rounded as no scale is.
   factor = query.shape[-1] ** -0.5
   scores = scores * (factor if scale is None else factor * (1.0 + scale.astype(jnp.float32)))
@@ -86,7 +84,7 @@ def attention(
   if single:
     each = jnp.swapaxes(weights[:, :, 0], 1, 2)[..., None].astype(jnp.float32) * value.astype(jnp.float32)
     return jnp.sum(each, axis=1, keepdims=True).astype(value.dtype)
-  return jnp.swapaxes(jnp.einsum("bhts,bhsd->bhtd", weights, value), 1, 2)
+  return jnp.einsum("bhts,bshd->bthd", weights, value)
 
 
 @functools.cache
