@@ -12,6 +12,7 @@ from bbqrec_jax.benchmarks.cases import RECOMMENDERS, all_cases
 from bbqrec_jax.benchmarks.report import chart, comparison, table, utilisation
 from bbqrec_jax.benchmarks.timing import Case, measure
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.json_files import write_json
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_records_of_many_machines_stand_in_one_table_for_each_config(tmp_path):
     "3.json": stored("H100", "large", {"a/b": (5.0, 0.125)}),
   }
   for name, result in results.items():
-    (tmp_path / name).write_text(json.dumps(result))
+    write_json(tmp_path / name, result)
   small, large = benchmark.records(tmp_path).split("`large`:")
   lines = [line for line in small.splitlines() if line.startswith("| ")]
   assert lines == [
