@@ -18,7 +18,9 @@ def default_config() -> ml_collections.ConfigDict:
   """The base that every file of configs/ builds on; locked, so that a misspelt field is an error."""
   config = ml_collections.ConfigDict()
   config.seed = 0  # Of everything random: initialisation, batch order, dropout, codebook fitting.
-  config.partitioner = "pmap"  # "pmap" over all devices, or "single".
+  config.partitioner = "pmap"  # "pmap" or "mesh" (jit) over all devices of all processes, or "single".
+  config.shard_rows = 0  # Of "mesh": arrays of at least so many rows (item embeddings and what the optimiser keeps of
+  # them, codes and vectors of the catalogue, nodes of the trie) are spread over the devices; 0: each device has all.
   config.log_every = 50  # Steps between two lines of training metrics.
   config.keep_checkpoints = 2  # Newest ones kept of each stage, beside the best: a damaged one has one before it.
   config.on_nonfinite = (
@@ -127,6 +129,8 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.max_length = 20  # T: the longest history.
   recommender.steps = 2000
   recommender.batch_rows = 32  # Rows of packed histories in a batch, over all devices.
+  recommender.accumulation = 1  # Parts that a batch is worked through in, one after another, for the memory of one. The
+  # gradient stays that of the whole batch. The tokenizer has no such field: its negatives are those of a whole batch.
   recommender.row_length = 32  # Positions in a row, where histories are packed.
   recommender.length_buckets = ()  # Lengths below T, rising, that histories are padded to where each has a row of its
   # own (the encoder-decoder's, and all in evaluation), a batch being of histories of one length, or nearly.
@@ -158,7 +162,7 @@ CHANGEABLE = {"data.path", "keep_checkpoints", "on_nonfinite", "max_skipped", "s
 _CHOICES = {
   **{f"tokenizer.{name}": choices for name, choices in TOKENIZER_CHOICES.items()},
   "on_nonfinite": ("stop", "skip"),
-  "partitioner": ("pmap", "single"),
+  "partitioner": ("pmap", "mesh", "single"),
   "data.source": ("synthetic", "directory", "recbole"),
   "tokenizer.codebook_update": ("loss", "moving_average"),
   "tokenizer.repair": ("reassign", "suffix"),
@@ -175,8 +179,10 @@ _SUBSETS = {
   "recommender.item_inputs": ("fused", "modalities", "features", "item"),
   "recommender.similarity": ("modalities", "fused"),
 }
+_FEWEST_ROWS = 64  # That are worth spreading.
 _MAY_BE_ZERO = {
   "seed",
+  "shard_rows",
   "data.synthetic.seed",
   "tokenizer.warmup_steps",
   "tokenizer.optimizer.warmup_steps",
@@ -252,6 +258,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise InputError(f"config field tokenizer.hidden must be widths of at least 1, got {flat['tokenizer.hidden']!r}")
   if flat["tokenizer.max_length"] == 1:
     raise InputError("config field tokenizer.max_length must be at least 2: the contrast needs an item and the next")
+  if flat["shard_rows"] and flat["partitioner"] != "mesh":
+    raise InputError(
+      f"config field shard_rows = {flat['shard_rows']} works with partitioner = 'mesh': set it so, or shard_rows to 0"
+    )
+  # Fewer rows than a stack of codebooks may have: those stay whole.
+  if 0 < flat["shard_rows"] < _FEWEST_ROWS:
+    raise InputError(f"config field shard_rows must be 0 or at least {_FEWEST_ROWS}, got {flat['shard_rows']}")
   for name, value in flat.items():
     if isinstance(value, bool) or not isinstance(value, int | float):
       continue

@@ -26,7 +26,7 @@ from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import check_capacity
 from bbqrec_jax.train.checkpointing import restore_state
 from bbqrec_jax.train.logging import MetricsLog, say
-from bbqrec_jax.train.parallel import PARTITIONERS, Partitioner
+from bbqrec_jax.train.parallel import Partitioner, make_partitioner
 from bbqrec_jax.train.recommender_stage import (
   build_recommender,
   check_fingerprint,
@@ -74,6 +74,12 @@ def _check_sizes(config: ml_collections.ConfigDict, *, num_items: int, num_modal
   for name in ("tokenizer.batch_items", "tokenizer.batch_rows", "recommender.batch_rows", "evaluation.batch_size"):
     if flat[name] % num_devices:
       raise InputError(f"config field {name} = {flat[name]} must be a multiple of the {num_devices} devices")
+  r = config.recommender
+  if r.batch_rows % (num_devices * r.accumulation):
+    raise InputError(
+      f"config field recommender.batch_rows = {r.batch_rows} must be a multiple of the {num_devices} devices times"
+      f" recommender.accumulation = {r.accumulation}"
+    )
 
 
 def _identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -140,7 +146,7 @@ class _Run(NamedTuple):
 def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
   """Checks everything that can be checked before anything is computed, and shows the data."""
   validate(config)
-  partitioner = PARTITIONERS[config.partitioner]()
+  partitioner = make_partitioner(config)
   dataset, split, figures = read_data(config)
   _check_sizes(
     config,
@@ -437,7 +443,7 @@ def restore(
     every = item_features(config, dataset, new)
     _, catalogue = build_recommender(config, ids, split.train, num_items=len(ids.codes), features=every)
     dataset = dataclasses.replace(dataset, titles=dataset.titles + ("",) * count)
-  state = restore_state(workdir / "checkpoints" / "recommender", best, like)
+  state = restore_state(workdir / "checkpoints" / "recommender", best, like, strict=not config.shard_rows)
   return Restored(dataset, ids, model, state.params, catalogue, config)
 
 

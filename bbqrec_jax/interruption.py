@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bbqrec_jax import processes
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -31,6 +33,9 @@ def heard_at_once() -> Iterator[None]:
   A second Ctrl-C raises `KeyboardInterrupt`. Must be entered by the main thread. May be nested with itself and with
   `noted`: the innermost counts.
   """
+  if processes.several():
+    yield  # One of several processes alone must not leave the work that they share.
+    return
   heard: list[int] = []
 
   def hear(signum: int, _frame: Any) -> None:
@@ -55,7 +60,8 @@ def heard_at_once() -> Iterator[None]:
 def noted() -> Iterator[list[int]]:
   """Gives a list of the signals that came since, SIGTERM or Ctrl-C; a second Ctrl-C raises `KeyboardInterrupt`.
 
-  As `heard_at_once` in all else.
+  As `heard_at_once` in all else. Where there are several processes, JAX itself notes SIGTERM (see
+  `processes.told_to_stop`), and gets Ctrl-C as one; the list stays empty.
   """
   caught: list[int] = []
 
@@ -64,7 +70,15 @@ def noted() -> Iterator[list[int]]:
     if len(caught) > 1:
       _refuse_to_wait(signum)
 
-  with _handled(note):
+  passed: list[int] = []
+
+  def pass_on(signum: int, _frame: Any) -> None:
+    passed.append(signum)
+    if len(passed) > 1:
+      raise KeyboardInterrupt
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  with _handled(pass_on, (signal.SIGINT,)) if processes.several() else _handled(note):
     yield caught
 
 
@@ -75,9 +89,9 @@ def _refuse_to_wait(signum: int) -> None:
 
 
 @contextlib.contextmanager
-def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-  """Handles both signals; what handled them before does so again afterwards."""
-  previous = {number: signal.signal(number, handler) for number in _SIGNALS}
+def _handled(handler: Callable[[int, Any], None], numbers: tuple[int, ...] = _SIGNALS) -> Iterator[None]:
+  """Handles signals; what handled them before does so again afterwards."""
+  previous = {number: signal.signal(number, handler) for number in numbers}
   try:
     yield
   finally:

@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any
 
+from bbqrec_jax import processes
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.input_files import check_file
 
@@ -19,10 +20,14 @@ DEEPEST = 20
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
   """Writes beside `path`, then moves into place: whoever reads, or resumes after a kill, never sees half a file.
 
+  Of several processes the first writes, and the others do nothing.
+
   Args:
     path: of the file; its folder is made.
     value: what JSON can hold. The file has one field more, `checksum`.
   """
+  if not processes.is_first():
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.with_name(path.name + ".unfinished")
   value = json.loads(json.dumps(value))

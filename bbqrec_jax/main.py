@@ -7,6 +7,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from bbqrec_jax import processes
 from bbqrec_jax.command_line import parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import default_config, flatten
@@ -20,12 +21,28 @@ def main(argv: list[str]) -> None:
   keep_compiled()
   workdir = pathlib.Path(flags.FLAGS.workdir)
   with training(workdir):
+    processes.join(
+      flags.FLAGS.distributed,
+      coordinator=flags.FLAGS.coordinator,
+      num_processes=flags.FLAGS.num_processes,
+      process_id=flags.FLAGS.process_id,
+    )
     run(flags.FLAGS.config, workdir)
 
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "The config file; --config.field=value sets a field.")
   flags.DEFINE_string("workdir", None, "Where everything is written; the same one again goes on with the run.")
+  flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Whether this is one process of several that train one model together: what JAX finds out (TPU pods, Slurm, Open"
+    " MPI, Kubernetes) or the three flags that follow say; on: it must be so; off: it is not.",
+  )
+  flags.DEFINE_string("coordinator", None, "host:port of the first process, where JAX cannot find it out.")
+  flags.DEFINE_integer("num_processes", None, "How many processes there are, likewise.")
+  flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, likewise.")
   flags.mark_flags_as_required(["config", "workdir"])
   jax.config.config_with_absl()
   app.run(main, flags_parser=functools.partial(parse_flags, known=flatten(default_config())))

@@ -30,7 +30,7 @@ from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
 from bbqrec_jax.experiment import of_any_recommender, restore, run, tokenize
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train.parallel import PARTITIONERS
+from bbqrec_jax.train.parallel import make_partitioner
 
 
 def choose_cold(num_items: int, share: float, *, seed: int) -> np.ndarray:
@@ -123,11 +123,11 @@ def report(config: Any, workdir: pathlib.Path, *, share: float) -> str:
   folder = workdir / config.recommender.head
   results = run(config, folder)
   restored = restore(folder, tokenizer=extended, features=new)
-  partitioner = PARTITIONERS[config.partitioner]()
+  partitioner = make_partitioner(config)
   metrics = evaluate(
     partitioner.compile_map(make_ranker(restored.model, beam_width=config.evaluation.beam_width)),
-    partitioner.replicate(restored.params),
-    partitioner.replicate(restored.catalogue),
+    partitioner.place(restored.params),
+    partitioner.place(restored.catalogue),
     histories,
     targets + int(np.sum(~cold)),
     batch_size=config.evaluation.batch_size,

@@ -19,7 +19,7 @@ from bbqrec_jax.models.apply import apply
 from bbqrec_jax.ops.attention import attention, history_mask
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.optimizer import make_optimizer
-from bbqrec_jax.train.parallel import PARTITIONERS, StepFunction
+from bbqrec_jax.train.parallel import StepFunction, make_partitioner
 from bbqrec_jax.train.recommender_stage import build_recommender, initial_state, training_batches
 from bbqrec_jax.train.steps import make_recommender_step
 from bbqrec_jax.train.tokenizer_stage import tokenizer_settings, tokenizer_training
@@ -84,9 +84,9 @@ def _step_case(
   single = functools.partial(step, axis_name=None)
 
   def make():
-    compiled, constant = partitioner.compile_step(step), partitioner.replicate(shared)
+    compiled, constant = partitioner.compile_step(step), partitioner.place(shared)
     # A copy of its own: the first call gives its buffers away.
-    current = partitioner.replicate(jax.tree.map(jnp.copy, state))
+    current = partitioner.place(jax.tree.map(jnp.copy, state))
 
     def call():
       nonlocal current
@@ -106,7 +106,7 @@ def _map_case(
 
   def make():
     compiled = partitioner.compile_map(function)
-    held = partitioner.replicate((params, shared))
+    held = partitioner.place((params, shared))
     return lambda: compiled(*held, batch)
 
   return Case(name, work, unit, make, functools.partial(cost, function, params, shared, batch), dtype)
@@ -115,14 +115,14 @@ def _map_case(
 def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
   """A training step, tokenization and the pipeline of the tokenizer."""
   run, store = config.run, FeatureStore(dataset.features, dataset.present)
-  partitioner = PARTITIONERS[run.partitioner]()
+  partitioner = make_partitioner(run)
   settings = tokenizer_settings(run, dataset)
   training = tokenizer_training(run, settings, dataset.interactions, store)
   batch = next(iter(training.batches))
   rows = run.tokenizer.batch_items + run.tokenizer.batch_rows * run.tokenizer.row_length
   # Past the warm-up, so that everything of a step is done.
   step = jnp.asarray(run.tokenizer.warmup_steps, jnp.int32)
-  state = training.state.replace(step=step)  # type: ignore[attr-defined]
+  state = jax.jit(training.initial_state)().replace(step=step)
   yield _step_case("tokenizer/train step", rows, "items", partitioner, training.step, state, None, batch)
 
   count = min(config.tokenized, config.num_items)
@@ -134,7 +134,7 @@ def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
     return jnp.swapaxes(apply(training.model, params, "quantize", values).codes, 0, 1)
 
   inputs = (np.arange(count), features, present)
-  yield _map_case("tokenizer/tokenization", count, "items", partitioner, encode, training.state.params, None, inputs)
+  yield _map_case("tokenizer/tokenization", count, "items", partitioner, encode, state.params, None, inputs)
 
   def pipeline():
     data = iter(tokenizer_training(run, settings, dataset.interactions, store).batches)
@@ -150,9 +150,9 @@ def recommender_cases(config: Any, dataset: Dataset, ids: SemanticIds) -> Iterat
     run.update_from_flattened_dict(changes)
     if run.recommender.backbone == "encoder_decoder":
       run.recommender.update(config.encoder_decoder)
-    partitioner, dtype = PARTITIONERS[run.partitioner](), run.recommender.dtype
+    partitioner, dtype = make_partitioner(run), run.recommender.dtype
     model, catalogue = build_recommender(run, ids, dataset.interactions, num_items=config.num_items)
-    state = initial_state(run, model, catalogue)
+    state = jax.jit(functools.partial(initial_state, run, model, catalogue))()
     step = make_recommender_step(model, make_optimizer(run.recommender.optimizer, total_steps=run.recommender.steps))
     batches = training_batches(run, dataset.interactions)
     batch = next(iter(batches))

@@ -10,10 +10,12 @@ from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.data.pipeline import FeatureStore, evaluation_batches
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.frozen import encode_blocks
+from bbqrec_jax.models.padding import without_padding
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, stream_codebooks
 from bbqrec_jax.ops.contrastive import normalize
 from bbqrec_jax.ops.ranking import target_ranks
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, linear_r2
+from bbqrec_jax.train.parallel import Partitioner
 
 # Items whose reconstruction and disentangling are looked at: figures about a catalogue, not work that grows with it.
 _LOOKED_AT = 8192
@@ -22,30 +24,33 @@ _LOOKED_AT = 8192
 class CatalogueEncoder:
   """Latents and codes of every item, a block of items at a time."""
 
-  def __init__(self, model: Tokenizer, store: FeatureStore, *, block: int = 2048):
+  def __init__(self, model: Tokenizer, store: FeatureStore, *, partitioner: Partitioner, block: int = 2048):
     """`block` items are encoded at once."""
     self._model, self._store = model, store
     self._block = min(block, model.settings.num_items)
 
-    def encode(params, items, features, present):
-      latents = apply(model, params, "latents", items, features, present)
-      return latents.values, latents.present, apply(model, params, "quantize", latents.values).codes
+    def encode(params, shared, batch):
+      del shared
+      latents = apply(model, params, "latents", *batch)
+      results = latents.values, latents.present, apply(model, params, "quantize", latents.values).codes
+      return tuple(jnp.swapaxes(array, 0, 1) for array in results)
 
-    self._encode = jax.jit(encode)
+    self._encode = partitioner.compile_map(encode)
 
   def __call__(self, params: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(latents [S, N, d], present [S, N], codes [S, N, L])."""
-    return encode_blocks(
-      lambda items: self._encode(params, items, *self._store.rows(items)),
-      self._model.settings.num_items,
-      block=self._block,
-    )
+
+    def encode(items):
+      results = self._encode(params, None, (items, *self._store.rows(items)))
+      return tuple(np.swapaxes(np.asarray(array), 0, 1) for array in results)
+
+    return encode_blocks(encode, self._model.settings.num_items, block=self._block)
 
 
 class Inspection:
   """What the tokenizer makes of a sample of items: reconstruction errors, what specific latents say of behaviour."""
 
-  def __init__(self, model: Tokenizer, store: FeatureStore, *, seed: int):
+  def __init__(self, model: Tokenizer, store: FeatureStore, *, seed: int, partitioner: Partitioner):
     """Draws the items once."""
     settings = model.settings
     count = min(settings.num_items, _LOOKED_AT)
@@ -57,7 +62,9 @@ class Inspection:
       fresh = np.arange(len(chosen)) < min(1024, count - first)
       self._batches.append((chosen, *store.rows(chosen), fresh))
 
-    def look(params, items, features, present):
+    def look(params, shared, batch):
+      del shared
+      items, features, present = batch
       latents = apply(model, params, "latents", items, features, present)
       quantized = apply(model, params, "quantize", latents.values).quantized
       specific = apply(model, params, "specific", features)
@@ -72,13 +79,13 @@ class Inspection:
       behaviour = {name: latents.values[settings.streams.index(name)] for name in settings.names}
       return errors(own, specific), errors(fused, nothing), specific, behaviour
 
-    self._look = jax.jit(look)
+    self._look = partitioner.compile_map(look)
 
   def __call__(self, params: Any) -> dict[str, dict[str, float]]:
     """By modality: `reconstruction`, `reconstruction_from_codes` (of the fused stream, alone), `specific_r2`."""
     parts = [
-      jax.tree.map(lambda array, fresh=fresh: np.asarray(array)[fresh], self._look(params, items, features, present))
-      for items, features, present, fresh in self._batches
+      jax.tree.map(lambda array, fresh=fresh: np.asarray(array)[fresh], self._look(params, None, tuple(batch)))
+      for *batch, fresh in self._batches
     ]
     own, fused, specific, behaviour = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     result: dict[str, dict[str, float]] = {"reconstruction": {}, "reconstruction_from_codes": {}, "specific_r2": {}}
@@ -95,13 +102,12 @@ class Inspection:
 class ContrastRecall:
   """Sequence-to-item Recall@10 on validation: how well the tokenizer's own history states find the next item."""
 
-  def __init__(self, model: Tokenizer, split: Split, *, users: int = 4096):
+  def __init__(self, model: Tokenizer, split: Split, *, partitioner: Partitioner, users: int = 4096):
     """Judges the first `users` users."""
-    self._split, self._users, self._settings = split, users, model.settings
-    item_id = "id" in model.settings.streams
+    self._split, self._users, self._settings, self._partitioner = split, users, model.settings, partitioner
 
-    def rank(params, latents, quantized, batch):
-      vectors = quantized + latents[model.settings.streams.index("id")] if item_id else quantized
+    def rank(params, vectors, batch):
+      vectors = without_padding(vectors)
       states = apply(
         model,
         params,
@@ -115,18 +121,22 @@ class ContrastRecall:
       state = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
       return target_ranks(normalize(state) @ normalize(vectors).T, batch["targets"])
 
-    self._rank = jax.jit(rank)
+    self._rank = partitioner.compile_map(rank)
 
   def __call__(self, params: Any, latents: np.ndarray, codes: np.ndarray) -> float:
     """Recall@10 for latents [S, N, d] and the fused stream's codes [N, L]."""
-    codebooks = stream_codebooks(self._settings, params["codebooks"])[-1]
-    quantized = sum(codebooks[level][codes[:, level]] for level in range(len(codebooks)))
+    settings = self._settings
+    codebooks = np.asarray(stream_codebooks(settings, self._partitioner.fetch(params["codebooks"]))[-1])
+    vectors = sum(codebooks[level][codes[:, level]] for level in range(len(codebooks)))
+    if "id" in settings.streams:
+      vectors = vectors + latents[settings.streams.index("id")]
+    vectors = self._partitioner.place(vectors)
     ranks, seen = [], 0
     for batch in evaluation_batches(
-      self._split.train, self._split.validation_target, batch_size=256, max_length=self._settings.max_length
+      self._split.train, self._split.validation_target, batch_size=256, max_length=settings.max_length
     ):
       valid = batch.pop("valid")
-      ranks.append(np.asarray(self._rank(params, latents, quantized, batch))[valid])
+      ranks.append(np.asarray(self._rank(params, vectors, batch))[valid])
       seen += int(valid.sum())
       if seen >= self._users:
         break

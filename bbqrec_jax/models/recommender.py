@@ -134,8 +134,18 @@ class Recommender(nn.Module):
     """The items as heads see them."""
     return Items(catalogue, lambda items=None: self.item_vectors(catalogue, items))
 
+  def counted(self, batch: dict[str, jax.Array]) -> jax.Array:
+    """What of a batch has a next item to learn from: bool, [B, T] positions or, of the encoder-decoder, [B] rows."""
+    real = batch["segments"] > 0
+    return real[:, 0] if self.settings.backbone == "encoder_decoder" else real
+
   def loss(
-    self, catalogue: Catalogue, batch: dict[str, jax.Array], *, deterministic: bool, axis_name: str | None = None
+    self,
+    catalogue: Catalogue,
+    batch: dict[str, jax.Array],
+    *,
+    deterministic: bool,
+    weights: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross-entropy of the next item at every position that has one.
 
@@ -146,22 +156,24 @@ class Recommender(nn.Module):
         has time buckets there are `times` [B, T] in seconds; for the
         encoder-decoder a row is a history, and `targets` [B] what follows it. Padding (segment 0) is masked out.
       deterministic: no dropout.
-      axis_name: the mapped axis over which the batch is split, or None.
+      weights: what each of `counted` weighs, float32 of its shape, where the batch is a part of a larger one; None: all
+        alike, so that the loss is their mean.
 
     Returns:
-      (loss, terms): this device's share of the mean over real positions; `terms` has the loss as `nll`, and each part
-      of it that the head tells apart.
+      (loss, terms): the weighted sum over real positions; `terms` has the loss as `nll`, and each part of it that the
+      head tells apart.
     """
     items, segments, targets = batch["items"], batch["segments"], batch["targets"].reshape(-1)
+    if weights is None:
+      weights = mean_weights(self.counted(batch))
     if self.settings.backbone == "encoder_decoder":
       states = self._from_memory(self.memory(catalogue, items, segments, deterministic=deterministic))
-      real = segments[:, 0] > 0
     else:
       states = self.states(
         catalogue, items, segments, batch["positions"], batch.get("times"), deterministic=deterministic
       )
-      states, real = states.reshape(-1, states.shape[-1]), segments.reshape(-1) > 0
-    weights = mean_weights(real, axis_name=axis_name)
+      states = states.reshape(-1, states.shape[-1])
+    weights = weights.reshape(-1)
     terms = summed_losses(self.head, self._items(catalogue), states, targets, weights, deterministic=deterministic)
     loss = sum(terms.values(), start=jnp.asarray(0.0))
     return loss, terms | {"nll": loss}

@@ -32,7 +32,7 @@ def cross_entropy(states: jax.Array, vectors: jax.Array, targets: jax.Array, *, 
   if rows == states.shape[0]:
     return some((states, targets))
   turns = _in_turns((states, targets), rows)
-  return jax.lax.map(jax.checkpoint(some), turns).reshape(-1)[: states.shape[0]]
+  return jax.lax.map(jax.checkpoint(some), turns).T.reshape(-1)[: states.shape[0]]
 
 
 def weighted_cross_entropy(
@@ -88,7 +88,9 @@ def _weighted_sum_forward(states, vectors, targets, weights, rows):
   start = (jnp.zeros(()), jnp.zeros(vectors.shape))
   turns = _in_turns((states, targets, weights), rows)
   (total, of_vectors), of_states = jax.lax.scan(turn, start, turns)
-  of_states = of_states.reshape(-1, states.shape[1])[: states.shape[0]] - weights[:, None] * vectors[targets]
+  of_states = (
+    jnp.swapaxes(of_states, 0, 1).reshape(-1, states.shape[1])[: states.shape[0]] - weights[:, None] * vectors[targets]
+  )
   of_vectors = of_vectors.at[targets].add(-weights[:, None] * states)
   return total, (of_states.astype(states.dtype), of_vectors.astype(vectors.dtype))
 
@@ -109,12 +111,15 @@ def _rows_a_turn(positions: int, num_items: int, max_logits: int) -> int:
 
 
 def _in_turns(arrays: tuple[jax.Array, ...], rows: int) -> tuple[jax.Array, ...]:
-  """[P, ...] arrays -> [turns, rows, ...], filled up with zeros."""
+  """[P, ...] arrays -> [turns, rows, ...], filled up with zeros.
+
+  Neighbours go to different turns: where the positions are spread over devices, each has its share of every turn.
+  """
 
   def split(array):
     missing = -array.shape[0] % rows
     padded = jnp.pad(array, ((0, missing), *((0, 0) for _ in array.shape[1:])))
-    return padded.reshape(-1, rows, *array.shape[1:])
+    return jnp.swapaxes(padded.reshape(rows, -1, *array.shape[1:]), 0, 1)
 
   return tuple(split(array) for array in arrays)
 

@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from bbqrec_jax import processes
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError, StorageError
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.train.logging import warn
@@ -71,13 +72,20 @@ def damage(folder: pathlib.Path) -> str:
   return ""
 
 
-def restore_state(directory: pathlib.Path, step: int, like: Any) -> Any:
+def _restoring(like: Any) -> Any:
+  """Shapes, types and places of a state."""
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+
+
+def restore_state(directory: pathlib.Path, step: int, like: Any, *, strict: bool = True) -> Any:
   """The state saved at a step, without its input pipeline; nothing is written.
 
   Args:
     directory: of the stage's checkpoints.
     step: of the checkpoint.
     like: a state of the same structure, placed where the restored one shall be.
+    strict: refuse arrays of another shape; False where rows that fill arrays up are as many as the devices that saved
+      them needed (see `Partitioner.fills_rows`).
 
   Raises:
     InputError: if the checkpoint is missing or damaged (names the file), or is of a state of another structure.
@@ -91,7 +99,7 @@ def restore_state(directory: pathlib.Path, step: int, like: Any) -> Any:
     )
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(folder / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+      return checkpointer.restore(folder / "state", _restoring(like), strict=strict)
   except (ValueError, KeyError) as error:
     reason = str(error)[:200]
     raise InputError(
@@ -102,19 +110,20 @@ def restore_state(directory: pathlib.Path, step: int, like: Any) -> Any:
 class Checkpointer:
   """Keeps the newest checkpoints of a stage and the best one."""
 
-  def __init__(self, directory: pathlib.Path, *, keep: int = 2):
+  def __init__(self, directory: pathlib.Path, *, keep: int = 2, strict: bool = True):
     """Opens (or makes) the folder of one stage; removes what unfinished saves have left there.
 
     Args:
       directory: the folder.
       keep: how many of the newest checkpoints are kept, at least 1. From 2 on, a damaged one has one before it.
+      strict: see `restore_state`.
 
     Raises:
       StorageError: if the folder cannot be made.
     """
     self._directory = directory.absolute()
     self._policy = _NewestAndTheirBest(keep)
-    self._saving = -1
+    self._saving, self._strict = -1, strict
     with self._storing("open the folder of checkpoints"):
       self._manager = ocp.CheckpointManager(
         self._directory,
@@ -125,13 +134,15 @@ class Checkpointer:
         ),
         item_handlers={
           "state": ocp.StandardCheckpointHandler(),
-          "data": grain.checkpoint.CheckpointHandler(),
+          "data": ocp.JsonCheckpointHandler(),
           "progress": ocp.JsonCheckpointHandler(),
         },
       )
 
   def _seal(self) -> None:
-    """Called in the thread that saves, when everything is written and before the folder gets its final name."""
+    """Called in the thread that saves, when every process has written and before the folder gets its final name."""
+    if not processes.is_first():
+      return
     (folder,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
     _write_digests(folder)
 
@@ -170,7 +181,8 @@ class Checkpointer:
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(state),
-          data=grain.checkpoint.CheckpointSave(data),
+          # Alike in all processes, so that any number of them can go on: each takes its rows of the same batches.
+          data=ocp.args.JsonSave(data.get_state()),
           # A copy: the run goes on and changes its own while this one is written.
           progress=ocp.args.JsonSave(dict(progress)),
         ),
@@ -185,8 +197,10 @@ class Checkpointer:
       like: a state of the same structure, placed where the restored one shall be.
       data: the input pipeline's iterator.
     """
+    processes.wait_for_all("the checkpoints are looked at")
     damages = {step: damage(self._directory / str(step)) for step in sorted(self._manager.all_steps())}
     progress = {step: self._progress(step) for step, problem in damages.items() if not problem}
+    processes.wait_for_all("the checkpoints have been looked at")
     for step in reversed(damages):
       problem = damages[step]
       if not problem:
@@ -201,10 +215,11 @@ class Checkpointer:
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
-        data=grain.checkpoint.CheckpointRestore(data),
+        state=ocp.args.StandardRestore(_restoring(like), strict=self._strict),
+        data=ocp.args.JsonRestore(),
       ),
     )
+    data.set_state(restored["data"])
     return restored["state"], progress[step]
 
   def _progress(self, step: int) -> dict[str, Any]:
@@ -214,8 +229,10 @@ class Checkpointer:
     folder, aside = self._directory / str(step), self._directory / f"{step}.set_aside"
     warn(f"checkpoint {step} is passed over, and is now {aside}: {problem}")
     with self._storing(f"set checkpoint {step} aside"):
-      shutil.rmtree(aside, ignore_errors=True)
-      os.rename(folder, aside)
+      if processes.is_first():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+      processes.wait_for_all(f"checkpoint {step} is set aside")
       self._manager.reload()
 
   def wait(self) -> None:

@@ -15,9 +15,13 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from bbqrec_jax import processes
+
 
 def say(message: str) -> None:
-  """One message to the person at the terminal; does not break a progress bar."""
+  """One message to the person at the terminal, from the first process; does not break a progress bar."""
+  if not processes.is_first():
+    return
   tqdm.tqdm.write(message, file=sys.stdout)
   sys.stdout.flush()
 
@@ -31,12 +35,15 @@ class MetricsLog:
   """Appends each record to `metrics.jsonl` and to TensorBoard files.
 
   A record is a line `{"stage", "kind", "step", "time", ...}`, and none stands there twice: what a run logged past the
-  checkpoint that it goes on from is dropped, and so is a line that was cut off.
+  checkpoint that it goes on from is dropped, and so is a line that was cut off. Of several processes the first writes,
+  and the others write nowhere.
   """
 
   def __init__(self, workdir: pathlib.Path):
     """Opens `metrics.jsonl` in `workdir`; the TensorBoard files of a stage are opened by `resume`."""
     self._path, self._boards = workdir / "metrics.jsonl", workdir / "tensorboard"
+    if not processes.is_first():
+      self._path = pathlib.Path(os.devnull)
     self._keep(lambda record: True)
     self._file: IO[str] = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
     self._board: EventsWriter | None = None
@@ -54,6 +61,8 @@ class MetricsLog:
     last = {"validation": evaluated_step}
     self._keep(lambda record: record["stage"] != stage or record["step"] <= last.get(record["kind"], step))
     self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+    if not processes.is_first():
+      return
     folder = self._boards / stage
     folder.mkdir(parents=True, exist_ok=True)
     # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and whoever writes then waits for it for ever.
@@ -63,7 +72,7 @@ class MetricsLog:
 
   def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrites the file without the records that are not wanted and without what is no record."""
-    if not self._path.exists():
+    if not self._path.is_file():
       return
     lines = self._path.read_bytes().splitlines(keepends=True)
     kept, broken = [], 0
@@ -123,7 +132,7 @@ class Progress:
     self._name, self._total, self._done, self._first = name, total, done, done
     self._start = time.monotonic()
     self._bar: Any = None
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and processes.is_first():
       # With the usual fallback where the terminal gives no size; tqdm alone would show nothing there.
       size = shutil.get_terminal_size()
       self._bar = tqdm.tqdm(

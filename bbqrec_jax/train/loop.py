@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
 import grain
 
+from bbqrec_jax import processes
 from bbqrec_jax.interruption import Interrupted, heard_at_once, noted
 from bbqrec_jax.train.checkpointing import Checkpointer, restore_state
 from bbqrec_jax.train.logging import MetricsLog, Progress, say
@@ -71,8 +73,8 @@ def fit(
 
   Args:
     plan: the stage.
-    state: the first state.
-    shared: data that every step is given.
+    state: the first state, placed by the partitioner.
+    shared: data that every step is given, likewise.
     step_function: see `train.parallel`.
     batches: the input pipeline.
     partitioner: how steps meet devices.
@@ -91,19 +93,17 @@ def fit(
     InputError: if the best checkpoint was damaged meanwhile.
   """
   with noted() as caught, contextlib.ExitStack() as stack:
-    state = partitioner.replicate(state)
-    shared = partitioner.replicate(shared)
     data = iter(batches)
     stack.callback(data.close)
-    checkpointer = Checkpointer(directory, keep=plan.safeguards.keep_checkpoints)
+    checkpointer = Checkpointer(directory, keep=plan.safeguards.keep_checkpoints, strict=not partitioner.fills_rows)
     stack.callback(checkpointer.close)
     progress: dict[str, Any] = {
       "step": 0, "evaluated_step": 0, "best_step": -1, "best": -math.inf, "worse": 0, "finished": False,
       "training_seconds": 0.0, "evaluation_seconds": 0.0, "checkpoint_seconds": 0.0, **Watch.fresh(),
     }  # fmt: skip
-    restored = checkpointer.restore_latest(state, data)
+    restored = checkpointer.restore_latest(partitioner.to_checkpoint(state), data)
     if restored is not None:
-      state, progress = restored
+      state, progress = partitioner.from_checkpoint(restored[0], state), restored[1]
       if not progress["finished"]:
         say(f"{plan.name}: going on from step {progress['step']}")
     log.resume(plan.name, progress["step"], evaluated_step=progress["evaluated_step"])
@@ -134,7 +134,7 @@ def fit(
 
     def save() -> None:
       require_finite(plan.name, progress["step"], state)
-      checkpointer.save(progress["step"], state, data, progress)
+      checkpointer.save(progress["step"], partitioner.to_checkpoint(state), data, progress)
 
     while not progress["finished"] and not caught:
       try:
@@ -147,6 +147,8 @@ def fit(
           progress["step"] += 1
           recent.append((metrics, items_of(batch)))
           bar.advance()
+          if processes.told_to_stop():
+            caught.append(signal.SIGTERM)
           if progress["step"] % plan.log_every == 0 or plan.due(progress["step"]):
             look(logging=True)
         if plan.due(progress["step"]):
@@ -171,7 +173,9 @@ def fit(
     checkpointer.wait()
     spent("checkpoint")
     if plan.select is not None and progress["best_step"] != progress["step"]:
-      state = restore_state(directory, progress["best_step"], state)
+      like = partitioner.to_checkpoint(state)
+      best = restore_state(directory, progress["best_step"], like, strict=not partitioner.fills_rows)
+      state = partitioner.from_checkpoint(best, state)
   return state, progress
 
 

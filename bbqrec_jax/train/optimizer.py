@@ -30,7 +30,8 @@ def make_optimizer(settings: Any, *, total_steps: int) -> optax.GradientTransfor
   """
 
   def decays(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path).endswith("'kernel']"), params)
+    # Any place of the path: the rows of a matrix may be in a structure of their own (`PaddedRows`).
+    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.DictKey("kernel") in path, params)
 
   return optax.chain(
     optax.clip_by_global_norm(settings.clip_norm),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bbqrec_jax import processes
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import Modalities
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
@@ -25,7 +26,7 @@ from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.train.logging import MetricsLog
 from bbqrec_jax.train.loop import Plan, fit
 from bbqrec_jax.train.optimizer import make_optimizer
-from bbqrec_jax.train.parallel import Partitioner
+from bbqrec_jax.train.parallel import Partitioner, made_on_host
 from bbqrec_jax.train.state import TrainState
 from bbqrec_jax.train.steps import make_recommender_step
 from bbqrec_jax.train.watch import Safeguards
@@ -259,11 +260,12 @@ def build_recommender(
 
 
 def initial_state(config: Any, model: Recommender, catalogue: Catalogue) -> TrainState:
-  """The state before the first step."""
+  """The state before the first step; of the catalogue the shapes are enough."""
   example = {name: jnp.zeros((1, 2), jnp.int32) for name in ("items", "targets", "segments", "positions", "times")}
   if config.recommender.backbone == "encoder_decoder":
     example["targets"] = jnp.zeros(1, jnp.int32)
-  params = jax.jit(model.init)(jax.random.key(config.seed), catalogue, example)["params"]
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (catalogue, example))
+  params = model.lazy_init(jax.random.key(config.seed), *shapes)["params"]
   optimizer = make_optimizer(config.recommender.optimizer, total_steps=config.recommender.steps)
   return TrainState.create(params, optimizer, seed=config.seed)
 
@@ -296,11 +298,12 @@ def run_recommender(
     ({"validation": metrics, "test": metrics} of the best model on all users, the loop's progress record).
   """
   r, e = config.recommender, config.evaluation
-  model, catalogue = build_recommender(
-    config, ids, split.train, num_items=dataset.num_items, features=item_features(config, dataset)
-  )
+  with made_on_host():
+    model, catalogue = build_recommender(
+      config, ids, split.train, num_items=dataset.num_items, features=item_features(config, dataset)
+    )
   ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
-  shared = partitioner.replicate(catalogue)
+  shared = partitioner.place(catalogue)
   some = sample_users(split, e.validation_users, seed=config.seed)
   some_histories = select_users(split.train, some)
 
@@ -330,9 +333,9 @@ def run_recommender(
   optimizer = make_optimizer(r.optimizer, total_steps=r.steps)
   state, progress = fit(
     plan,
-    initial_state(config, model, catalogue),
-    catalogue,
-    make_recommender_step(model, optimizer),
+    partitioner.create(lambda: initial_state(config, model, catalogue)),
+    shared,
+    make_recommender_step(model, optimizer, accumulation=r.accumulation),
     training_batches(config, split.train),
     partitioner=partitioner,
     directory=workdir / "checkpoints" / "recommender",
@@ -345,5 +348,6 @@ def run_recommender(
   }
   progress["evaluation_seconds"] += time.monotonic() - started
   ranks: dict[str, Any] = {name: ranking.ranks for name, ranking in rankings.items()}
-  np.savez(workdir / "ranks.npz", **ranks)
+  if processes.is_first():
+    np.savez(workdir / "ranks.npz", **ranks)
   return {name: ranking.metrics for name, ranking in rankings.items()}, progress

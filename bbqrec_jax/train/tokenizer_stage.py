@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import grain
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bbqrec_jax import processes
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import Interactions, Split
 from bbqrec_jax.data.pipeline import CatalogueSample, FeatureStore, PackedHistories, tokenizer_batches
@@ -140,16 +142,19 @@ def build_semantic_ids(
 
 
 def _finish(ids: SemanticIds, raw: np.ndarray, health: dict[str, Any], folder: pathlib.Path) -> SemanticIds:
-  """Completes the health report with what repair did, and writes it and the artefact."""
+  """Completes the health report with what repair did, writes it and the artefact, and reads that in every process."""
   repaired = codebook_health(raw, ids.codes[:, : raw.shape[1]], num_codes=ids.num_codes)
   health |= {
     "collision_rate_after": codebook_health(ids.codes, ids.codes, num_codes=ids.num_codes)["collision_rate_before"]
   }
   health["moved"] = repaired["moved"] if ids.codes.shape == raw.shape else int(np.sum(ids.codes[:, -1] > 0))
   write_json(folder / "health.json", health)
-  ids.save(folder)
   say(format_health(health))
-  return ids
+  if processes.is_first():
+    ids.save(folder)
+  processes.wait_for_all("the semantic IDs are written")
+  # Not each its own: where hosts differ, so may the last digit, and with it a code.
+  return SemanticIds.load(folder)
 
 
 def run_kmeans_tokenizer(
@@ -207,13 +212,13 @@ class Training(NamedTuple):
 
   Attributes:
     model: the tokenizer.
-    state: before the first step.
+    initial_state: makes the state before the first step.
     step: see `make_tokenizer_step`.
     batches: the input pipeline.
   """
 
   model: Tokenizer
-  state: TrainState
+  initial_state: Callable[[], TrainState]
   step: StepFunction
   batches: grain.IterDataset
 
@@ -244,20 +249,25 @@ def tokenizer_training(
   sample = CatalogueSample(settings.num_items, t.batch_items, config.seed)
   batches = tokenizer_batches(rows, store, sample, **process)
   optimizer = make_optimizer(t.optimizer, total_steps=t.steps)
-  items = np.arange(1)
-  example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
-  params = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
-  use = CodebookUse.create(params["codebooks"], moving_average=settings.moving_average)
-  state = TrainState.create(params, optimizer, seed=config.seed, codes=use)
   disentangling = None
   if t.weights.disentangle:
     critic = ClubCritic(settings.names, t.code_width)
     disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps, t.club.bound == "full")
+
+  def initial_state() -> TrainState:
+    items = np.arange(1)
+    example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
+    params = model.init(jax.random.key(config.seed), example)["params"]
+    use = CodebookUse.create(params["codebooks"], moving_average=settings.moving_average)
+    state = TrainState.create(params, optimizer, seed=config.seed, codes=use)
+    if disentangling is None:
+      return state
     zeros = {name: jnp.zeros((1, t.code_width)) for name in settings.names}
-    critic_params = jax.jit(critic.init)(jax.random.key(config.seed), zeros)["params"]
-    state = state.replace(  # type: ignore[attr-defined]
-      critic=critic_params, critic_opt_state=disentangling.optimizer.init(critic_params)
+    params = disentangling.critic.init(jax.random.key(config.seed), zeros)["params"]
+    return state.replace(  # type: ignore[attr-defined]
+      critic=params, critic_opt_state=disentangling.optimizer.init(params)
     )
+
   step = make_tokenizer_step(
     model,
     optimizer,
@@ -266,7 +276,7 @@ def tokenizer_training(
     upkeep=CodebookUpkeep(settings, t.revival_threshold, codeword_decay=t.codeword_decay),
     disentangling=disentangling,
   )
-  return Training(model, state, step, batches)
+  return Training(model, initial_state, step, batches)
 
 
 def run_tokenizer(
@@ -289,10 +299,10 @@ def run_tokenizer(
   if settings.quantizer == RQ_KMEANS:
     return run_kmeans_tokenizer(config, dataset, split, data_hash=data_hash, workdir=workdir)
   store = FeatureStore(dataset.features, dataset.present)
-  model, state, step, batches = tokenizer_training(config, settings, split.train, store)
-  encode = CatalogueEncoder(model, store)
-  contrast_recall = ContrastRecall(model, split)
-  inspect = Inspection(model, store, seed=config.seed)
+  model, initial_state, step, batches = tokenizer_training(config, settings, split.train, store)
+  encode = CatalogueEncoder(model, store, partitioner=partitioner)
+  contrast_recall = ContrastRecall(model, split, partitioner=partitioner)
+  inspect = Inspection(model, store, seed=config.seed, partitioner=partitioner)
 
   def before_step(step: int, state: TrainState) -> TrainState:
     if step != t.warmup_steps:
@@ -302,14 +312,14 @@ def run_tokenizer(
       settings, latents, present, iterations=t.kmeans_iterations, points=t.kmeans_points, seed=config.seed
     )
     use = CodebookUse.create(jnp.asarray(codebooks), moving_average=settings.moving_average)
-    params = state.params | {"codebooks": partitioner.replicate(codebooks)}
-    return state.replace(params=params, codes=partitioner.replicate(use))  # type: ignore[attr-defined]
+    params = state.params | {"codebooks": partitioner.place(codebooks)}
+    return state.replace(params=params, codes=partitioner.place(use))  # type: ignore[attr-defined]
 
   def examine(state: TrainState) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
     """The health report of a state, and the catalogue's latents, present and codes."""
     encoded = encode(state.params)
     latents, _, codes = encoded
-    codebooks = artefact_codebooks(settings, jax.device_get(state.params["codebooks"]))
+    codebooks = artefact_codebooks(settings, partitioner.fetch(state.params["codebooks"]))
     raw, _, _ = id_space(settings, latents, codes, codebooks)
     health = tokenizer_health(settings, raw, split) | inspect(state.params)
     # Without the contrast nothing has taught the history's states where to point.
@@ -339,7 +349,7 @@ def run_tokenizer(
   )
   state, progress = fit(
     plan,
-    state,
+    partitioner.create(initial_state),
     None,
     step,
     batches,
@@ -348,7 +358,7 @@ def run_tokenizer(
     log=log,
   )
   health, (latents, present, codes) = examine(state)
-  params = jax.device_get(state.params)
+  params = partitioner.fetch(state.params)
   codebooks = artefact_codebooks(settings, params["codebooks"])
   encoder = frozen_parameters(settings, params) | store.arrays()
   ids, raw = build_semantic_ids(config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash)

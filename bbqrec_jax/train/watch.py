@@ -147,6 +147,12 @@ class Watch:
     return [(loss / median, step)]
 
 
+@jax.jit
+def _finite(arrays: list[jax.Array]) -> list[jax.Array]:
+  """Whether each array is finite everywhere; the same in every process."""
+  return [jax.numpy.isfinite(array).all() for array in arrays]
+
+
 def require_finite(name: str, step: int, state: Any) -> None:
   """Refuses a state that no checkpoint should hold.
 
@@ -155,8 +161,11 @@ def require_finite(name: str, step: int, state: Any) -> None:
   Raises:
     Diverged: if a number of the state is not finite; names the stage, the step and the array.
   """
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) and not np.isfinite(np.asarray(leaf)).all():
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  leaves = [(path, leaf) for path, leaf in leaves if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)]
+  finite = jax.device_get(_finite([leaf for _, leaf in leaves]))
+  for (path, _), fine in zip(leaves, finite, strict=True):
+    if not fine:
       raise Diverged(
         f"{name}: {jax.tree_util.keystr(path)} is not finite after step {step}; what was saved before that is"
         " kept. Set a lower learning rate or clip norm in another workdir"

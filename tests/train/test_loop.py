@@ -100,15 +100,15 @@ class Toy:
       "before_step": self.before_step,
     }  # fmt: skip
     self.folder.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(self.folder)
+    log, partitioner = MetricsLog(self.folder), Hooked(self.hook)
     try:
       return fit(
         Plan(**(fields | self.changes)),
-        self.first_state(),
+        partitioner.place(self.first_state()),
         jnp.ones(()),
         self.step,
         make_batches(),
-        partitioner=Hooked(self.hook),
+        partitioner=partitioner,
         directory=self.folder / "checkpoints",
         log=log,
       )
@@ -549,14 +549,12 @@ def test_every_device_skips_what_one_cannot_use():
 
   partitioner = Pmap()
   compiled = partitioner.compile_step(skip_nonfinite(step))
-  state = partitioner.replicate(TrainState.create({"w": jnp.zeros(())}, OPTIMIZER, seed=0))
+  state = partitioner.place(TrainState.create({"w": jnp.zeros(())}, OPTIMIZER, seed=0))
   batch = np.ones(2 * partitioner.num_devices, np.float32)
   for values, expected in ((batch, len(batch)), (np.append(batch[1:], np.inf), len(batch)), (batch, 2 * len(batch))):
     state, metrics = compiled(state, None, values)
     assert np.isfinite(metrics["loss"]) == np.isfinite(values).all()
-    assert [float(shard.data) for shard in state.params["w"].addressable_shards] == [expected] * len(
-      partitioner.devices
-    )
+    assert [float(shard.data) for shard in state.params["w"].addressable_shards] == [expected] * partitioner.num_devices
   assert int(state.step) == 3
 
 

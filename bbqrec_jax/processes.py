@@ -1,0 +1,88 @@
+"""One run in several processes, each with devices of its own: how they find one another, and what they agree on."""
+
+import itertools
+import os
+
+import jax
+from jax.experimental import multihost_utils
+
+from bbqrec_jax.errors import InputError
+
+# What a launcher tells each of the processes that it started, by the variable that has their number.
+_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+
+
+def join(
+  mode: str, *, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+  """Joins the processes of a run, before anything else is asked of JAX.
+
+  Args:
+    mode: "on", "off", or "auto": where JAX finds a cluster (TPU pods, Slurm, Open MPI, Kubernetes) or all that follows
+      is given, and otherwise not.
+    coordinator: host:port of the first process, where JAX cannot find it out.
+    num_processes: how many there are, likewise.
+    process_id: which of them this is, from 0, likewise.
+
+  Raises:
+    InputError: if "on" finds nothing to join, what is given does not fit together, or the others cannot be reached.
+  """
+  given = [value for value in (coordinator, num_processes, process_id) if value is not None]
+  if given and (mode == "off" or len(given) < 3):
+    raise InputError(
+      f"--distributed={mode} got {len(given)} of --coordinator, --num_processes and --process_id: give all three with"
+      " on or auto, or none"
+    )
+  if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
+    raise InputError(f"--process_id must be from 0 to {num_processes - 1}, --num_processes less 1, got {process_id}")
+  if mode == "off" or (mode == "auto" and not given and _alone()):
+    return
+  try:
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+  except Exception as error:  # A cluster's own client raises what it likes.
+    nothing_found = isinstance(error, ValueError) and not given and "JAX_COORDINATOR_ADDRESS" not in os.environ
+    if nothing_found and mode == "auto":
+      return
+    if nothing_found:
+      raise InputError(
+        "--distributed=on found no cluster that JAX knows: give --coordinator=host:port, --num_processes and"
+        " --process_id, or run alone with --distributed=off"
+      ) from error
+    raise InputError(
+      f"this process cannot join the others of its run ({error}): mend the cluster's settings, or run alone with"
+      " --distributed=off"
+    ) from error
+
+
+def _alone() -> bool:
+  """Whether a launcher says that this is the only process; JAX would give a Slurm task one GPU of several."""
+  sizes = [os.environ[name] for name in _LAUNCHERS if name in os.environ]
+  return sizes[:1] == ["1"]
+
+
+def is_first() -> bool:
+  """Whether this process writes results, logs and messages: one does for all."""
+  # Of a process that is alone JAX is not asked: it would start its devices to answer.
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def several() -> bool:
+  """Whether this process is one of several."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def wait_for_all(what: str) -> None:
+  """Waits until every process is here, so that what the first one wrote can be read; `what` names the place."""
+  if several():
+    multihost_utils.sync_global_devices(what)
+
+
+_turns = itertools.count()
+
+
+def told_to_stop() -> bool:
+  """Whether the processes agree to stop now, some time after SIGTERM or a preemption notice came to any of them.
+
+  Every process must call it once a step. It is False where a process is alone: nobody needs to agree.
+  """
+  return several() and multihost_utils.reached_preemption_sync_point(next(_turns))
