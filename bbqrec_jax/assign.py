@@ -12,6 +12,7 @@ from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.models.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
+from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions, suffix_collisions
 
@@ -37,8 +38,7 @@ def assign(
     InputError: if the modalities or their widths are not the tokenizer's, the IDs do not suffice, or the tokenizer's
       arrays and settings do not fit one another.
   """
-  settings = settings_from_json(ids.settings)
-  check_arrays(settings, ids.encoder, ids.codebooks)
+  settings, latents, here, codes = _quantized(ids, features, present, block=block)
   repair = ids.settings.get("repair")
   levels = len(settings.id_streams) * settings.num_levels + (repair == "suffix")
   if ids.streams != settings.streams or ids.codes.shape[1] != levels or repair not in ("reassign", "suffix"):
@@ -46,6 +46,24 @@ def assign(
       f"the tokenizer's settings speak of streams {settings.streams}, {levels} codes an item and repair {repair!r}, its"
       f" IDs are of {ids.streams} and {ids.codes.shape[1]}: they do not fit one another; train it again"
     )
+  raw, id_latents, id_codebooks = id_space(settings, latents, codes, ids.codebooks)
+  if repair == "suffix":
+    own = suffix_collisions(raw, num_codes=ids.num_codes, taken=ids.codes)
+  else:
+    own = reassign_collisions(raw, id_latents, id_codebooks, taken=ids.codes)
+  extended = _extended(ids, own, codes, here)
+  if ids.content is not None:
+    _, _, here, codes = _quantized(ids.content, features, present, block=block)
+    extended = dataclasses.replace(extended, content=_extended(ids.content, codes[-1], codes, here))
+  return extended
+
+
+def _quantized(
+  ids: SemanticIds, features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray], *, block: int
+) -> tuple[TokenizerSettings, np.ndarray, np.ndarray, np.ndarray]:
+  """The tokenizer's settings, and of the new items the latents [S, n, d], present [S, n] and codes [S, n, L]."""
+  settings = settings_from_json(ids.settings)
+  check_arrays(settings, ids.encoder, ids.codebooks)
   widths = {name: array.shape[1] for name, array in features.items()}
   if widths != dict(settings.modalities):
     raise InputError(
@@ -56,16 +74,16 @@ def assign(
   frozen = FrozenTokenizer(settings, ids.encoder, ids.codebooks)
   count = len(next(iter(ordered.values())))
   latents, here, codes = encode_blocks(lambda items: frozen(*store.rows(items)), count, block=block)
-  raw, id_latents, id_codebooks = id_space(settings, latents, codes, ids.codebooks)
-  if repair == "suffix":
-    own = suffix_collisions(raw, num_codes=ids.num_codes, taken=ids.codes)
-  else:
-    own = reassign_collisions(raw, id_latents, id_codebooks, taken=ids.codes)
+  return settings, latents, here, codes
+
+
+def _extended(ids: SemanticIds, own: np.ndarray, codes: np.ndarray, present: np.ndarray) -> SemanticIds:
+  """The IDs with those of new items after them: own [n, L'], codes [S, n, L], present [S, n]."""
   return dataclasses.replace(
     ids,
     codes=np.concatenate([ids.codes, own]),
     stream_codes=np.concatenate([ids.stream_codes, codes], axis=1),
-    present=np.concatenate([ids.present, here], axis=1),
+    present=np.concatenate([ids.present, present], axis=1),
   )
 
 

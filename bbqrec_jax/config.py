@@ -48,6 +48,8 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.artefact = ""  # Folder of a tokenizer trained before (a run's tokenizer/), to use it and train none.
   tokenizer.quantizer = "rq_vae"  # "rq_vae" (learned residual codebooks), "rq_kmeans" (residual k-means of the features
   # themselves, nothing learned), or a function added to QUANTIZERS in bbqrec_jax/ops/quantize.py.
+  tokenizer.content_codes = False  # Also the codes that residual k-means gives the features themselves, for
+  # recommenders that are to know them beside the learned ones (item_inputs "content").
   tokenizer.codebooks = "shared"  # "shared" by all streams, one "per_stream", or a "single" one for all levels too.
   tokenizer.codebook_update = (
     "loss"  # Codewords follow the quantization "loss", or "moving_average" of what chose them.
@@ -97,8 +99,8 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.head = "generative"  # "generative" (codes one by one, beam search), "dense" (full softmax), "parallel"
   # (each code by itself), "hybrid" (beam search, then ranked by the full softmax), or your own as "module:function".
   recommender.item_inputs = ("fused", "modalities", "item")  # What an item's vector sums: its ID's codes, its
-  # modalities' own codes, a linear map of its "features", a vector of its own. ("item",) alone is SASRec, and needs no
-  # tokenizer.
+  # modalities' own codes, its "content" codes (tokenizer.content_codes), a linear map of its "features", a vector of
+  # its own. ("item",) alone is SASRec, and needs no tokenizer.
   recommender.similarity = ("modalities",)  # Streams whose similarity reweights attention: "modalities", "fused"; ()
   # is the plain backbone.
   recommender.cross_pairs = True  # Bias tables for pairs of different streams too.
@@ -176,7 +178,7 @@ _CHOICES = {
   "recommender.optimizer.schedule": ("constant", "cosine"),
 }
 _SUBSETS = {
-  "recommender.item_inputs": ("fused", "modalities", "features", "item"),
+  "recommender.item_inputs": ("fused", "modalities", "content", "features", "item"),
   "recommender.similarity": ("modalities", "fused"),
 }
 _FEWEST_ROWS = 64  # That are worth spreading.
@@ -258,6 +260,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise InputError(f"config field tokenizer.hidden must be widths of at least 1, got {flat['tokenizer.hidden']!r}")
   if flat["tokenizer.max_length"] == 1:
     raise InputError("config field tokenizer.max_length must be at least 2: the contrast needs an item and the next")
+  for name, value in flat.items():
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      continue
+    lowest = 0 if name in _MAY_BE_ZERO or isinstance(value, float) else 1
+    if not value >= lowest or value == float("inf"):
+      raise InputError(f"config field {name} must be at least {lowest} and finite, got {value}")
   if flat["shard_rows"] and flat["partitioner"] != "mesh":
     raise InputError(
       f"config field shard_rows = {flat['shard_rows']} works with partitioner = 'mesh': set it so, or shard_rows to 0"
@@ -265,12 +273,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
   # Fewer rows than a stack of codebooks may have: those stay whole.
   if 0 < flat["shard_rows"] < _FEWEST_ROWS:
     raise InputError(f"config field shard_rows must be 0 or at least {_FEWEST_ROWS}, got {flat['shard_rows']}")
-  for name, value in flat.items():
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      continue
-    lowest = 0 if name in _MAY_BE_ZERO or isinstance(value, float) else 1
-    if not value >= lowest or value == float("inf"):
-      raise InputError(f"config field {name} must be at least {lowest} and finite, got {value}")
   buckets = flat["recommender.length_buckets"]
   rising = (0, *buckets, flat["recommender.max_length"]) if all(isinstance(bound, int) for bound in buckets) else (0, 0)
   if not all(low < high for low, high in itertools.pairwise(rising)):
@@ -301,6 +303,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise InputError(
       "config field tokenizer.semantic_id = 'item_id' needs learnable item IDs: set tokenizer.item_id to added or"
       " stream, and tokenizer.quantizer to one that learns"
+    )
+  if flat["tokenizer.content_codes"] and flat["tokenizer.quantizer"] == "rq_kmeans":
+    raise InputError(
+      "config field tokenizer.content_codes: the codes of tokenizer.quantizer = 'rq_kmeans' are those of the content"
+      " already; set it to False"
+    )
+  if "content" in flat["recommender.item_inputs"] and not (
+    flat["tokenizer.content_codes"] or flat["tokenizer.artefact"]
+  ):
+    raise InputError(
+      "config field recommender.item_inputs has content, which a tokenizer makes with tokenizer.content_codes = True"
     )
   if flat["tokenizer.balanced_last"] and flat["tokenizer.quantizer"] != "rq_vae":
     raise InputError("config field tokenizer.balanced_last works with tokenizer.quantizer = 'rq_vae' alone")

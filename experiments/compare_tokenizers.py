@@ -31,6 +31,7 @@ from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health
 # codebooks of its own and bound to nothing, and an ID is the modalities' codes one after the other (as in MQL4GRec).
 VARIANTS: dict[str, dict[str, Any]] = {
   "bound": {},
+  "bound_content": {"tokenizer.content_codes": True},
   "rq_kmeans": {"tokenizer.quantizer": "rq_kmeans"},
   "fragmented": {
     "tokenizer.codebooks": "per_stream",
@@ -48,6 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "no_contrast": {"tokenizer.weights.contrast": 0.0, "tokenizer.weights.modality_contrast": 0.0},
 }
 
+# What a recommender knows of an item: nothing but what the variant is, and a vector of its own.
+INPUTS = ("fused", "modalities", "item")
 IDS_ALONE = {"recommender.head": "dense", "recommender.item_inputs": ("fused",), "recommender.similarity": ()}
 HEADS = ("generative", "dense", "ids_alone")
 
@@ -65,7 +68,9 @@ def do(
   """Trains what is asked for and not there yet."""
   for seed in seeds:
     for variant in variants:
-      own = change(config, VARIANTS[variant] | {"seed": seed})
+      own = change(config, {"tokenizer.content_codes": False, "seed": seed} | VARIANTS[variant])
+      content = ("content",) if own.tokenizer.content_codes else ()
+      own.recommender.item_inputs = (*INPUTS, *content)
       folder = workdir / variant / str(seed)
       tokenize(of_any_recommender(own), folder)
       artefact = {"tokenizer.artefact": str(folder / "tokenizer")}

@@ -107,6 +107,18 @@ def test_an_item_with_the_features_of_a_known_one_and_no_id_of_its_own_gets_its_
   assert_array_equal(extended.present[:, ITEMS:], ids.present)
 
 
+@pytest.mark.parametrize("repair", ["reassign", "suffix"])
+def test_content_codes_are_extended_as_they_would_be_alone(random_params, repair):
+  ids, content = make_ids(random_params, repair=repair), make_ids(random_params, quantizer="rq_kmeans")
+  extended = assign(dataclasses.replace(ids, content=content), *make_features(12, seed=3))
+  assert_array_equal(extended.codes, assign(ids, *make_features(12, seed=3)).codes)
+  alone = assign(content, *make_features(12, seed=3))
+  assert_array_equal(extended.content.stream_codes, alone.stream_codes)
+  assert_array_equal(extended.content.present, alone.present)
+  extended.check()
+  extended.check_extension(dataclasses.replace(ids, content=content), where="there")
+
+
 def test_an_unseen_items_id_vector_is_the_mean_of_the_learned_ones(random_params):
   ids = make_ids(random_params)
   frozen = FrozenTokenizer(settings_from_json(ids.settings), ids.encoder, ids.codebooks)

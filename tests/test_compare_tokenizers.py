@@ -47,6 +47,20 @@ def test_each_seed_gets_a_tokenizer_and_a_recommender_and_the_report_means_over_
   assert metrics[-1] == f"{np.mean(ndcg):.4f} ± {np.std(ndcg, ddof=1):.4f}"
 
 
+def test_content_is_known_to_its_own_variant_alone(script, config, tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(script, "tokenize", lambda config, folder: asked.append(config))
+  monkeypatch.setattr(script, "run", lambda config, folder: asked.append(config))
+  whole = script.change(config, {"tokenizer.content_codes": True, "recommender.item_inputs": ("content",)})
+  for variant in ("bound", "rq_kmeans", "bound_content"):
+    script.do(whole, tmp_path, variants=[variant], seeds=[0], recommender=True, ids_alone=True)
+  known = [(c.tokenizer.content_codes, tuple(c.recommender.item_inputs)) for c in asked]
+  plain, alone = ("fused", "modalities", "item"), ("fused",)
+  tokenizer = (False, plain)
+  assert known[:6] == [tokenizer, (False, plain), (False, alone)] * 2
+  assert known[6:] == [(True, plain), (True, (*plain, "content")), (True, alone)]
+
+
 def test_ids_made_elsewhere_are_measured_by_hand_counted_figures(script):
   codes = np.array([[0, 0], [0, 1], [1, 0], [1, 0]])
   train = from_lengths(np.array([0, 1, 2, 3]), np.array([2, 2]), np.array(["a", "b"]))

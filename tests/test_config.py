@@ -110,7 +110,7 @@ INTEGERS_FROM_ONE = [
   for name, value in flatten(default_config()).items()
   if isinstance(value, int)
   and not isinstance(value, bool)
-  and not name.endswith((".warmup_steps", "seed", ".validation_users", ".num_negatives", ".time_buckets"))
+  and not name.endswith((".warmup_steps", "seed", ".validation_users", ".num_negatives", ".time_buckets", "shard_rows"))
 ]
 INTEGERS_FROM_ZERO = [
   name
@@ -199,14 +199,15 @@ def test_a_head_that_is_nowhere_is_refused(head):
 @pytest.mark.parametrize(
   ("name", "choices"),
   [
-    ("recommender.item_inputs", ("fused", "modalities", "features", "item")),
+    ("recommender.item_inputs", ("fused", "modalities", "content", "features", "item")),
     ("recommender.similarity", ("modalities", "fused")),
   ],
 )
 def test_subsets(name, choices):
-  for value in choices:
-    validate(with_field(name, (value,)))
-  validate(with_field(name, choices))
+  for value in [(choice,) for choice in choices] + [choices]:
+    config = with_field(name, value)
+    config.tokenizer.content_codes = True
+    validate(config)
   message = refusal(with_field(name, (choices[0], "nosuch")))
   assert message == f"config field {name} may hold each of {', '.join(choices)} once, got {(choices[0], 'nosuch')!r}"
   assert "once" in refusal(with_field(name, (choices[0], choices[0])))
@@ -235,6 +236,13 @@ def test_empty_subsets():
     ({"recommender.max_length": 33}, ("recommender.row_length = 32", "recommender.max_length = 33")),
     ({"tokenizer.row_length": 19}, ("tokenizer.row_length = 19", "tokenizer.max_length = 20")),
     ({"tokenizer.warmup_steps": 2000}, ("tokenizer.warmup_steps = 2000", "tokenizer.steps = 2000")),
+    ({"shard_rows": 1000}, ("shard_rows = 1000", "partitioner = 'mesh'")),
+    ({"shard_rows": 63, "partitioner": "mesh"}, ("shard_rows must be 0 or at least 64, got 63",)),
+    ({"recommender.item_inputs": ("content",)}, ("recommender.item_inputs", "tokenizer.content_codes = True")),
+    (
+      {"tokenizer.content_codes": True, "tokenizer.quantizer": "rq_kmeans"},
+      ("tokenizer.content_codes", "tokenizer.quantizer = 'rq_kmeans'"),
+    ),
   ],
 )
 def test_fields_that_do_not_fit_together_are_refused(changes, named):

@@ -44,7 +44,8 @@ class CatalogueEncoder:
       results = self._encode(params, None, (items, *self._store.rows(items)))
       return tuple(np.swapaxes(np.asarray(array), 0, 1) for array in results)
 
-    return encode_blocks(encode, self._model.settings.num_items, block=self._block)
+    latents, present, codes = encode_blocks(encode, self._model.settings.num_items, block=self._block)
+    return latents, present, codes
 
 
 class Inspection:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -235,8 +235,8 @@ def id_space(
 
 
 def encode_blocks(
-  encode: Callable[[np.ndarray], Any], num_items: int, *, block: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  encode: Callable[[np.ndarray], Sequence[Any]], num_items: int, *, block: int
+) -> tuple[np.ndarray, ...]:
   """Runs `encode` (items [B] -> arrays [S, B, ...]) over all items in blocks of one shape, and joins the results."""
   block = min(block, num_items)
   whole: list[np.ndarray] = []
@@ -248,8 +248,7 @@ def encode_blocks(
       whole = [np.empty((part.shape[0], num_items, *part.shape[2:]), part.dtype) for part in results]
     for array, part in zip(whole, results, strict=True):
       array[:, items] = part
-  latents, present, codes = whole
-  return latents, present, codes
+  return tuple(whole)
 
 
 def artefact_codebooks(settings: TokenizerSettings, codebooks: np.ndarray) -> np.ndarray:

@@ -35,6 +35,8 @@ class SemanticIds:
     data_hash: of the features and histories that all this was learned from.
     settings: what the tokenizer was built from, the fields of `models.tokenizer.TokenizerSettings` and `repair`.
     encoder: what quantizes an item that was not there: parameters and feature statistics, arrays by name.
+    content: codes of the same items by their features alone, one set a modality and one of all together, for
+      recommenders that are to know both; their `codes` are of no ID. None: there are none.
   """
 
   streams: tuple[str, ...]
@@ -45,6 +47,7 @@ class SemanticIds:
   data_hash: str
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   encoder: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  content: "SemanticIds | None" = None
 
   @property
   def num_codes(self) -> int:
@@ -91,11 +94,18 @@ class SemanticIds:
         f"{where} does not extend the semantic IDs that the recommender was trained on (fingerprint"
         f" {known.fingerprint}): make it from them with python -m bbqrec_jax.assign"
       )
+    if (self.content is None) != (known.content is None):
+      here, there = ("no", "some") if self.content is None else ("some", "no")
+      raise InputError(f"{where} has {here} content codes, what the recommender was trained on has {there}")
+    if self.content is not None and known.content is not None:
+      self.content.check_extension(known.content, where=pathlib.Path(str(where)) / "content")
 
   @property
   def fingerprint(self) -> str:
     """16 hexadecimal digits that change with any code, codeword, setting, parameter or statistic, or with the data."""
-    about = [self.streams, self.data_hash, dict(self.settings)]
+    about: list[Any] = [self.streams, self.data_hash, dict(self.settings)]
+    if self.content is not None:
+      about.append(self.content.fingerprint)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     arrays = [(name, getattr(self, name)) for name in _ARRAYS] + sorted(self.encoder.items())
     for name, values in arrays:
@@ -119,9 +129,11 @@ class SemanticIds:
   def save(self, folder: pathlib.Path) -> None:
     """Writes `codes.npy` and the other arrays, the encoder as `encoder.npz`, and last `semantic_ids.json`.
 
-    Its presence says that all is there.
+    Its presence says that all is there. Content codes go into a folder `content` of the same kind, before all else.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if self.content is not None:
+      self.content.save(folder / "content")
     for name in _ARRAYS:
       np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
     np.savez(folder / "encoder.npz", **self.encoder)  # type: ignore[arg-type]
@@ -129,6 +141,7 @@ class SemanticIds:
       "streams": self.streams,
       "data_hash": self.data_hash,
       "settings": dict(self.settings),
+      "content": self.content is not None,
       "fingerprint": self.fingerprint,
     }
     write_json(folder / "semantic_ids.json", about)
@@ -139,8 +152,12 @@ class SemanticIds:
     return (folder / "semantic_ids.json").exists()
 
   @classmethod
-  def load(cls, folder: pathlib.Path) -> "SemanticIds":
+  def load(cls, folder: pathlib.Path, *, with_content: bool = True) -> "SemanticIds":
     """Reads the folder; nothing in it is run.
+
+    Args:
+      folder: of the artefact.
+      with_content: whether it may have content codes; they have none of their own.
 
     Raises:
       InputError: if a file is missing or damaged, the arrays do not fit one another, or they are not those that the
@@ -156,6 +173,10 @@ class SemanticIds:
       arrays["encoder"] = read_archive(folder / "encoder.npz")
       streams, data_hash, settings = about["streams"], about["data_hash"], about["settings"]
       fingerprint = about["fingerprint"]
+      if about.get("content", False) is not False:
+        if not with_content:
+          raise ValueError("semantic_ids.json: content codes have no content codes of their own")
+        arrays["content"] = cls.load(folder / "content", with_content=False)
       if not isinstance(streams, list) or not isinstance(data_hash, str) or not isinstance(settings, dict):
         raise ValueError("semantic_ids.json: expected streams, data_hash and settings, got values of other types")
       loaded = cls(streams=tuple(streams), data_hash=data_hash, settings=settings, **arrays)
@@ -199,3 +220,9 @@ class SemanticIds:
         raise ValueError(f"{name}: expected codes in 0..{num_codes - 1}, got {codes.min()} to {codes.max()}")
     if not np.isfinite(self.codebooks).all():
       raise ValueError("codebooks: expected finite numbers, got others")
+    other = self.content
+    if other is not None:
+      theirs = (other.data_hash, other.modalities, len(other.codes), other.num_codes)
+      expected_of_them = (self.data_hash, self.modalities, items, num_codes)
+      if theirs != expected_of_them:
+        raise ValueError(f"content: expected codes of {expected_of_them}, got {theirs}")

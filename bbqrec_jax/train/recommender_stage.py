@@ -35,7 +35,7 @@ from bbqrec_jax.train.watch import Safeguards
 def needs_semantic_ids(config: Any) -> bool:
   """Whether anything in the recommender reads codes; SASRec, say, does not."""
   r = config.recommender
-  codes = {"fused", "modalities"} & set(r.item_inputs)
+  codes = {"fused", "modalities", "content"} & set(r.item_inputs)
   return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or bool(codes)
 
 
@@ -203,6 +203,13 @@ def build_catalogue(
     if "modalities" in r.item_inputs:
       indices = [ids.streams.index(name) for name in ids.modalities]
       sources += [(ids.stream_codes[index], ids.present[index]) for index in indices]
+    if "content" in r.item_inputs:
+      if ids.content is None:
+        raise InputError(
+          "config field recommender.item_inputs has content, but the semantic IDs came without content codes: train a"
+          " tokenizer with tokenizer.content_codes = True"
+        )
+      sources += zip(ids.content.stream_codes, ids.content.present, strict=True)
     if sources:
       codes, present = zip(*sources, strict=True)
       columns = code_columns(list(codes), list(present), num_codes=ids.num_codes)

@@ -46,16 +46,13 @@ from bbqrec_jax.train.watch import Safeguards
 def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
   """The shapes and choices that a config and a data set give."""
   t = config.tokenizer
-  modalities = tuple((name, array.shape[1]) for name, array in dataset.features.items())
-  shared = {"num_items": dataset.num_items, "num_levels": t.num_levels, "num_codes": t.num_codes}
   if t.quantizer == RQ_KMEANS:
-    return TokenizerSettings(
-      modalities, **shared, code_width=sum(width for _, width in modalities), item_id="none",
-      semantic_id=t.semantic_id, codebooks="per_stream", quantizer=RQ_KMEANS,
-    )  # fmt: skip
+    return kmeans_settings(config, dataset, semantic_id=t.semantic_id)
   return TokenizerSettings(
-    modalities,
-    **shared,
+    tuple(_widths(dataset).items()),
+    num_items=dataset.num_items,
+    num_levels=t.num_levels,
+    num_codes=t.num_codes,
     code_width=t.code_width,
     hidden=tuple(t.hidden),
     item_id=t.item_id,
@@ -76,6 +73,20 @@ def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
     max_length=t.max_length,
     dropout=t.dropout,
   )
+
+
+def kmeans_settings(config: Any, dataset: Dataset, *, semantic_id: str) -> TokenizerSettings:
+  """Those of residual k-means of the features."""
+  t, widths = config.tokenizer, _widths(dataset)
+  return TokenizerSettings(
+    tuple(widths.items()), num_items=dataset.num_items, num_levels=t.num_levels, num_codes=t.num_codes,
+    code_width=sum(widths.values()), item_id="none", semantic_id=semantic_id, codebooks="per_stream",
+    quantizer=RQ_KMEANS,
+  )  # fmt: skip
+
+
+def _widths(dataset: Dataset) -> dict[str, int]:
+  return {name: array.shape[1] for name, array in dataset.features.items()}
 
 
 def fit_codebooks(
@@ -157,6 +168,55 @@ def _finish(ids: SemanticIds, raw: np.ndarray, health: dict[str, Any], folder: p
   return SemanticIds.load(folder)
 
 
+def kmeans_codebooks(config: Any, settings: TokenizerSettings, store: FeatureStore) -> np.ndarray:
+  """Residual k-means of the standardised features, one codebook a stream: [S, L, K, sum of D] float32."""
+  t = config.tokenizer
+
+  class Stream:
+    """One stream's latents [N, d], made of the features a block at a time."""
+
+    def __init__(self, index):
+      self.index = index
+
+    def __len__(self):
+      return settings.num_items
+
+    def __getitem__(self, rows):
+      return content_latents(*store.rows(np.arange(settings.num_items)[rows]))[0][self.index]
+
+  streams: list[Any] = [Stream(index) for index in range(len(settings.streams))]
+  weights = [*(np.asarray(store.present[name], np.float32) for name in settings.names), None]
+  return np.stack([
+    residual_kmeans(
+      config.seed, streams[index], num_levels=t.num_levels, num_codes=t.num_codes, weights=weight,
+      iterations=t.kmeans_iterations, sample=t.kmeans_points, block=4096,
+    )
+    for index, weight in enumerate(weights)
+  ])  # fmt: skip
+
+
+def content_codes(config: Any, dataset: Dataset, *, data_hash: str) -> SemanticIds:
+  """What residual k-means makes of the features of all items, for a tokenizer's `SemanticIds.content`."""
+  settings, store = (
+    kmeans_settings(config, dataset, semantic_id="fused"),
+    FeatureStore(dataset.features, dataset.present),
+  )
+  codebooks = kmeans_codebooks(config, settings, store)
+  frozen = FrozenTokenizer(settings, store.arrays(), codebooks)
+  # Without the latents, which are as wide as the features.
+  present, codes = encode_blocks(lambda items: frozen(*store.rows(items))[1:], dataset.num_items, block=2048)
+  return SemanticIds(
+    streams=settings.streams,
+    codes=codes[-1],
+    stream_codes=codes,
+    present=present,
+    codebooks=codebooks,
+    data_hash=data_hash,
+    settings=dataclasses.asdict(settings),
+    encoder=store.arrays(),
+  )
+
+
 def run_kmeans_tokenizer(
   config: Any, dataset: Dataset, split: Split, *, data_hash: str, workdir: pathlib.Path
 ) -> SemanticIds:
@@ -166,31 +226,8 @@ def run_kmeans_tokenizer(
     As `run_tokenizer`.
   """
   start = time.monotonic()
-  t, settings = config.tokenizer, tokenizer_settings(config, dataset)
-  store = FeatureStore(dataset.features, dataset.present)
-
-  class Stream:
-    """One stream's latents [N, d], made of the features a block at a time."""
-
-    def __init__(self, index):
-      self.index = index
-
-    def __len__(self):
-      return dataset.num_items
-
-    def __getitem__(self, rows):
-      return content_latents(*store.rows(np.arange(dataset.num_items)[rows]))[0][self.index]
-
-  streams: list[Any] = [Stream(index) for index in range(len(settings.streams))]
-  weights = [*(np.asarray(store.present[name], np.float32) for name in settings.names), None]
-  codebooks = np.stack([
-    residual_kmeans(
-      config.seed, streams[index], num_levels=t.num_levels, num_codes=t.num_codes, weights=weight,
-      iterations=t.kmeans_iterations, sample=t.kmeans_points, block=4096,
-    )
-    for index, weight in enumerate(weights)
-  ])  # fmt: skip
-  encoder = store.arrays()
+  settings, store = tokenizer_settings(config, dataset), FeatureStore(dataset.features, dataset.present)
+  codebooks, encoder = kmeans_codebooks(config, settings, store), store.arrays()
   frozen = FrozenTokenizer(settings, encoder, codebooks)
   latents, present, codes = encode_blocks(lambda items: frozen(*store.rows(items)), dataset.num_items, block=2048)
   ids, raw = build_semantic_ids(config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash)
@@ -362,6 +399,8 @@ def run_tokenizer(
   codebooks = artefact_codebooks(settings, params["codebooks"])
   encoder = frozen_parameters(settings, params) | store.arrays()
   ids, raw = build_semantic_ids(config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash)
+  if t.content_codes:
+    ids = dataclasses.replace(ids, content=content_codes(config, dataset, data_hash=data_hash))
   health["seconds"] = sum(progress[f"{kind}_seconds"] for kind in ("training", "evaluation", "checkpoint"))
   health["skipped_steps"] = progress["skipped"]
   return _finish(ids, raw, health, folder)

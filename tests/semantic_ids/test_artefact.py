@@ -27,6 +27,19 @@ def make():
     data_hash="0123abcd",
     settings={"num_levels": 3, "hidden": [8], "repair": "reassign"},
     encoder={"mean/text": np.arange(3.0), "params/a/kernel": np.eye(2, dtype=np.float32)},
+    content=make_content(),
+  )
+
+
+def make_content(*, items=6):
+  rng = np.random.default_rng(7)
+  return SemanticIds(
+    streams=("text", "image", "fused"),
+    codes=rng.integers(5, size=(items, 2)).astype(np.int32),
+    stream_codes=rng.integers(5, size=(3, items, 2)).astype(np.int32),
+    present=np.ones((3, items), bool),
+    codebooks=rng.normal(size=(3, 2, 5, 4)).astype(np.float32),
+    data_hash="0123abcd",
   )
 
 
@@ -45,12 +58,21 @@ def test_loading_gives_back_what_was_saved(folder):
   assert loaded.encoder.keys() == ids.encoder.keys()
   for name, array in ids.encoder.items():
     assert_array_equal(loaded.encoder[name], array, strict=True)
+  for name in ARRAYS:
+    assert_array_equal(getattr(loaded.content, name), getattr(ids.content, name), strict=True)
+
+  # Most have no content codes, and are none the worse for it.
+  dataclasses.replace(ids, content=None).save(folder.parent / "alone")
+  alone = SemanticIds.load(folder.parent / "alone")
+  assert alone.content is None
+  assert alone.fingerprint != ids.fingerprint
 
 
 def test_every_array_is_readable_without_pickle(folder):
   assert {path.name for path in folder.iterdir()} == {f"{name}.npy" for name in ARRAYS} | {
     "semantic_ids.json",
     "encoder.npz",
+    "content",
   }
   for name in ARRAYS:
     assert_array_equal(np.load(folder / f"{name}.npy", allow_pickle=False), getattr(make(), name))
@@ -94,9 +116,14 @@ def test_vectors_are_sums_of_codewords_and_zero_where_the_stream_is_absent(share
     lambda ids: {"encoder": ids.encoder | {"mean/text": np.arange(1.0, 4.0)}},
     lambda ids: {"encoder": {"mean/image": ids.encoder["mean/text"]}},
     lambda ids: {"streams": ("image", "text", "id", "fused")},
+    lambda ids: {"content": dataclasses.replace(ids.content, codebooks=-ids.content.codebooks)},
+    lambda ids: {"content": None},
   ],
-  ids=["codes", "stream_codes", "present", "codebooks", "data_hash", "settings", "encoder", "names", "streams"],
-)
+  ids=[
+    "codes", "stream_codes", "present", "codebooks", "data_hash", "settings", "encoder", "names", "streams",
+    "content", "no content",
+  ],
+)  # fmt: skip
 def test_the_fingerprint_changes_with_every_part(change):
   ids = make()
   assert re.fullmatch("[0-9a-f]{16}", ids.fingerprint)
@@ -182,12 +209,44 @@ def test_a_folder_of_anything_else_is_refused_and_not_to_be_deleted(tmp_path):
     (lambda ids: {"streams": ("text", "text", "id", "fused")}, "streams: expected different names"),
     (lambda ids: {"streams": ("text", "image", "fused", "id")}, "the last of them fused"),
     (lambda ids: {"streams": ("image", "id", "fused")}, "expected arrays of 3 streams"),
+    (lambda ids: {"content": make_content(items=5)}, "content: expected codes of .* 6, 5"),
+    (lambda ids: {"content": dataclasses.replace(ids.content, data_hash="other")}, "content: expected codes of"),
+    (lambda ids: {"content": dataclasses.replace(ids.content, streams=("a", "b", "fused"))}, "content: expected"),
+    (lambda ids: {"content": dataclasses.replace(ids.content, codebooks=ids.content.codebooks[:, :, :, :, None])},
+     "codebooks: expected float32"),
   ],
 )  # fmt: skip
 def test_arrays_that_do_not_fit_one_another_are_refused_whatever_their_fingerprint(tmp_path, change, named):
   ids = make()
   dataclasses.replace(ids, **change(ids)).save(tmp_path / "ids")
   assert re.search(named, refusal(tmp_path / "ids"))
+
+
+def test_damaged_missing_and_nested_content_is_refused(folder):
+  path = folder / "content" / "codes.npy"
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-4] + b"\x00\x00\x00\x01")
+  assert "content" in refusal(folder)
+  path.unlink()
+  refusal(folder)
+  path.write_bytes(whole)
+  SemanticIds.load(folder)
+  about = read_json(folder / "content" / "semantic_ids.json")
+  write_json(folder / "content" / "semantic_ids.json", about | {"content": True})
+  assert "content codes have no content codes of their own" in refusal(folder)
+  (folder / "content" / "semantic_ids.json").unlink()
+  refusal(folder, "check the path")
+
+
+def test_an_extension_keeps_the_known_items_content_codes():
+  ids = make()
+  ids.check_extension(ids, where="there")
+  changed = dataclasses.replace(ids.content, stream_codes=(ids.content.stream_codes + 1) % 5)
+  with pytest.raises(InputError, match="there/content does not extend"):
+    dataclasses.replace(ids, content=changed).check_extension(ids, where="there")
+  for one, other in ((ids, dataclasses.replace(ids, content=None)), (dataclasses.replace(ids, content=None), ids)):
+    with pytest.raises(InputError, match="content codes, what the recommender was trained on has"):
+      one.check_extension(other, where="there")
 
 
 def test_a_description_of_other_types_is_refused(folder):

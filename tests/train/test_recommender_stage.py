@@ -1,5 +1,7 @@
 """What the recommender is told of the items, for every way to compare them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import from_lengths
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.similarity import similarities
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.recommender_stage import build_catalogue
@@ -88,6 +91,24 @@ def test_a_continuous_bias_has_a_slope_and_no_buckets(ids, histories):
   catalogue, settings = build(ids, histories, similarity_kind="continuous", layer_tables=True, cross_pairs=False)
   assert settings.table_shape == (2, 2, 2, 3)
   assert catalogue.streams.dtype == np.float32
+
+
+def test_content_codes_are_columns_of_their_own(ids, histories):
+  rng = np.random.default_rng(2)
+  content = dataclasses.replace(
+    ids, stream_codes=rng.integers(CODES, size=(3, ITEMS, LEVELS)).astype(np.int32), present=ids.present[::-1]
+  )
+  both = dataclasses.replace(ids, content=content)
+  catalogue, settings = build(both, histories, item_inputs=("fused", "content", "item"))
+  assert settings.num_columns == 4 * LEVELS
+  columns, first = np.asarray(catalogue.columns), CODES * np.arange(4 * LEVELS)
+  assert_array_equal(columns[:, :LEVELS] - first[:LEVELS], ids.codes)
+  for stream in range(3):
+    mine = slice((stream + 1) * LEVELS, (stream + 2) * LEVELS)
+    expected = np.where(content.present[stream][:, None], content.stream_codes[stream] + first[mine], -1)
+    assert_array_equal(columns[:, mine], expected)
+  with pytest.raises(InputError, match="came without content codes: train a tokenizer with"):
+    build(ids, histories, item_inputs=("fused", "content", "item"))
 
 
 def test_without_similarity_there_is_nothing_to_compare(ids, histories):

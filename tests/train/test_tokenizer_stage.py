@@ -47,6 +47,7 @@ ALTERNATIVES = {
   "single": {
     "tokenizer.codebooks": "single", "tokenizer.gradient": "rotation", "tokenizer.item_id": "none",
     "tokenizer.balanced_last": True, "tokenizer.repair": "suffix", "tokenizer.optimizer.schedule": "constant",
+    "tokenizer.content_codes": True,
   },
   "item ids": {
     "tokenizer.semantic_id": "item_id", "tokenizer.club.bound": "sampled", "tokenizer.normalize": False,
@@ -164,6 +165,15 @@ def test_every_alternative_trains(data, trained, name):
   records = [line for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if "train" in line]
   assert len(records) == STEPS // 5
   assert (workdir / "checkpoints" / "tokenizer" / str(STEPS)).is_dir()
+
+
+def test_content_codes_are_those_of_residual_kmeans(trained):
+  content, alone = trained("single")[0].content, trained("features alone")[0]
+  assert content.streams == alone.streams
+  np.testing.assert_array_equal(content.stream_codes, alone.stream_codes)
+  np.testing.assert_array_equal(content.present, alone.present)
+  np.testing.assert_array_equal(content.codebooks, alone.codebooks)
+  assert trained("default")[0].content is None
 
 
 @pytest.mark.parametrize("name", ["single", "features alone"])
