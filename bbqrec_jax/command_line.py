@@ -6,6 +6,7 @@ import pathlib
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -16,8 +17,14 @@ from bbqrec_jax.interruption import Interrupted, heard_at_once, impatient
 
 
 def _drop_echoes(unraisable: Any) -> None:
-  """When a save fails, orbax closes an event loop that threads of tensorstore still answer, and each would tell so."""
-  if not isinstance(unraisable.exc_value, RuntimeError) or str(unraisable.exc_value) != "Event loop is closed":
+  """Leaves out of what Python tells of errors that nobody can catch those that are dealt with elsewhere.
+
+  When a save fails, orbax closes an event loop that threads of tensorstore still answer, and each would tell so. A
+  signal that finds Python collecting garbage is heard as soon as that is over (see `heard_at_once`).
+  """
+  error = unraisable.exc_value
+  closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+  if not closed and not isinstance(error, Interrupted):
     sys.__unraisablehook__(unraisable)
 
 
@@ -34,6 +41,8 @@ def training(workdir: pathlib.Path) -> Iterator[None]:
     # orbax tells of every file it writes; what fails there it also raises.
     logging.set_verbosity(logging.FATAL)
   sys.unraisablehook = _drop_echoes
+  # Of writes that orbax gives up when one fails.
+  warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
   try:
     with impatient(), heard_at_once():
       yield

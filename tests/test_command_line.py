@@ -109,6 +109,39 @@ def test_whatever_ends_a_training_is_one_line_and_a_status(parsed, capsys, error
     assert out == f"stopped by {error}, everything is saved; the same command goes on from here\n"
 
 
+class Finaliser:
+  """Python cannot raise what a signal raises while it is called."""
+
+  def __del__(self):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Faulty:
+  def __del__(self):
+    raise ValueError("bug")
+
+
+async def abandoned():
+  pass
+
+
+def test_what_python_tells_of_dropped_objects_is_left_out_where_it_is_dealt_with(parsed, capsys, monkeypatch):
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+  def work():
+    with training(pathlib.Path("runs/x")):
+      Finaliser()
+      abandoned()
+
+  with pytest.raises(SystemExit) as end:
+    work()
+  assert end.value.code == 130
+  assert capsys.readouterr() == ("stopped by SIGINT, everything is saved; the same command goes on from here\n", "")
+  # Other errors that nobody can catch are still told.
+  Faulty()
+  assert "ValueError: bug" in capsys.readouterr().err
+
+
 def test_an_error_of_the_program_itself_keeps_its_traceback(parsed):
   for error in (ValueError("bug"), FileNotFoundError(2, "No such file")):
     with pytest.raises(type(error)), training(pathlib.Path("runs/x")):

@@ -86,16 +86,18 @@ def test_a_pickle_in_place_of_any_file_of_a_checkpoint_is_not_run(tmp_path):
   like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
 
   def restore_all():
-    """Each part by itself, as orbax and grain read it when nothing has been checked before."""
+    """Each part by itself, as orbax reads it when nothing has been checked before."""
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.restore(folder / "state", like)
-    grain.checkpoint.CheckpointHandler().restore(folder / "data", item=batches())
-    with ocp.CheckpointManager(tmp_path, item_handlers={"progress": ocp.JsonCheckpointHandler()}) as manager:
-      manager.restore(3, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+    handlers = {name: ocp.JsonCheckpointHandler() for name in ("data", "progress")}
+    with ocp.CheckpointManager(tmp_path, item_handlers=handlers) as manager:
+      arguments = ocp.args.Composite(data=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore())
+      batches().set_state(manager.restore(3, args=arguments)["data"])
 
   restore_all()
   files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-  assert {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "process_0-of-1.json"} <= {path.name for path in files}
+  assert {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"} <= {path.name for path in files}
+  assert {path.parent.name for path in files} >= {"data", "progress"}
   read = 0
   for path in files:
     whole = path.read_bytes()

@@ -105,7 +105,7 @@ def recommender_problem(head, *, accumulation=1, **changes):
     batches[1][name][6:] = 0
   params = jax.jit(model.init)(jax.random.key(0), catalogue, batches[0])["params"]
   # With a step so small that rounding does not grow from one to the next; it keeps something of each table.
-  optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.02, momentum=0.9))
+  optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.005, momentum=0.9))
   state = TrainState.create(jax.device_get(params), optimizer, seed=0)
   return state, make_recommender_step(model, optimizer, accumulation=accumulation), catalogue, batches
 
