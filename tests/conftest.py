@@ -1,6 +1,7 @@
 """Four CPU devices for every test, set before anything imports JAX, and the real data where a checkout has it."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -9,7 +10,12 @@ import numpy as np
 import pytest
 
 _DEVICES = os.environ.get("TEST_DEVICES", "4")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_DEVICES}".strip()
+# Half of the time of the tests is the CPU compiler's; these emitters pay for larger programs. A later version may not
+# know the flag, and would end at once.
+_EMITTERS = " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
+os.environ["XLA_FLAGS"] = (
+  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_DEVICES}{_EMITTERS}".strip()
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
@@ -77,9 +83,15 @@ def compile_cache(_cache_folder):
     yield
 
 
-@pytest.fixture(scope="module")
-def quick_compile():
-  """For runs of a few small steps: they take less time than the compiler's optimisations would."""
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile(request):
+  """Runs of a few small steps take less time than the compiler's optimisations would.
+
+  A file that asks for programs as users have them sets OPTIMIZED.
+  """
+  if getattr(request.module, "OPTIMIZED", False):
+    yield
+    return
   with _jax_options(jax_disable_most_optimizations=True):
     yield
 

@@ -44,7 +44,7 @@ def test_the_share_is_kept_and_drawn_by_the_seed(script):
   assert script.choose_cold(5, 0.01, seed=0).sum() == 1
 
 
-@pytest.mark.usefixtures("compile_cache", "quick_compile")
+@pytest.mark.usefixtures("compile_cache")
 def test_a_small_run_ranks_the_cold_items_among_all(script, tmp_path):
   config = default_config()
   config.update_from_flattened_dict({

@@ -39,7 +39,7 @@ def config_file(tmp_path):
   return str(path)
 
 
-@pytest.mark.usefixtures("compile_cache", "quick_compile")
+@pytest.mark.usefixtures("compile_cache")
 def test_systems_share_a_tokenizer_and_the_table_compares_them_user_by_user(script, config_file, tmp_path):
   workdir = tmp_path / "heads"
   systems = ("sasrec", "dense-no_bias", "dense")

@@ -25,7 +25,7 @@ def config():
   return config
 
 
-@pytest.mark.usefixtures("compile_cache", "quick_compile")
+@pytest.mark.usefixtures("compile_cache")
 def test_each_seed_gets_a_tokenizer_and_a_recommender_and_the_report_means_over_them(script, config, tmp_path):
   script.do(config, tmp_path, variants=["rq_kmeans"], seeds=[0, 1], recommender=True, ids_alone=True)
   results = [read_json(tmp_path / "rq_kmeans" / seed / "dense" / "results.json") for seed in ("0", "1")]

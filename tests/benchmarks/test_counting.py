@@ -15,6 +15,8 @@ from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.ops.softmax import cross_entropy, weighted_cross_entropy
 from bbqrec_jax.semantic_ids.trie import build_trie
 
+OPTIMIZED = True
+
 
 def test_products_their_gradients_and_loops_by_hand():
   a, b = jnp.zeros((3, 5, 7)), jnp.zeros((7, 11))

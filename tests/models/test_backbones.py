@@ -10,6 +10,8 @@ from bbqrec_jax.models.backbones import CausalBackbone, TransformerLayer
 from bbqrec_jax.ops.attention import history_mask
 from bbqrec_jax.ops.positions import relative_buckets
 
+OPTIMIZED = True
+
 BATCH, LENGTH, WIDTH, HEADS, MAX_LENGTH = 2, 6, 8, 2, 5
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
 POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])

@@ -37,8 +37,6 @@ from bbqrec_jax.train.steps import CodebookUpkeep, Disentangling, make_recommend
 NUM_ITEMS, LEVELS, CODES = 41, 3, 4
 STEPS = 20
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture
 def four_devices():

@@ -26,7 +26,7 @@ from bbqrec_jax.train.parallel import SingleDevice
 from bbqrec_jax.train.steps import make_tokenizer_step
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer, tokenizer_settings
 
-pytestmark = pytest.mark.usefixtures("compile_cache", "quick_compile")
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 STEPS, ITEMS, LEVELS, CODES = 20, 60, 2, 16
 SMALL = {
@@ -111,7 +111,7 @@ def train(dataset, split, workdir, changes):
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory, compile_cache, quick_compile):
+def trained(data, tmp_path_factory, compile_cache):
   """A function from an alternative's name to its semantic IDs and workdir; each is trained once."""
 
   @functools.cache
