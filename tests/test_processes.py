@@ -48,7 +48,8 @@ def start_both(workdir, changes, *, command=("bbqrec_jax.main",)):
   # Without kept programs: both compile alike, and neither waits long for the other.
   flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
   env = os.environ | {
-    "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   }  # fmt: skip
   fields = [f"--config.{name}={value}" for name, value in (CHANGES | changes).items()]
   together = ["--distributed=on", f"--coordinator=localhost:{port}", "--num_processes=2"]
