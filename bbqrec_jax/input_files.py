@@ -7,6 +7,7 @@ import io
 import math
 import os
 import stat
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def _read_header(stream: io.BufferedIOBase, size: int) -> tuple[np.dtype, tuple[
   version = np.lib.format.read_magic(head)
   if version not in readers:
     raise ValueError(f"format version {version}")
-  shape, fortran, dtype = readers[version](head)
+  with warnings.catch_warnings(action="ignore", category=UserWarning):  # Of headers that look like Python 2's.
+    shape, fortran, dtype = readers[version](head)
   if dtype.hasobject or not dtype.itemsize:
     raise ValueError(f"dtype {dtype} holds no numbers")
   if any(length < 0 for length in shape) or head.tell() + math.prod(shape) * dtype.itemsize != size:

@@ -557,6 +557,7 @@ def test_damaged_notes_are_refused_and_named(copied, name, damaged):
     experiment.run(make_config(**SASREC), copied)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Of reads that orbax abandons.
 def test_a_damaged_model_is_refused_and_made_again_where_that_is_asked_for(copied, sasrec):
   _, results = sasrec
   best = copied / "checkpoints" / "recommender" / str(results["best_step"])
