@@ -22,13 +22,11 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   """
   config = default_config()
   config.data.modalities = ("text", "attribute")
-  config.tokenizer.content_codes = True
   config.tokenizer.temperature = 0.2
   config.tokenizer.level_dropout = 0.75
   config.tokenizer.weights.item_id = 0.005
   config.tokenizer.steps = 4000
   config.tokenizer.evaluate_every = 1000
-  config.recommender.item_inputs = ("fused", "modalities", "content", "item")
   config.recommender.head = "dense" if head == "sasrec" else head
   config.recommender.steps = 4000
   config.recommender.evaluate_every = 1000

@@ -22,8 +22,6 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   """
   config = default_config()
   config.data.modalities = ("text", "attribute")
-  config.tokenizer.content_codes = True
-  config.recommender.item_inputs = ("fused", "modalities", "content", "item")
   config.recommender.head = "dense" if head == "sasrec" else head
   if head == "sasrec":
     config.recommender.item_inputs = ("item",)
