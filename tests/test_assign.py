@@ -157,7 +157,7 @@ def one_artefact(random_params):
     ("num_levels", 10**9), ("num_codes", True), ("code_width", "4"), ("item_id", "no such"), ("item_id", "none"),
     ("semantic_id", "concatenated"), ("quantizer", "os:system"), ("quantizer", "rq_kmeans"),
     ("codebooks", "per_stream"), ("temperature", None), ("repair", "suffix"), ("repair", "none"),
-    ("history_layers", 10**12),
+    ("history_layers", 10**12), ("code_width", 0), ("num_codes", 0),
   ],
 )  # fmt: skip
 def test_settings_that_are_not_of_the_arrays_are_refused_before_anything_is_computed(one_artefact, setting, value):

@@ -62,6 +62,8 @@ def _fits(field: dataclasses.Field, value: Any) -> bool:
     return isinstance(value, tuple) and all(map(_is_size, value)) and 0 < len(value) <= _MOST_LAYERS
   if field.name in CHOICES:
     return value in CHOICES[field.name]
+  if field.name in ("num_items", "code_width", "num_levels", "num_codes"):
+    return _is_size(value)
   default = 0 if field.default is dataclasses.MISSING else field.default
   if isinstance(default, bool):
     return isinstance(value, bool)
