@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import pathlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from bbqrec_jax.config import CHANGEABLE, default_config, flatten, validate
+from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.features import Modalities, load_new_items
 from bbqrec_jax.data.interactions import Split, leave_one_out
@@ -20,13 +19,12 @@ from bbqrec_jax.evaluation.ranking import popularity_metrics
 from bbqrec_jax.input_files import check_links, is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue
-from bbqrec_jax.models.heads import HEADS
-from bbqrec_jax.models.recommender import BACKBONES, Recommender
+from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.parallel import Partitioner, make_partitioner
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import check_capacity
 from bbqrec_jax.train.checkpointing import restore_state
 from bbqrec_jax.train.logging import MetricsLog, say
-from bbqrec_jax.train.parallel import Partitioner, make_partitioner
 from bbqrec_jax.train.recommender_stage import (
   build_recommender,
   check_fingerprint,
@@ -38,12 +36,7 @@ from bbqrec_jax.train.recommender_stage import (
 )
 from bbqrec_jax.train.state import TrainState
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer
-
-# Of the figures of `statistics`: what tells one data set from another.
-_HASHES = ("split_hash", "features_hash", "times_hash")
-_LARGEST = 2**63  # Of numbers in the files of a workdir; JSON itself knows no bounds.
-_REMAKE = "delete its folder, and the run's own command makes it again from the checkpoint"
-SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
+from bbqrec_jax.workdir import HASHES, REMAKE, claim, format_results, load_config, load_results, tokenizer_figure
 
 
 def read_data(config: ml_collections.ConfigDict) -> tuple[Dataset, Split, dict[str, Any]]:
@@ -80,56 +73,6 @@ def _check_sizes(config: ml_collections.ConfigDict, *, num_items: int, num_modal
       f"config field recommender.batch_rows = {r.batch_rows} must be a multiple of the {num_devices} devices times"
       f" recommender.accumulation = {r.accumulation}"
     )
-
-
-def _identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """What of a config tells one run from another, as JSON gives it back."""
-  # Where the data lies may change between two starts of one run; what it holds may not.
-  fields = {name: value for name, value in flatten(config).items() if name not in CHANGEABLE}
-  return json.loads(json.dumps(fields))
-
-
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-  """The names that two dictionaries do not both give the same value."""
-  both = one.keys() & other.keys()
-  return sorted(name for name in one.keys() | other.keys() if name not in both or one[name] != other[name])
-
-
-def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dict[str, Any]) -> None:
-  """Writes what this run is into the workdir, or makes sure that the run found there is this one.
-
-  Raises:
-    InputError: if the workdir belongs to a run with another config or other data; names the fields that differ. Or if
-      a link in it leads out of it.
-  """
-  mine = _identity(config) | {f"data {name}": figures[name] for name in _HASHES}
-  path = workdir / "run.json"
-  check_links(workdir)
-  if is_given(path):
-    theirs = read_json(path)
-    differing = differences(theirs, mine)
-    if differing:
-      shown = ", ".join(f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})" for name in differing)
-      raise InputError(f"{workdir} holds another run, which differs in {shown}; use another --workdir")
-    return
-  write_json(workdir / "config.json", config.to_dict())
-  write_json(path, mine)
-
-
-def format_results(results: dict[str, Any]) -> str:
-  """The metrics as a table, a line a metric."""
-  data = results["data"]
-  lines = [
-    f"{results['model']} on {data['name']}: {data['users']:,} users, {data['items']:,} items,"
-    f" {data['interactions']:,} interactions, split {data['split_hash']}",
-    f"{'':12s}  {'popularity':>10s}  {'validation':>10s}  {'test':>10s}",
-  ]
-  for name in SHOWN:
-    values = [results[part][name] for part in ("popularity", "validation", "test")]
-    lines.append(f"{name:12s}  " + "  ".join(f"{value:10.4f}" for value in values))
-  seconds = results["seconds"]
-  lines.append("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
-  return "\n".join(lines)
 
 
 class _Run(NamedTuple):
@@ -199,7 +142,7 @@ def tokenize(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
     _semantic_ids(prepared, log)
   finally:
     log.close()
-  return read_json(tokenizer_folder(config, workdir) / "health.json", mend=_REMAKE)
+  return read_json(tokenizer_folder(config, workdir) / "health.json", mend=REMAKE)
 
 
 def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -271,90 +214,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   return results
 
 
-def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_collections.ConfigDict:
-  """The config that a run wrote into its workdir.
-
-  Args:
-    workdir: of the run, from anywhere.
-    trusted: Python modules outside this project that its heads and backbones may be imported from.
-
-  Raises:
-    InputError: if there is no run, it is of another version of the fields, a value is none that the field can have, it
-      is not what `run.json` says of the run, or it names code that is not trusted.
-  """
-  path = workdir / "config.json"
-  if not is_given(path):
-    raise InputError(f"{path} does not exist: --workdir must be that of a run of bbqrec_jax.main")
-  config = default_config()
-  fields = flatten(config)
-  written = flatten(read_json(path))
-  unknown = written.keys() ^ fields.keys()
-  if unknown:
-    raise InputError(f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only")
-  for name, default in fields.items():
-    if not _has_type_of(written[name], default):
-      raise InputError(f"{path} field {name}: expected a {type(default).__name__}, got {written[name]!r}; restore it")
-  config.update_from_flattened_dict(written)
-  noted = {name: value for name, value in read_json(workdir / "run.json").items() if not name.startswith("data ")}
-  differing = differences(noted, _identity(config))
-  if differing:
-    raise InputError(f"{path} and run.json beside it tell of different runs: {', '.join(differing)}; restore them")
-  for name, registered in (("recommender.head", HEADS), ("recommender.backbone", BACKBONES)):
-    module = written[name].partition(":")[0]
-    if written[name] not in registered and module not in trusted:
-      raise InputError(
-        f"{path} field {name} names code outside this project, {written[name]!r}, and reading a workdir runs none: if"
-        f" you trust it, say --trust={module}"
-      )
-  validate(config)
-  return config
-
-
-def _has_type_of(value: Any, default: Any) -> bool:
-  """Whether a value from JSON can stand where a config has `default`."""
-  if isinstance(default, tuple):
-    # One that is empty by default does not tell whether it holds names or numbers; `validate` knows.
-    kinds = {type(one) for one in default} or {str, int}
-    return isinstance(value, tuple) and all(type(one) in kinds for one in value)
-  if isinstance(value, int | float) and not -_LARGEST < value < _LARGEST:
-    return False
-  return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-
-
-def load_results(workdir: pathlib.Path) -> dict[str, Any]:
-  """What `run` wrote of a finished run.
-
-  Raises:
-    InputError: if it is not there, or is not that.
-  """
-  path = workdir / "results.json"
-  results = read_json(path, mend="delete it, and the run's own command makes it again")
-  try:
-    format_results(results)
-    steps = results["best_step"], results["steps"]
-    if not all(type(step) is int and 0 < step < _LARGEST for step in steps):
-      raise ValueError(f"it was best at step {steps[0]!r} of {steps[1]!r}")
-  except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-    raise InputError(
-      f"{path}: expected the results of a run, got something else ({type(error).__name__}: {error}); delete it, and the"
-      " run's own command makes it again"
-    ) from error
-  return results
-
-
-def tokenizer_figure(folder: pathlib.Path, name: str) -> float:
-  """What training the tokenizer in a folder took, which its `health.json` says: "seconds" or "skipped_steps".
-
-  Raises:
-    InputError: if it does not.
-  """
-  path = folder / "health.json"
-  figure = read_json(path, mend=_REMAKE).get(name)
-  if isinstance(figure, bool) or not isinstance(figure, int | float) or not 0 <= figure < _LARGEST:
-    raise InputError(f"{path} field {name}: expected a number of at least 0, got {figure!r}; {_REMAKE}")
-  return figure
-
-
 class Restored(NamedTuple):
   """A finished run, as far as ranking needs it.
 
@@ -416,7 +275,7 @@ def restore(
   best = load_results(workdir)["best_step"]
   dataset, split, figures = read_data(config)
   trained_on = read_json(workdir / "run.json")
-  for name in _HASHES:
+  for name in HASHES:
     if trained_on.get(f"data {name}") != figures[name]:
       raise InputError(
         f"{dataset.source} has {name} {figures[name]}, the run in {workdir} was trained on"

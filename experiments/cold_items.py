@@ -29,8 +29,8 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
 from bbqrec_jax.experiment import of_any_recommender, restore, run, tokenize
 from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.parallel import make_partitioner
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train.parallel import make_partitioner
 
 
 def choose_cold(num_items: int, share: float, *, seed: int) -> np.ndarray:

@@ -45,7 +45,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from bbqrec_jax import experiment
 from bbqrec_jax.config import CHANGEABLE, default_config, flatten
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
@@ -59,6 +58,7 @@ from bbqrec_jax.models.recommender import BACKBONES
 from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.recommender_stage import check_fingerprint
+from bbqrec_jax.workdir import SHOWN, claim, load_config, load_results, tokenizer_figure
 
 # What a file may be instead of bytes.
 MISSING, FOLDER, PIPE, LOOP, HUGE = "missing", "folder", "pipe", "loop", "huge"
@@ -677,7 +677,7 @@ RESULTS: dict[str, Any] = {
     "name": "tiny", "source": "synthetic", "users": 3, "items": 4, "interactions": 10, "split_hash": "0123abcd"
   },
   **{
-    part: {name: 0.25 for name in experiment.SHOWN} for part in ("popularity", "validation", "test")
+    part: {name: 0.25 for name in SHOWN} for part in ("popularity", "validation", "test")
   },
   "best_step": 40,
   "steps": 120,
@@ -689,7 +689,7 @@ def save_run(folder: pathlib.Path) -> None:
   """The JSON files of a workdir."""
   config = default_config()
   config.data.source, config.data.path, config.data.modalities = "directory", "data/tiny", ("text", "image")
-  experiment.claim(folder, config, FIGURES)
+  claim(folder, config, FIGURES)
   write_json(folder / "results.json", RESULTS)
   check_fingerprint(folder, semantic_ids())
   write_json(folder / "health.json", {"usage": [1.0, 0.5], "num_codes": 5, "seconds": 1.5})
@@ -699,7 +699,7 @@ def read_run(folder: pathlib.Path) -> Any:
   """Whether a run of this config and data may go on here; nothing is returned."""
   config = default_config()
   config.data.source, config.data.path, config.data.modalities = "directory", "elsewhere", ("text", "image")
-  experiment.claim(folder, config, FIGURES)
+  claim(folder, config, FIGURES)
 
 
 def document(files: Files, name: str) -> Any:
@@ -942,13 +942,13 @@ def readers() -> dict[str, Reader]:
     "tokenizer settings": Reader(ids, (reseal_settings,), read_settings, expect_settings, True),
     "run.json": workdir("run.json", read_run, lambda files: expect_run(files, run)),
     "config.json": workdir(
-      "config.json", lambda folder: flatten(experiment.load_config(folder)), lambda files: expect_config(files, run)
+      "config.json", lambda folder: flatten(load_config(folder)), lambda files: expect_config(files, run)
     ),
     "config.json forged": Reader(
-      run, (forge_config,), lambda folder: flatten(experiment.load_config(folder)), expect_forged_config, True
+      run, (forge_config,), lambda folder: flatten(load_config(folder)), expect_forged_config, True
     ),
     "results.json": workdir(
-      "results.json", experiment.load_results, expect_results
+      "results.json", load_results, expect_results
     ),
     "recommender.json": workdir(
       "recommender.json",
@@ -957,7 +957,7 @@ def readers() -> dict[str, Reader]:
     ),
     "health.json": workdir(
       "health.json",
-      lambda folder: experiment.tokenizer_figure(folder, "seconds"),
+      lambda folder: tokenizer_figure(folder, "seconds"),
       lambda files: float(document(files, "health.json")["seconds"]),
     ),
   }  # fmt: skip

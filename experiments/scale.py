@@ -35,9 +35,9 @@ from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.parallel import MeshJit
 from bbqrec_jax.semantic_ids.trie import Trie
 from bbqrec_jax.train.optimizer import make_optimizer
-from bbqrec_jax.train.parallel import MeshJit
 from bbqrec_jax.train.recommender_stage import build_catalogue, initial_state, training_batches
 from bbqrec_jax.train.steps import make_recommender_step
 from bbqrec_jax.train.tokenizer_stage import tokenizer_settings, tokenizer_training

@@ -19,12 +19,13 @@ from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.experiment import load_config, restore
+from bbqrec_jax.experiment import restore
 from bbqrec_jax.interruption import Interrupted
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.recommend import parse_history, parse_times, recommend
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.logging import MetricsLog
+from bbqrec_jax.workdir import load_config
 
 NUM_ITEMS, LEVELS, CODES = 80, 3, 16
 METRICS = {

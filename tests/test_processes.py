@@ -16,8 +16,8 @@ import pytest
 
 from bbqrec_jax import experiment, processes
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.parallel import MeshJit, Pmap
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train.parallel import MeshJit, Pmap
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Small, and with little to compile; 81 items do not divide by two devices.

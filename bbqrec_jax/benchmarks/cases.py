@@ -17,9 +17,9 @@ from bbqrec_jax.data.pipeline import FeatureStore, evaluation_batches
 from bbqrec_jax.evaluation.ranking import make_ranker
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.ops.attention import attention, history_mask
+from bbqrec_jax.parallel import StepFunction, make_partitioner
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.optimizer import make_optimizer
-from bbqrec_jax.train.parallel import StepFunction, make_partitioner
 from bbqrec_jax.train.recommender_stage import build_recommender, initial_state, training_batches
 from bbqrec_jax.train.steps import make_recommender_step
 from bbqrec_jax.train.tokenizer_stage import tokenizer_settings, tokenizer_training

@@ -14,8 +14,8 @@ from bbqrec_jax.models.padding import without_padding
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, stream_codebooks
 from bbqrec_jax.ops.contrastive import normalize
 from bbqrec_jax.ops.ranking import target_ranks
+from bbqrec_jax.parallel import Partitioner
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, linear_r2
-from bbqrec_jax.train.parallel import Partitioner
 
 # Items whose reconstruction and disentangling are looked at: figures about a catalogue, not work that grows with it.
 _LOOKED_AT = 8192

@@ -98,7 +98,7 @@ class SemanticIds:
       here, there = ("no", "some") if self.content is None else ("some", "no")
       raise InputError(f"{where} has {here} content codes, what the recommender was trained on has {there}")
     if self.content is not None and known.content is not None:
-      self.content.check_extension(known.content, where=pathlib.Path(str(where)) / "content")
+      self.content.check_extension(known.content, where=f"{where}/content")
 
   @property
   def fingerprint(self) -> str:

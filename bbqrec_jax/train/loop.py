@@ -13,9 +13,9 @@ import grain
 
 from bbqrec_jax import processes
 from bbqrec_jax.interruption import Interrupted, heard_at_once, noted
+from bbqrec_jax.parallel import Partitioner, StepFunction
 from bbqrec_jax.train.checkpointing import Checkpointer, restore_state
 from bbqrec_jax.train.logging import MetricsLog, Progress, say
-from bbqrec_jax.train.parallel import Partitioner, StepFunction
 from bbqrec_jax.train.state import TrainState
 from bbqrec_jax.train.steps import skip_nonfinite
 from bbqrec_jax.train.watch import Safeguards, Watch, items_of, require_finite
@@ -75,7 +75,7 @@ def fit(
     plan: the stage.
     state: the first state, placed by the partitioner.
     shared: data that every step is given, likewise.
-    step_function: see `train.parallel`.
+    step_function: see `parallel`.
     batches: the input pipeline.
     partitioner: how steps meet devices.
     directory: for checkpoints.

@@ -21,12 +21,12 @@ from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.ops.similarity import equal_frequency_edges, equal_width_edges, overlap_edges, stream_pairs
+from bbqrec_jax.parallel import Partitioner, made_on_host
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.train.logging import MetricsLog
 from bbqrec_jax.train.loop import Plan, fit
 from bbqrec_jax.train.optimizer import make_optimizer
-from bbqrec_jax.train.parallel import Partitioner, made_on_host
 from bbqrec_jax.train.state import TrainState
 from bbqrec_jax.train.steps import make_recommender_step
 from bbqrec_jax.train.watch import Safeguards

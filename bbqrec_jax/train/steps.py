@@ -16,7 +16,7 @@ from bbqrec_jax.models.tokenizer_loss import Bound, LossWeights, TokenizerOutput
 from bbqrec_jax.ops.club import club_full, club_sampled, gaussian_log_likelihood
 from bbqrec_jax.ops.codebooks import code_counts, moving_average, perplexity, revive_codes
 from bbqrec_jax.ops.reduction import masked_mean, mean_weights
-from bbqrec_jax.train.parallel import StepFunction, reduce_shares
+from bbqrec_jax.parallel import StepFunction, reduce_shares
 from bbqrec_jax.train.state import CodebookUse, TrainState, step_key
 
 Metrics = dict[str, jax.Array]

@@ -23,7 +23,6 @@ from bbqrec_jax.models.frozen import (
   RQ_KMEANS,
   FrozenTokenizer,
   artefact_codebooks,
-  content_latents,
   encode_blocks,
   frozen_parameters,
   id_space,
@@ -31,13 +30,14 @@ from bbqrec_jax.models.frozen import (
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
 from bbqrec_jax.models.tokenizer_loss import LossWeights
 from bbqrec_jax.ops.kmeans import residual_kmeans
+from bbqrec_jax.parallel import Partitioner, StepFunction
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.health import codebook_health, format_health
 from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
+from bbqrec_jax.train.kmeans import content_codes, feature_widths, kmeans_codebooks, kmeans_settings
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.loop import Plan, fit
 from bbqrec_jax.train.optimizer import make_optimizer
-from bbqrec_jax.train.parallel import Partitioner, StepFunction
 from bbqrec_jax.train.state import CodebookUse, TrainState
 from bbqrec_jax.train.steps import CodebookUpkeep, Disentangling, make_tokenizer_step
 from bbqrec_jax.train.watch import Safeguards
@@ -49,7 +49,7 @@ def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
   if t.quantizer == RQ_KMEANS:
     return kmeans_settings(config, dataset, semantic_id=t.semantic_id)
   return TokenizerSettings(
-    tuple(_widths(dataset).items()),
+    tuple(feature_widths(dataset).items()),
     num_items=dataset.num_items,
     num_levels=t.num_levels,
     num_codes=t.num_codes,
@@ -73,20 +73,6 @@ def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
     max_length=t.max_length,
     dropout=t.dropout,
   )
-
-
-def kmeans_settings(config: Any, dataset: Dataset, *, semantic_id: str) -> TokenizerSettings:
-  """Those of residual k-means of the features."""
-  t, widths = config.tokenizer, _widths(dataset)
-  return TokenizerSettings(
-    tuple(widths.items()), num_items=dataset.num_items, num_levels=t.num_levels, num_codes=t.num_codes,
-    code_width=sum(widths.values()), item_id="none", semantic_id=semantic_id, codebooks="per_stream",
-    quantizer=RQ_KMEANS,
-  )  # fmt: skip
-
-
-def _widths(dataset: Dataset) -> dict[str, int]:
-  return {name: array.shape[1] for name, array in dataset.features.items()}
 
 
 def fit_codebooks(
@@ -166,55 +152,6 @@ def _finish(ids: SemanticIds, raw: np.ndarray, health: dict[str, Any], folder: p
   processes.wait_for_all("the semantic IDs are written")
   # Not each its own: where hosts differ, so may the last digit, and with it a code.
   return SemanticIds.load(folder)
-
-
-def kmeans_codebooks(config: Any, settings: TokenizerSettings, store: FeatureStore) -> np.ndarray:
-  """Residual k-means of the standardised features, one codebook a stream: [S, L, K, sum of D] float32."""
-  t = config.tokenizer
-
-  class Stream:
-    """One stream's latents [N, d], made of the features a block at a time."""
-
-    def __init__(self, index):
-      self.index = index
-
-    def __len__(self):
-      return settings.num_items
-
-    def __getitem__(self, rows):
-      return content_latents(*store.rows(np.arange(settings.num_items)[rows]))[0][self.index]
-
-  streams: list[Any] = [Stream(index) for index in range(len(settings.streams))]
-  weights = [*(np.asarray(store.present[name], np.float32) for name in settings.names), None]
-  return np.stack([
-    residual_kmeans(
-      config.seed, streams[index], num_levels=t.num_levels, num_codes=t.num_codes, weights=weight,
-      iterations=t.kmeans_iterations, sample=t.kmeans_points, block=4096,
-    )
-    for index, weight in enumerate(weights)
-  ])  # fmt: skip
-
-
-def content_codes(config: Any, dataset: Dataset, *, data_hash: str) -> SemanticIds:
-  """What residual k-means makes of the features of all items, for a tokenizer's `SemanticIds.content`."""
-  settings, store = (
-    kmeans_settings(config, dataset, semantic_id="fused"),
-    FeatureStore(dataset.features, dataset.present),
-  )
-  codebooks = kmeans_codebooks(config, settings, store)
-  frozen = FrozenTokenizer(settings, store.arrays(), codebooks)
-  # Without the latents, which are as wide as the features.
-  present, codes = encode_blocks(lambda items: frozen(*store.rows(items))[1:], dataset.num_items, block=2048)
-  return SemanticIds(
-    streams=settings.streams,
-    codes=codes[-1],
-    stream_codes=codes,
-    present=present,
-    codebooks=codebooks,
-    data_hash=data_hash,
-    settings=dataclasses.asdict(settings),
-    encoder=store.arrays(),
-  )
 
 
 def run_kmeans_tokenizer(

@@ -16,11 +16,11 @@ import pytest
 
 from bbqrec_jax.errors import Diverged, InputError, StorageError
 from bbqrec_jax.interruption import Interrupted
+from bbqrec_jax.parallel import Pmap, SingleDevice
 from bbqrec_jax.train import checkpointing
 from bbqrec_jax.train.checkpointing import Checkpointer, damage, restore_state
 from bbqrec_jax.train.logging import MetricsLog
 from bbqrec_jax.train.loop import Plan, fit
-from bbqrec_jax.train.parallel import Pmap, SingleDevice
 from bbqrec_jax.train.state import TrainState, step_key
 from bbqrec_jax.train.steps import skip_nonfinite
 from bbqrec_jax.train.watch import Safeguards

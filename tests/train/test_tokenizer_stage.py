@@ -19,10 +19,10 @@ from bbqrec_jax.models.frozen import FrozenTokenizer, settings_from_json
 from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.models.tokenizer_loss import LossWeights
 from bbqrec_jax.ops.quantize import QUANTIZERS, residual_quantize
+from bbqrec_jax.parallel import SingleDevice
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train import tokenizer_stage
 from bbqrec_jax.train.logging import MetricsLog
-from bbqrec_jax.train.parallel import SingleDevice
 from bbqrec_jax.train.steps import make_tokenizer_step
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer, tokenizer_settings
 

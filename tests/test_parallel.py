@@ -1,6 +1,6 @@
 """Steps on many devices are steps on one device: losses, metrics, gradients and parameters.
 
-    TEST_DEVICES=8 pytest tests/train/test_parallel.py
+    TEST_DEVICES=8 pytest tests/test_parallel.py
 
 tries eight devices too; four are what tests have otherwise.
 """
@@ -27,9 +27,9 @@ from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
 from bbqrec_jax.models.tokenizer_loss import LossWeights
+from bbqrec_jax.parallel import MeshJit, Pmap, SingleDevice, make_partitioner
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.train.checkpointing import Checkpointer
-from bbqrec_jax.train.parallel import MeshJit, Pmap, SingleDevice, make_partitioner
 from bbqrec_jax.train.state import CodebookUse, TrainState, step_key
 from bbqrec_jax.train.steps import CodebookUpkeep, Disentangling, make_recommender_step, make_tokenizer_step
 

@@ -1,0 +1,155 @@
+"""What a workdir holds besides tensors: whose run it is, its config and its results; written, read back and checked."""
+
+import json
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
+import ml_collections
+
+from bbqrec_jax.config import CHANGEABLE, default_config, flatten, validate
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.input_files import check_links, is_given
+from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.models.heads import HEADS
+from bbqrec_jax.models.recommender import BACKBONES
+
+# Of the figures of `statistics`: what tells one data set from another.
+HASHES = ("split_hash", "features_hash", "times_hash")
+_LARGEST = 2**63  # Of numbers in the files of a workdir; JSON itself knows no bounds.
+REMAKE = "delete its folder, and the run's own command makes it again from the checkpoint"
+SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
+
+
+def _identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What of a config tells one run from another, as JSON gives it back."""
+  # Where the data lies may change between two starts of one run; what it holds may not.
+  fields = {name: value for name, value in flatten(config).items() if name not in CHANGEABLE}
+  return json.loads(json.dumps(fields))
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+  """The names that two dictionaries do not both give the same value."""
+  both = one.keys() & other.keys()
+  return sorted(name for name in one.keys() | other.keys() if name not in both or one[name] != other[name])
+
+
+def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dict[str, Any]) -> None:
+  """Writes what this run is into the workdir, or makes sure that the run found there is this one.
+
+  Raises:
+    InputError: if the workdir belongs to a run with another config or other data; names the fields that differ. Or if
+      a link in it leads out of it.
+  """
+  mine = _identity(config) | {f"data {name}": figures[name] for name in HASHES}
+  path = workdir / "run.json"
+  check_links(workdir)
+  if is_given(path):
+    theirs = read_json(path)
+    differing = differences(theirs, mine)
+    if differing:
+      shown = ", ".join(f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})" for name in differing)
+      raise InputError(f"{workdir} holds another run, which differs in {shown}; use another --workdir")
+    return
+  write_json(workdir / "config.json", config.to_dict())
+  write_json(path, mine)
+
+
+def format_results(results: dict[str, Any]) -> str:
+  """The metrics as a table, a line a metric."""
+  data = results["data"]
+  lines = [
+    f"{results['model']} on {data['name']}: {data['users']:,} users, {data['items']:,} items,"
+    f" {data['interactions']:,} interactions, split {data['split_hash']}",
+    f"{'':12s}  {'popularity':>10s}  {'validation':>10s}  {'test':>10s}",
+  ]
+  for name in SHOWN:
+    values = [results[part][name] for part in ("popularity", "validation", "test")]
+    lines.append(f"{name:12s}  " + "  ".join(f"{value:10.4f}" for value in values))
+  seconds = results["seconds"]
+  lines.append("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+  return "\n".join(lines)
+
+
+def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_collections.ConfigDict:
+  """The config that a run wrote into its workdir.
+
+  Args:
+    workdir: of the run, from anywhere.
+    trusted: Python modules outside this project that its heads and backbones may be imported from.
+
+  Raises:
+    InputError: if there is no run, it is of another version of the fields, a value is none that the field can have, it
+      is not what `run.json` says of the run, or it names code that is not trusted.
+  """
+  path = workdir / "config.json"
+  if not is_given(path):
+    raise InputError(f"{path} does not exist: --workdir must be that of a run of bbqrec_jax.main")
+  config = default_config()
+  fields = flatten(config)
+  written = flatten(read_json(path))
+  unknown = written.keys() ^ fields.keys()
+  if unknown:
+    raise InputError(f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only")
+  for name, default in fields.items():
+    if not _has_type_of(written[name], default):
+      raise InputError(f"{path} field {name}: expected a {type(default).__name__}, got {written[name]!r}; restore it")
+  config.update_from_flattened_dict(written)
+  noted = {name: value for name, value in read_json(workdir / "run.json").items() if not name.startswith("data ")}
+  differing = differences(noted, _identity(config))
+  if differing:
+    raise InputError(f"{path} and run.json beside it tell of different runs: {', '.join(differing)}; restore them")
+  for name, registered in (("recommender.head", HEADS), ("recommender.backbone", BACKBONES)):
+    module = written[name].partition(":")[0]
+    if written[name] not in registered and module not in trusted:
+      raise InputError(
+        f"{path} field {name} names code outside this project, {written[name]!r}, and reading a workdir runs none: if"
+        f" you trust it, say --trust={module}"
+      )
+  validate(config)
+  return config
+
+
+def _has_type_of(value: Any, default: Any) -> bool:
+  """Whether a value from JSON can stand where a config has `default`."""
+  if isinstance(default, tuple):
+    # One that is empty by default does not tell whether it holds names or numbers; `validate` knows.
+    kinds = {type(one) for one in default} or {str, int}
+    return isinstance(value, tuple) and all(type(one) in kinds for one in value)
+  if isinstance(value, int | float) and not -_LARGEST < value < _LARGEST:
+    return False
+  return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+
+
+def load_results(workdir: pathlib.Path) -> dict[str, Any]:
+  """What `run` wrote of a finished run.
+
+  Raises:
+    InputError: if it is not there, or is not that.
+  """
+  path = workdir / "results.json"
+  results = read_json(path, mend="delete it, and the run's own command makes it again")
+  try:
+    format_results(results)
+    steps = results["best_step"], results["steps"]
+    if not all(type(step) is int and 0 < step < _LARGEST for step in steps):
+      raise ValueError(f"it was best at step {steps[0]!r} of {steps[1]!r}")
+  except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    raise InputError(
+      f"{path}: expected the results of a run, got something else ({type(error).__name__}: {error}); delete it, and the"
+      " run's own command makes it again"
+    ) from error
+  return results
+
+
+def tokenizer_figure(folder: pathlib.Path, name: str) -> float:
+  """What training the tokenizer in a folder took, which its `health.json` says: "seconds" or "skipped_steps".
+
+  Raises:
+    InputError: if it does not.
+  """
+  path = folder / "health.json"
+  figure = read_json(path, mend=REMAKE).get(name)
+  if isinstance(figure, bool) or not isinstance(figure, int | float) or not 0 <= figure < _LARGEST:
+    raise InputError(f"{path} field {name}: expected a number of at least 0, got {figure!r}; {REMAKE}")
+  return figure
