@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -132,6 +133,24 @@ def test_two_processes_are_stopped_go_on_and_equal_one(load_file, tmp_path, monk
   assert_same_run(together, alone)
   ids, expected = SemanticIds.load(together / "tokenizer"), SemanticIds.load(alone / "tokenizer")
   np.testing.assert_array_equal(ids.codes, expected.codes)
+  differences = load_file("experiments/processes.py").differences
+  apart = differences(alone, together)
+  assert (apart["ranks"], apart["ranks that differ"], apart["semantic ids that differ"]) == (2 * 100, 0, 0)
+  assert max(apart["parameters"], apart["codebooks"], *apart["training loss, relative"].values()) < 1e-4
+  # And it does see a difference: another loss at one step of one stage, another rank.
+  changed = tmp_path / "changed"
+  shutil.copytree(alone, changed)
+  lines = [json.loads(line) for line in (changed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+  first = next(line for line in lines if (line["stage"], line["kind"]) == ("tokenizer", "train"))
+  first["loss"] *= 1.25
+  (changed / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+  with np.load(changed / "ranks.npz", allow_pickle=False) as ranks:
+    arrays = dict(ranks)
+  arrays["test"][3] += 1
+  np.savez(changed / "ranks.npz", **arrays)
+  seen = differences(alone, changed)
+  assert seen["training loss, relative"] == {"tokenizer": pytest.approx(0.2), "recommender": 0}
+  assert (seen["parameters"], seen["codebooks"], seen["ranks that differ"]) == (0, 0, 1)
   np.testing.assert_allclose(ids.codebooks, expected.codebooks, rtol=1e-4, atol=1e-6)
 
 
