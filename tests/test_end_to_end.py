@@ -59,7 +59,6 @@ DENSE = {"recommender.head": "dense"}
 SASREC = DENSE | {"recommender.item_inputs": ("item",), "recommender.similarity": ()}
 
 
-OPTIMIZED = True
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
@@ -278,6 +277,23 @@ def test_a_run_that_is_cut_again_and_again_ends_with_the_same_results(generative
     assert not (cut / "results.json").exists()
   assert without_seconds(experiment.run(config, cut)) == without_seconds(expected)
   assert SemanticIds.load(cut / "tokenizer").fingerprint == SemanticIds.load(workdir / "tokenizer").fingerprint
+
+
+def test_the_seed_decides_every_number(sasrec, tmp_path):
+  workdir, results = sasrec
+
+  def numbers(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+  again = experiment.run(make_config(**SASREC), tmp_path / "again")
+  assert without_seconds(again) == without_seconds(results)
+  assert numbers(tmp_path / "again") == numbers(workdir)
+  experiment.run(make_config(**SASREC, seed=1), tmp_path / "other")
+  losses = [
+    [line["loss"] for line in numbers(folder) if line["kind"] == "train"] for folder in (workdir, tmp_path / "other")
+  ]
+  assert not set(losses[0]) & set(losses[1])
 
 
 def test_one_device_gives_a_run_of_its_own(tmp_path):

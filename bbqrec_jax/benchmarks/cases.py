@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -77,16 +77,16 @@ def random_ids(config: Any, modalities: tuple[str, ...]) -> SemanticIds:
 
 
 def _step_case(
-  name: str, work: float, unit: str, partitioner: Any, step: StepFunction, state: Any, shared: Any, batch: Any,
-  *, dtype: str = "float32",
+  name: str, work: float, unit: str, partitioner: Any, step: StepFunction, state: Callable[[], Any], shared: Any,
+  batch: Any, *, dtype: str = "float32",
 ) -> Case:  # fmt: skip
-  """A training step, the state donated from call to call."""
+  """A training step, the state donated from call to call; `state` makes the first."""
   single = functools.partial(step, axis_name=None)
 
   def make():
     compiled, constant = partitioner.compile_step(step), partitioner.place(shared)
     # A copy of its own: the first call gives its buffers away.
-    current = partitioner.place(jax.tree.map(jnp.copy, state))
+    current = partitioner.place(jax.tree.map(jnp.copy, state()))
 
     def call():
       nonlocal current
@@ -95,21 +95,21 @@ def _step_case(
 
     return call
 
-  return Case(name, work, unit, make, functools.partial(cost, single, state, shared, batch), dtype)
+  return Case(name, work, unit, make, lambda: cost(single, jax.eval_shape(state), shared, batch), dtype)
 
 
 def _map_case(
-  name: str, work: float, unit: str, partitioner: Any, function: Callable[..., Any], params: Any, shared: Any,
-  batch: Any, *, dtype: str = "float32",
+  name: str, work: float, unit: str, partitioner: Any, function: Callable[..., Any], state: Callable[[], Any],
+  shared: Any, batch: Any, *, dtype: str = "float32",
 ) -> Case:  # fmt: skip
-  """A function of (params, shared, batch) without a state."""
+  """A function of (params, shared, batch); `state` makes what has the parameters."""
 
   def make():
     compiled = partitioner.compile_map(function)
-    held = partitioner.place((params, shared))
+    held = partitioner.place((state().params, shared))
     return lambda: compiled(*held, batch)
 
-  return Case(name, work, unit, make, functools.partial(cost, function, params, shared, batch), dtype)
+  return Case(name, work, unit, make, lambda: cost(function, jax.eval_shape(state).params, shared, batch), dtype)
 
 
 def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
@@ -122,7 +122,7 @@ def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
   rows = run.tokenizer.batch_items + run.tokenizer.batch_rows * run.tokenizer.row_length
   # Past the warm-up, so that everything of a step is done.
   step = jnp.asarray(run.tokenizer.warmup_steps, jnp.int32)
-  state = jax.jit(training.initial_state)().replace(step=step)
+  state = functools.cache(jax.jit(lambda: training.initial_state().replace(step=step)))  # type: ignore[attr-defined]
   yield _step_case("tokenizer/train step", rows, "items", partitioner, training.step, state, None, batch)
 
   count = min(config.tokenized, config.num_items)
@@ -134,7 +134,7 @@ def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
     return jnp.swapaxes(apply(training.model, params, "quantize", values).codes, 0, 1)
 
   inputs = (np.arange(count), features, present)
-  yield _map_case("tokenizer/tokenization", count, "items", partitioner, encode, state.params, None, inputs)
+  yield _map_case("tokenizer/tokenization", count, "items", partitioner, encode, state, None, inputs)
 
   def pipeline():
     data = iter(tokenizer_training(run, settings, dataset.interactions, store).batches)
@@ -143,16 +143,19 @@ def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
   yield Case("tokenizer/input pipeline", rows, "items", pipeline)
 
 
-def recommender_cases(config: Any, dataset: Dataset, ids: SemanticIds) -> Iterator[Case]:
-  """Training steps, rankings and the pipeline of every recommender."""
-  for name, changes in RECOMMENDERS.items():
+def recommender_cases(
+  config: Any, dataset: Dataset, ids: SemanticIds, names: Iterable[str] = tuple(RECOMMENDERS)
+) -> Iterator[Case]:
+  """Training steps, rankings and the pipeline of the recommenders that are named."""
+  for name in names:
+    changes = RECOMMENDERS[name]
     run = copy.deepcopy(config.run)
     run.update_from_flattened_dict(changes)
     if run.recommender.backbone == "encoder_decoder":
       run.recommender.update(config.encoder_decoder)
     partitioner, dtype = make_partitioner(run), run.recommender.dtype
     model, catalogue = build_recommender(run, ids, dataset.interactions, num_items=config.num_items)
-    state = jax.jit(functools.partial(initial_state, run, model, catalogue))()
+    state = functools.cache(jax.jit(functools.partial(initial_state, run, model, catalogue)))
     step = make_recommender_step(model, make_optimizer(run.recommender.optimizer, total_steps=run.recommender.steps))
     batches = training_batches(run, dataset.interactions)
     batch = next(iter(batches))
@@ -163,7 +166,7 @@ def recommender_cases(config: Any, dataset: Dataset, ids: SemanticIds) -> Iterat
     users = next(_histories(dataset.interactions, run))
     ranker = make_ranker(model, beam_width=run.evaluation.beam_width)
     yield _map_case(
-      f"{name}/ranking", run.evaluation.batch_size, "users", partitioner, ranker, state.params, catalogue, users,
+      f"{name}/ranking", run.evaluation.batch_size, "users", partitioner, ranker, state, catalogue, users,
       dtype=dtype,
     )  # fmt: skip
     if name in ("causal/dense", "encoder_decoder/generative"):
@@ -210,9 +213,16 @@ def attention_cases(config: Any) -> Iterator[Case]:
     yield Case(f"attention/{implementation}", work, "items", make, functools.partial(cost, gradient, *inputs), r.dtype)
 
 
-def all_cases(config: Any) -> Iterator[Case]:
-  """Every case of a config, made as it is asked for."""
-  dataset = random_dataset(config)
-  yield from tokenizer_cases(config, dataset)
-  yield from recommender_cases(config, dataset, random_ids(config, dataset.modalities))
-  yield from attention_cases(config)
+def all_cases(config: Any, only: tuple[str, ...] = ()) -> Iterator[Case]:
+  """Every case of a config whose name begins with one of `only` (() means all), each made as it is asked for."""
+
+  def cases() -> Iterator[Case]:
+    dataset = random_dataset(config)
+    yield from tokenizer_cases(config, dataset)
+    # A pipeline has the name of a backbone; to make a recommender takes longer than to leave out its cases.
+    backbones = tuple(name.split("/")[0] for name in only)
+    names = [name for name in RECOMMENDERS if not only or name.startswith(backbones)]
+    yield from recommender_cases(config, dataset, random_ids(config, dataset.modalities), names)
+    yield from attention_cases(config)
+
+  return (case for case in cases() if not only or case.name.startswith(only))

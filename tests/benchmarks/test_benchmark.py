@@ -47,6 +47,12 @@ def test_every_case_has_a_name_of_its_own_and_is_counted(config):
   assert hybrid[1] > dense[1] > 0
 
 
+def test_some_names_make_no_other_cases(config):
+  everything = [case.name for case in all_cases(config)]
+  for only in (("tokenizer/tok",), ("causal/input", "attention/xla"), ("causal/dense",), ("encoder_decoder",)):
+    assert [case.name for case in all_cases(config, only)] == [name for name in everything if name.startswith(only)]
+
+
 def test_a_result_can_be_written_compared_and_drawn(config, monkeypatch):
   monkeypatch.setattr(benchmark, "measured_limits", lambda: limits.measured_limits(size=64))
   result = benchmark.run(config, only=("tokenizer/tokenization", "tokenizer/input", "attention/einsum"))
@@ -94,8 +100,8 @@ def test_records_of_many_machines_stand_in_one_table_for_each_config(tmp_path):
     benchmark.records(tmp_path / "nosuch")
 
 
-def test_an_unknown_name_is_refused(config, monkeypatch):
-  monkeypatch.setattr(benchmark, "all_cases", lambda config: [Case("a/b", 1, "items", lambda: lambda: None)])
+def test_an_unknown_name_is_refused_before_anything_is_measured(config, monkeypatch):
+  monkeypatch.setattr(benchmark, "measured_limits", lambda: pytest.fail("nothing is measured for an unknown name"))
   with pytest.raises(InputError, match="no benchmark begins with nosuch"):
     benchmark.run(config, only=("nosuch",))
 
