@@ -15,8 +15,6 @@ from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.ops.softmax import cross_entropy, weighted_cross_entropy
 from bbqrec_jax.semantic_ids.trie import build_trie
 
-OPTIMIZED = True
-
 
 def test_products_their_gradients_and_loops_by_hand():
   a, b = jnp.zeros((3, 5, 7)), jnp.zeros((7, 11))
@@ -77,12 +75,13 @@ def test_a_whole_loss_and_gradient_agree_with_the_compilers_count(head):
   place = np.broadcast_to(np.arange(16), grid.shape)
   batch = {"items": grid, "targets": grid, "segments": np.ones_like(grid), "positions": place}
   model = Recommender(dataclasses.replace(settings))
-  params = jax.jit(model.init)(jax.random.key(0), catalogue, batch)["params"]
+  params = jax.eval_shape(model.init, jax.random.key(0), catalogue, batch)["params"]
 
   def gradient(params):
     return jax.grad(lambda p: apply(model, p, "loss", catalogue, batch, deterministic=True)[0])(params)
 
   counted = matmul_flops(gradient, params)
-  compiled = jax.jit(gradient).lower(params).compile().cost_analysis()["flops"]
-  assert counted == pytest.approx(compiled, rel=0.1)
-  assert counted < compiled
+  # Of the program as XLA is given it: that needs no compilation, and nothing in it is a loop.
+  analysed = jax.jit(gradient).lower(params).cost_analysis()["flops"]
+  assert counted == pytest.approx(analysed, rel=0.1)
+  assert counted < analysed
