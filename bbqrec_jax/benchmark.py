@@ -8,9 +8,10 @@ prints a table, and writes `small.json` and, where matplotlib is there, `small.p
 chooses by the beginning of the names. `--compare` prints the ratios of two such files, `--records` one table of all
 those in a folder, for each config.
 
-The JSON holds `schema` (1), `about` (versions, device kind and count, cores, load, commit), `limits` (the rates of a
-large product and of a copy that were measured in the same process, on one device), `peak` (the data sheet's, of all
-devices; null where it is not known) and `records`, see `benchmarks.timing.measure` and `benchmarks.report.utilisation`.
+The JSON holds `schema` (1), `about` (versions, device kind and count, of a CPU its model, cores, load, commit), `limits`
+(the rates of a large product and of a copy that were measured in the same process, on one device), `peak` (the data
+sheet's, of all devices; null where it is not known) and `records`, see `benchmarks.timing.measure` and
+`benchmarks.report.utilisation`.
 """
 
 import json
@@ -37,6 +38,22 @@ from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.json_files import read_json, write_json
 
 
+def device_kind() -> str:
+  """JAX's name of the device; JAX calls every CPU "cpu", so of one its model, widest vectors and number of cores."""
+  kind = str(jax.devices()[0].device_kind)
+  if jax.default_backend() != "cpu":
+    return kind
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+  except OSError:
+    return f"{platform.processor() or kind}, {os.cpu_count()} cores"
+  facts = dict(line.split(":", 1) for line in lines if ":" in line)
+  facts = {name.strip(): value.strip() for name, value in facts.items()}
+  abilities = facts.get("flags", "").split()
+  vectors = [name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in abilities][:1]
+  return ", ".join([facts.get("model name", kind), *vectors, f"{os.cpu_count()} cores"])
+
+
 def about(name: str) -> dict[str, Any]:
   """What says which machine and which versions a result is of."""
   commit = "unknown"
@@ -46,7 +63,7 @@ def about(name: str) -> dict[str, Any]:
   return {
     "config": name, "version": bbqrec_jax.__version__, "commit": commit,
     "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version(),
-    "backend": jax.default_backend(), "device_kind": jax.devices()[0].device_kind,
+    "backend": jax.default_backend(), "device_kind": device_kind(),
     "device_count": jax.device_count(), "process_count": jax.process_count(), "cores": os.cpu_count(),
     "load": os.getloadavg()[0],
   }  # fmt: skip
