@@ -8,9 +8,9 @@ prints a table, and writes `small.json` and, where matplotlib is there, `small.p
 chooses by the beginning of the names. `--compare` prints the ratios of two such files, `--records` one table of all
 those in a folder, for each config.
 
-The JSON holds `schema` (1), `about` (versions, device kind and count, of a CPU its model, cores, load, commit), `limits`
-(the rates of a large product and of a copy that were measured in the same process, on one device), `peak` (the data
-sheet's, of all devices; null where it is not known) and `records`, see `benchmarks.timing.measure` and
+The JSON holds `schema` (1), `about` (versions, device kind and count, of a CPU its model, cores, load, commit),
+`limits` (the rates of a large product and of a copy that were measured in the same process, on one device), `peak` (the
+data sheet's, of all devices; null where it is not known) and `records`, see `benchmarks.timing.measure` and
 `benchmarks.report.utilisation`.
 """
 

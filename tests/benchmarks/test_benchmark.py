@@ -1,6 +1,8 @@
 """The benchmark from config to table: what a record holds, what is refused, and the arithmetic of its tables."""
 
 import json
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +100,17 @@ def test_records_of_many_machines_stand_in_one_table_for_each_config(tmp_path):
   assert "| a/b, items | 5 (12%) |" in large
   with pytest.raises(InputError, match="holds no result"):
     benchmark.records(tmp_path / "nosuch")
+
+
+def test_the_readme_holds_the_table_of_the_records():
+  root = pathlib.Path(__file__).parents[2]
+  assert benchmark.records(root / "experiments" / "records") in (root / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_cpu_is_called_by_its_model():
+  kind = benchmark.device_kind()
+  assert kind != "cpu"
+  assert kind.endswith(f"{os.cpu_count()} cores")
 
 
 def test_an_unknown_name_is_refused_before_anything_is_measured(config, monkeypatch):
