@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
+from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.experiment import restore
 from bbqrec_jax.input_files import read_archive
 from bbqrec_jax.json_files import write_json
@@ -30,7 +31,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 WAYS = {
   "pmap": ["--config.partitioner=pmap"],
   "mesh": ["--config.partitioner=mesh"],
-  "mesh, tables spread": ["--config.partitioner=mesh", "--config.shard_rows=100"],
+  "mesh_spread": ["--config.partitioner=mesh", "--config.shard_rows=100"],
 }
 
 
@@ -100,10 +101,31 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
   }
 
 
+def line(row: dict[str, Any]) -> str:
+  """A row of the table."""
+  losses = ", ".join(f"{stage} {value:.0e}" for stage, value in row["training loss, relative"].items())
+  codebooks = "" if row["codebooks"] is None else f"{row['codebooks']:.0e}"
+  return (
+    f"| {row['partitioner']} | {losses} | {row['parameters']:.0e} | {codebooks} |"
+    f" {row['semantic ids that differ']} differ | {row['ranks that differ']} of {row['ranks']:,} differ |"
+  )
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses this program's flags; all others are left, for the runs."""
+  try:
+    return list(flags.FLAGS(argv, known_only=True))
+  except flags.Error as error:
+    refuse(InputError(str(error)))
+
+
 def main(argv: list[str]) -> None:
-  """Does it all and prints a table."""
+  """Does it all and prints a table, a line as soon as it is known."""
+  logging.set_verbosity(logging.WARNING)
   options = flags.FLAGS
-  rows = []
+  rows: list[dict[str, Any]] = []
+  print("| partitioner | training loss, relative | parameters | codebooks | semantic IDs | ranks |", flush=True)
+  print("|---" * 6 + "|", flush=True)
   for name in options.ways:
     with tempfile.TemporaryDirectory() as folder:
       workdirs = {count: pathlib.Path(folder) / str(count) for count in (1, 2)}
@@ -112,24 +134,14 @@ def main(argv: list[str]) -> None:
         command = [sys.executable, "-m", "bbqrec_jax.main", f"--config={options.config_file}", f"--workdir={workdir}"]
         seconds[count] = do([*command, *WAYS[name], *argv[1:]], processes=count)
       rows.append({"partitioner": name, **differences(workdirs[1], workdirs[2]), "seconds": list(seconds.values())})
-  lines = [
-    "| partitioner | training loss, relative | parameters | codebooks | semantic IDs | ranks |",
-    "|---" * 6 + "|",
-  ]
-  for row in rows:
-    losses = ", ".join(f"{stage} {value:.0e}" for stage, value in row["training loss, relative"].items())
-    codebooks = "" if row["codebooks"] is None else f"{row['codebooks']:.0e}"
-    lines.append(
-      f"| {row['partitioner']} | {losses} | {row['parameters']:.0e} | {codebooks} |"
-      f" {row['semantic ids that differ']} differ | {row['ranks that differ']} of {row['ranks']:,} differ |"
-    )
-  print("\n".join(lines))
-  write_json(pathlib.Path(options.output), {"rows": rows})
+    print(line(rows[-1]), flush=True)
+    write_json(pathlib.Path(options.output), {"rows": rows})
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("output", None, "The JSON file.")
   flags.DEFINE_string("config_file", "configs/quickstart.py", "The config of the run.")
   flags.DEFINE_list("ways", list(WAYS), "Which partitioners.")
+  flags.register_validator("ways", lambda ways: set(ways) <= WAYS.keys(), f"expected some of {', '.join(WAYS)}")
   flags.mark_flags_as_required(["output"])
-  app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+  app.run(main, flags_parser=parse)

@@ -162,6 +162,13 @@ def test_two_processes_of_pmap_equal_one(load_file, tmp_path, monkeypatch):
   assert_same_run(together, alone)
 
 
+def test_an_unknown_way_is_refused_before_anything_runs(tmp_path):
+  command = [sys.executable, "experiments/processes.py", f"--output={tmp_path / 'x.json'}", "--ways=pmap,mush"]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert (result.returncode, result.stdout) == (2, "")
+  assert result.stderr == "error: flag --ways=['pmap', 'mush']: expected some of pmap, mesh, mesh_spread\n"
+
+
 @pytest.fixture
 def joined(monkeypatch):
   """What `jax.distributed.initialize` is given; none of a cluster's variables are set."""
