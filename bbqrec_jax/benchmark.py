@@ -35,6 +35,7 @@ from bbqrec_jax.benchmarks.timing import measure
 from bbqrec_jax.command_line import parse_flags
 from bbqrec_jax.config import validate
 from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.json_files import read_json, write_json
 
 
@@ -116,6 +117,7 @@ def main(argv: list[str]) -> None:
   """Times, or compares."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  keep_memory()
   options = flags.FLAGS
   if not options["verbosity"].present:
     logging.set_verbosity(logging.WARNING)

@@ -12,12 +12,14 @@ from bbqrec_jax.command_line import parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.experiment import run
+from bbqrec_jax.host_memory import keep_memory
 
 
 def main(argv: list[str]) -> None:
   """Runs the flags' config."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  keep_memory()
   keep_compiled()
   workdir = pathlib.Path(flags.FLAGS.workdir)
   with training(workdir):

@@ -28,6 +28,7 @@ from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
 from bbqrec_jax.experiment import of_any_recommender, restore, run, tokenize
+from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.parallel import make_partitioner
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -85,6 +86,7 @@ def save(dataset: Dataset, keep: np.ndarray, folder: pathlib.Path, interactions:
 def main(argv: list[str]) -> None:
   """Trains what is not there yet, and prints what it makes of cold items."""
   del argv
+  keep_memory()
   keep_compiled()
   config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
   with training(workdir):

@@ -20,6 +20,7 @@ from bbqrec_jax.command_line import training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
+from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.input_files import read_archive
 from bbqrec_jax.json_files import read_json
 
@@ -104,6 +105,7 @@ def report(config: Any, workdir: pathlib.Path, *, reference: str) -> str:
 def main(argv: list[str]) -> None:
   """Does the work that the flags ask for, and prints the table."""
   del argv
+  keep_memory()
   keep_compiled()
   options = flags.FLAGS
   workdir = pathlib.Path(options.workdir)

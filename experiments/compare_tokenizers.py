@@ -24,6 +24,7 @@ from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
+from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.json_files import read_json
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health
 
@@ -153,6 +154,7 @@ def report(config: Any, workdir: pathlib.Path) -> str:
 def main(argv: list[str]) -> None:
   """Does the work that the flags ask for, and prints the tables."""
   del argv
+  keep_memory()
   keep_compiled()
   options = flags.FLAGS
   workdir = pathlib.Path(options.workdir)

@@ -25,6 +25,7 @@ from serving import (
 )
 
 from bbqrec_jax.compilation import keep_compiled
+from bbqrec_jax.host_memory import keep_memory
 
 
 def quantizer():
@@ -160,5 +161,6 @@ def recommender(what):
 
 
 if __name__ == "__main__":
-  keep_compiled()  # As the program itself does.
+  keep_memory()  # As the program itself does.
+  keep_compiled()
   serve(quantizer() if sys.argv[1] == "quantizer" else recommender(sys.argv[1]))
