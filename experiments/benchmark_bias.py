@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from bbqrec_jax.benchmarks.cases import random_dataset, random_ids, recommender_cases
 from bbqrec_jax.command_line import parse_flags
+from bbqrec_jax.host_memory import keep_memory
 
 ROUNDS = 15
 
@@ -22,6 +23,7 @@ ROUNDS = 15
 def main(argv: list[str]) -> None:
   """Prints a line a head."""
   del argv
+  keep_memory()
   config = flags.FLAGS.config
   dataset = random_dataset(config)
   cases = {case.name: case for case in recommender_cases(config, dataset, random_ids(config, dataset.modalities))}

@@ -415,6 +415,25 @@ def test_dropout_differs_between_devices_and_steps():
 
 
 @pytest.mark.usefixtures("four_devices")
+@pytest.mark.parametrize("kind", ["single", "pmap", "sharded"])
+def test_what_is_made_once_is_what_jit_makes(kind):
+  """The compiler is told to do less for it, and no bit may change."""
+
+  def function():
+    first, second = jax.random.split(jax.random.key(3))
+    return {"table": jax.nn.initializers.lecun_normal()(first, (41, 7)), "other": jax.random.normal(second, (5, 3))}
+
+  before = jax.config.values["jax_disable_most_optimizations"]
+  jax.config.update("jax_disable_most_optimizations", False)
+  try:
+    partitioner = PARTITIONERS[kind](4)
+    made, expected = partitioner.fetch(partitioner.create(function)), jax.jit(function)()
+  finally:
+    jax.config.update("jax_disable_most_optimizations", before)
+  jax.tree.map(np.testing.assert_array_equal, made, jax.device_get(expected))
+
+
+@pytest.mark.usefixtures("four_devices")
 @pytest.mark.parametrize("kind", ["pmap", "sharded"])
 def test_a_batch_that_does_not_divide_is_refused(kind):
   state, step, shared, batches = recommender_problem("dense")
