@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bbqrec_jax.models.dense import Dense, DenseGeneral
 from bbqrec_jax.models.dropout import Dropout
 from bbqrec_jax.ops.attention import attention, history_mask
 from bbqrec_jax.ops.positions import elapsed_buckets, relative_buckets
@@ -46,11 +47,11 @@ class SelfAttention(nn.Module):
     """
     width = x.shape[-1]
     heads = (self.num_heads, width // self.num_heads)
-    query, key, value = (nn.DenseGeneral(heads, name=name)(x) for name in ("query", "key", "value"))
+    query, key, value = (DenseGeneral(heads, name=name)(x) for name in ("query", "key", "value"))
     if past is not None:
       key, value = jnp.concatenate([past[0], key], axis=1), jnp.concatenate([past[1], value], axis=1)
     mixed = attention(query, key, value, mask=mask, bias=bias, scale=scale, implementation=self.implementation)
-    return nn.DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
+    return DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
 
 
 class TransformerLayer(nn.Module):
@@ -84,8 +85,8 @@ class TransformerLayer(nn.Module):
     attend = SelfAttention(self.num_heads, self.implementation, name="attention")
     mixed, present = attend(nn.LayerNorm()(x), mask, bias, past, scale=scale)
     x = x + drop(mixed)
-    hidden = nn.gelu(nn.Dense(self.mlp_width)(nn.LayerNorm()(x)))
-    return x + drop(nn.Dense(x.shape[-1])(hidden)), present
+    hidden = nn.gelu(Dense(self.mlp_width)(nn.LayerNorm()(x)))
+    return x + drop(Dense(x.shape[-1])(hidden)), present
 
 
 class RelativeBias(nn.Module):

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bbqrec_jax.models.dense import Dense
 from bbqrec_jax.models.encoders import MLP
 
 
@@ -24,7 +25,7 @@ class ClubCritic(nn.Module):
     result = {}
     for name in self.modalities:
       hidden = MLP((2 * self.width, 2 * self.width), name=f"{name}_hidden")(quantized[name])
-      mean = nn.Dense(self.width, name=f"{name}_mean")(nn.gelu(hidden))
-      log_variance = jnp.tanh(nn.Dense(self.width, name=f"{name}_log_variance")(nn.gelu(hidden)))
+      mean = Dense(self.width, name=f"{name}_mean")(nn.gelu(hidden))
+      log_variance = jnp.tanh(Dense(self.width, name=f"{name}_log_variance")(nn.gelu(hidden)))
       result[name] = (mean, log_variance)
     return result

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 
 from bbqrec_jax.models.backbones import KeyValue, RelativeBias, reweighting
 from bbqrec_jax.models.catalogue import RecommenderSettings
+from bbqrec_jax.models.dense import Dense, DenseGeneral
 from bbqrec_jax.models.dropout import Dropout
 from bbqrec_jax.models.node_scores import NodeScores, NodeTables, search_scores, training_scores
 from bbqrec_jax.ops.attention import attention
+from bbqrec_jax.ops.products import repeat_rows
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
 from bbqrec_jax.semantic_ids.trie import Trie
 
@@ -68,8 +70,8 @@ class Attention(nn.Module):
   def setup(self):
     """Makes the products."""
     heads = (self.shape.num_heads, self.shape.head_width)
-    self.query, self.key, self.value = (nn.DenseGeneral(heads, use_bias=False) for _ in range(3))
-    self.out = nn.DenseGeneral(self.shape.width, axis=(-2, -1), use_bias=False)
+    self.query, self.key, self.value = (DenseGeneral(heads, use_bias=False) for _ in range(3))
+    self.out = DenseGeneral(self.shape.width, axis=(-2, -1), use_bias=False)
 
   def keys_values(self, x: jax.Array) -> KeyValue:
     """Keys and values of [B, S, d], each [B, S, H, d_head]."""
@@ -101,8 +103,8 @@ class Layer(nn.Module):
     self.self_attention = Attention(self.shape)
     if self.cross:
       self.cross_norm, self.cross_attention = nn.RMSNorm(), Attention(self.shape)
-    self.mlp_in = nn.Dense(self.shape.mlp_width, use_bias=False)
-    self.mlp_out = nn.Dense(self.shape.width, use_bias=False)
+    self.mlp_in = Dense(self.shape.mlp_width, use_bias=False)
+    self.mlp_out = Dense(self.shape.width, use_bias=False)
     self.drop = Dropout(self.shape.dropout)
 
   def __call__(
@@ -173,6 +175,7 @@ class Encoder(nn.Module):
     # A token of padding sees itself, so that its softmax is finite.
     mask = here[:, None, None, :] | jnp.eye(length * levels, dtype=bool)[None, None]
     position = RelativeBias(self.shape.num_heads, self.num_buckets, name="position")(places[None, :] - places[:, None])
+    position = repeat_rows(position[0], batch)
     drop = Dropout(self.shape.dropout, deterministic=deterministic)
     x = drop(x)
     for index in range(self.num_layers):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from bbqrec_jax.models.dense import Dense
+
 
 class MLP(nn.Module):
   """Dense layers with GELU between them and none after the last.
@@ -19,7 +21,7 @@ class MLP(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, D] -> [B, widths[-1]]."""
     for index, width in enumerate(self.widths):
-      x = nn.Dense(width)(x)
+      x = Dense(width)(x)
       if index + 1 < len(self.widths):
         x = nn.gelu(x)
     return x

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from bbqrec_jax.models.backbones import TransformerLayer
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
+from bbqrec_jax.models.dense import Dense
 from bbqrec_jax.models.encoder_decoder import DecoderHead
 from bbqrec_jax.models.node_scores import NodeScores, NodeTables, search_scores, training_scores
 from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy, weighted_cross_entropy
@@ -110,9 +111,9 @@ class ParallelHead(nn.Module):
     """Log-probabilities of the codes of every level: [P, d] -> [L, P, K] float32."""
     levels = []
     for level in range(self.num_levels):
-      hidden = nn.gelu(nn.Dense(self.mlp_width, name=f"hidden_{level}")(states))
-      hidden = states + nn.Dense(states.shape[-1], name=f"out_{level}")(hidden)
-      output = nn.Dense(self.num_codes, dtype=jnp.float32, name=f"output_{level}")
+      hidden = nn.gelu(Dense(self.mlp_width, name=f"hidden_{level}")(states))
+      hidden = states + Dense(states.shape[-1], name=f"out_{level}")(hidden)
+      output = Dense(self.num_codes, dtype=jnp.float32, name=f"output_{level}")
       levels.append(jax.nn.log_softmax(output(nn.LayerNorm(name=f"norm_{level}")(hidden))))
     return jnp.stack(levels)
 
@@ -176,7 +177,7 @@ class GenerativeHead(nn.Module):
     ]
     self.norm = nn.LayerNorm()
     self.outputs = [
-      nn.Dense(self.num_codes, dtype=jnp.float32, name=f"output_{level}") for level in range(self.num_levels)
+      Dense(self.num_codes, dtype=jnp.float32, name=f"output_{level}") for level in range(self.num_levels)
     ]
 
   def __call__(self, states: jax.Array, codes: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bbqrec_jax.models.backbones import CausalBackbone
+from bbqrec_jax.models.dense import Dense
 from bbqrec_jax.models.encoders import MLP
 from bbqrec_jax.ops import quantize
 
@@ -156,7 +157,7 @@ class Tokenizer(nn.Module):
       s.history_layers, s.history_heads, 4 * s.code_width, s.max_length, s.dropout, name="history"
     )
     # The identity at first: a history points at items like its own, and items that follow one another come together.
-    self.query = nn.Dense(s.code_width, kernel_init=_identity, name="query")
+    self.query = Dense(s.code_width, kernel_init=_identity, name="query")
 
   def latents(self, items: jax.Array, features: dict[str, jax.Array], present: dict[str, jax.Array]) -> Latents:
     """The latents of every stream: b_m of each modality, z_id, and z = mean of the present b_m + z_id.
