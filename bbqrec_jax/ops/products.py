@@ -42,27 +42,31 @@ def dense_product(inputs: jax.Array, kernel: jax.Array, dimension_numbers: Any, 
 
 
 def _forward(inputs, kernel, dimension_numbers, precision):
-  return dense_product(inputs, kernel, dimension_numbers, precision), (inputs, kernel)
+  """What is differentiated with respect to decides what is kept: a gradient that nobody asks for is not formed."""
+  product = dense_product(inputs.value, kernel.value, dimension_numbers, precision)
+  return product, (inputs.value if kernel.perturbed else None, kernel.value if inputs.perturbed else None)
 
 
 def _backward(dimension_numbers, precision, operands, gradient):
   inputs, kernel = operands
   count = len(dimension_numbers[0][0])
-  features = kernel.ndim - count
-  rows = tuple(range(inputs.ndim - count))
+  num_rows = gradient.ndim - kernel.ndim + count if inputs is None else inputs.ndim - count
+  rows, features = tuple(range(num_rows)), tuple(range(num_rows, gradient.ndim))
 
   def product(a, b, axes):
     return lax.dot_general(a, b, (axes, ((), ())), precision=precision)
 
-  own = tuple(range(gradient.ndim - features, gradient.ndim)), tuple(range(count, kernel.ndim))
-  of_inputs = product(gradient, kernel, own)
-  if math.prod(kernel.shape[:count]) <= math.prod(kernel.shape[count:]):
+  of_inputs = None if kernel is None else product(gradient, kernel, (features, tuple(range(count, kernel.ndim))))
+  if inputs is None:
+    return of_inputs, None
+  if math.prod(inputs.shape[num_rows:]) <= math.prod(gradient.shape[num_rows:]):
     return of_inputs, product(inputs, gradient, (rows, rows))
   turned = product(gradient, inputs, (rows, rows))  # [*features, *contracted]
-  return of_inputs, lax.transpose(turned, (*range(features, kernel.ndim), *range(features)))
+  order = (*range(len(features), turned.ndim), *range(len(features)))
+  return of_inputs, lax.transpose(turned, order)
 
 
-dense_product.defvjp(_forward, _backward)
+dense_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -59,6 +59,19 @@ def test_the_narrower_operand_comes_first_in_the_gradient_of_the_kernel(name):
   assert first <= second
 
 
+@pytest.mark.parametrize("argnum", [0, 1])
+def test_a_gradient_that_nobody_asks_for_is_not_formed(argnum):
+  inputs, kernel = operands(((3, 5, 4), (4, 9)))
+
+  def of(product):
+    return jax.make_jaxpr(jax.grad(lambda x, w: jnp.sum(jnp.square(product(x, w, numbers(x, 1)))), argnums=argnum))(
+      inputs, kernel
+    )
+
+  ours, plain = (str(of(product)).count("dot_general[") for product in (dense_product, lax.dot_general))
+  assert ours == plain == 2
+
+
 def test_types_stay_and_a_map_over_batches_is_a_loop_over_them():
   inputs, kernel = operands(((3, 5, 4), (4, 9)), jnp.bfloat16)
   out, pull = jax.vjp(lambda x, w: dense_product(x, w, numbers(x, 1)), inputs, kernel)
