@@ -97,7 +97,7 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.backbone = "causal"  # "causal" (one position an item, histories packed), "encoder_decoder" (T5 style over
   # the codes of all items, a history a row), or your own as "module:function".
   recommender.head = "generative"  # "generative" (codes one by one, beam search), "dense" (full softmax), "parallel"
-  # (each code by itself), "hybrid" (beam search, then ranked by the full softmax), or your own as "module:function".
+  # (each code by itself), "hybrid" (beam search, then ranked with the full softmax), or your own as "module:function".
   recommender.item_inputs = ("fused", "modalities", "item")  # What an item's vector sums: its ID's codes, its
   # modalities' own codes, its "content" codes (tokenizer.content_codes), a linear map of its "features", a vector of
   # its own. ("item",) alone is SASRec, and needs no tokenizer.
@@ -124,6 +124,8 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.softmax_over = "existing"  # What a code of the generative head competes with: codes that lead on to
   # items ("existing"), or "all" codes of its level.
   recommender.node_scores = True  # Score a code of the generative head also by the items that it leads on to.
+  recommender.rerank = "both"  # The order of the hybrid head's candidates: by the product of both heads'
+  # probabilities, or by the "dense" one alone, as in LIGER.
   recommender.num_negatives = 0  # Items drawn in a step to stand for the catalogue in the dense head's softmax, for
   # catalogues past 100,000 items; 0 takes all items.
   recommender.depth_layers = 1  # Layers of the generative head's depth transformer.
@@ -174,6 +176,7 @@ _CHOICES = {
   "recommender.attention": ("einsum", "xla", "cudnn"),
   "recommender.dtype": ("float32", "bfloat16"),
   "recommender.softmax_over": ("existing", "all"),
+  "recommender.rerank": ("both", "dense"),
   "tokenizer.optimizer.schedule": ("constant", "cosine"),
   "recommender.optimizer.schedule": ("constant", "cosine"),
 }

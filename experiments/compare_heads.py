@@ -3,9 +3,10 @@
     python experiments/compare_heads.py --config_file=configs/scientific.py --path=DIR --workdir=runs/heads
 
 trains for every seed (`--seeds`) one tokenizer, and on its IDs every system (`--systems`); what is done already is not
-done again, and the work can be split over processes by system once the tokenizers are there. `--report` prints the
-tables of whatever is there. Below the means stands what each system has over the `--reference` in test NDCG@10, user by
-user (the mean of the seeds), with the 95 % interval that the spread over users gives.
+done again, and the work can be split over processes by system once the tokenizers are there. `--report` needs neither
+data nor config, and prints the table of whatever is there. Beside the means stands what each system has over the
+`--reference` in test NDCG@10, user by user (the mean of the seeds), with the 95 % interval that the spread over users
+gives.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ from compare_tokenizers import change, mean, table
 from bbqrec_jax.command_line import training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
+from bbqrec_jax.experiment import of_any_recommender, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.input_files import read_archive
 from bbqrec_jax.json_files import read_json
@@ -73,32 +74,37 @@ def difference(first: np.ndarray, second: np.ndarray) -> str:
   return f"{paired.mean():+.4f} ± {1.96 * paired.std(ddof=1) / np.sqrt(len(paired)):.4f}"
 
 
-def report(config: Any, workdir: pathlib.Path, *, reference: str) -> str:
-  """The table of all that is done."""
-  _, _, figures = read_data(config)
+def report(workdir: pathlib.Path, *, reference: str) -> str:
+  """The table of all that is done.
+
+  Raises:
+    InputError: if nothing is, or if the results are not all of one data set.
+  """
   done = {system: sorted(path.parent for path in (workdir / system).glob("*/results.json")) for system in SYSTEMS}
+  read = {system: [read_json(folder / "results.json") for folder in folders] for system, folders in done.items()}
+  data = [result["data"] | {"source": ""} for results in read.values() for result in results]
+  if not data:
+    raise InputError(f"--workdir: expected SYSTEM/SEED/results.json below {workdir}, of one of {', '.join(SYSTEMS)}")
+  if data.count(data[0]) < len(data):
+    raise InputError(f"--workdir: the results below {workdir} are of different data sets: use a workdir for each")
   rows = [
     ["system", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10", f"NDCG@10 over {reference}",
      "best step", "minutes"]
   ]  # fmt: skip
-  for system, folders in done.items():
-    if not folders:
+  for system, results in read.items():
+    if not results:
       continue
-    results = [read_json(folder / "results.json") for folder in folders]
-    row = [system, str(len(folders))]
+    row = [system, str(len(results))]
     for part in ("validation", "test"):
       row += [mean([result[part][name] for result in results], ".4f") for name in ("recall@10", "ndcg@10")]
     if done[reference] and system != reference:
-      row.append(difference(gains(folders, "test"), gains(done[reference], "test")))
+      row.append(difference(gains(done[system], "test"), gains(done[reference], "test")))
     else:
       row.append("")
     row.append(mean([float(result["best_step"]) for result in results], ".0f"))
     row.append(mean([(r["seconds"]["recommender"] + r["seconds"]["evaluation"]) / 60 for r in results], ".1f"))
     rows.append(row)
-  head = (
-    f"{figures['name']}: {figures['users']:,} users, {figures['items']:,} items, {figures['interactions']:,}"
-    f" interactions, split {figures['split_hash']}"
-  )
+  head = "{name}: {users:,} users, {items:,} items, {interactions:,} interactions, split {split_hash}".format(**data[0])
   return "\n\n".join([head, table(rows)])
 
 
@@ -117,13 +123,15 @@ def main(argv: list[str]) -> None:
       if not seed.isdecimal():
         raise InputError(f"--seeds: expected whole numbers from 0, got {seed!r}")
     if not options.report:
+      for name in ("config_file", "path"):
+        if options[name].value is None:
+          raise InputError(f"--{name} is needed for what is to be trained; --report alone does without")
       for seed in map(int, options.seeds):
         do(
           {name: load_config(options.config_file, name, path=options.path, seed=seed) for name in options.systems},
           workdir,
         )
-    config = load_config(options.config_file, "sasrec", path=options.path, seed=0)
-    print(report(config, workdir, reference=options.reference))
+    print(report(workdir, reference=options.reference))
 
 
 if __name__ == "__main__":
@@ -134,5 +142,5 @@ if __name__ == "__main__":
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of everything random.")
   flags.DEFINE_string("reference", "sasrec", "The system that the others are compared with.")
   flags.DEFINE_bool("report", False, "Train nothing; print the tables of what is there.")
-  flags.mark_flags_as_required(["config_file", "path", "workdir"])
+  flags.mark_flags_as_required(["workdir"])
   app.run(main)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.json_files import read_json
+from bbqrec_jax.json_files import read_json, write_json
 
 CONFIG = """
 from bbqrec_jax.config import default_config
@@ -51,8 +51,7 @@ def test_systems_share_a_tokenizer_and_the_table_compares_them_user_by_user(scri
   assert read_json(workdir / "dense-no_bias" / "0" / "run.json")["recommender.similarity"] == []
   assert read_json(workdir / "dense" / "0" / "run.json")["recommender.similarity"] != []
 
-  config = script.load_config(config_file, "sasrec", path="", seed=0)
-  report = script.report(config, workdir, reference="sasrec")
+  report = script.report(workdir, reference="sasrec")
   rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()
           if line.startswith("| ")}  # fmt: skip
   assert set(rows) == {"system", *systems}
@@ -70,6 +69,29 @@ def test_systems_share_a_tokenizer_and_the_table_compares_them_user_by_user(scri
   interval = 1.96 * np.std(paired, ddof=1) / np.sqrt(60)
   assert rows["dense"][6] == f"{np.mean(paired):+.4f} ± {interval:.4f}"
   assert rows["sasrec"][6] == ""
+
+
+@pytest.mark.parametrize("data", ["scientific"])
+def test_the_table_of_the_readme_is_that_of_the_records(script, request, data):
+  report = script.report(request.config.rootpath / "experiments" / "records" / "heads" / data, reference="sasrec")
+  head, *_ = report.splitlines()
+  shown = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
+  assert head in shown
+  rows = [line.split("|")[1:-3] for line in report.splitlines() if line.startswith("| ")]
+  assert len(rows) == 1 + len(script.SYSTEMS)
+  for row in rows:
+    assert f"|{'|'.join(row)}|" in shown, row
+
+
+def test_results_of_nothing_and_of_two_data_sets_are_refused(script, tmp_path):
+  with pytest.raises(InputError, match=r"expected SYSTEM/SEED/results\.json"):
+    script.report(tmp_path, reference="sasrec")
+  for seed, name in (("0", "one"), ("1", "other")):
+    path = tmp_path / "dense" / seed / "results.json"
+    path.parent.mkdir(parents=True)
+    write_json(path, {"data": {"name": name}})
+  with pytest.raises(InputError, match="different data sets"):
+    script.report(tmp_path, reference="sasrec")
 
 
 def test_what_cannot_be_a_config_is_said(script, config_file):

@@ -46,6 +46,7 @@ class RecommenderSettings:
     num_negatives: items that stand for the catalogue in a training step of the dense head; 0: the catalogue itself.
     softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
       "all" K.
+    rerank: the order of the hybrid head's candidates: by the product of "both" heads' probabilities, or "dense".
     node_scores: whether the generative head also scores a code by the items that it leads on to, see `NodeScores`.
     dtype: that the model computes in; parameters, scores, softmaxes and losses are float32 whatever it is.
   """
@@ -77,6 +78,7 @@ class RecommenderSettings:
   attention: str = "einsum"
   num_negatives: int = 0
   softmax_over: str = "existing"
+  rerank: str = "both"
   node_scores: bool = False
   dtype: str = "float32"
 

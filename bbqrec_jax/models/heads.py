@@ -266,7 +266,7 @@ class GenerativeHead(nn.Module):
 
 
 class HybridHead(nn.Module):
-  """The generative head finds candidates and the dense one ranks them (as LIGER does); both are trained.
+  """The generative head finds candidates, which are ranked with the dense one (as LIGER does); both are trained.
 
   Attributes:
     settings: of the recommender.
@@ -295,10 +295,15 @@ class HybridHead(nn.Module):
     return parts
 
   def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
-    """The candidates of the beam in the order of the dense head; log-probabilities are among the candidates."""
-    found = self.generative.search(items, states, width=width, exclude=exclude).items
+    """The candidates of the beam, ordered as the settings say; log-probabilities are among the candidates.
+
+    By "both" is by the product of the heads' probabilities (this project's choice; LIGER ranks by the dense one alone).
+    """
+    found, generative = self.generative.search(items, states, width=width, exclude=exclude)
     vectors = items.vectors(jnp.maximum(found, 0))
     scores = jnp.einsum("bd,bwd->bw", states, vectors, preferred_element_type=jnp.float32)
+    if self.settings.rerank == "both":
+      scores = scores + generative
     log_probs = jax.nn.log_softmax(jnp.where(found < 0, -jnp.inf, scores), axis=-1)
     best, order = jax.lax.top_k(jnp.where(found < 0, -jnp.inf, log_probs), width)
     return BeamResult(items=jnp.take_along_axis(found, order, axis=1), log_probs=best)

@@ -243,6 +243,7 @@ def build_catalogue(
     attention=r.attention,
     num_negatives=r.num_negatives,
     softmax_over=r.softmax_over,
+    rerank=r.rerank,
     node_scores=r.node_scores,
     dtype=r.dtype,
   )

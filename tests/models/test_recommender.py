@@ -427,15 +427,20 @@ def test_an_exact_head_finds_the_best_items_that_are_not_excluded(parallel_param
 
 
 @pytest.mark.parametrize("width", [4, ITEMS + 2])
-def test_the_hybrid_head_ranks_the_beams_candidates_by_the_dense_score(hybrid_params, catalogue, queries, width):
+@pytest.mark.parametrize("rerank", ["both", "dense"])
+def test_the_hybrid_head_ranks_the_beams_candidates(hybrid_params, catalogue, queries, rerank, width):
   exclude = jnp.asarray([[0, 5], [-1, -1], [3, -1]])
   generative = {**hybrid_params, "head": hybrid_params["head"]["generative"]}
-  candidates = np.asarray(search(SETTINGS, generative, catalogue, queries, exclude, width=width).items)
+  beam = search(SETTINGS, generative, catalogue, queries, exclude, width=width)
+  candidates, log_probs = np.asarray(beam.items), np.asarray(beam.log_probs, np.float64)
   dense = {name: value for name, value in hybrid_params.items() if name != "head"}
   scores = np.asarray(call(DENSE, "scores", dense, catalogue, queries), np.float64)
-  found = search(HYBRID, hybrid_params, catalogue, queries, exclude, width=width)
+  settings = dataclasses.replace(HYBRID, rerank=rerank)
+  found = search(settings, hybrid_params, catalogue, queries, exclude, width=width)
   for b in range(3):
     among = candidates[b][candidates[b] >= 0]
+    if rerank == "both":
+      scores[b, among] += log_probs[b][candidates[b] >= 0]
     order = among[np.argsort(-scores[b, among])]
     assert_array_equal(found.items[b], np.pad(order, (0, width - len(order)), constant_values=-1))
     total = np.log(np.exp(scores[b, among]).sum())
