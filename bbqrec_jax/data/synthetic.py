@@ -113,7 +113,8 @@ def _nearest(latents: np.ndarray, popularity: np.ndarray) -> tuple[np.ndarray, n
     rows = np.arange(start, min(start + step, num_items))
     cosines = latents[rows] @ latents.T
     cosines[np.arange(len(rows)), rows] = -np.inf
-    neighbours[rows] = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
+    # In the order of their numbers: how a partition orders them depends on what the CPU can do, and so would the draws.
+    neighbours[rows] = np.sort(np.argpartition(-cosines, count - 1, axis=1)[:, :count], axis=1)
     log_weights[rows] = 8.0 * np.take_along_axis(cosines, neighbours[rows], axis=1)
   return neighbours, log_weights + np.log(popularity)[neighbours]
 

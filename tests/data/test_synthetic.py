@@ -67,6 +67,24 @@ def test_a_seed_fixes_everything(dataset):
   assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_the_readmes_figures_are_of_this_data_whatever_the_machine(dataset, request):
+  figures = statistics(dataset, leave_one_out(dataset.interactions))
+  shown = f"600 items, {figures['interactions']:,} interactions, split `{figures['split_hash']}`"
+  assert shown in (request.config.rootpath / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_how_a_partition_orders_neighbours_does_not_change_the_data(dataset, order, monkeypatch):
+  partition = np.argpartition
+
+  def ordered(array, kth, axis):
+    first, rest = np.split(partition(array, kth, axis=axis), [kth + 1], axis=axis)
+    return np.concatenate([first[:, ::order], rest], axis=axis)
+
+  monkeypatch.setattr(np, "argpartition", ordered)
+  np.testing.assert_array_equal(make_synthetic().interactions.items, dataset.interactions.items)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_oracles_find_what_was_planted_and_popularity_does_not(seed):
   dataset = make_synthetic(seed=seed)
