@@ -29,7 +29,7 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
   config.num_users = 20_000  # Of random histories, 3 items or more, 8 on average.
   config.num_items = chosen["items"]
   config.modalities = {"text": chosen["features"], "image": chosen["features"]}  # Name: width.
-  config.tokenized = 4096  # Items in a call of tokenization.
+  config.tokenized = 2048  # Items in a call of tokenization, as many as the program encodes of a catalogue at once.
   config.windows = 10  # Timed windows of each benchmark.
   config.window_seconds = 0.3  # About how long each is.
 

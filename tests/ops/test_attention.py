@@ -79,6 +79,43 @@ def test_xlas_attention_equals_the_reference_and_so_do_its_gradients(shape):
     assert_allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("length", [2, 4, 8, 9])
+def test_short_and_long_attention_have_the_values_and_gradients_of_plain_products(length, dtype):
+  rng = np.random.default_rng(length)
+  query, key, value, cotangent = (jnp.asarray(rng.normal(size=(3, length, 2, 16)), dtype) for _ in range(4))
+  bias = jnp.asarray(rng.normal(size=(3, 2, length, length)), jnp.float32)
+  mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+  def plain(query, key, value, bias):
+    scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32) / 4.0
+    weights = jax.nn.softmax(jnp.where(mask, scores + bias, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights.astype(value.dtype), value)
+
+  def bound(query, key, value, bias):
+    return attention(query, key, value, mask=mask, bias=bias)
+
+  tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+  assert_allclose(*(np.asarray(f(query, key, value, bias), np.float32) for f in (bound, plain)), atol=tolerance)
+  got, expected = (jax.vjp(f, query, key, value, bias)[1](cotangent) for f in (bound, plain))
+  for one, other in zip(got, expected, strict=True):
+    assert one.dtype == other.dtype
+    assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=tolerance)
+
+
+def test_the_gradient_of_attentions_gradient_is_that_of_plain_products():
+  query, key, value, bias = map(jnp.asarray, inputs())
+  mask = history_mask(jnp.asarray(SEGMENTS))
+
+  def curvature(implementation):
+    def scalar(query):
+      return jnp.sum(jnp.sin(attention(query, key, value, mask=mask, bias=bias, implementation=implementation)))
+
+    return jax.grad(lambda query: jnp.sum(jnp.square(jax.grad(scalar)(query))))(query)
+
+  assert_allclose(curvature("einsum"), curvature("xla"), atol=1e-4)
+
+
 def test_where_cudnn_cannot_xla_does_and_one_line_says_so(caplog):
   query, key, value, bias = map(jnp.asarray, inputs())
   mask = history_mask(jnp.asarray(SEGMENTS))
