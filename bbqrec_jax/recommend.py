@@ -1,7 +1,14 @@
-"""Recommends from a finished run: `python -m bbqrec_jax.recommend --workdir=DIR --history=3,17,256`."""
+"""Recommends from a finished run: `python -m bbqrec_jax.recommend --workdir=DIR --history=3,17,256`.
 
+`--histories=FILE --output=FILE` in place of `--history` does so for every line of a file.
+"""
+
+import dataclasses
 import functools
+import json
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,9 +16,10 @@ import numpy as np
 from absl import app, flags, logging
 
 from bbqrec_jax.compilation import keep_compiled
-from bbqrec_jax.data.interactions import from_lengths
+from bbqrec_jax.data.directory import read_sequences, read_timestamps
+from bbqrec_jax.data.interactions import Interactions, from_lengths
 from bbqrec_jax.data.pipeline import evaluation_batches
-from bbqrec_jax.errors import InputError, printable, refuse
+from bbqrec_jax.errors import InputError, StorageError, printable, refuse
 from bbqrec_jax.experiment import restore
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
@@ -78,19 +86,102 @@ def recommend(
     (items [top], scores [top]), best first; the score is the item's log-probability: of its semantic ID (generative),
     among all items (dense, parallel), or among the candidates (hybrid).
   """
-  exclude = np.zeros(0, np.int64) if repeat else np.unique(history)
-  histories = from_lengths(history, np.array([len(history)]), np.array(["history"]), times)
-  batch = next(evaluation_batches(histories, np.zeros(1, np.int32), batch_size=1, max_length=model.settings.max_length))
+  one = from_lengths(history, np.array([len(history)]), np.array(["history"]), times)
+  ((_, items, scores),) = recommend_all(model, params, catalogue, one, top=top, beam_width=beam_width, repeat=repeat)
+  return items, scores
+
+
+def recommend_all(
+  model: Recommender,
+  params: Any,
+  catalogue: Catalogue,
+  histories: Interactions,
+  *,
+  top: int,
+  beam_width: int,
+  repeat: bool = False,
+  batch_size: int = 256,
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+  """The best next items of every history, one after another.
+
+  Args:
+    model: as for `recommend`, and so are `params`, `catalogue`, `top`, `beam_width` and `repeat`.
+    params: see there.
+    catalogue: see there.
+    histories: of the users, with times for a model with time buckets.
+    top: see there.
+    beam_width: see there.
+    repeat: see there.
+    batch_size: histories that are ranked at once.
+
+  Yields:
+    (user, items [top], scores [top]) of each user, in order.
+  """
   call = jax.jit(functools.partial(apply, model), static_argnums=1, static_argnames="width")
-  states = call(params, "last_states", catalogue, batch)
   width = min(max(beam_width, top), catalogue.num_items)
-  found = call(params, "search", catalogue, states, width=width, exclude=exclude[None])
-  items, scores = np.asarray(found.items[0, :top]), np.asarray(found.log_probs[0, :top])
-  return items[items >= 0], scores[items >= 0]
+  batch_size = min(batch_size, histories.num_users)
+  nobody = np.zeros(histories.num_users, np.int32)
+  batches = evaluation_batches(histories, nobody, batch_size=batch_size, max_length=model.settings.max_length)
+  for first, batch in zip(range(0, histories.num_users, batch_size), batches, strict=True):
+    users = range(first, min(first + batch_size, histories.num_users))
+    states = call(params, "last_states", catalogue, batch)
+    exclude = np.full((batch_size, 1), -1) if repeat else _seen(histories, users, num_rows=batch_size)
+    found = call(params, "search", catalogue, states, width=width, exclude=exclude)
+    for row, user in enumerate(users):
+      items, scores = np.asarray(found.items[row, :top]), np.asarray(found.log_probs[row, :top])
+      yield str(histories.users[user]), items[items >= 0], scores[items >= 0]
+
+
+def _seen(histories: Interactions, users: range, *, num_rows: int) -> np.ndarray:
+  """The items of each user's history, [B, E] filled with -1; E is a power of two, so that few shapes are compiled."""
+  rows = [np.unique(histories.history(user)) for user in users]
+  seen = np.full((num_rows, 1 << (max(map(len, rows)) - 1).bit_length()), -1)
+  for row, items in enumerate(rows):
+    seen[row, : len(items)] = items
+  return seen
+
+
+def write_recommendations(found: Iterator[tuple[str, np.ndarray, np.ndarray]], path: pathlib.Path) -> int:
+  """Writes what `recommend_all` yields as lines of JSON, `{"user", "items", "scores"}`; the file is whole or not there.
+
+  Returns:
+    How many lines there are.
+  """
+  unfinished, count = path.with_name(path.name + ".unfinished"), 0
+  with open(unfinished, "w", encoding="utf-8") as file:
+    for user, items, scores in found:
+      rounded = [round(score, 4) for score in scores.tolist()]
+      file.write(json.dumps({"user": user, "items": items.tolist(), "scores": rounded}) + "\n")
+      count += 1
+  os.replace(unfinished, path)
+  return count
+
+
+def check_options(options: Any) -> None:
+  """Refuses flags that do not go together, and an output that cannot be written, before anything is read.
+
+  Raises:
+    InputError: naming the flag.
+  """
+  if options.top < 1:
+    raise InputError(f"--top must be at least 1, got {options.top}")
+  if (options.history is None) == (options.histories is None):
+    raise InputError("give either --history=3,17,256 or --histories=FILE, a line 'user item item ...' each")
+  if (options.histories is None) != (options.output is None):
+    raise InputError("--output=FILE goes with --histories=FILE: what is recommended for a file is written to a file")
+  other = "times" if options.history is None else "timestamps"
+  if getattr(options, other) is not None:
+    raise InputError(f"--{other}: --times goes with --history, --timestamps with --histories")
+  if options.output is not None:
+    output = pathlib.Path(options.output)
+    if output.exists():
+      raise InputError(f"{output} exists already: choose another --output")
+    if not output.parent.is_dir():
+      raise InputError(f"{output.parent} is no folder: make it, or choose another --output")
 
 
 def main(argv: list[str]) -> None:
-  """Prints the history and the recommended items with titles, semantic IDs and scores."""
+  """Prints the history and the recommended items with titles, semantic IDs and scores, or writes those of a file."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   if not flags.FLAGS["verbosity"].present:
@@ -98,30 +189,46 @@ def main(argv: list[str]) -> None:
   options = flags.FLAGS
   keep_compiled()
   try:
-    if options.top < 1:
-      raise InputError(f"--top must be at least 1, got {options.top}")
+    check_options(options)
     dataset, ids, model, params, catalogue, config = restore(
       pathlib.Path(options.workdir),
       tokenizer=options.tokenizer and pathlib.Path(options.tokenizer),
       features=options.features and pathlib.Path(options.features),
       trusted=options.trust,
     )
-    history = parse_history(options.history, num_items=dataset.num_items)
-    times = parse_times(options.times, count=len(history))
-    if model.settings.time_buckets and times is None:
-      raise InputError("--times: this recommender looks at the time between interactions, give the second of each")
-    items, scores = recommend(
-      model,
-      params,
-      catalogue,
-      history,
-      top=options.top,
-      beam_width=config.evaluation.beam_width,
-      repeat=options.repeat,
-      times=times,
-    )
+    many = options.histories is not None
+    if many:
+      histories = read_sequences(pathlib.Path(options.histories), num_items=dataset.num_items)
+      if options.timestamps is not None:
+        seconds = read_timestamps(pathlib.Path(options.timestamps), histories)
+        histories = dataclasses.replace(histories, times=seconds)
+    else:
+      history = parse_history(options.history, num_items=dataset.num_items)
+      times = parse_times(options.times, count=len(history))
+      histories = from_lengths(history, np.array([len(history)]), np.array(["history"]), times)
+    if model.settings.time_buckets and histories.times is None:
+      flag = "--timestamps" if many else "--times"
+      raise InputError(f"{flag}: this recommender looks at the time between interactions, give the second of each")
   except InputError as error:
     refuse(error)
+  found = recommend_all(
+    model,
+    params,
+    catalogue,
+    histories,
+    top=options.top,
+    beam_width=config.evaluation.beam_width,
+    repeat=options.repeat,
+    batch_size=config.evaluation.batch_size,
+  )
+  if many:
+    try:
+      count = write_recommendations(found, pathlib.Path(options.output))
+    except OSError as error:
+      refuse(StorageError(f"{options.output} could not be written: {error.strerror}"), status=1)
+    print(f"recommendations for {count} users, in {options.output}")
+    return
+  ((_, items, scores),) = found
 
   def line(item):
     code = "" if ids is None else " ".join(f"{value:3d}" for value in ids.codes[item]) + "  "
@@ -136,10 +243,13 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "The workdir of a finished run.")
   flags.DEFINE_string("history", None, "Item numbers in time order, separated by commas.")
   flags.DEFINE_string("times", None, "The second of each interaction, for a recommender with time buckets.")
+  flags.DEFINE_string("histories", None, "A file in place of --history: a line a user, 'user item item ...'.")
+  flags.DEFINE_string("timestamps", None, "A file with the second of each interaction in place of its item.")
+  flags.DEFINE_string("output", None, "The file for what is recommended for --histories: a JSON object a line.")
   flags.DEFINE_string("tokenizer", None, "Semantic IDs that bbqrec_jax.assign extended by new items.")
   flags.DEFINE_string("features", None, "The new items' features, for a recommender that reads features.")
   flags.DEFINE_integer("top", 10, "How many items to recommend.")
   flags.DEFINE_bool("repeat", False, "Whether items of the history may be recommended again.")
   flags.DEFINE_list("trust", [], "Python modules of yours that the run's config may name its head or backbone from.")
-  flags.mark_flags_as_required(["workdir", "history"])
+  flags.mark_flags_as_required(["workdir"])
   app.run(main)

@@ -2,9 +2,11 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from absl import flags
@@ -12,6 +14,7 @@ from absl import flags
 from bbqrec_jax.command_line import training
 from bbqrec_jax.errors import Diverged, InputError, StorageError
 from bbqrec_jax.interruption import Interrupted
+from bbqrec_jax.recommend import check_options
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -65,6 +68,39 @@ def test_recommending_from_no_run_is_one_line(tmp_path):
   ]
   assert result.stdout == ""
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("given", "said"),
+  [
+    ({"history": "1", "top": 0}, "--top must be at least 1, got 0"),
+    ({}, "give either --history=3,17,256 or --histories=FILE"),
+    ({"history": "1", "histories": "h"}, "give either --history=3,17,256 or --histories=FILE"),
+    ({"histories": "h"}, "--output=FILE goes with --histories=FILE"),
+    ({"history": "1", "output": "o"}, "--output=FILE goes with --histories=FILE"),
+    ({"history": "1", "timestamps": "t"}, "--timestamps: --times goes with --history"),
+    ({"histories": "h", "output": "o", "times": "1"}, "--times: --times goes with --history"),
+    ({"histories": "h", "output": "no/such/folder/o"}, "no/such/folder is no folder"),
+    ({"histories": "h", "output": "."}, ". exists already"),
+  ],
+)
+def test_flags_of_recommend_that_do_not_go_together(given, said):
+  nothing = dict.fromkeys(("history", "histories", "times", "timestamps", "output"))
+  with pytest.raises(InputError, match=re.escape(said)):
+    check_options(types.SimpleNamespace(**({"top": 10} | nothing | given)))
+
+
+def test_an_export_of_no_run_or_onto_something_is_one_line(tmp_path):
+  for arguments, said in (
+    ([f"--workdir={tmp_path}", f"--output={tmp_path}"], f"{tmp_path} exists already: choose another --output"),
+    ([f"--workdir={tmp_path}", f"--output={tmp_path}/new"], f"{tmp_path}/config.json does not exist"),
+    ([f"--workdir={tmp_path}", f"--output={tmp_path}/new", "--platforms=cpu,abacus"], "got ['abacus']"),
+  ):
+    result = call("export", *arguments)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert said in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -16,13 +16,14 @@ import pytest
 from bbqrec_jax import experiment
 from bbqrec_jax.assign import assign
 from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.data.directory import read_sequences
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import restore
 from bbqrec_jax.interruption import Interrupted
 from bbqrec_jax.json_files import read_json, write_json
-from bbqrec_jax.recommend import parse_history, parse_times, recommend
+from bbqrec_jax.recommend import parse_history, parse_times, recommend, recommend_all, write_recommendations
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.logging import MetricsLog
 from bbqrec_jax.workdir import load_config
@@ -361,6 +362,22 @@ def test_a_long_history_does_not_shorten_the_list(finished):
   assert np.all(np.diff(scores) <= 0)
   every, _ = recommend_from(finished[0], range(60), top=NUM_ITEMS, beam_width=15)
   assert sorted(every.tolist()) == list(range(60, NUM_ITEMS))
+
+
+def test_a_file_of_histories_is_answered_as_each_history_by_itself(finished, tmp_path):
+  _, _, model, params, catalogue, _ = restore(finished[0])
+  lines = tmp_path / "histories.txt"
+  lines.write_text("anna 5 9 70 2\nbo 7\n\u00e7a 1 1 2 3 4 5 6 7 8 9 10 11 12\n", encoding="utf-8")
+  histories = read_sequences(lines, num_items=NUM_ITEMS)
+  found = recommend_all(model, params, catalogue, histories, top=10, beam_width=20, batch_size=2)
+  assert write_recommendations(found, tmp_path / "found.jsonl") == 3
+  assert {path.name for path in tmp_path.iterdir()} == {"histories.txt", "found.jsonl"}
+  records = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+  assert [record["user"] for record in records] == ["anna", "bo", "\u00e7a"]
+  for user, record in enumerate(records):
+    items, scores = recommend(model, params, catalogue, histories.history(user), top=10, beam_width=20)
+    assert record["items"] == items.tolist()
+    np.testing.assert_allclose(record["scores"], scores, atol=1e-4)
 
 
 def test_new_items_are_served_without_training(generative, tmp_path):

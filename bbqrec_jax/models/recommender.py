@@ -229,7 +229,7 @@ class Recommender(nn.Module):
       return self.head.search(items, states, width=width, exclude=exclude)
     scores = jax.nn.log_softmax(self.head.scores(items, states), axis=-1)
     if exclude is not None:
-      rows = jnp.arange(len(scores))[:, None]
+      rows = jnp.arange(scores.shape[0])[:, None]
       # Past the end where -1 fills, and so dropped.
       scores = scores.at[rows, jnp.where(exclude < 0, scores.shape[1], exclude)].set(-jnp.inf, mode="drop")
     best, chosen = jax.lax.top_k(scores, min(width, scores.shape[1]))

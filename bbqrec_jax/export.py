@@ -1,0 +1,179 @@
+"""A finished run as a function for JAX alone: `python -m bbqrec_jax.export --workdir=DIR --output=FOLDER`.
+
+The folder holds `function.bin`, the compiled program's source in StableHLO, for any number of histories at once and for
+several kinds of devices; `arrays.npz`, the parameters and the catalogue that it takes; and `export.json`, which says
+what it takes and gives. Whoever calls it needs JAX and flatbuffers, and nothing of this package.
+"""
+
+import importlib.util
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.export  # Not a part of what `import jax` brings.
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from bbqrec_jax.compilation import keep_compiled
+from bbqrec_jax.errors import InputError, StorageError, refuse
+from bbqrec_jax.experiment import restore
+from bbqrec_jax.input_files import check_file, read_archive
+from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.models.apply import apply
+from bbqrec_jax.models.catalogue import Catalogue
+from bbqrec_jax.models.recommender import Recommender
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def export_recommender(
+  model: Recommender,
+  params: Any,
+  catalogue: Catalogue,
+  *,
+  top: int,
+  beam_width: int,
+  platforms: Iterable[str] = ("cpu", "cuda", "tpu"),
+) -> tuple[bytes, dict[str, np.ndarray]]:
+  """What turns histories into recommendations, constrained decoding included, as StableHLO.
+
+  Args:
+    model: the recommender.
+    params: its parameters.
+    catalogue: the items.
+    top: how many items a history gets; all of them, if the catalogue has fewer.
+    beam_width: of a head that searches; at least `top` beams are kept.
+    platforms: kinds of devices that it is to run on, of PLATFORMS.
+
+  Returns:
+    (function, arrays): `jax.export.deserialize(function).call(list of arrays, histories, exclude)` gives
+    (items [B, top] int32, scores [B, top] float32), best first, -1 where no item is left. `histories` [B, T] int32 are
+    a history's last T items in time order from the left, `exclude` [B, E] int32 the items that must not come back; -1
+    fills both. A model with time buckets takes a fourth: the second of each interaction, [B, T] int32, from any moment
+    on.
+  """
+  settings = model.settings
+  named, structure = jax.tree_util.tree_flatten_with_path({"params": params, "catalogue": catalogue})
+  arrays = {
+    f"{place:04d} {jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(leaf)
+    for place, (path, leaf) in enumerate(named)
+  }
+  width = min(max(beam_width, top), settings.num_items)
+
+  def serve(held, histories, exclude, *times):
+    params, catalogue = (jax.tree.unflatten(structure, held)[name] for name in ("params", "catalogue"))
+    real = histories >= 0
+    batch = {
+      "items": jnp.maximum(histories, 0),
+      "segments": real.astype(jnp.int32),
+      "positions": jnp.where(real, jnp.arange(settings.max_length, dtype=jnp.int32), 0),
+    }
+    if times:
+      batch["times"] = jnp.where(real, times[0], 0)
+    states = apply(model, params, "last_states", catalogue, batch)
+    found = apply(model, params, "search", catalogue, states, width=width, exclude=exclude)
+    return found.items[:, :top], found.log_probs[:, :top]
+
+  rows, excluded = jax.export.symbolic_shape("b, e", constraints=("b >= 1", "e >= 1"))
+  of_items = jax.ShapeDtypeStruct((rows, settings.max_length), jnp.int32)
+  shapes = [of_items, jax.ShapeDtypeStruct((rows, excluded), jnp.int32)] + [of_items] * bool(settings.time_buckets)
+  held = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays.values()]
+  exported = jax.export.export(jax.jit(serve), platforms=tuple(platforms))(held, *shapes)
+  return bytes(exported.serialize()), arrays
+
+
+def load_export(folder: pathlib.Path) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """The function of an exported folder, its arrays given: (histories, exclude[, times]) -> (items, scores).
+
+  Raises:
+    InputError: if the folder holds no export, or one that was changed.
+  """
+  note = read_json(folder / "export.json")
+  check_file(folder / "function.bin")
+  arrays = read_archive(folder / "arrays.npz")
+  if note.get("arrays") != list(arrays):
+    raise InputError(f"{folder / 'arrays.npz'}: expected the arrays that export.json names; export it again")
+  held = [jnp.asarray(array) for array in arrays.values()]
+  try:
+    exported = jax.export.deserialize(bytearray((folder / "function.bin").read_bytes()))
+  except Exception as error:
+    raise InputError(f"{folder / 'function.bin'}: expected what bbqrec_jax.export wrote; export it again") from error
+  call = jax.jit(exported.call)
+  return lambda *inputs: call(held, *inputs)
+
+
+def main(argv: list[str]) -> None:
+  """Writes the folder and says what is in it."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  options = flags.FLAGS
+  keep_compiled()
+  output = pathlib.Path(options.output)
+  try:
+    if options.top < 1:
+      raise InputError(f"--top must be at least 1, got {options.top}")
+    unknown = sorted(set(options.platforms) - set(PLATFORMS))
+    if unknown or not options.platforms:
+      raise InputError(f"--platforms: expected some of {', '.join(PLATFORMS)}, got {unknown or 'none'}")
+    if importlib.util.find_spec("flatbuffers") is None:
+      raise InputError("JAX writes an exported function with flatbuffers: pip install 'bbqrec_jax[export]'")
+    if output.exists():
+      raise InputError(f"{output} exists already: choose another --output")
+    restored = restore(
+      pathlib.Path(options.workdir),
+      tokenizer=options.tokenizer and pathlib.Path(options.tokenizer),
+      features=options.features and pathlib.Path(options.features),
+      trusted=options.trust,
+    )
+  except InputError as error:
+    refuse(error)
+  model, catalogue, config = restored.model, restored.catalogue, restored.config
+  function, arrays = export_recommender(
+    model,
+    restored.params,
+    catalogue,
+    top=options.top,
+    beam_width=config.evaluation.beam_width,
+    platforms=options.platforms,
+  )
+  note = {
+    "inputs": ["histories", "exclude", *(["times"] if model.settings.time_buckets else [])],
+    "max_length": model.settings.max_length,
+    "num_items": catalogue.num_items,
+    "top": min(options.top, catalogue.num_items),
+    "platforms": list(options.platforms),
+    "jax": jax.__version__,
+    "semantic_ids": None if restored.ids is None else restored.ids.fingerprint,
+    "arrays": list(arrays),
+  }
+  unfinished = output.with_name(output.name + ".unfinished")
+  try:
+    unfinished.mkdir(parents=True, exist_ok=True)
+    (unfinished / "function.bin").write_bytes(function)
+    np.savez(unfinished / "arrays.npz", **arrays)  # type: ignore[arg-type]
+    write_json(unfinished / "export.json", note)
+    os.rename(unfinished, output)
+  except OSError as error:
+    refuse(StorageError(f"{output} could not be written: {error.strerror}"), status=1)
+  size = sum(array.nbytes for array in arrays.values()) / 2**20
+  print(
+    f"{output}: the best {note['top']} of {note['num_items']} items, {size:.1f} MiB of arrays,"
+    f" for {', '.join(options.platforms)}"
+  )
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "The workdir of a finished run.")
+  flags.DEFINE_string("output", None, "The folder that is made.")
+  flags.DEFINE_integer("top", 10, "How many items a history gets.")
+  flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], f"Kinds of devices that it is to run on, of {PLATFORMS}.")
+  flags.DEFINE_string("tokenizer", None, "Semantic IDs that bbqrec_jax.assign extended by new items.")
+  flags.DEFINE_string("features", None, "The new items' features, for a recommender that reads features.")
+  flags.DEFINE_list("trust", [], "Python modules of yours that the run's config may name its head or backbone from.")
+  flags.mark_flags_as_required(["workdir", "output"])
+  app.run(main)
