@@ -23,8 +23,7 @@ from bbqrec_jax.semantic_ids.trie import build_trie
 
 ITEMS, LEVELS, CODES, LENGTH, TOP = 30, 3, 4, 6, 5
 SHAPES = {
-  "generative": {},
-  "generative with node scores": {"node_scores": True},
+  "generative": {"node_scores": True},
   "parallel": {"head": "parallel"},
   "dense": {"head": "dense"},
   "dense, by the time": {"head": "dense", "time_buckets": 8},
