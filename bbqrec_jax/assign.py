@@ -5,8 +5,9 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
+from bbqrec_jax.command_line import only_flags
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.pipeline import FeatureStore
@@ -89,10 +90,7 @@ def _extended(ids: SemanticIds, own: np.ndarray, codes: np.ndarray, present: np.
 
 def main(argv: list[str]) -> None:
   """Writes an artefact with the new items' IDs and prints how many collided."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
+  only_flags(argv)
   options = flags.FLAGS
   keep_compiled()
   output = pathlib.Path(options.output)

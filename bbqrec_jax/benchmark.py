@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 import bbqrec_jax
@@ -32,7 +32,7 @@ from bbqrec_jax.benchmarks.cases import all_cases
 from bbqrec_jax.benchmarks.limits import PEAKS, measured_limits
 from bbqrec_jax.benchmarks.report import chart, comparison, records_table, table, utilisation
 from bbqrec_jax.benchmarks.timing import measure
-from bbqrec_jax.command_line import parse_flags
+from bbqrec_jax.command_line import only_flags, parse_flags
 from bbqrec_jax.config import validate
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.host_memory import keep_memory
@@ -115,12 +115,9 @@ def records(folder: pathlib.Path) -> str:
 
 def main(argv: list[str]) -> None:
   """Times, or compares."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  only_flags(argv)
   keep_memory()
   options = flags.FLAGS
-  if not options["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
   try:
     if options.compare:
       if len(options.compare) != 2:

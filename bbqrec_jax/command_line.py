@@ -28,6 +28,14 @@ def _drop_echoes(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
+def only_flags(argv: list[str]) -> None:
+  """The start of programs that do not train: they take flags and nothing else, and log no more than warnings."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+
+
 @contextlib.contextmanager
 def training(workdir: pathlib.Path) -> Iterator[None]:
   """For programs that train: an interruption, a full disk or a wrong input ends them with one line.

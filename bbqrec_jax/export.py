@@ -15,8 +15,9 @@ import jax
 import jax.export  # Not a part of what `import jax` brings.
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
+from bbqrec_jax.command_line import only_flags
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError, StorageError, refuse
 from bbqrec_jax.experiment import restore
@@ -107,10 +108,7 @@ def load_export(folder: pathlib.Path) -> Callable[..., tuple[jax.Array, jax.Arra
 
 def main(argv: list[str]) -> None:
   """Writes the folder and says what is in it."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
+  only_flags(argv)
   options = flags.FLAGS
   keep_compiled()
   output = pathlib.Path(options.output)

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
+from bbqrec_jax.command_line import only_flags
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.directory import read_sequences, read_timestamps
 from bbqrec_jax.data.interactions import Interactions, from_lengths
@@ -182,10 +183,7 @@ def check_options(options: Any) -> None:
 
 def main(argv: list[str]) -> None:
   """Prints the history and the recommended items with titles, semantic IDs and scores, or writes those of a file."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
+  only_flags(argv)
   options = flags.FLAGS
   keep_compiled()
   try:

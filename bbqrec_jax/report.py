@@ -7,8 +7,9 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
+from bbqrec_jax.command_line import only_flags
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.experiment import restore
 from bbqrec_jax.train.recommender_stage import similarity_streams
@@ -63,10 +64,7 @@ def similarity_figure(tables: np.ndarray, edges: np.ndarray, names: list[str]) -
 
 def main(argv: list[str]) -> None:
   """Writes the figure into the workdir."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
+  only_flags(argv)
   workdir = pathlib.Path(flags.FLAGS.workdir)
   try:
     run = restore(workdir, trusted=flags.FLAGS.trust)
