@@ -1,7 +1,7 @@
 """What the recommender is told: its shapes, and the items of the catalogue."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
@@ -123,7 +123,7 @@ class Catalogue:
 
   def code_log_probs(
     self,
-    logits: jax.Array,
+    logits: Sequence[jax.Array],
     items: jax.Array,
     *,
     softmax_over: str,
@@ -136,7 +136,7 @@ class Catalogue:
     choice).
 
     Args:
-      logits: [P, L, K], of every level given the item's codes before it.
+      logits: L times [P, K], of every level given the item's codes before it.
       items: [P] int.
       softmax_over: "existing" or "all".
       node_scores: (level, nodes of the trie [P, F]) -> [P, F], added to the logits of the nodes' codes; None adds
@@ -146,14 +146,15 @@ class Catalogue:
       [P, L] float32.
     """
     codes = self.semantic_ids[items]
-    if softmax_over == "all":
-      own = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
-      return own - jax.nn.logsumexp(logits, axis=-1)
-    assert self.trie is not None
     log_probs = []
-    for level in range(codes.shape[1]):
+    for level, of_level in enumerate(logits):
+      if softmax_over == "all":
+        own = jnp.take_along_axis(of_level, codes[:, level, None], axis=-1)[:, 0]
+        log_probs.append(own - jax.nn.logsumexp(of_level, axis=-1))
+        continue
+      assert self.trie is not None
       nodes, among, valid = self.trie.children(level, self.trie.parents[items, level])
-      children = jnp.take_along_axis(logits[:, level], among, axis=-1)
+      children = jnp.take_along_axis(of_level, among, axis=-1)
       if node_scores is not None:
         children = children + node_scores(level, nodes)
       children = jax.nn.log_softmax(jnp.where(valid, children, -jnp.inf), axis=-1)

@@ -227,10 +227,12 @@ class DecoderHead(nn.Module):
     mask = memory.real[:, None, None, :]
     return [(layer.cross_attention.keys_values(memory.tokens), mask) for layer in self.layers]
 
-  def __call__(self, memory: Memory, codes: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+  def __call__(
+    self, memory: Memory, codes: jax.Array, *, deterministic: bool = True
+  ) -> tuple[list[jax.Array], jax.Array]:
     """Logits of every level given the true codes before it, and the states they are of.
 
-    codes [B, L] -> [B, L, K] float32, [B, L, d].
+    codes [B, L] -> L times [B, K] float32, [B, L, d].
     """
     levels = self.settings.num_levels
     start = jnp.broadcast_to(self.start_embedding, (codes.shape[0], self.settings.width))
@@ -242,7 +244,7 @@ class DecoderHead(nn.Module):
     for layer, keys_values in zip(self.layers, self._memories(memory), strict=True):
       x, _ = layer(x, mask, bias, memory=keys_values, deterministic=deterministic)
     x = self.drop(self.norm(x), deterministic=deterministic)
-    return jnp.stack([self._logits(x[:, level], level) for level in range(levels)], axis=1), x
+    return [self._logits(x[:, level], level) for level in range(levels)], x
 
   def losses(self, items: Any, memory: Memory, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [B] and on."""

@@ -180,7 +180,9 @@ class GenerativeHead(nn.Module):
       Dense(self.num_codes, dtype=jnp.float32, name=f"output_{level}") for level in range(self.num_levels)
     ]
 
-  def __call__(self, states: jax.Array, codes: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+  def __call__(
+    self, states: jax.Array, codes: jax.Array, *, deterministic: bool = True
+  ) -> tuple[list[jax.Array], jax.Array]:
     """Logits of every level, given the true codes before it (teacher forcing), and the states they are of.
 
     Args:
@@ -189,7 +191,7 @@ class GenerativeHead(nn.Module):
       deterministic: no dropout.
 
     Returns:
-      [P, L, K] float32 and [P, L, d].
+      L times [P, K] float32, and [P, L, d].
     """
     before = [jnp.zeros_like(states)]
     for level in range(self.num_levels - 1):
@@ -199,8 +201,7 @@ class GenerativeHead(nn.Module):
     for layer in self.layers:
       x, _ = layer(x, mask, deterministic=deterministic)
     x = self.norm(x)
-    logits = [output(x[:, level]) for level, output in enumerate(self.outputs)]
-    return jnp.stack(logits, axis=1), x
+    return [output(x[:, level]) for level, output in enumerate(self.outputs)], x
 
   def start(self, states: jax.Array) -> dict[str, Any]:
     """The decoder state before the first code: states [B, d] -> leaves [B, 1, ...] for `beam_search`."""

@@ -29,7 +29,7 @@ def states():
 
 @jax.jit
 def forced(params, states, codes):
-  return MODEL.apply({"params": params}, states, codes)[0]
+  return jnp.stack(MODEL.apply({"params": params}, states, codes)[0], axis=1)
 
 
 @jax.jit

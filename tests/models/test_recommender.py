@@ -310,7 +310,7 @@ def test_log_probs_are_those_of_the_heads_logits_among_the_codes_they_compete_wi
   for query in range(len(queries)):
     states = jnp.tile(queries[query], (ITEMS, 1))
     logits, hidden = head.apply({"params": node_params["head"]}, states, jnp.asarray(ids))
-    logits, hidden = np.asarray(logits, np.float64), np.asarray(hidden, np.float64)
+    logits, hidden = np.stack(logits, axis=1).astype(np.float64), np.asarray(hidden, np.float64)
     for item in range(ITEMS):
       expected = 0.0
       for level in range(LEVELS):
