@@ -101,8 +101,6 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.item_inputs = ("fused", "modalities", "item")  # What an item's vector sums: its ID's codes, its
   # modalities' own codes, its "content" codes (tokenizer.content_codes), a linear map of its "features", a vector of
   # its own. ("item",) alone is SASRec, and needs no tokenizer.
-  recommender.scale_codes = False  # Divide the sum of an item's code embeddings by the square root of how many columns
-  # of codes there are: a step then moves an item's vector through its codes less, beside the vector of its own.
   recommender.similarity = ("modalities",)  # Streams whose similarity reweights attention: "modalities", "fused"; ()
   # is the plain backbone.
   recommender.cross_pairs = True  # Bias tables for pairs of different streams too.

@@ -28,7 +28,6 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.tokenizer.steps = 4000
   config.tokenizer.evaluate_every = 1000
   config.recommender.head = "dense" if head == "sasrec" else head
-  config.recommender.scale_codes = True
   config.recommender.steps = 6000
   config.recommender.evaluate_every = 1000 if head == "generative" else 500
   config.recommender.optimizer.weight_decay = 0.1

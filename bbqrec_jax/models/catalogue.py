@@ -22,7 +22,6 @@ class RecommenderSettings:
     num_codes: K.
     num_columns: code columns of the catalogue (see `Catalogue.columns`); 0 where items are known by number alone.
     item_embedding: whether each item also has a vector of its own.
-    scale_codes: whether the sum of C codes' embeddings is divided by the square root of C.
     feature_width: F, of the features that an item's vector also has a linear map of; 0: none.
     backbone: "causal", "encoder_decoder", or "module:function" for one of your own.
     head: a name of `models.heads.HEADS`, or "module:function" for one of your own.
@@ -57,7 +56,6 @@ class RecommenderSettings:
   num_codes: int = 256
   num_columns: int = 4
   item_embedding: bool = True
-  scale_codes: bool = False
   feature_width: int = 0
   backbone: str = "causal"
   head: str = "generative"

@@ -63,8 +63,7 @@ class Recommender(nn.Module):
     """What an item is known by: items [...] -> [..., d]; None means all N in order.
 
     It is the sum of its codes' embeddings, a linear map of its features, and a vector of its own. An item of the
-    catalogue that was not there in training has no vector of its own: zero stands for it. With `scale_codes` the sum
-    over C columns of codes is divided by the square root of C, which an absent modality does not change.
+    catalogue that was not there in training has no vector of its own: zero stands for it.
 
     Columns of codes before `first_column` are left out.
     """
@@ -81,8 +80,7 @@ class Recommender(nn.Module):
       columns = catalogue.columns if items is None else catalogue.columns[items]
       tables = self.code_embedding.reshape(s.num_columns, s.num_codes, s.width)[first_column:]
       first_row = (s.num_codes * jnp.arange(s.num_columns)).reshape((1,) * (columns.ndim - 1) + (-1,))
-      of_codes = summed_embedding(tables, (columns - first_row)[..., first_column:])
-      total = total + (of_codes * len(tables) ** -0.5 if s.scale_codes else of_codes)
+      total = total + summed_embedding(tables, (columns - first_row)[..., first_column:])
     return jnp.asarray(total)
 
   def memory(

@@ -221,7 +221,6 @@ def build_catalogue(
     num_codes=0 if ids is None else ids.num_codes,
     num_columns=columns.shape[1],
     item_embedding="item" in r.item_inputs,
-    scale_codes=r.scale_codes,
     feature_width=0 if features is None else features.shape[1],
     backbone=r.backbone,
     head=r.head,

@@ -201,16 +201,6 @@ def test_item_vectors_sum_the_items_own_vector_and_its_present_codes(params, cat
   assert_allclose(call(SETTINGS, "item_vectors", params, catalogue, some), expected[np.asarray(some)], atol=1e-6)
 
 
-def test_scaled_codes_add_to_an_items_own_vector_less_by_the_root_of_their_number(params, catalogue):
-  scaled = dataclasses.replace(SETTINGS, scale_codes=True)
-  alone = params | {"item_embedding": np.zeros_like(params["item_embedding"])}
-  of_codes = np.asarray(call(SETTINGS, "item_vectors", alone, catalogue))
-  got = call(scaled, "item_vectors", params, catalogue)
-  assert_allclose(got, params["item_embedding"] + of_codes / np.sqrt(SETTINGS.num_columns), atol=1e-6)
-  some = jnp.array([[3, 0], [11, 3]])
-  assert_allclose(call(scaled, "item_vectors", params, catalogue, some), np.asarray(got)[np.asarray(some)], atol=1e-6)
-
-
 def test_code_columns_number_every_stream_level_and_code_apart():
   rng = np.random.default_rng(3)
   codes = [rng.integers(CODES, size=(ITEMS, levels)) for levels in (3, 2)]
