@@ -71,14 +71,17 @@ def test_systems_share_a_tokenizer_and_the_table_compares_them_user_by_user(scri
   assert rows["sasrec"][6] == ""
 
 
-@pytest.mark.parametrize("data", ["scientific"])
+@pytest.mark.parametrize("data", ["scientific", "beauty"])
 def test_the_table_of_the_readme_is_that_of_the_records(script, request, data):
-  report = script.report(request.config.rootpath / "experiments" / "records" / "heads" / data, reference="sasrec")
+  folder = request.config.rootpath / "experiments" / "records" / "heads" / data
+  systems = {path.name for path in folder.iterdir()}
+  assert {"sasrec", "generative", "dense"} <= systems <= set(script.SYSTEMS)
+  report = script.report(folder, reference="sasrec")
   head, *_ = report.splitlines()
   shown = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
   assert head in shown
   rows = [line.split("|")[1:-3] for line in report.splitlines() if line.startswith("| ")]
-  assert len(rows) == 1 + len(script.SYSTEMS)
+  assert len(rows) == 1 + len(systems)
   for row in rows:
     assert f"|{'|'.join(row)}|" in shown, row
 
