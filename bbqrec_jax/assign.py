@@ -90,8 +90,7 @@ def _extended(ids: SemanticIds, own: np.ndarray, codes: np.ndarray, present: np.
 
 def main(argv: list[str]) -> None:
   """Writes an artefact with the new items' IDs and prints how many collided."""
-  only_flags(argv)
-  options = flags.FLAGS
+  options = only_flags(argv)
   keep_compiled()
   output = pathlib.Path(options.output)
   try:

@@ -115,9 +115,8 @@ def records(folder: pathlib.Path) -> str:
 
 def main(argv: list[str]) -> None:
   """Times, or compares."""
-  only_flags(argv)
+  options = only_flags(argv)
   keep_memory()
-  options = flags.FLAGS
   try:
     if options.compare:
       if len(options.compare) != 2:

@@ -28,12 +28,13 @@ def _drop_echoes(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def only_flags(argv: list[str]) -> None:
-  """The start of programs that do not train: they take flags and nothing else, and log no more than warnings."""
+def only_flags(argv: list[str]) -> Any:
+  """The flags of a program that does not train: it takes nothing else, and logs no more than warnings."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
+  return flags.FLAGS
 
 
 @contextlib.contextmanager

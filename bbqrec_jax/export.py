@@ -62,7 +62,7 @@ def export_recommender(
     f"{place:04d} {jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(leaf)
     for place, (path, leaf) in enumerate(named)
   }
-  width = min(max(beam_width, top), settings.num_items)
+  width = min(max(beam_width, top), catalogue.num_items)
 
   def serve(held, histories, exclude, *times):
     params, catalogue = (jax.tree.unflatten(structure, held)[name] for name in ("params", "catalogue"))
@@ -86,12 +86,65 @@ def export_recommender(
   return bytes(exported.serialize()), arrays
 
 
+def write_export(
+  folder: pathlib.Path,
+  model: Recommender,
+  params: Any,
+  catalogue: Catalogue,
+  *,
+  top: int,
+  beam_width: int,
+  platforms: Iterable[str],
+  fingerprint: str | None = None,
+) -> dict[str, Any]:
+  """Makes the folder, whole or not at all, of what `export_recommender` gives.
+
+  Args:
+    folder: that is made.
+    model: as for `export_recommender`, and so are the others.
+    params: see there.
+    catalogue: see there.
+    top: see there.
+    beam_width: see there.
+    platforms: see there.
+    fingerprint: of the semantic IDs.
+
+  Returns:
+    What `export.json` says.
+  """
+  platforms = list(platforms)
+  function, arrays = export_recommender(model, params, catalogue, top=top, beam_width=beam_width, platforms=platforms)
+  note = {
+    "inputs": ["histories", "exclude", *(["times"] if model.settings.time_buckets else [])],
+    "max_length": model.settings.max_length,
+    "num_items": catalogue.num_items,
+    "top": min(top, catalogue.num_items),
+    "platforms": platforms,
+    "jax": jax.__version__,
+    "semantic_ids": fingerprint,
+    "arrays": list(arrays),
+  }
+  unfinished = folder.with_name(folder.name + ".unfinished")
+  unfinished.mkdir(parents=True, exist_ok=True)
+  (unfinished / "function.bin").write_bytes(function)
+  np.savez(unfinished / "arrays.npz", **arrays)  # type: ignore[arg-type]
+  write_json(unfinished / "export.json", note)
+  os.rename(unfinished, folder)
+  return note
+
+
+def _require_flatbuffers() -> None:
+  if importlib.util.find_spec("flatbuffers") is None:
+    raise InputError("JAX keeps an exported function with flatbuffers: pip install 'bbqrec_jax[export]'")
+
+
 def load_export(folder: pathlib.Path) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """The function of an exported folder, its arrays given: (histories, exclude[, times]) -> (items, scores).
 
   Raises:
-    InputError: if the folder holds no export, or one that was changed.
+    InputError: if the folder holds no export, or one that was changed, or flatbuffers is missing.
   """
+  _require_flatbuffers()
   note = read_json(folder / "export.json")
   check_file(folder / "function.bin")
   arrays = read_archive(folder / "arrays.npz")
@@ -108,8 +161,7 @@ def load_export(folder: pathlib.Path) -> Callable[..., tuple[jax.Array, jax.Arra
 
 def main(argv: list[str]) -> None:
   """Writes the folder and says what is in it."""
-  only_flags(argv)
-  options = flags.FLAGS
+  options = only_flags(argv)
   keep_compiled()
   output = pathlib.Path(options.output)
   try:
@@ -118,8 +170,7 @@ def main(argv: list[str]) -> None:
     unknown = sorted(set(options.platforms) - set(PLATFORMS))
     if unknown or not options.platforms:
       raise InputError(f"--platforms: expected some of {', '.join(PLATFORMS)}, got {unknown or 'none'}")
-    if importlib.util.find_spec("flatbuffers") is None:
-      raise InputError("JAX writes an exported function with flatbuffers: pip install 'bbqrec_jax[export]'")
+    _require_flatbuffers()
     if output.exists():
       raise InputError(f"{output} exists already: choose another --output")
     restored = restore(
@@ -130,38 +181,23 @@ def main(argv: list[str]) -> None:
     )
   except InputError as error:
     refuse(error)
-  model, catalogue, config = restored.model, restored.catalogue, restored.config
-  function, arrays = export_recommender(
-    model,
-    restored.params,
-    catalogue,
-    top=options.top,
-    beam_width=config.evaluation.beam_width,
-    platforms=options.platforms,
-  )
-  note = {
-    "inputs": ["histories", "exclude", *(["times"] if model.settings.time_buckets else [])],
-    "max_length": model.settings.max_length,
-    "num_items": catalogue.num_items,
-    "top": min(options.top, catalogue.num_items),
-    "platforms": list(options.platforms),
-    "jax": jax.__version__,
-    "semantic_ids": None if restored.ids is None else restored.ids.fingerprint,
-    "arrays": list(arrays),
-  }
-  unfinished = output.with_name(output.name + ".unfinished")
   try:
-    unfinished.mkdir(parents=True, exist_ok=True)
-    (unfinished / "function.bin").write_bytes(function)
-    np.savez(unfinished / "arrays.npz", **arrays)  # type: ignore[arg-type]
-    write_json(unfinished / "export.json", note)
-    os.rename(unfinished, output)
+    note = write_export(
+      output,
+      restored.model,
+      restored.params,
+      restored.catalogue,
+      top=options.top,
+      beam_width=restored.config.evaluation.beam_width,
+      platforms=options.platforms,
+      fingerprint=None if restored.ids is None else restored.ids.fingerprint,
+    )
+    size = (output / "arrays.npz").stat().st_size / 2**20
   except OSError as error:
     refuse(StorageError(f"{output} could not be written: {error.strerror}"), status=1)
-  size = sum(array.nbytes for array in arrays.values()) / 2**20
   print(
     f"{output}: the best {note['top']} of {note['num_items']} items, {size:.1f} MiB of arrays,"
-    f" for {', '.join(options.platforms)}"
+    f" for {', '.join(note['platforms'])}"
   )
 
 

@@ -128,8 +128,8 @@ def recommend_all(
     states = call(params, "last_states", catalogue, batch)
     exclude = np.full((batch_size, 1), -1) if repeat else _seen(histories, users, num_rows=batch_size)
     found = call(params, "search", catalogue, states, width=width, exclude=exclude)
-    for row, user in enumerate(users):
-      items, scores = np.asarray(found.items[row, :top]), np.asarray(found.log_probs[row, :top])
+    every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
+    for user, items, scores in zip(users, *every, strict=False):  # Without the rows that fill the last batch.
       yield str(histories.users[user]), items[items >= 0], scores[items >= 0]
 
 
@@ -183,8 +183,7 @@ def check_options(options: Any) -> None:
 
 def main(argv: list[str]) -> None:
   """Prints the history and the recommended items with titles, semantic IDs and scores, or writes those of a file."""
-  only_flags(argv)
-  options = flags.FLAGS
+  options = only_flags(argv)
   keep_compiled()
   try:
     check_options(options)

@@ -64,10 +64,10 @@ def similarity_figure(tables: np.ndarray, edges: np.ndarray, names: list[str]) -
 
 def main(argv: list[str]) -> None:
   """Writes the figure into the workdir."""
-  only_flags(argv)
-  workdir = pathlib.Path(flags.FLAGS.workdir)
+  options = only_flags(argv)
+  workdir = pathlib.Path(options.workdir)
   try:
-    run = restore(workdir, trusted=flags.FLAGS.trust)
+    run = restore(workdir, trusted=options.trust)
     if not run.model.settings.num_streams:
       raise InputError(
         f"{workdir}: this run's attention is not reweighted by similarity (recommender.similarity is ())"

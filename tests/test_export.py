@@ -1,5 +1,6 @@
 """An exported recommender gives what the recommender gives, to whoever has JAX and nothing of this package."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -14,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.export import export_recommender, load_export
+from bbqrec_jax.export import export_recommender, load_export, write_export
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.models.recommender import Recommender
@@ -97,11 +98,10 @@ def test_an_export_recommends_what_the_recommender_does_whatever_the_batch(name,
 def exported(random_params, tmp_path_factory):
   """A folder as the program writes it."""
   model, params, catalogue = make(random_params)
-  function, arrays = export_recommender(model, params, catalogue, top=TOP, beam_width=8, platforms=["cpu", "tpu"])
-  folder = tmp_path_factory.mktemp("export")
-  (folder / "function.bin").write_bytes(function)
-  np.savez(folder / "arrays.npz", **arrays)
-  write_json(folder / "export.json", {"arrays": list(arrays), "max_length": LENGTH})
+  folder = tmp_path_factory.mktemp("made") / "export"
+  note = write_export(folder, model, params, catalogue, top=99, beam_width=8, platforms=["cpu", "tpu"])
+  assert (note["top"], note["max_length"], note["inputs"]) == (ITEMS, LENGTH, ["histories", "exclude"])
+  assert [path.name for path in folder.parent.iterdir()] == ["export"]
   return folder
 
 
@@ -116,7 +116,16 @@ def test_the_readmes_lines_call_it_without_this_package(exported, tmp_path):
   call = load_export(exported)
   histories = padded([[3, 17, 25], [5]], LENGTH)
   assert found == call(histories, histories)[0].tolist()
-  assert len(found) == 2
+  # More are asked for than there are: all that may come back do.
+  assert [sorted(row)[-(ITEMS - seen) :] for row, seen in zip(found, (3, 1), strict=True)] == [
+    [item for item in range(ITEMS) if item not in (3, 17, 25)], [item for item in range(ITEMS) if item != 5]
+  ]  # fmt: skip
+
+
+def test_without_flatbuffers_one_line_says_what_to_install(exported, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=r"pip install 'bbqrec_jax\[export\]'"):
+    load_export(exported)
 
 
 def test_a_changed_export_is_refused_in_one_line(exported, tmp_path):
