@@ -209,8 +209,7 @@ def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_pat
     tokenizer, output = str(tmp_path / "ids"), str(tmp_path / "out")
 
   Options.features = str(folder)
-  given = type("Flags", (), {"FLAGS": _Flags(Options)})
-  monkeypatch.setattr("bbqrec_jax.assign.flags", given)
+  monkeypatch.setattr("bbqrec_jax.assign.only_flags", lambda argv: Options)
   main(["assign"])
   written = SemanticIds.load(tmp_path / "out")
   assert len(written.codes) == ITEMS + 6
@@ -220,19 +219,6 @@ def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_pat
     main(["assign"])
   assert error.value.code == 2
   assert "holds semantic IDs already" in capsys.readouterr().err
-
-
-class _Flags:
-  """What `main` reads of absl's flags."""
-
-  def __init__(self, options):
-    self._options = options
-
-  def __getitem__(self, name):
-    return type("Flag", (), {"present": 1})
-
-  def __getattr__(self, name):
-    return getattr(self._options, name)
 
 
 def test_new_items_without_a_modality_file_or_with_unequal_rows_are_refused(tmp_path):
