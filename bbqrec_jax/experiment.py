@@ -15,7 +15,7 @@ from bbqrec_jax.data.features import Modalities, load_new_items
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.evaluation.ranking import popularity_metrics
+from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, popularity_metrics
 from bbqrec_jax.input_files import check_links, is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue
@@ -194,10 +194,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     )
   finally:
     log.close()
+  popularity = {
+    "popularity" + suffix: popularity_metrics(
+      split, split.test_target, num_items=dataset.num_items, histories=split.history("test") if suffix else None
+    )
+    for suffix in ("", WITHOUT_HISTORY)
+  }
   results = {
     "model": f"{config.recommender.head} head",
     "data": {name: figures[name] for name in ("name", "source", "users", "items", "interactions", "split_hash")},
-    "popularity": popularity_metrics(split, split.test_target, num_items=dataset.num_items),
+    **popularity,
     **metrics,
     "best_step": progress["best_step"],
     "steps": progress["step"],

@@ -19,7 +19,7 @@ from bbqrec_jax.command_line import only_flags
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.directory import read_sequences, read_timestamps
 from bbqrec_jax.data.interactions import Interactions, from_lengths
-from bbqrec_jax.data.pipeline import evaluation_batches
+from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
 from bbqrec_jax.errors import InputError, StorageError, printable, refuse
 from bbqrec_jax.experiment import restore
 from bbqrec_jax.models.apply import apply
@@ -126,20 +126,11 @@ def recommend_all(
   for first, batch in zip(range(0, histories.num_users, batch_size), batches, strict=True):
     users = range(first, min(first + batch_size, histories.num_users))
     states = call(params, "last_states", catalogue, batch)
-    exclude = np.full((batch_size, 1), -1) if repeat else _seen(histories, users, num_rows=batch_size)
+    exclude = np.full((batch_size, 1), -1) if repeat else distinct_items(histories, users, num_rows=batch_size)
     found = call(params, "search", catalogue, states, width=width, exclude=exclude)
     every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
     for user, items, scores in zip(users, *every, strict=False):  # Without the rows that fill the last batch.
       yield str(histories.users[user]), items[items >= 0], scores[items >= 0]
-
-
-def _seen(histories: Interactions, users: range, *, num_rows: int) -> np.ndarray:
-  """The items of each user's history, [B, E] filled with -1; E is a power of two, so that few shapes are compiled."""
-  rows = [np.unique(histories.history(user)) for user in users]
-  seen = np.full((num_rows, 1 << (max(map(len, rows)) - 1).bit_length()), -1)
-  for row, items in enumerate(rows):
-    seen[row, : len(items)] = items
-  return seen
 
 
 def write_recommendations(found: Iterator[tuple[str, np.ndarray, np.ndarray]], path: pathlib.Path) -> int:

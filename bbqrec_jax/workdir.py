@@ -9,6 +9,7 @@ import ml_collections
 
 from bbqrec_jax.config import CHANGEABLE, default_config, flatten, validate
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY
 from bbqrec_jax.input_files import check_links, is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.heads import HEADS
@@ -18,6 +19,7 @@ from bbqrec_jax.models.recommender import BACKBONES
 HASHES = ("split_hash", "features_hash", "times_hash")
 _LARGEST = 2**63  # Of numbers in the files of a workdir; JSON itself knows no bounds.
 REMAKE = "delete its folder, and the run's own command makes it again from the checkpoint"
+PARTS = tuple(part + suffix for suffix in ("", WITHOUT_HISTORY) for part in ("popularity", "validation", "test"))
 SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
 
 
@@ -61,10 +63,11 @@ def format_results(results: dict[str, Any]) -> str:
   lines = [
     f"{results['model']} on {data['name']}: {data['users']:,} users, {data['items']:,} items,"
     f" {data['interactions']:,} interactions, split {data['split_hash']}",
-    f"{'':12s}  {'popularity':>10s}  {'validation':>10s}  {'test':>10s}",
+    f"{'':12s}  {'':10s}  {'':10s}  {'':10s}   own history left out:",
+    f"{'':12s}" + 2 * f"  {'popularity':>10s}  {'validation':>10s}  {'test':>10s}",
   ]
   for name in SHOWN:
-    values = [results[part][name] for part in ("popularity", "validation", "test")]
+    values = [results[part][name] for part in PARTS]
     lines.append(f"{name:12s}  " + "  ".join(f"{value:10.4f}" for value in values))
   seconds = results["seconds"]
   lines.append("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

@@ -28,14 +28,13 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.tokenizer.steps = 4000
   config.tokenizer.evaluate_every = 1000
   config.recommender.head = "dense" if head == "sasrec" else head
-  config.recommender.steps = 6000
+  config.recommender.steps = 6000 if head == "generative" else 3500
   config.recommender.evaluate_every = 1000 if head == "generative" else 500
-  config.recommender.optimizer.weight_decay = 0.1
+  config.recommender.optimizer.weight_decay = 0.1 if head == "generative" else 0.3
   config.evaluation.validation_users = 8192
   if head != "generative":
     config.recommender.width = 128
     config.recommender.mlp_width = 512
-    config.recommender.dropout = 0.5
   if head == "sasrec":
     config.recommender.item_inputs = ("item",)
     config.recommender.similarity = ()

@@ -6,7 +6,7 @@ trains for every seed (`--seeds`) one tokenizer, and on its IDs every system (`-
 done again, and the work can be split over processes by system once the tokenizers are there. `--report` needs neither
 data nor config, and prints the table of whatever is there. Beside the means stands what each system has over the
 `--reference` in test NDCG@10, user by user (the mean of the seeds), with the 95 % interval that the spread over users
-gives.
+gives; then the same where what is in a user's history is left out of the user's ranking.
 """
 
 import importlib.util
@@ -20,10 +20,11 @@ from compare_tokenizers import change, mean, table
 from bbqrec_jax.command_line import training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY
 from bbqrec_jax.experiment import of_any_recommender, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.input_files import read_archive
-from bbqrec_jax.json_files import read_json
+from bbqrec_jax.workdir import load_results
 
 HEADS = ("generative", "parallel", "dense", "hybrid")
 NO_BIAS = "-no_bias"
@@ -78,10 +79,10 @@ def report(workdir: pathlib.Path, *, reference: str) -> str:
   """The table of all that is done.
 
   Raises:
-    InputError: if nothing is, or if the results are not all of one data set.
+    InputError: if nothing is, if a `results.json` is none, or if the results are not all of one data set.
   """
   done = {system: sorted(path.parent for path in (workdir / system).glob("*/results.json")) for system in SYSTEMS}
-  read = {system: [read_json(folder / "results.json") for folder in folders] for system, folders in done.items()}
+  read = {system: [load_results(folder) for folder in folders] for system, folders in done.items()}
   data = [result["data"] | {"source": ""} for results in read.values() for result in results]
   if not data:
     raise InputError(f"--workdir: expected SYSTEM/SEED/results.json below {workdir}, of one of {', '.join(SYSTEMS)}")
@@ -89,18 +90,20 @@ def report(workdir: pathlib.Path, *, reference: str) -> str:
     raise InputError(f"--workdir: the results below {workdir} are of different data sets: use a workdir for each")
   rows = [
     ["system", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10", f"NDCG@10 over {reference}",
-     "best step", "minutes"]
+     "history left out: test Recall@10", "NDCG@10", f"NDCG@10 over {reference}", "best step", "minutes"]
   ]  # fmt: skip
   for system, results in read.items():
     if not results:
       continue
     row = [system, str(len(results))]
-    for part in ("validation", "test"):
+    for part in ("validation", "test", "test" + WITHOUT_HISTORY):
       row += [mean([result[part][name] for result in results], ".4f") for name in ("recall@10", "ndcg@10")]
-    if done[reference] and system != reference:
-      row.append(difference(gains(done[system], "test"), gains(done[reference], "test")))
-    else:
-      row.append("")
+      if part == "validation":
+        continue
+      if done[reference] and system != reference:
+        row.append(difference(gains(done[system], part), gains(done[reference], part)))
+      else:
+        row.append("")
     row.append(mean([float(result["best_step"]) for result in results], ".0f"))
     row.append(mean([(r["seconds"]["recommender"] + r["seconds"]["evaluation"]) / 60 for r in results], ".1f"))
     rows.append(row)

@@ -23,10 +23,12 @@ from bbqrec_jax.command_line import parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY
 from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.json_files import read_json
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health
+from bbqrec_jax.workdir import load_results
 
 # Each changes what it names and nothing else, but for "fragmented": each modality is quantized on its own, with
 # codebooks of its own and bound to nothing, and an ID is the modalities' codes one after the other (as in MQL4GRec).
@@ -130,17 +132,24 @@ def report(config: Any, workdir: pathlib.Path) -> str:
     ["tokenizer", "seeds", "least usage %", "perplexity, level 1", "collisions %", "cohesion 1 %", "times chance",
      "cohesion 2 %", "times chance", "S2I Recall@10", "probe R²"]
   ]  # fmt: skip
-  metrics = [["tokenizer", "head", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10"]]
+  metrics = [
+    ["tokenizer", "head", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10",
+     "history left out: validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10"]
+  ]  # fmt: skip
   for variant in VARIANTS:
     # An unfinished tokenizer has a health report too, but no artefact.
     done = sorted((workdir / variant).glob("*/tokenizer/semantic_ids.json"))
     if done:
       healths.append(health_row(variant, [read_json(path.with_name("health.json")) for path in done]))
     for head in HEADS:
-      results = [read_json(path) for path in sorted((workdir / variant).glob(f"*/{head}/results.json"))]
+      results = [load_results(path.parent) for path in sorted((workdir / variant).glob(f"*/{head}/results.json"))]
       if results:
-        cells = [mean([result[part][name] for result in results], ".4f") for part in ("validation", "test")
-                 for name in ("recall@10", "ndcg@10")]  # fmt: skip
+        cells = [
+          mean([result[part + suffix][name] for result in results], ".4f")
+          for suffix in ("", WITHOUT_HISTORY)
+          for part in ("validation", "test")
+          for name in ("recall@10", "ndcg@10")
+        ]
         metrics.append([variant, head, str(len(results)), *cells])
   for path in sorted(pathlib.Path(dataset.source).glob("sid_*.npy")):
     healths.append(health_row(f"published: {path.stem}", [measure(np.load(path, allow_pickle=False), split)]))

@@ -58,7 +58,7 @@ from bbqrec_jax.models.recommender import BACKBONES
 from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.recommender_stage import check_fingerprint
-from bbqrec_jax.workdir import SHOWN, claim, load_config, load_results, tokenizer_figure
+from bbqrec_jax.workdir import PARTS, SHOWN, claim, load_config, load_results, tokenizer_figure
 
 # What a file may be instead of bytes.
 MISSING, FOLDER, PIPE, LOOP, HUGE = "missing", "folder", "pipe", "loop", "huge"
@@ -676,9 +676,7 @@ RESULTS: dict[str, Any] = {
   "data": {
     "name": "tiny", "source": "synthetic", "users": 3, "items": 4, "interactions": 10, "split_hash": "0123abcd"
   },
-  **{
-    part: {name: 0.25 for name in SHOWN} for part in ("popularity", "validation", "test")
-  },
+  **{part: {name: 0.25 for name in SHOWN} for part in PARTS},
   "best_step": 40,
   "steps": 120,
   "seconds": {"tokenizer": 1.0, "recommender": 2.5, "evaluation": 0.5},

@@ -76,7 +76,7 @@ def trie_shapes(items: int, *, levels: int, codes: int) -> Trie:
     codes=tuple(integers(count) for count in nodes),
     starts=tuple(integers(count + 1) for count in [1, *nodes[:-1]]),
     items=integers(items),
-    parents=integers(items, levels),
+    paths=integers(items, levels),
     leaves=tuple(integers(count) for count in nodes),
     fanouts=(codes,) * levels,
   )

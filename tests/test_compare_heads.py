@@ -5,6 +5,7 @@ import pytest
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.workdir import PARTS, SHOWN
 
 CONFIG = """
 from bbqrec_jax.config import default_config
@@ -39,6 +40,11 @@ def config_file(tmp_path):
   return str(path)
 
 
+def gains_of(folder, part):
+  """The NDCG@10 of each user."""
+  return [1 / np.log2(rank + 2) if rank < 10 else 0 for rank in np.load(folder / "ranks.npz")[part].tolist()]
+
+
 @pytest.mark.usefixtures("compile_cache")
 def test_systems_share_a_tokenizer_and_the_table_compares_them_user_by_user(script, config_file, tmp_path):
   workdir = tmp_path / "heads"
@@ -60,15 +66,21 @@ def test_systems_share_a_tokenizer_and_the_table_compares_them_user_by_user(scri
     results = [read_json(workdir / name / seed / "results.json") for seed in "01"]
     values = [result["test"]["ndcg@10"] for result in results]
     assert rows[name][5] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
-    gains[name] = []
-    for seed in "01":
-      ranks = np.load(workdir / name / seed / "ranks.npz")["test"].tolist()
-      gains[name].append([1 / np.log2(rank + 2) if rank < 10 else 0 for rank in ranks])
+    gains[name] = [gains_of(workdir / name / seed, "test") for seed in "01"]
     assert np.mean(gains[name]) == pytest.approx(np.mean(values), rel=1e-5)
   paired = np.mean(gains["dense"], axis=0) - np.mean(gains["sasrec"], axis=0)
   interval = 1.96 * np.std(paired, ddof=1) / np.sqrt(60)
   assert rows["dense"][6] == f"{np.mean(paired):+.4f} ± {interval:.4f}"
   assert rows["sasrec"][6] == ""
+  assert rows["sasrec"][9] == ""
+  values = [read_json(workdir / "dense" / seed / "results.json")["test_without_history"]["ndcg@10"] for seed in "01"]
+  assert rows["dense"][8] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+  gains = {
+    name: np.mean([gains_of(workdir / name / seed, "test_without_history") for seed in "01"], axis=0)
+    for name in ("sasrec", "dense")
+  }
+  assert np.mean(gains["dense"]) == pytest.approx(np.mean(values), rel=1e-5)
+  assert rows["dense"][9].startswith(f"{np.mean(gains['dense'] - gains['sasrec']):+.4f} ± ")
 
 
 @pytest.mark.parametrize("data", ["scientific", "beauty"])
@@ -92,8 +104,14 @@ def test_results_of_nothing_and_of_two_data_sets_are_refused(script, tmp_path):
   for seed, name in (("0", "one"), ("1", "other")):
     path = tmp_path / "dense" / seed / "results.json"
     path.parent.mkdir(parents=True)
-    write_json(path, {"data": {"name": name}})
+    part = dict.fromkeys(SHOWN, 0.5)
+    data = {"name": name, "users": 1, "items": 2, "interactions": 3, "split_hash": "0"}
+    results = {"model": "m", "data": data, **dict.fromkeys(PARTS, part), "best_step": 2, "steps": 2}
+    write_json(path, results | {"seconds": {"recommender": 1.0, "evaluation": 1.0}})
   with pytest.raises(InputError, match="different data sets"):
+    script.report(tmp_path, reference="sasrec")
+  write_json(path, {name: value for name, value in read_json(path).items() if name != "test_without_history"})
+  with pytest.raises(InputError, match=r"test_without_history.*makes it again"):
     script.report(tmp_path, reference="sasrec")
 
 

@@ -26,7 +26,7 @@ from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.recommend import parse_history, parse_times, recommend, recommend_all, write_recommendations
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.logging import MetricsLog
-from bbqrec_jax.workdir import load_config
+from bbqrec_jax.workdir import PARTS, load_config
 
 NUM_ITEMS, LEVELS, CODES = 80, 3, 16
 METRICS = {
@@ -113,7 +113,7 @@ def test_results_hold_what_is_documented(finished):
   assert data["interactions"] == interactions.num_interactions
   assert data["split_hash"] == leave_one_out(interactions).split_hash
   assert data["source"] == "synthetic"
-  for part in ("popularity", "validation", "test"):
+  for part in PARTS:
     assert results[part].keys() == METRICS
     assert all(0.0 <= value <= 1.0 for value in results[part].values())
     recalls = [results[part][f"recall@{k}"] for k in (1, 5, 10, 20)]
@@ -520,6 +520,28 @@ def test_the_best_model_is_what_recommends(dense):
   written = np.load(workdir / "ranks.npz")
   assert np.mean(written["test"] == ranks) >= 0.95
   assert np.mean(written["validation"] < 10) == pytest.approx(results["validation"]["recall@10"], abs=1e-6)
+
+  # The same with every user's own items out of the ranking.
+  for user in range(200):
+    scores[user, histories.history(user)] = -np.inf
+  left = np.sum(scores >= own[:, None], axis=1) - 1
+  assert np.any(left < ranks)
+  assert np.mean(written["test_without_history"] == left) >= 0.95
+  for part in ("validation", "test"):
+    hits = np.mean(written[f"{part}_without_history"] < 10)
+    assert hits == pytest.approx(results[f"{part}_without_history"]["recall@10"], abs=1e-6)
+
+
+def test_figures_without_the_history_are_those_of_what_is_recommended(finished):
+  # A search that leaves the history out, as `recommend` does, user by user.
+  workdir, results = finished
+  dataset, _, model, params, catalogue, _ = restore(workdir)
+  split = leave_one_out(dataset.interactions)
+  width = load_config(workdir).evaluation.beam_width
+  found = recommend_all(model, params, catalogue, split.history("test"), top=10, beam_width=width)
+  hits = [target in items for target, (_, items, _) in zip(split.test_target, found, strict=True)]
+  assert results["test_without_history"]["recall@10"] == pytest.approx(np.mean(hits), abs=1 / 200 + 1e-6)
+  assert results["test_without_history"]["recall@10"] > results["test"]["recall@10"]
 
 
 def test_parse_history():

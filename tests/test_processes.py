@@ -19,6 +19,7 @@ from bbqrec_jax import experiment, processes
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.parallel import MeshJit, Pmap
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.workdir import PARTS
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Small, and with little to compile; 81 items do not divide by two devices.
@@ -94,7 +95,7 @@ def records(workdir):
 def assert_same_run(together, alone):
   """Results, every logged figure and the best parameters, within rounding."""
   results, expected = read_json(together / "results.json"), read_json(alone / "results.json")
-  for name in ("best_step", "steps", "data", "popularity", "validation", "test"):
+  for name in ("best_step", "steps", "data", *PARTS):
     assert results[name] == expected[name], name
   logged, expected_records = records(together), records(alone)
   assert logged.keys() == expected_records.keys()

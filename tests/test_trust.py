@@ -18,7 +18,7 @@ from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.train.checkpointing import Checkpointer
-from bbqrec_jax.workdir import SHOWN, claim, load_config, load_results, tokenizer_figure
+from bbqrec_jax.workdir import PARTS, SHOWN, claim, load_config, load_results, tokenizer_figure
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("bbqrec_jax", "configs", "experiments") for path in (ROOT / folder).rglob("*.py"))
@@ -199,7 +199,7 @@ def test_what_is_no_results_file_is_refused_with_the_way_out(tmp_path):
   part = dict.fromkeys(SHOWN, 0.5)
   data = {"name": "x", "users": 1, "items": 2, "interactions": 3, "split_hash": "0"}
   results = {
-    "model": "m", "data": data, "popularity": part, "validation": part, "test": part, "best_step": 2, "steps": 2,
+    "model": "m", "data": data, **dict.fromkeys(PARTS, part), "best_step": 2, "steps": 2,
     "seconds": {"evaluation": 1.0},
   }  # fmt: skip
   write_json(tmp_path / "results.json", results)

@@ -321,3 +321,22 @@ def evaluation_batches(
     if histories.times is not None:
       batch["times"] = np.where(real, elapsed(histories, index, rows[:, None]), 0).astype(np.int32)
     yield batch
+
+
+def distinct_items(histories: Interactions, users: range, *, num_rows: int, width: int = 1) -> np.ndarray:
+  """The items of some users' whole histories, each once: what must not be recommended to them again.
+
+  Args:
+    histories: of all users.
+    users: whose items, one after another.
+    num_rows: B; the rows that are left over stay empty.
+    width: the least E.
+
+  Returns:
+    [B, E] int32 filled with -1; E is a power of two, so that few shapes are compiled.
+  """
+  rows = [np.unique(histories.history(user)) for user in users]
+  items = np.full((num_rows, 1 << (max(width, *map(len, rows)) - 1).bit_length()), -1, np.int32)
+  for row, own in enumerate(rows):
+    items[row, : len(own)] = own
+  return items

@@ -9,12 +9,13 @@ import numpy as np
 
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
 from bbqrec_jax.data.packing import length_groups
-from bbqrec_jax.data.pipeline import evaluation_batches
+from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
-from bbqrec_jax.ops.ranking import ranking_metrics, ranks_in_list, target_ranks
+from bbqrec_jax.ops.ranking import MISS, ranking_metrics, ranks_in_list, target_ranks, without
 
+WITHOUT_HISTORY = "_without_history"  # After the name of figures of a ranking that leaves out the user's history.
 _COVERAGE_CUTOFF = 10
 
 
@@ -26,17 +27,25 @@ def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalo
     beam_width: of a head that searches; a target outside the beam is a miss at every cutoff.
 
   Returns:
-    (params, catalogue, batch) -> {"ranks": [B] int32, "top": [B, 10] int32}.
+    (params, catalogue, batch) -> {"ranks": [B] int32, "top": [B, 10] int32}. Where the batch has `exclude` [B, E] int,
+    these items are out of the ranking (-1 fills); a target among them is a miss.
   """
 
   def rank(params: Any, catalogue: Catalogue, batch: Any) -> dict[str, jax.Array]:
+    exclude = batch.get("exclude")
     states = apply(model, params, "last_states", catalogue, batch)
-    if model.exact:
-      scores = apply(model, params, "scores", catalogue, states)
-      top = jax.lax.top_k(scores, min(_COVERAGE_CUTOFF, scores.shape[1]))[1]
-      return {"ranks": target_ranks(scores, batch["targets"]), "top": top}
-    beam = apply(model, params, "search", catalogue, states, width=beam_width)
-    return {"ranks": ranks_in_list(beam.items, batch["targets"]), "top": beam.items[:, :_COVERAGE_CUTOFF]}
+    if not model.exact:
+      beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude)
+      return {"ranks": ranks_in_list(beam.items, batch["targets"]), "top": beam.items[:, :_COVERAGE_CUTOFF]}
+    scores = apply(model, params, "scores", catalogue, states)
+    if exclude is not None:
+      scores = without(scores, exclude)
+    ranks = target_ranks(scores, batch["targets"])
+    best, top = jax.lax.top_k(scores, min(_COVERAGE_CUTOFF, scores.shape[1]))
+    if exclude is not None:
+      ranks = jnp.where(jnp.any(exclude == batch["targets"][:, None], axis=1), MISS, ranks)
+      top = jnp.where(jnp.isneginf(best), -1, top)
+    return {"ranks": ranks, "top": top}
 
   return rank
 
@@ -53,7 +62,7 @@ class Ranking(NamedTuple):
   Attributes:
     metrics: Recall@{1,5,10,20}, NDCG@{5,10,20}, MRR, and `coverage@10`, the share of the catalogue in anybody's first
       ten.
-    ranks: [U] int32 of each user's target, from 0; the largest int32 where a search missed it.
+    ranks: [U] int32 of each user's target, from 0; the largest int32 where a search missed it or it was left out.
   """
 
   metrics: dict[str, float]
@@ -71,6 +80,7 @@ def evaluate(
   max_length: int,
   num_items: int,
   bounds: tuple[int, ...] = (),
+  exclude_history: bool = False,
 ) -> Ranking:
   """Ranks the catalogue for every user.
 
@@ -84,13 +94,18 @@ def evaluate(
     max_length: T.
     num_items: N, for the coverage.
     bounds: lengths, rising, each below T: users are ranked in groups, padded to the least that holds them.
+    exclude_history: leave what is in a user's whole history out of the user's ranking, as `recommend` does.
   """
   ranks, seen = np.zeros(len(targets), np.int32), np.zeros(num_items + 1, bool)
   for length, users in length_groups(np.minimum(histories.lengths, max_length), bounds, max_length):
     parts = []
     some = select_users(histories, users)
-    for batch in evaluation_batches(some, targets[users], batch_size=batch_size, max_length=length):
+    batches = evaluation_batches(some, targets[users], batch_size=batch_size, max_length=length)
+    for first, batch in zip(range(0, len(users), batch_size), batches, strict=True):
       valid = batch.pop("valid")
+      if exclude_history:
+        rows = range(first, first + int(valid.sum()))
+        batch["exclude"] = distinct_items(some, rows, num_rows=batch_size, width=int(some.lengths.max()))
       result = jax.device_get(ranker(params, shared, batch))
       parts.append(result["ranks"][valid])
       seen[result["top"][valid]] = True  # -1, a short beam's filling, is the row past the last item.
@@ -98,12 +113,39 @@ def evaluate(
   return Ranking(summarize(ranks) | {f"coverage@{_COVERAGE_CUTOFF}": float(seen[:num_items].mean())}, ranks)
 
 
-def popularity_metrics(split: Split, targets: np.ndarray, *, num_items: int) -> dict[str, float]:
-  """The floor: the same ranking for everybody, by how often an item occurs in training; ties against the target."""
+def popularity_metrics(
+  split: Split, targets: np.ndarray, *, num_items: int, histories: Interactions | None = None
+) -> dict[str, float]:
+  """The floor: the same ranking for everybody, by how often an item occurs in training; ties against the target.
+
+  Args:
+    split: counts are those of its training part.
+    targets: [U] int, what really came next.
+    num_items: N.
+    histories: of the same users, each of whose items is left out of the user's own ranking; None leaves out none.
+  """
   counts = np.bincount(split.train.items, minlength=num_items)
-  not_fewer = len(counts) - np.searchsorted(np.sort(counts), counts[targets], side="left")
-  top = min(_COVERAGE_CUTOFF, num_items) / num_items
-  return summarize(not_fewer.astype(np.int32) - 1) | {f"coverage@{_COVERAGE_CUTOFF}": top}
+  ranks = num_items - np.searchsorted(np.sort(counts), counts[targets], side="left") - 1
+  first = np.arange(min(_COVERAGE_CUTOFF, num_items))
+  if histories is not None:
+    users = np.repeat(np.arange(histories.num_users), histories.lengths)
+    users, items = np.divmod(np.unique(users * num_items + histories.items), num_items)
+    before = (counts[items] >= counts[targets[users]]) & (items != targets[users])
+    ranks -= np.bincount(users[before], minlength=len(ranks))
+    ranks[users[items == targets[users]]] = MISS
+    first = _first_left(np.argsort(np.argsort(-counts, kind="stable"))[items], users, num_items=num_items)
+  return summarize(ranks.astype(np.int32)) | {f"coverage@{_COVERAGE_CUTOFF}": len(first) / num_items}
+
+
+def _first_left(places: np.ndarray, users: np.ndarray, *, num_items: int) -> np.ndarray:
+  """Which places of one ranking of N are among the first ten left for anybody, without each user's own `places` [n].
+
+  `users` [n] says whose they are, and rises.
+  """
+  reached = np.zeros(num_items, bool)
+  for own in np.split(places, np.flatnonzero(np.diff(users)) + 1):
+    reached[np.setdiff1d(np.arange(min(_COVERAGE_CUTOFF + len(own), num_items)), own)[:_COVERAGE_CUTOFF]] = True
+  return np.flatnonzero(reached)
 
 
 def sample_users(split: Split, count: int, *, seed: int) -> np.ndarray:

@@ -153,7 +153,7 @@ class Catalogue:
         log_probs.append(own - jax.nn.logsumexp(of_level, axis=-1))
         continue
       assert self.trie is not None
-      nodes, among, valid = self.trie.children(level, self.trie.parents[items, level])
+      nodes, among, valid = self.trie.children(level, self.trie.parents(level, items))
       children = jnp.take_along_axis(of_level, among, axis=-1)
       if node_scores is not None:
         children = children + node_scores(level, nodes)

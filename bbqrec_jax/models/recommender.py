@@ -13,6 +13,7 @@ from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.encoder_decoder import Encoder, Memory, encoder_shape
 from bbqrec_jax.models.heads import Items, make_head, named, summed_losses
 from bbqrec_jax.ops.embedding import summed_embedding
+from bbqrec_jax.ops.ranking import without
 from bbqrec_jax.ops.reduction import mean_weights
 from bbqrec_jax.ops.similarity import bucket_bias, continuous_bias, similarity_buckets
 from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
@@ -229,9 +230,7 @@ class Recommender(nn.Module):
       return self.head.search(items, states, width=width, exclude=exclude)
     scores = jax.nn.log_softmax(self.head.scores(items, states), axis=-1)
     if exclude is not None:
-      rows = jnp.arange(scores.shape[0])[:, None]
-      # Past the end where -1 fills, and so dropped.
-      scores = scores.at[rows, jnp.where(exclude < 0, scores.shape[1], exclude)].set(-jnp.inf, mode="drop")
+      scores = without(scores, exclude)
     best, chosen = jax.lax.top_k(scores, min(width, scores.shape[1]))
     return filled_beam(jnp.where(jnp.isneginf(best), -1, chosen), best, width=width)
 

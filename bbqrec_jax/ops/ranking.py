@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Metric = tuple[jax.Array, jax.Array]
+MISS = int(np.iinfo(np.int32).max)  # The rank of a target that a list does not hold.
 
 
 def target_ranks(scores: jax.Array, targets: jax.Array) -> jax.Array:
@@ -33,7 +35,14 @@ def ranks_in_list(items: jax.Array, targets: jax.Array) -> jax.Array:
     [B] int32; the largest int32 where the list does not hold the target, which counts as a miss at every k.
   """
   found = items == targets[:, None]
-  return jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), jnp.iinfo(jnp.int32).max).astype(jnp.int32)
+  return jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), MISS).astype(jnp.int32)
+
+
+def without(scores: jax.Array, excluded: jax.Array) -> jax.Array:
+  """Scores [B, N] with those of `excluded`, [B, E] int items where -1 fills, at minus infinity."""
+  rows = jnp.arange(scores.shape[0])[:, None]
+  # Past the end where -1 fills, and so dropped.
+  return scores.at[rows, jnp.where(excluded < 0, scores.shape[1], excluded)].set(-jnp.inf, mode="drop")
 
 
 def recall_at(ranks: jax.Array, valid: jax.Array, k: int) -> Metric:
@@ -49,7 +58,7 @@ def ndcg_at(ranks: jax.Array, valid: jax.Array, k: int) -> Metric:
 
 def reciprocal_rank(ranks: jax.Array, valid: jax.Array) -> Metric:
   """Mean reciprocal rank, 1 / (rank + 1); a miss (see `ranks_in_list`) counts 0."""
-  gain = jnp.where(ranks < jnp.iinfo(jnp.int32).max, 1.0 / (ranks.astype(jnp.float32) + 1.0), 0.0)
+  gain = jnp.where(ranks < MISS, 1.0 / (ranks.astype(jnp.float32) + 1.0), 0.0)
   return jnp.sum(jnp.where(valid, gain, 0.0)), jnp.sum(valid.astype(jnp.float32))
 
 

@@ -78,7 +78,7 @@ def beam_search(
       log_probs = jax.nn.log_softmax(jnp.where(valid, log_probs, -jnp.inf), axis=-1)
     candidates = scores[..., None] + log_probs
     if exclude is not None:
-      valid &= ~trie.emptied(level, children, exclude)
+      valid &= ~trie.emptied(level, nodes, exclude)
     candidates = jnp.where(valid, candidates, -jnp.inf).reshape(batch, -1)
     kept = min(width, candidates.shape[1], trie.codes[level].shape[0])
     scores, chosen = jax.lax.top_k(candidates, kept)

@@ -21,7 +21,7 @@ class Trie:
     starts: for each level, [parents + 1] int32: the children of parent p are nodes starts[p]..starts[p + 1] - 1. The
       first level has one parent, the root.
     items: [N] int32, the item at each node of the last level.
-    parents: [N, L] int32, for each item and level the node of the level above that the item's ID goes through.
+    paths: [N, L] int32, for each item the node of each level that its ID goes through.
     leaves: for each level, [n] int32, how many items stand under each node; all 1 at the last.
     fanouts: for each level, the most children that any parent has.
   """
@@ -29,7 +29,7 @@ class Trie:
   codes: tuple[jax.Array, ...]
   starts: tuple[jax.Array, ...]
   items: jax.Array
-  parents: jax.Array
+  paths: jax.Array
   leaves: tuple[jax.Array, ...]
   fanouts: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
@@ -47,6 +47,10 @@ class Trie:
     nodes = jnp.where(valid, nodes, 0)
     return nodes, self.codes[level][nodes], valid
 
+  def parents(self, level: int, items: jax.Array) -> jax.Array:
+    """The node above `level` that each item's ID goes through: items [...] -> [...] int32; of the first level, 0."""
+    return self.paths[items, level - 1] if level else jnp.zeros(items.shape, jnp.int32)
+
   def pooled(self, log_weights: jax.Array, vectors: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
     """Log of the total weight of the items under each node, and the weighted mean of their vectors.
 
@@ -62,36 +66,35 @@ class Trie:
     weights = jnp.exp(sorted_weights - largest)
     masses, means = [], []
     for level in range(self.num_levels - 1):
-      nodes, count = self.parents[self.items, level + 1], self.codes[level].shape[0]
+      nodes, count = self.paths[self.items, level], self.codes[level].shape[0]
       total = jax.ops.segment_sum(weights, nodes, count, indices_are_sorted=True)
       sums = jax.ops.segment_sum(weights[:, None] * sorted_vectors, nodes, count, indices_are_sorted=True)
       masses.append(jnp.log(total) + largest)
       means.append(sums / total[:, None])
     return [*masses, sorted_weights], [*means, sorted_vectors]
 
-  def emptied(self, level: int, nodes: jax.Array, excluded: jax.Array) -> jax.Array:
-    """Whether nothing is left under a node once items are taken away.
+  def emptied(self, level: int, parents: jax.Array, excluded: jax.Array) -> jax.Array:
+    """Whether nothing is left under a child once items are taken away.
 
     Args:
-      level: of the nodes.
-      nodes: [B, ...] int.
+      level: of the children.
+      parents: [B, w] int, nodes above; of equal ones in a row the first alone is answered for.
       excluded: [B, E] int, items; -1 fills, and an item may be there twice.
 
     Returns:
-      bool of the shape of `nodes`.
+      [B, w, fan-out of the level] bool, for children as `children` gives them.
     """
     excluded = jnp.sort(excluded, axis=1)
     repeated = jnp.pad(excluded[:, 1:] == excluded[:, :-1], ((0, 0), (1, 0)))
-    below = self.items[nodes] if level + 1 == self.num_levels else None
-    through = excluded if below is not None else self.parents[jnp.maximum(excluded, 0), level + 1]
-    through = jnp.where(repeated | (excluded < 0), -1, through)
-
-    # One excluded item at a time: [B, ..., E] would be the largest array of a search.
-    def count(total, node):
-      hit = (nodes if below is None else below) == node.reshape(-1, *[1] * (nodes.ndim - 1))
-      return total + hit, None
-
-    taken, _ = jax.lax.scan(count, jnp.zeros(nodes.shape, jnp.int32), through.T)
+    items = jnp.maximum(excluded, 0)
+    above = self.parents(level, items)
+    # Each excluded item is under one parent at most, and counts at its own place among that parent's children.
+    under = (parents[:, :, None] == above[:, None, :]) & ~(repeated | (excluded < 0))[:, None, :]
+    parent = jnp.where(jnp.any(under, axis=1), jnp.argmax(under, axis=1), parents.shape[1])
+    child = self.paths[items, level] - self.starts[level][above]
+    nodes, _, _ = self.children(level, parents)
+    rows = jnp.arange(parents.shape[0])[:, None]
+    taken = jnp.zeros(nodes.shape, jnp.int32).at[rows, parent, child].add(1, mode="drop")
     return taken >= self.leaves[level][nodes]
 
 
@@ -127,13 +130,14 @@ def build_trie(codes: np.ndarray) -> Trie:
     fanouts.append(int(np.diff(start).max()))
     leaves.append(jnp.asarray(np.diff(rows, append=len(codes)), jnp.int32))
     parent_rows = rows
-  parents = np.zeros(codes.shape, np.int32)
-  parents[order, 1:] = np.cumsum(changed[:, :-1], axis=0) - 1
+  paths = np.empty(codes.shape, np.int32)
+  for level in range(codes.shape[1]):
+    paths[order, level] = np.cumsum(changed[:, level], dtype=np.int32) - 1
   return Trie(
     codes=tuple(level_codes),
     starts=tuple(starts),
     items=jnp.asarray(order, jnp.int32),
-    parents=jnp.asarray(parents),
+    paths=jnp.asarray(paths),
     leaves=tuple(leaves),
     fanouts=tuple(fanouts),
   )

@@ -15,7 +15,7 @@ from bbqrec_jax.data.features import Modalities
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
 from bbqrec_jax.data.pipeline import FeatureStore, PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.evaluation.ranking import Ranking, evaluate, make_ranker, sample_users
+from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, Ranking, evaluate, make_ranker, sample_users
 from bbqrec_jax.input_files import is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
@@ -303,7 +303,8 @@ def run_recommender(
   The rank of each user's validation and test item, in the order of the users, goes into `workdir/ranks.npz`.
 
   Returns:
-    ({"validation": metrics, "test": metrics} of the best model on all users, the loop's progress record).
+    ({"validation": metrics, "test": metrics} of the best model on all users, and the same with `WITHOUT_HISTORY` after
+    the names, where no user's own history is ranked; the loop's progress record).
   """
   r, e = config.recommender, config.evaluation
   with made_on_host():
@@ -315,7 +316,9 @@ def run_recommender(
   some = sample_users(split, e.validation_users, seed=config.seed)
   some_histories = select_users(split.train, some)
 
-  def rank(params: Any, stage_histories: Interactions, targets: np.ndarray) -> Ranking:
+  def rank(
+    params: Any, stage_histories: Interactions, targets: np.ndarray, *, exclude_history: bool = False
+  ) -> Ranking:
     return evaluate(
       ranker,
       params,
@@ -326,6 +329,7 @@ def run_recommender(
       max_length=r.max_length,
       num_items=catalogue.num_items,
       bounds=tuple(r.length_buckets),
+      exclude_history=exclude_history,
     )
 
   plan = Plan(
@@ -351,8 +355,9 @@ def run_recommender(
   )
   started = time.monotonic()
   rankings = {
-    "validation": rank(state.params, split.history("validation"), split.validation_target),
-    "test": rank(state.params, split.history("test"), split.test_target),
+    part + suffix: rank(state.params, split.history(part), targets, exclude_history=bool(suffix))
+    for suffix in ("", WITHOUT_HISTORY)
+    for part, targets in (("validation", split.validation_target), ("test", split.test_target))
   }
   progress["evaluation_seconds"] += time.monotonic() - started
   ranks: dict[str, Any] = {name: ranking.ranks for name, ranking in rankings.items()}

@@ -15,6 +15,7 @@ from bbqrec_jax.data.pipeline import (
   FeatureStore,
   PackedHistories,
   PrefixHistories,
+  distinct_items,
   evaluation_batches,
   recommender_batches,
   tokenizer_batches,
@@ -425,6 +426,19 @@ def test_evaluation_batches_against_brute_force(batch_size, max_length):
     assert rows["items"][row].tolist() == last + padding
     assert rows["segments"][row].tolist() == [1] * len(last) + padding
     assert rows["positions"][row].tolist() == list(range(len(last))) + padding
+
+
+@pytest.mark.parametrize(("users", "num_rows", "width"), [(range(15), 15, 1), (range(3, 7), 6, 1), (range(2), 2, 100)])
+def test_distinct_items_are_each_users_whole_history_once(users, num_rows, width):
+  histories = make_histories()
+  own = [sorted(set(histories.history(user).tolist())) for user in users]
+  rows = distinct_items(histories, users, num_rows=num_rows, width=width)
+  assert rows.dtype == np.int32
+  assert rows.shape[0] == num_rows
+  assert rows.shape[1] in [2**n for n in range(20)]
+  assert max(width, *map(len, own)) <= rows.shape[1] < 2 * max(width, *map(len, own))
+  assert [sorted(row[row >= 0].tolist()) for row in rows] == own + [[]] * (num_rows - len(own))
+  assert set(rows[rows < 0].tolist()) <= {-1}
 
 
 @pytest.mark.parametrize("users", [[0], [4, 4, 0, 12], [14, 3, 1], list(range(15)), []])

@@ -106,6 +106,23 @@ def test_dense_evaluation_against_brute_force(stage):
   assert_metrics(result.metrics, metrics_of(ranks) | {"coverage@10": len(firsts) / NUM_ITEMS})
   assert result.ranks.tolist() == ranks
 
+  # Once more without what each user has had: the whole history, which is longer than what the model is shown.
+  ranks, firsts = [], set()
+  for user in range(users):
+    seen = set(histories.history(user).tolist())
+    left = [item for item in range(NUM_ITEMS) if item not in seen]
+    better = sum(scores[user, item] >= scores[user, targets[user]] for item in left if item != targets[user])
+    ranks.append(int(better) if targets[user] in left else MISS)
+    firsts.update(sorted(left, key=lambda item: -scores[user, item])[:10])
+  assert 0 < ranks.count(MISS) < users
+  assert max(histories.lengths) > MAX_LENGTH
+  result = evaluate(
+    jax.jit(make_ranker(model, beam_width=1)), params, catalogue, histories, targets, batch_size=10,
+    max_length=MAX_LENGTH, num_items=NUM_ITEMS, exclude_history=True,
+  )  # fmt: skip
+  assert_metrics(result.metrics, metrics_of(ranks) | {"coverage@10": len(firsts) / NUM_ITEMS})
+  assert result.ranks.tolist() == ranks
+
 
 @pytest.mark.parametrize("bounds", [(), (2, 4)])
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
@@ -155,6 +172,24 @@ def test_popularity_against_brute_force_with_ties_against_the_target(seed):
     ]
     expected = metrics_of(ranks) | {"coverage@10": 10 / NUM_ITEMS}
     assert_metrics(popularity_metrics(split, targets, num_items=NUM_ITEMS), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_popularity_without_the_history_of_each_user(seed):
+  split = make_split(seed=seed)
+  counts = [int(np.sum(split.train.items == item)) for item in range(NUM_ITEMS)]
+  for stage, targets in (("validation", split.validation_target), ("test", split.test_target)):
+    histories, ranks, firsts = split.history(stage), [], set()
+    for user, target in enumerate(targets.tolist()):
+      seen = set(histories.history(user).tolist())
+      left = [item for item in range(NUM_ITEMS) if item not in seen]
+      better = sum(counts[other] >= counts[target] for other in left if other != target)
+      ranks.append(better if target in left else MISS)
+      firsts.update(sorted(left, key=lambda item: -counts[item])[:10])
+    assert 0 < ranks.count(MISS) < len(ranks)
+    expected = metrics_of(ranks) | {"coverage@10": len(firsts) / NUM_ITEMS}
+    assert expected["coverage@10"] > 10 / NUM_ITEMS
+    assert_metrics(popularity_metrics(split, targets, num_items=NUM_ITEMS, histories=histories), expected)
 
 
 def test_popularity_of_a_catalogue_of_equals_ranks_every_target_last():

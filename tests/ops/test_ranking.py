@@ -14,6 +14,7 @@ from bbqrec_jax.ops.ranking import (
   recall_at,
   reciprocal_rank,
   target_ranks,
+  without,
 )
 
 MISS = np.iinfo(np.int32).max
@@ -29,6 +30,15 @@ def test_ranks_equal_a_count_of_the_items_not_below_the_target():
   ranks = target_ranks(jnp.asarray(scores), jnp.asarray(targets))
   assert_array_equal(ranks, expected)
   assert ranks.dtype == jnp.int32
+
+
+def test_excluded_scores_are_at_minus_infinity_and_no_others():
+  scores = np.random.default_rng(2).normal(size=(3, 5)).astype(np.float32)
+  excluded = np.array([[0, 4, -1, -1], [-1, -1, -1, -1], [2, 2, -1, 3]])
+  left = np.asarray(without(jnp.asarray(scores), jnp.asarray(excluded)))
+  gone = np.array([[1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 1, 1, 0]], bool)
+  assert_array_equal(np.isneginf(left), gone)
+  assert_array_equal(left[~gone], scores[~gone])
 
 
 def test_without_ties_ranks_equal_the_place_in_a_sort():

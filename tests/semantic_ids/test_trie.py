@@ -67,14 +67,17 @@ def test_children_are_ascending_ranges_of_the_next_level_as_wide_as_the_widest_p
     assert nodes[~valid].max(initial=0) == 0
 
 
-def test_parents_are_the_nodes_that_each_items_id_goes_through():
+def test_paths_are_the_nodes_that_each_items_id_goes_through():
   ids = distinct_codes()
   trie = build_trie(ids)
-  assert_array_equal(trie.parents[:, 0], np.zeros(len(ids)))
-  walked = prefixes_by_walking(trie)
-  for item, row in enumerate(ids.tolist()):
-    for level in range(1, trie.num_levels):
-      assert walked[level - 1][int(trie.parents[item, level])] == tuple(row[:level])
+  assert trie.paths.shape == ids.shape
+  assert trie.paths.dtype == jnp.int32
+  items = jnp.arange(len(ids))
+  for level, walked in enumerate(prefixes_by_walking(trie)):
+    assert [walked[node] for node in trie.paths[:, level]] == [tuple(row) for row in ids[:, : level + 1].tolist()]
+    above = trie.paths[:, level - 1] if level else np.zeros(len(ids))
+    assert_array_equal(trie.parents(level, items), above)
+  assert_array_equal(trie.items[trie.paths[:, -1]], items)
 
 
 @pytest.mark.parametrize(("items", "levels", "codes"), SHAPES)
@@ -91,12 +94,22 @@ def test_a_node_is_emptied_once_every_item_under_it_is_taken_away():
   trie = build_trie(ids)
   excluded = np.random.default_rng(1).integers(-1, len(ids), (2, 60))  # Repeats and fillers among them.
   for level, prefixes in enumerate(prefixes_by_walking(trie)):
-    nodes = jnp.arange(len(prefixes))
-    emptied = trie.emptied(level, jnp.stack([nodes, nodes]), jnp.asarray(excluded))
+    # All nodes above, in an order of each row's own.
+    parents = np.stack([np.random.default_rng(seed).permutation(len(trie.starts[level]) - 1) for seed in (2, 3)])
+    nodes, _, valid = map(np.asarray, trie.children(level, jnp.asarray(parents)))
+    emptied = np.asarray(trie.emptied(level, jnp.asarray(parents), jnp.asarray(excluded)))
+    assert emptied.shape == nodes.shape
     for row in range(2):
       left = np.delete(ids, excluded[row][excluded[row] >= 0], axis=0)
       alive = {tuple(prefix) for prefix in left[:, : level + 1].tolist()}
-      assert_array_equal(emptied[row], [prefix not in alive for prefix in prefixes])
+      assert sorted(nodes[row][valid[row]]) == list(range(len(prefixes)))
+      expected = [prefixes[node] not in alive for node in nodes[row][valid[row]]]
+      assert_array_equal(emptied[row][valid[row]], expected)
+    # A few of the parents, and one of them again as what fills a beam: the first of equal ones is answered for.
+    few = np.asarray(trie.emptied(level, jnp.asarray(parents[:, [0, -1, 0]]), jnp.asarray(excluded)))
+    assert_array_equal(few[:, 0] & valid[:, 0], emptied[:, 0] & valid[:, 0])
+    if level:
+      assert_array_equal(few[:, 1] & valid[:, -1], emptied[:, -1] & valid[:, -1])
     if level + 1 == trie.num_levels:
       assert emptied.any()
       assert not emptied.all()
