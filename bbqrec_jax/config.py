@@ -124,6 +124,11 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.softmax_over = "existing"  # What a code of the generative head competes with: codes that lead on to
   # items ("existing"), or "all" codes of its level.
   recommender.node_scores = True  # Score a code of the generative head also by the items that it leads on to.
+  recommender.history_offsets = (
+    False  # Learn a number that is added to the scores of items that the history has (dense),
+  )
+  # or to those of codes that their IDs have, one a level (generative): whether people come back for the same, or never
+  # do. Not in the parallel head.
   recommender.rerank = "both"  # The order of the hybrid head's candidates: by the product of both heads'
   # probabilities, or by the "dense" one alone, as in LIGER.
   recommender.num_negatives = 0  # Items drawn in a step to stand for the catalogue in the dense head's softmax, for
@@ -249,6 +254,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
   if flat["recommender.time_buckets"] and flat["recommender.backbone"] == "encoder_decoder":
     raise InputError("config field recommender.time_buckets works with the causal backbone: set it to 0")
+  if flat["recommender.history_offsets"] and flat["recommender.softmax_over"] == "all":
+    raise InputError(
+      "config field recommender.history_offsets is for softmax_over = 'existing': set recommender.history_offsets to"
+      " False"
+    )
   if flat["recommender.node_scores"] and flat["recommender.softmax_over"] == "all":
     raise InputError(
       "config field recommender.softmax_over = 'all' scores codes that lead on to no item: set recommender.node_scores"

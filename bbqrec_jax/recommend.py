@@ -127,7 +127,7 @@ def recommend_all(
     users = range(first, min(first + batch_size, histories.num_users))
     states = call(params, "last_states", catalogue, batch)
     exclude = np.full((batch_size, 1), -1) if repeat else distinct_items(histories, users, num_rows=batch_size)
-    found = call(params, "search", catalogue, states, width=width, exclude=exclude)
+    found = call(params, "search", catalogue, states, width=width, exclude=exclude, past=model.past(batch))
     every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
     for user, items, scores in zip(users, *every, strict=False):  # Without the rows that fill the last batch.
       yield str(histories.users[user]), items[items >= 0], scores[items >= 0]

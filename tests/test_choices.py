@@ -48,8 +48,13 @@ def artefact(tmp_path_factory, compile_cache):
   "changes",
   [
     {"recommender.head": "parallel"},
-    {"recommender.head": "hybrid"},
-    {"recommender.backbone": "encoder_decoder", "recommender.head_width": 8, "recommender.length_buckets": (4,)},
+    {"recommender.head": "hybrid", "recommender.history_offsets": True},
+    {
+      "recommender.backbone": "encoder_decoder",
+      "recommender.head_width": 8,
+      "recommender.length_buckets": (4,),
+      "recommender.history_offsets": True,
+    },
     {"recommender.softmax_over": "all", "recommender.node_scores": False, "recommender.dtype": "bfloat16"},
     {"recommender.item_inputs": ("fused", "content", "features"), "recommender.head": "dense"},
   ],

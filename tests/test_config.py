@@ -238,6 +238,10 @@ def test_empty_subsets():
     ({"tokenizer.warmup_steps": 2000}, ("tokenizer.warmup_steps = 2000", "tokenizer.steps = 2000")),
     ({"shard_rows": 1000}, ("shard_rows = 1000", "partitioner = 'mesh'")),
     ({"shard_rows": 63, "partitioner": "mesh"}, ("shard_rows must be 0 or at least 64, got 63",)),
+    (
+      {"recommender.history_offsets": True, "recommender.softmax_over": "all", "recommender.node_scores": False},
+      ("recommender.history_offsets", "softmax_over = 'existing'"),
+    ),
     ({"recommender.item_inputs": ("content",)}, ("recommender.item_inputs", "tokenizer.content_codes = True")),
     (
       {"tokenizer.content_codes": True, "tokenizer.quantizer": "rq_kmeans"},

@@ -25,6 +25,8 @@ from bbqrec_jax.semantic_ids.trie import build_trie
 ITEMS, LEVELS, CODES, LENGTH, TOP = 30, 3, 4, 6, 5
 SHAPES = {
   "generative": {"node_scores": True},
+  "generative, by the history": {"history_offsets": True},
+  "dense, by the history": {"head": "dense", "history_offsets": True},
   "parallel": {"head": "parallel"},
   "dense": {"head": "dense"},
   "dense, by the time": {"head": "dense", "time_buckets": 8},

@@ -146,10 +146,10 @@ def tokenizer_problem(*, revival_threshold, steps=STEPS, **choices):
 
 
 PROBLEMS = {
-  "generative": lambda: recommender_problem("generative", node_scores=True),
-  "dense": lambda: recommender_problem("dense"),
-  "parts": lambda: recommender_problem("dense", accumulation=2),
-  "many parts": lambda: recommender_problem("dense", accumulation=8),
+  "generative": lambda: recommender_problem("generative", node_scores=True, history_offsets=True),
+  "dense": lambda: recommender_problem("dense", history_offsets=True),
+  "parts": lambda: recommender_problem("dense", accumulation=2, history_offsets=True),
+  "many parts": lambda: recommender_problem("dense", accumulation=8, history_offsets=True),
   # Dropout and negatives, which the mesh draws as one device does.
   "drawn": lambda: recommender_problem("dense", dropout=0.2, num_negatives=16),
   # Without revival: which residual a code out of use moves to is a draw of its own.

@@ -32,12 +32,12 @@ def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalo
   """
 
   def rank(params: Any, catalogue: Catalogue, batch: Any) -> dict[str, jax.Array]:
-    exclude = batch.get("exclude")
+    exclude, past = batch.get("exclude"), model.past(batch)
     states = apply(model, params, "last_states", catalogue, batch)
     if not model.exact:
-      beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude)
+      beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude, past=past)
       return {"ranks": ranks_in_list(beam.items, batch["targets"]), "top": beam.items[:, :_COVERAGE_CUTOFF]}
-    scores = apply(model, params, "scores", catalogue, states)
+    scores = apply(model, params, "scores", catalogue, states, past)
     if exclude is not None:
       scores = without(scores, exclude)
     ranks = target_ranks(scores, batch["targets"])

@@ -48,6 +48,7 @@ class RecommenderSettings:
       "all" K.
     rerank: the order of the hybrid head's candidates: by the product of "both" heads' probabilities, or "dense".
     node_scores: whether the generative head also scores a code by the items that it leads on to, see `NodeScores`.
+    history_offsets: whether what is in the history already has a learned number added to its score.
     dtype: that the model computes in; parameters, scores, softmaxes and losses are float32 whatever it is.
   """
 
@@ -80,6 +81,7 @@ class RecommenderSettings:
   softmax_over: str = "existing"
   rerank: str = "both"
   node_scores: bool = False
+  history_offsets: bool = False
   dtype: str = "float32"
 
   @property

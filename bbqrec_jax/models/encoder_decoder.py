@@ -15,7 +15,7 @@ from bbqrec_jax.models.backbones import KeyValue, RelativeBias, reweighting
 from bbqrec_jax.models.catalogue import RecommenderSettings
 from bbqrec_jax.models.dense import Dense, DenseGeneral
 from bbqrec_jax.models.dropout import Dropout
-from bbqrec_jax.models.node_scores import NodeScores, NodeTables, search_scores, training_scores
+from bbqrec_jax.models.node_scores import Addition, NodeScores, additions, search_scores, training_scores
 from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.ops.products import repeat_rows
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
@@ -212,10 +212,13 @@ class DecoderHead(nn.Module):
     self.drop = Dropout(s.dropout)
     if s.node_scores:
       self.node_scores = NodeScores(s.num_items)
+    if s.history_offsets:
+      self.offsets = self.param("history_offsets", nn.initializers.zeros, (s.num_levels,))
 
-  def _tables(self, items: Any) -> NodeTables | None:
-    """What the items add to the scores of the trie's nodes; None where nothing."""
-    return self.node_scores(items) if self.settings.node_scores else None
+  def _additions(self, items: Any) -> Addition | None:
+    """What is added to the scores of the trie's nodes; None where nothing."""
+    tables = self.node_scores(items) if self.settings.node_scores else None
+    return additions(items, tables, self.offsets if self.settings.history_offsets else None)
 
   def _logits(self, x: jax.Array, level: int) -> jax.Array:
     """Of one level, tied to the embeddings of its codes: [..., d] -> [..., K] float32."""
@@ -250,8 +253,9 @@ class DecoderHead(nn.Module):
     """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [B] and on."""
     codes = items.catalogue.semantic_ids[targets]
     logits, hidden = self(memory, codes, deterministic=deterministic)
+    add = training_scores(self._additions(items), hidden)
     log_probs = items.catalogue.code_log_probs(
-      logits, targets, softmax_over=self.settings.softmax_over, node_scores=training_scores(self._tables(items), hidden)
+      logits, targets, softmax_over=self.settings.softmax_over, node_scores=add
     )
     return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.settings.num_levels)}
 
@@ -307,7 +311,7 @@ class DecoderHead(nn.Module):
 
     return beam_search(
       trie, step, None, batch=memory.real.shape[0], width=width,
-      normalize=self.settings.softmax_over == "existing", node_scores=search_scores(self._tables(items)),
+      normalize=self.settings.softmax_over == "existing", node_scores=search_scores(self._additions(items)),
       exclude=exclude,
     )  # fmt: skip
 

@@ -23,8 +23,9 @@ from bbqrec_jax.models.backbones import TransformerLayer
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.dense import Dense
 from bbqrec_jax.models.encoder_decoder import DecoderHead
-from bbqrec_jax.models.node_scores import NodeScores, NodeTables, search_scores, training_scores
-from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy, weighted_cross_entropy
+from bbqrec_jax.models.node_scores import OFFSET_UNIT, Addition, NodeScores, additions, search_scores, training_scores
+from bbqrec_jax.ops.ranking import raised
+from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy, weighted_cross_entropy
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
 
 
@@ -34,10 +35,13 @@ class Items(NamedTuple):
   Attributes:
     catalogue: their semantic IDs, and the trie of those.
     vectors: items [...] int -> their vectors [..., d]; None gives all, [N, d].
+    past: [P, T] (or [B, T]) int, the items of the history behind each state, each once, -1 fills; None where the
+      settings do without.
   """
 
   catalogue: Catalogue
   vectors: Callable[..., jax.Array]
+  past: jax.Array | None = None
 
 
 def weighted(parts: dict[str, jax.Array], weights: jax.Array) -> dict[str, jax.Array]:
@@ -61,20 +65,36 @@ class DenseHead(nn.Module):
 
   Attributes:
     num_negatives: items drawn at random in a training step to stand for the whole catalogue; 0 takes the catalogue.
+    history_offset: whether the items of the history have a learned number added to their logits (this project's
+      choice): a product of vectors cannot well say "the like of these, but none of them".
   """
 
   num_negatives: int = 0
+  history_offset: bool = False
   exact: ClassVar[bool] = True
+
+  def setup(self):
+    """Makes the parameter."""
+    if self.history_offset:
+      self.offset = self.param("history_offset", nn.initializers.zeros, ())
+
+  def raised(self, items: Items) -> Raised | None:
+    """What the items of the history have added to their scores; None where nothing."""
+    if not self.history_offset:
+      return None
+    assert items.past is not None
+    return Raised(items.past, OFFSET_UNIT * self.offset.astype(jnp.float32))
 
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each target, `nll_dense` [P]; of drawn items an estimate of it, in training."""
     if self.num_negatives and not deterministic:
       drawn = jax.random.randint(self.make_rng("dropout"), (self.num_negatives,), 0, items.catalogue.num_items)
       surprise = sampled_cross_entropy(
-        states, items.vectors(targets), items.vectors(drawn), targets, drawn, num_items=items.catalogue.num_items
-      )
+        states, items.vectors(targets), items.vectors(drawn), targets, drawn, num_items=items.catalogue.num_items,
+        raised=self.raised(items),
+      )  # fmt: skip
     else:
-      surprise = cross_entropy(states, items.vectors(), targets)
+      surprise = cross_entropy(states, items.vectors(), targets, raised=self.raised(items))
     return {"nll_dense": surprise}
 
   def summed_losses(
@@ -83,11 +103,21 @@ class DenseHead(nn.Module):
     """The sum of `losses` as the positions weigh; the full softmax forms its gradient with its value."""
     if self.num_negatives and not deterministic:
       return weighted(self.losses(items, states, targets, deterministic=deterministic), weights)
-    return {"nll_dense": weighted_cross_entropy(states, items.vectors(), targets, weights)}
+    return {"nll_dense": weighted_cross_entropy(states, items.vectors(), targets, weights, raised=self.raised(items))}
 
   def scores(self, items: Items, states: jax.Array) -> jax.Array:
     """Logits of all items, [B, N] float32."""
-    return jnp.dot(states, items.vectors().T, preferred_element_type=jnp.float32)
+    logits = jnp.dot(states, items.vectors().T, preferred_element_type=jnp.float32)
+    more = self.raised(items)
+    return logits if more is None else raised(logits, more.items, more.by)
+
+  def scores_of(self, items: Items, states: jax.Array, some: jax.Array) -> jax.Array:
+    """Logits of `some` items, [B, n] int -> [B, n] float32."""
+    logits = jnp.einsum("bd,bnd->bn", states, items.vectors(some), preferred_element_type=jnp.float32)
+    more = self.raised(items)
+    if more is None:
+      return logits
+    return logits + jnp.where(jnp.any(some[..., None] == more.items[:, None], axis=-1), more.by, 0.0)
 
 
 class ParallelHead(nn.Module):
@@ -149,6 +179,8 @@ class GenerativeHead(nn.Module):
     dropout: its dropout rate.
     softmax_over: what a code competes with: the codes that lead on to items ("existing"), or "all" K.
     num_items: N, where a code is also scored by the items that it leads on to, see `NodeScores`; 0: by itself alone.
+    history_offsets: whether codes that IDs of the history have, after the same codes, have a learned number added to
+      their logits, one a level.
   """
 
   num_levels: int
@@ -160,12 +192,15 @@ class GenerativeHead(nn.Module):
   dropout: float = 0.0
   softmax_over: str = "existing"
   num_items: int = 0
+  history_offsets: bool = False
   exact: ClassVar[bool] = False
 
   def setup(self):
     """Makes the parameters and submodules."""
     if self.num_items:
       self.node_scores = NodeScores(self.num_items)
+    if self.history_offsets:
+      self.offsets = self.param("history_offsets", nn.initializers.zeros, (self.num_levels,))
     # Unit-variance rows: codes carry all that one level knows of the level before (0.02 starves their logits).
     self.code_embedding = self.param(
       "code_embedding", nn.initializers.normal(1.0), (self.num_levels, self.num_codes, self.width)
@@ -243,13 +278,14 @@ class GenerativeHead(nn.Module):
     """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [P] and on."""
     logits, hidden = self(states, items.catalogue.semantic_ids[targets], deterministic=deterministic)
     log_probs = items.catalogue.code_log_probs(
-      logits, targets, softmax_over=self.softmax_over, node_scores=training_scores(self._tables(items), hidden)
+      logits, targets, softmax_over=self.softmax_over, node_scores=training_scores(self._additions(items), hidden)
     )
     return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.num_levels)}
 
-  def _tables(self, items: Items) -> NodeTables | None:
-    """What the items add to the scores of the trie's nodes; None where nothing."""
-    return self.node_scores(items) if self.num_items else None
+  def _additions(self, items: Items) -> Addition | None:
+    """What is added to the scores of the trie's nodes; None where nothing."""
+    tables = self.node_scores(items) if self.num_items else None
+    return additions(items, tables, self.offsets if self.history_offsets else None)
 
   def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The `width` most probable items by beam search over the trie; see `beam_search`."""
@@ -261,7 +297,7 @@ class GenerativeHead(nn.Module):
       batch=states.shape[0],
       width=width,
       normalize=self.softmax_over == "existing",
-      node_scores=search_scores(self._tables(items)),
+      node_scores=search_scores(self._additions(items)),
       exclude=exclude,
     )
 
@@ -301,8 +337,7 @@ class HybridHead(nn.Module):
     By "both" is by the product of the heads' probabilities (this project's choice; LIGER ranks by the dense one alone).
     """
     found, generative = self.generative.search(items, states, width=width, exclude=exclude)
-    vectors = items.vectors(jnp.maximum(found, 0))
-    scores = jnp.einsum("bd,bwd->bw", states, vectors, preferred_element_type=jnp.float32)
+    scores = self.dense.scores_of(items, states, jnp.maximum(found, 0))
     if self.settings.rerank == "both":
       scores = scores + generative
     log_probs = jax.nn.log_softmax(jnp.where(found < 0, -jnp.inf, scores), axis=-1)
@@ -313,12 +348,12 @@ class HybridHead(nn.Module):
 def _generative(s: RecommenderSettings) -> GenerativeHead:
   return GenerativeHead(
     s.num_levels, s.num_codes, s.width, s.depth_layers, s.num_heads, s.mlp_width, s.dropout, s.softmax_over,
-    s.num_items if s.node_scores else 0,
+    s.num_items if s.node_scores else 0, s.history_offsets,
   )  # fmt: skip
 
 
 def _dense(s: RecommenderSettings) -> DenseHead:
-  return DenseHead(s.num_negatives)
+  return DenseHead(s.num_negatives, s.history_offsets)
 
 
 HEADS: dict[str, Callable[[RecommenderSettings], Any]] = {

@@ -56,15 +56,44 @@ class NodeScores(nn.Module):
     return NodeTables(*items.catalogue.trie.pooled(prior, items.vectors()))
 
 
-def training_scores(tables: NodeTables | None, hidden: jax.Array) -> Callable[[int, jax.Array], jax.Array] | None:
+Addition = Callable[[jax.Array, int, jax.Array], jax.Array]
+# Of learned offsets: Adam moves a parameter by about its learning rate a step, and these have some way to go.
+OFFSET_UNIT = 10.0
+
+
+def additions(items: Any, tables: NodeTables | None, offsets: jax.Array | None) -> Addition | None:
+  """What is added to the scores of nodes: (decoder's state [..., d], level, nodes [..., F]) -> [..., F] float32.
+
+  Args:
+    items: `heads.Items`.
+    tables: of `NodeScores`, or None.
+    offsets: [L], in `OFFSET_UNIT`, of the nodes that the IDs of the history go through, or None.
+
+  Returns:
+    None where nothing is added.
+  """
+  if tables is None and offsets is None:
+    return None
+
+  def add(hidden: jax.Array, level: int, nodes: jax.Array) -> jax.Array:
+    total = jnp.zeros(()) if tables is None else tables.scores(hidden, level, nodes)
+    if offsets is None:
+      return total
+    passed = items.catalogue.trie.passed(level, nodes, items.past)
+    return total + jnp.where(passed, OFFSET_UNIT * offsets[level].astype(jnp.float32), 0.0)
+
+  return add
+
+
+def training_scores(add: Addition | None, hidden: jax.Array) -> Callable[[int, jax.Array], jax.Array] | None:
   """For `Catalogue.code_log_probs`: hidden [P, L, d], the decoder's state before each level."""
-  if tables is None:
+  if add is None:
     return None
-  return lambda level, nodes: tables.scores(hidden[:, level], level, nodes)
+  return lambda level, nodes: add(hidden[:, level], level, nodes)
 
 
-def search_scores(tables: NodeTables | None) -> Callable[[Any, int, jax.Array], jax.Array] | None:
+def search_scores(add: Addition | None) -> Callable[[Any, int, jax.Array], jax.Array] | None:
   """For `beam_search`, where the decoder's state has its `hidden` [B, w, d]."""
-  if tables is None:
+  if add is None:
     return None
-  return lambda state, level, nodes: tables.scores(state["hidden"], level, nodes)
+  return lambda state, level, nodes: add(state["hidden"], level, nodes)

@@ -13,7 +13,7 @@ from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.encoder_decoder import Encoder, Memory, encoder_shape
 from bbqrec_jax.models.heads import Items, make_head, named, summed_losses
 from bbqrec_jax.ops.embedding import summed_embedding
-from bbqrec_jax.ops.ranking import without
+from bbqrec_jax.ops.ranking import each_once, without
 from bbqrec_jax.ops.reduction import mean_weights
 from bbqrec_jax.ops.similarity import bucket_bias, continuous_bias, similarity_buckets
 from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
@@ -131,9 +131,30 @@ class Recommender(nn.Module):
     more = {} if times is None else {"times": times}
     return self.backbone(x, segments, positions, bias, deterministic=deterministic, **more)
 
-  def _items(self, catalogue: Catalogue) -> Items:
+  def past(self, batch: dict[str, jax.Array], *, packed: bool = False) -> jax.Array | None:
+    """The items of the history behind each state, each once, for heads that look at them; None where none does.
+
+    Args:
+      batch: `items` and `segments` [B, T].
+      packed: whether every position has a state; otherwise every row has one, after all its items.
+
+    Returns:
+      [B, T] int, or [B T, T] of packed histories; -1 fills.
+    """
+    if not self.settings.history_offsets:
+      return None
+    items, segments = batch["items"], batch["segments"]
+    if packed:
+      place = jnp.arange(items.shape[1])
+      before = (segments[:, None, :] == segments[:, :, None]) & (place[None, :] <= place[:, None])[None]
+      items, segments = items[:, None, :], jnp.where(before, segments[:, None, :], 0)
+    return each_once(jnp.where(segments > 0, items, -1)).reshape(-1, segments.shape[-1])
+
+  def _items(self, catalogue: Catalogue, past: jax.Array | None = None) -> Items:
     """The items as heads see them."""
-    return Items(catalogue, lambda items=None: self.item_vectors(catalogue, items))
+    if self.settings.history_offsets and past is None:
+      raise ValueError("this model scores by what the history has: give it `past`, as the method of this name makes it")
+    return Items(catalogue, lambda items=None: self.item_vectors(catalogue, items), past)
 
   def counted(self, batch: dict[str, jax.Array]) -> jax.Array:
     """What of a batch has a next item to learn from: bool, [B, T] positions or, of the encoder-decoder, [B] rows."""
@@ -175,7 +196,8 @@ class Recommender(nn.Module):
       )
       states = states.reshape(-1, states.shape[-1])
     weights = weights.reshape(-1)
-    terms = summed_losses(self.head, self._items(catalogue), states, targets, weights, deterministic=deterministic)
+    of_items = self._items(catalogue, self.past(batch, packed=self.settings.backbone != "encoder_decoder"))
+    terms = summed_losses(self.head, of_items, states, targets, weights, deterministic=deterministic)
     loss = sum(terms.values(), start=jnp.asarray(0.0))
     return loss, terms | {"nll": loss}
 
@@ -199,21 +221,32 @@ class Recommender(nn.Module):
     """Whether the head scores every item; otherwise it searches, and what its beam drops has no score."""
     return make_head(self.settings).exact
 
-  def scores(self, catalogue: Catalogue, states: jax.Array) -> jax.Array:
-    """Score of every item, of an exact head: states [B, d] -> [B, N] float32; its softmax is over the catalogue."""
-    return self.head.scores(self._items(catalogue), states)
+  def scores(self, catalogue: Catalogue, states: jax.Array, past: jax.Array | None = None) -> jax.Array:
+    """Score of every item, of an exact head: states [B, d] -> [B, N] float32; its softmax is over the catalogue.
 
-  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array) -> jax.Array:
+    `past` is that of the method of this name, here and below.
+    """
+    return self.head.scores(self._items(catalogue, past), states)
+
+  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, past: jax.Array | None = None) -> jax.Array:
     """What the loss counts for given items, with the sign turned: states [B, d], items [B, n] -> [B, n] float32.
 
     The log-probability of an item's semantic ID (generative, parallel), or of the item among all (dense).
     """
     batch, count = items.shape
-    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), states)
-    parts = self.head.losses(self._items(catalogue), repeated, items.reshape(-1), deterministic=True)
+    repeated, past = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), (states, past))
+    parts = self.head.losses(self._items(catalogue, past), repeated, items.reshape(-1), deterministic=True)
     return -sum(parts.values(), start=jnp.asarray(0.0)).reshape(batch, count)
 
-  def search(self, catalogue: Catalogue, states: Any, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
+  def search(
+    self,
+    catalogue: Catalogue,
+    states: Any,
+    *,
+    width: int,
+    exclude: jax.Array | None = None,
+    past: jax.Array | None = None,
+  ) -> BeamResult:
     """The best items.
 
     Args:
@@ -221,11 +254,12 @@ class Recommender(nn.Module):
       states: of B histories, as `last_states` gives them.
       width: W, of the beam, and how many items come back.
       exclude: [B, E] int, items that must not; -1 fills.
+      past: see `scores`.
 
     Returns:
       A `BeamResult` of W columns.
     """
-    items = self._items(catalogue)
+    items = self._items(catalogue, past)
     if not self.head.exact:
       return self.head.search(items, states, width=width, exclude=exclude)
     scores = jax.nn.log_softmax(self.head.scores(items, states), axis=-1)

@@ -38,11 +38,26 @@ def ranks_in_list(items: jax.Array, targets: jax.Array) -> jax.Array:
   return jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), MISS).astype(jnp.int32)
 
 
+def each_once(items: jax.Array) -> jax.Array:
+  """Items [..., E], sorted, where -1 stands in place of all but one of equal ones; -1 may be there before."""
+  items = jnp.sort(items, axis=-1)
+  repeated = jnp.concatenate([jnp.zeros_like(items[..., :1], bool), items[..., 1:] == items[..., :-1]], axis=-1)
+  return jnp.where(repeated, -1, items)
+
+
+def _places(scores: jax.Array, items: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Where the scores [B, N] of items [B, E] stand; past the end where -1 fills, which drops what is put there."""
+  return jnp.arange(scores.shape[0])[:, None], jnp.where(items < 0, scores.shape[1], items)
+
+
 def without(scores: jax.Array, excluded: jax.Array) -> jax.Array:
   """Scores [B, N] with those of `excluded`, [B, E] int items where -1 fills, at minus infinity."""
-  rows = jnp.arange(scores.shape[0])[:, None]
-  # Past the end where -1 fills, and so dropped.
-  return scores.at[rows, jnp.where(excluded < 0, scores.shape[1], excluded)].set(-jnp.inf, mode="drop")
+  return scores.at[_places(scores, excluded)].set(-jnp.inf, mode="drop")
+
+
+def raised(scores: jax.Array, items: jax.Array, by: jax.Array) -> jax.Array:
+  """Scores [B, N] with `by`, a number, added to those of items [B, E] int, each there once; -1 fills."""
+  return scores.at[_places(scores, items)].add(by, mode="drop")
 
 
 def recall_at(ranks: jax.Array, valid: jax.Array, k: int) -> Metric:

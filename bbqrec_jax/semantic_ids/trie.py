@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.ops.ranking import each_once
 
 
 @flax.struct.dataclass
@@ -73,6 +74,11 @@ class Trie:
       means.append(sums / total[:, None])
     return [*masses, sorted_weights], [*means, sorted_vectors]
 
+  def passed(self, level: int, nodes: jax.Array, items: jax.Array) -> jax.Array:
+    """Which nodes of a level an item's ID goes through: nodes [B, ..., n], items [B, E] (-1 fills) -> nodes' shape."""
+    through = jnp.where(items < 0, -1, self.paths[jnp.maximum(items, 0), level])
+    return jnp.any(nodes[..., None] == jnp.expand_dims(through, tuple(range(1, nodes.ndim))), axis=-1)
+
   def emptied(self, level: int, parents: jax.Array, excluded: jax.Array) -> jax.Array:
     """Whether nothing is left under a child once items are taken away.
 
@@ -84,12 +90,11 @@ class Trie:
     Returns:
       [B, w, fan-out of the level] bool, for children as `children` gives them.
     """
-    excluded = jnp.sort(excluded, axis=1)
-    repeated = jnp.pad(excluded[:, 1:] == excluded[:, :-1], ((0, 0), (1, 0)))
+    excluded = each_once(excluded)
     items = jnp.maximum(excluded, 0)
     above = self.parents(level, items)
     # Each excluded item is under one parent at most, and counts at its own place among that parent's children.
-    under = (parents[:, :, None] == above[:, None, :]) & ~(repeated | (excluded < 0))[:, None, :]
+    under = (parents[:, :, None] == above[:, None, :]) & (excluded >= 0)[:, None, :]
     parent = jnp.where(jnp.any(under, axis=1), jnp.argmax(under, axis=1), parents.shape[1])
     child = self.paths[items, level] - self.starts[level][above]
     nodes, _, _ = self.children(level, parents)

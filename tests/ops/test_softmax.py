@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from bbqrec_jax.ops.softmax import cross_entropy, sampled_cross_entropy, weighted_cross_entropy
+from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy, weighted_cross_entropy
 
 POSITIONS, ITEMS, WIDTH = 11, 40, 6
 
@@ -74,6 +74,42 @@ def test_the_weighted_sum_of_bfloat16_is_that_of_the_rounded_numbers():
   for got, gradient in zip(gradients, exact, strict=True):
     assert got.dtype == jnp.bfloat16
     assert_allclose(got.astype(jnp.float32), gradient, atol=2e-2 * float(jnp.max(jnp.abs(gradient))))
+
+
+@pytest.mark.parametrize("max_logits", [0, 4 * ITEMS, 1])
+def test_what_is_raised_is_added_to_the_logits_and_has_a_gradient(max_logits):
+  states, vectors, targets = inputs()
+  rng = np.random.default_rng(4)
+  weights = rng.uniform(size=POSITIONS).astype(np.float32)
+  items = np.stack([rng.permutation(ITEMS)[:5] for _ in range(POSITIONS)])
+  items[:, 0], items[3] = np.where(np.arange(POSITIONS) % 2, targets, -1), -1
+  items = np.where((items == targets[:, None]) & (np.arange(5) > 0), -1, items)  # Each once.
+
+  def expected(states, by):
+    logits = states.astype(np.float64) @ vectors.astype(np.float64).T
+    for row, own in enumerate(items):
+      logits[row, own[own >= 0]] += by
+    return np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(POSITIONS), targets]
+
+  by = -1.4
+  each = cross_entropy(states, vectors, targets, raised=Raised(items, by), max_logits=max_logits or 10**6)
+  assert_allclose(each, expected(states, by), rtol=1e-5)
+
+  def loss(states, vectors, by):
+    raised = Raised(jnp.asarray(items), by)
+    return 2 * weighted_cross_entropy(states, vectors, targets, weights, raised=raised, max_logits=max_logits)
+
+  value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(states, vectors, jnp.float32(by))
+  assert_allclose(value, 2 * np.sum(weights * expected(states, by)), rtol=1e-5)
+  slope = np.sum(weights * (expected(states, by + 1e-4) - expected(states, by - 1e-4))) / 1e-4
+  assert_allclose(gradients[2], slope, rtol=1e-4)
+  plain = jax.jit(
+    jax.grad(
+      lambda *data: 2 * jnp.sum(weights * cross_entropy(*data, targets, raised=Raised(items, by))), argnums=(0, 1)
+    )
+  )
+  for got, wanted in zip(gradients[:2], plain(states, vectors), strict=True):
+    assert_allclose(got, wanted, atol=1e-4)
 
 
 def test_logits_never_exceed_what_is_allowed():

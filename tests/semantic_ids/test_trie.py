@@ -115,6 +115,18 @@ def test_a_node_is_emptied_once_every_item_under_it_is_taken_away():
       assert not emptied.all()
 
 
+def test_nodes_are_passed_by_the_items_whose_ids_go_through_them():
+  ids = distinct_codes()
+  trie = build_trie(ids)
+  items = np.random.default_rng(4).integers(-1, len(ids), (2, 9))
+  for level, prefixes in enumerate(prefixes_by_walking(trie)):
+    nodes = np.random.default_rng(5).integers(len(prefixes), size=(2, 3, 7))
+    passed = np.asarray(trie.passed(level, jnp.asarray(nodes), jnp.asarray(items)))
+    for row in range(2):
+      through = {tuple(ids[item, : level + 1]) for item in items[row] if item >= 0}
+      assert_array_equal(passed[row], [[prefixes[node] in through for node in some] for some in nodes[row]])
+
+
 def test_children_keep_the_shape_of_the_parents():
   trie = build_trie(distinct_codes())
   parents = jnp.array([[0, 3, 1], [2, 2, 0]])
