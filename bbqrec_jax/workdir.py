@@ -63,7 +63,7 @@ def format_results(results: dict[str, Any]) -> str:
   lines = [
     f"{results['model']} on {data['name']}: {data['users']:,} users, {data['items']:,} items,"
     f" {data['interactions']:,} interactions, split {data['split_hash']}",
-    f"{'':12s}  {'':10s}  {'':10s}  {'':10s}   own history left out:",
+    f"{'':48s}   own history left out:",
     f"{'':12s}" + 2 * f"  {'popularity':>10s}  {'validation':>10s}  {'test':>10s}",
   ]
   for name in SHOWN:

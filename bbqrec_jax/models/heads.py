@@ -24,7 +24,7 @@ from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.dense import Dense
 from bbqrec_jax.models.encoder_decoder import DecoderHead
 from bbqrec_jax.models.node_scores import OFFSET_UNIT, Addition, NodeScores, additions, search_scores, training_scores
-from bbqrec_jax.ops.ranking import raised
+from bbqrec_jax.ops.ranking import add_to
 from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy, weighted_cross_entropy
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
 
@@ -109,7 +109,7 @@ class DenseHead(nn.Module):
     """Logits of all items, [B, N] float32."""
     logits = jnp.dot(states, items.vectors().T, preferred_element_type=jnp.float32)
     more = self.raised(items)
-    return logits if more is None else raised(logits, more.items, more.by)
+    return logits if more is None else add_to(logits, more.items, more.by)
 
   def scores_of(self, items: Items, states: jax.Array, some: jax.Array) -> jax.Array:
     """Logits of `some` items, [B, n] int -> [B, n] float32."""

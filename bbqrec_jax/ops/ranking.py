@@ -55,7 +55,7 @@ def without(scores: jax.Array, excluded: jax.Array) -> jax.Array:
   return scores.at[_places(scores, excluded)].set(-jnp.inf, mode="drop")
 
 
-def raised(scores: jax.Array, items: jax.Array, by: jax.Array) -> jax.Array:
+def add_to(scores: jax.Array, items: jax.Array, by: jax.Array) -> jax.Array:
   """Scores [B, N] with `by`, a number, added to those of items [B, E] int, each there once; -1 fills."""
   return scores.at[_places(scores, items)].add(by, mode="drop")
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bbqrec_jax.ops.ranking import raised as add_to
+from bbqrec_jax.ops.ranking import add_to
 
 
 class Raised(NamedTuple):

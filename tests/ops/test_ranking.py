@@ -8,9 +8,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from bbqrec_jax.ops.ranking import (
   NDCG_CUTOFFS,
   RECALL_CUTOFFS,
+  add_to,
   each_once,
   ndcg_at,
-  raised,
   ranking_metrics,
   ranks_in_list,
   recall_at,
@@ -50,10 +50,10 @@ def test_each_once_keeps_one_of_equal_items():
   assert [sorted(row[row >= 0].tolist()) for row in kept] == [[1, 3], [0], [], [0, 1, 2, 3, 4, 5]]
 
 
-def test_raised_adds_to_the_items_that_are_named():
+def test_add_to_raises_the_items_that_are_named():
   scores = np.random.default_rng(3).normal(size=(2, 4)).astype(np.float32)
   items = jnp.asarray([[3, -1, 0], [-1, -1, -1]])
-  assert_array_equal(raised(jnp.asarray(scores), items, 1.5) - scores, [[1.5, 0, 0, 1.5], [0, 0, 0, 0]])
+  assert_array_equal(add_to(jnp.asarray(scores), items, 1.5) - scores, [[1.5, 0, 0, 1.5], [0, 0, 0, 0]])
 
 
 def test_without_ties_ranks_equal_the_place_in_a_sort():
