@@ -124,7 +124,7 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.softmax_over = "existing"  # What a code of the generative head competes with: codes that lead on to
   # items ("existing"), or "all" codes of its level.
   recommender.node_scores = True  # Score a code of the generative head also by the items that it leads on to.
-  recommender.history_offsets = False  # Learn a number that is added to the scores of what the history has: its items
+  recommender.history_offsets = True  # Learn a number that is added to the scores of what the history has: its items
   # (dense), or codes that lead on to them, one number a level (generative). People come back for the same, or never do.
   # Not in the parallel head.
   recommender.rerank = "both"  # The order of the hybrid head's candidates: by the product of both heads'
@@ -133,6 +133,8 @@ def default_config() -> ml_collections.ConfigDict:
   # catalogues past 100,000 items; 0 takes all items.
   recommender.depth_layers = 1  # Layers of the generative head's depth transformer.
   recommender.dropout = 0.3
+  recommender.item_dropout = 0.0  # Share of the items that lack a vector of their own in a step, as items do that come
+  # after training: what they are known by besides must then do.
   recommender.max_length = 20  # T: the longest history.
   recommender.steps = 2000
   recommender.batch_rows = 32  # Rows of packed histories in a batch, over all devices.
@@ -250,17 +252,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
       "config field recommender.backbone = 'encoder_decoder' reads items by their IDs' codes, and works with any head"
       " but hybrid: put fused into recommender.item_inputs, or choose another head"
     )
+  if flat["recommender.item_dropout"] and not {"item"} < set(flat["recommender.item_inputs"]):
+    raise InputError(
+      "config field recommender.item_dropout takes items' own vectors away, and needs others beside them: put item and"
+      " something else into recommender.item_inputs, or set recommender.item_dropout to 0"
+    )
   if flat["recommender.time_buckets"] and flat["recommender.backbone"] == "encoder_decoder":
     raise InputError("config field recommender.time_buckets works with the causal backbone: set it to 0")
-  if flat["recommender.history_offsets"] and flat["recommender.softmax_over"] == "all":
+  by_items = [f"recommender.{name}" for name in ("node_scores", "history_offsets") if flat[f"recommender.{name}"]]
+  if by_items and flat["recommender.softmax_over"] == "all":
     raise InputError(
-      "config field recommender.history_offsets is for softmax_over = 'existing': set recommender.history_offsets to"
-      " False"
-    )
-  if flat["recommender.node_scores"] and flat["recommender.softmax_over"] == "all":
-    raise InputError(
-      "config field recommender.softmax_over = 'all' scores codes that lead on to no item: set recommender.node_scores"
-      " to False"
+      "config field recommender.softmax_over = 'all' scores codes that lead on to no item: set"
+      f" {' and '.join(by_items)} to False"
     )
   for name, choices in _SUBSETS.items():
     if not set(flat[name]) <= set(choices) or len(set(flat[name])) < len(flat[name]):
@@ -294,7 +297,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for name, highest in _AT_MOST.items():
     if flat[name] > highest:
       raise InputError(f"config field {name} must be at most {highest}, got {flat[name]}")
-  for name in ("tokenizer.dropout", "tokenizer.codeword_decay", "tokenizer.revival_threshold", "recommender.dropout"):
+  for name in (
+    "tokenizer.dropout",
+    "tokenizer.codeword_decay",
+    "tokenizer.revival_threshold",
+    "recommender.dropout",
+    "recommender.item_dropout",
+  ):
     if flat[name] >= 1:
       raise InputError(f"config field {name} must be less than 1, got {flat[name]}")
   for name in (

@@ -45,6 +45,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
   recommender.similarity = ()
   recommender.softmax_over = "all"
   recommender.node_scores = False
+  recommender.history_offsets = False
   recommender.length_buckets = (2, 5, 10)
   recommender.dropout = 0.1
   recommender.update(_SIZES[size])

@@ -6,7 +6,8 @@ holds a share of the items out of everything (`--share`, drawn by `--config.seed
 tokenizer's catalogue. It writes what is left as a data set of its own, runs the config on it, gives the held-out items
 their IDs with the frozen tokenizer, and asks for the next item of every user whose last item is one of them, among all
 items. Nothing is trained for them. What is done already is not done again, and other heads (`scientific.py:dense`, the
-same workdir) share the IDs. Prints a line a head and writes it to `HEAD.json`.
+same workdir) share the IDs, as do other recommenders of one head under another `--name`. Prints a line and writes it to
+`NAME.json`.
 """
 
 import json
@@ -90,13 +91,17 @@ def main(argv: list[str]) -> None:
   keep_compiled()
   config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
   with training(workdir):
-    print(report(config, workdir, share=flags.FLAGS.share))
+    print(report(config, workdir, share=flags.FLAGS.share, name=flags.FLAGS.name))
 
 
-def report(config: Any, workdir: pathlib.Path, *, share: float) -> str:
-  """Does the work; the table."""
+def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None = None) -> str:
+  """Does the work; the table. A run without a name has its head's."""
   if not 0 < share < 1:
     raise InputError(f"--share: expected a number between 0 and 1, got {share}")
+  if (name is not None and not name.isidentifier()) or name in ("data", "new_items", "ids", "held_out"):
+    raise InputError(
+      f"--name: expected letters, digits and _, and no name that the workdir has for something else, got {name!r}"
+    )
   validate(config)
   dataset = load(config.data)
   cold = choose_cold(dataset.num_items, share, seed=config.seed)
@@ -122,7 +127,8 @@ def report(config: Any, workdir: pathlib.Path, *, share: float) -> str:
   if not SemanticIds.exists(extended):
     ids = SemanticIds.load(folder / "tokenizer")
     assign(ids, *load_new_items(new, dataset.modalities)).save(extended)
-  folder = workdir / config.recommender.head
+  name = config.recommender.head if name is None else name
+  folder = workdir / name
   results = run(config, folder)
   restored = restore(folder, tokenizer=extended, features=new)
   partitioner = make_partitioner(config)
@@ -140,14 +146,14 @@ def report(config: Any, workdir: pathlib.Path, *, share: float) -> str:
     "items": dataset.num_items, "cold_items": int(cold.sum()), "cold_users": len(targets), "cold": metrics,
     "warm": results["test"],
   }  # fmt: skip
-  write_json(workdir / f"{config.recommender.head}.json", figures)
+  write_json(workdir / f"{name}.json", figures)
   lines = [
     f"{dataset.name}: {dataset.num_items:,} items, {cold.sum():,} of them in no history that was trained on;"
     f" {len(targets):,} users whose last item is one of these, {results['data']['users']:,} others' test items",
-    "| head | cold Recall@10 | NDCG@10 | warm Recall@10 | NDCG@10 |",
+    "| name | cold Recall@10 | NDCG@10 | warm Recall@10 | NDCG@10 |",
     "|---|---|---|---|---|",
-    f"| {config.recommender.head} | "
-    + " | ".join(f"{part[name]:.4f}" for part in (metrics, results["test"]) for name in ("recall@10", "ndcg@10"))
+    f"| {name} | "
+    + " | ".join(f"{part[metric]:.4f}" for part in (metrics, results["test"]) for metric in ("recall@10", "ndcg@10"))
     + " |",
   ]
   return "\n".join(lines)
@@ -156,6 +162,7 @@ def report(config: Any, workdir: pathlib.Path, *, share: float) -> str:
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "The config to run on what is left.")
   flags.DEFINE_string("workdir", None, "Gets the two data sets, the run and the IDs.")
+  flags.DEFINE_string("name", None, "Of this recommender's folder and figures; its head, if not given.")
   flags.DEFINE_float("share", 0.05, "Of the items, to hold out.")
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main, flags_parser=parse_flags)

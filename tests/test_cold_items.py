@@ -79,14 +79,28 @@ def test_a_small_run_ranks_the_cold_items_among_all(script, tmp_path):
   targets = targets + 48
   batch = next(evaluation_batches(histories, targets, batch_size=len(targets), max_length=model.settings.max_length))
   batch.pop("valid")
-  scores = np.asarray(apply(model, params, "scores", catalogue, apply(model, params, "last_states", catalogue, batch)))
+  states = apply(model, params, "last_states", catalogue, batch)
+  scores = np.asarray(apply(model, params, "scores", catalogue, states, model.past(batch)))
   hits = np.sum(scores >= scores[np.arange(len(targets)), targets][:, None], axis=1) <= 10
   # Rounding may swap near neighbours at the cut, for one user at the very most.
   assert figures["cold"]["recall@10"] == pytest.approx(hits.mean(), abs=1 / len(hits) + 1e-6)
   assert 0 < hits.mean() < 1
 
+  # Another of the same head, on the same IDs.
+  other = copy.deepcopy(config)
+  other.recommender.update({"item_inputs": ("fused", "item"), "item_dropout": 0.5})
+  assert "| mixed | 0." in script.report(other, tmp_path, share=0.2, name="mixed")
+  assert json.loads((tmp_path / "mixed.json").read_text())["cold_users"] == figures["cold_users"]
+  assert json.loads((tmp_path / "dense.json").read_text()) == figures
+
   with pytest.raises(InputError, match="holds out other items"):
     script.report(config, tmp_path, share=0.3)
+
+
+@pytest.mark.parametrize("name", ["ids", "data", "a/b", "..", ""])
+def test_a_name_that_is_taken_or_no_name_is_refused(script, tmp_path, name):
+  with pytest.raises(InputError, match="--name: expected"):
+    script.report(default_config(), tmp_path, share=0.1, name=name)
 
 
 def test_a_share_that_leaves_nothing_is_refused(script, tmp_path):

@@ -158,7 +158,7 @@ def test_other_numbers_may_be_zero(name):
   validate(with_field(name, 0.0))
 
 
-@pytest.mark.parametrize("name", ["tokenizer.dropout", "recommender.dropout"])
+@pytest.mark.parametrize("name", ["tokenizer.dropout", "recommender.dropout", "recommender.item_dropout"])
 @pytest.mark.parametrize("value", [1.0, 1.5])
 def test_dropout_of_everything_is_refused(name, value):
   assert refusal(with_field(name, value)) == f"config field {name} must be less than 1, got {value}"
@@ -239,8 +239,16 @@ def test_empty_subsets():
     ({"shard_rows": 1000}, ("shard_rows = 1000", "partitioner = 'mesh'")),
     ({"shard_rows": 63, "partitioner": "mesh"}, ("shard_rows must be 0 or at least 64, got 63",)),
     (
-      {"recommender.history_offsets": True, "recommender.softmax_over": "all", "recommender.node_scores": False},
-      ("recommender.history_offsets", "softmax_over = 'existing'"),
+      {"recommender.softmax_over": "all"},
+      ("recommender.softmax_over = 'all'", "set recommender.node_scores and recommender.history_offsets to False"),
+    ),
+    (
+      {"recommender.softmax_over": "all", "recommender.node_scores": False},
+      ("recommender.softmax_over = 'all'", "set recommender.history_offsets to False"),
+    ),
+    *(
+      ({"recommender.item_dropout": 0.1, "recommender.item_inputs": inputs}, ("item_dropout", "something else"))
+      for inputs in (("item",), ("fused", "features"))
     ),
     ({"recommender.item_inputs": ("content",)}, ("recommender.item_inputs", "tokenizer.content_codes = True")),
     (

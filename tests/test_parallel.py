@@ -151,7 +151,7 @@ PROBLEMS = {
   "parts": lambda: recommender_problem("dense", accumulation=2, history_offsets=True),
   "many parts": lambda: recommender_problem("dense", accumulation=8, history_offsets=True),
   # Dropout and negatives, which the mesh draws as one device does.
-  "drawn": lambda: recommender_problem("dense", dropout=0.2, num_negatives=16),
+  "drawn": lambda: recommender_problem("dense", dropout=0.2, item_dropout=0.3, num_negatives=16),
   # Without revival: which residual a code out of use moves to is a draw of its own.
   "tokenizer": lambda: tokenizer_problem(revival_threshold=0.0),
   "averages": lambda: tokenizer_problem(

@@ -36,6 +36,7 @@ class RecommenderSettings:
     mlp_width: width of the feed-forward parts.
     depth_layers: layers of the generative head's depth transformer.
     dropout: rate everywhere.
+    item_dropout: share of the items that lack their own vectors in a training step.
     max_length: T, the longest history.
     num_streams: streams whose similarity reweights attention; 0 gives the plain backbone.
     cross_pairs: whether pairs of different streams have tables too.
@@ -70,6 +71,7 @@ class RecommenderSettings:
   mlp_width: int = 256
   depth_layers: int = 1
   dropout: float = 0.3
+  item_dropout: float = 0.0
   max_length: int = 20
   num_streams: int = 2
   cross_pairs: bool = True

@@ -60,18 +60,28 @@ class Recommender(nn.Module):
     self.backbone = named(s.backbone, BACKBONES)(s)
     self.head = make_head(s)
 
-  def item_vectors(self, catalogue: Catalogue, items: jax.Array | None = None, *, first_column: int = 0) -> jax.Array:
+  def item_vectors(
+    self,
+    catalogue: Catalogue,
+    items: jax.Array | None = None,
+    *,
+    first_column: int = 0,
+    known: jax.Array | None = None,
+  ) -> jax.Array:
     """What an item is known by: items [...] -> [..., d]; None means all N in order.
 
     It is the sum of its codes' embeddings, a linear map of its features, and a vector of its own. An item of the
     catalogue that was not there in training has no vector of its own: zero stands for it.
 
-    Columns of codes before `first_column` are left out.
+    Columns of codes before `first_column` are left out, and the vectors of their own of items that are not `known`, [N]
+    bool.
     """
     s = self.settings
     total: jax.Array = jnp.zeros(())
     if s.item_embedding:
       own = jnp.pad(self.item_embedding, ((0, catalogue.num_items - s.num_items), (0, 0)))
+      if known is not None:
+        own = jnp.where(known[:, None], own, 0)
       total = own if items is None else own[items]
     if s.feature_width:
       assert catalogue.features is not None
@@ -84,8 +94,21 @@ class Recommender(nn.Module):
       total = total + summed_embedding(tables, (columns - first_row)[..., first_column:])
     return jnp.asarray(total)
 
+  def _known(self, catalogue: Catalogue, *, deterministic: bool) -> jax.Array | None:
+    """Which items have their own vectors in this step, [N] bool; None: all."""
+    s = self.settings
+    if deterministic or not (s.item_dropout and s.item_embedding):
+      return None
+    return jax.random.bernoulli(self.make_rng("dropout"), 1.0 - s.item_dropout, (catalogue.num_items,))
+
   def memory(
-    self, catalogue: Catalogue, items: jax.Array, segments: jax.Array, *, deterministic: bool = True
+    self,
+    catalogue: Catalogue,
+    items: jax.Array,
+    segments: jax.Array,
+    *,
+    deterministic: bool = True,
+    known: jax.Array | None = None,
   ) -> Memory:
     """What the encoder makes of histories, one a row: items, segments [B, T] -> a `Memory` of B rows.
 
@@ -94,7 +117,7 @@ class Recommender(nn.Module):
     s = self.settings
     tokens = self.code_embedding[catalogue.columns[items][..., : s.num_levels]]
     if s.item_embedding or s.feature_width or s.num_columns > s.num_levels:
-      tokens = tokens + self.item_vectors(catalogue, items, first_column=s.num_levels)[..., None, :]
+      tokens = tokens + self.item_vectors(catalogue, items, first_column=s.num_levels, known=known)[..., None, :]
     bias = self.bias(catalogue, items, segments)
     return self.backbone(tokens, segments > 0, bias, deterministic=deterministic)
 
@@ -124,9 +147,13 @@ class Recommender(nn.Module):
     times: jax.Array | None = None,
     *,
     deterministic: bool = True,
+    known: jax.Array | None = None,
   ) -> jax.Array:
-    """The state at each position of each history: items, segments, positions (and times) [B, T] int -> [B, T, d]."""
-    x = self.item_vectors(catalogue, items)
+    """The state at each position of each history: items, segments, positions (and times) [B, T] int -> [B, T, d].
+
+    `known` is that of `item_vectors`, here and in `memory`.
+    """
+    x = self.item_vectors(catalogue, items, known=known)
     bias = self.bias(catalogue, items, segments)
     more = {} if times is None else {"times": times}
     return self.backbone(x, segments, positions, bias, deterministic=deterministic, **more)
@@ -150,11 +177,11 @@ class Recommender(nn.Module):
       items, segments = items[:, None, :], jnp.where(before, segments[:, None, :], 0)
     return each_once(jnp.where(segments > 0, items, -1)).reshape(-1, segments.shape[-1])
 
-  def _items(self, catalogue: Catalogue, past: jax.Array | None = None) -> Items:
+  def _items(self, catalogue: Catalogue, past: jax.Array | None = None, *, known: jax.Array | None = None) -> Items:
     """The items as heads see them."""
     if self.settings.history_offsets and past is None:
       raise ValueError("this model scores by what the history has: give it `past`, as the method of this name makes it")
-    return Items(catalogue, lambda items=None: self.item_vectors(catalogue, items), past)
+    return Items(catalogue, lambda items=None: self.item_vectors(catalogue, items, known=known), past)
 
   def counted(self, batch: dict[str, jax.Array]) -> jax.Array:
     """What of a batch has a next item to learn from: bool, [B, T] positions or, of the encoder-decoder, [B] rows."""
@@ -188,15 +215,17 @@ class Recommender(nn.Module):
     items, segments, targets = batch["items"], batch["segments"], batch["targets"].reshape(-1)
     if weights is None:
       weights = mean_weights(self.counted(batch))
+    known = self._known(catalogue, deterministic=deterministic)
     if self.settings.backbone == "encoder_decoder":
-      states = self._from_memory(self.memory(catalogue, items, segments, deterministic=deterministic))
+      states = self._from_memory(self.memory(catalogue, items, segments, deterministic=deterministic, known=known))
     else:
       states = self.states(
-        catalogue, items, segments, batch["positions"], batch.get("times"), deterministic=deterministic
+        catalogue, items, segments, batch["positions"], batch.get("times"), deterministic=deterministic, known=known
       )
       states = states.reshape(-1, states.shape[-1])
     weights = weights.reshape(-1)
-    of_items = self._items(catalogue, self.past(batch, packed=self.settings.backbone != "encoder_decoder"))
+    past = self.past(batch, packed=self.settings.backbone != "encoder_decoder")
+    of_items = self._items(catalogue, past, known=known)
     terms = summed_losses(self.head, of_items, states, targets, weights, deterministic=deterministic)
     loss = sum(terms.values(), start=jnp.asarray(0.0))
     return loss, terms | {"nll": loss}

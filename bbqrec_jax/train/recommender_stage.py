@@ -234,6 +234,7 @@ def build_catalogue(
     mlp_width=r.mlp_width,
     depth_layers=r.depth_layers,
     dropout=r.dropout,
+    item_dropout=r.item_dropout,
     max_length=r.max_length,
     num_streams=len(streams),
     cross_pairs=r.cross_pairs,

@@ -555,3 +555,34 @@ def test_items_that_come_later_are_found_and_known_ones_keep_their_vectors(rando
   queries = jnp.asarray(np.random.default_rng(4).normal(size=(3, WIDTH)), jnp.float32)
   found = search(settings, own, more, queries, width=ITEMS + 3)
   assert_array_equal(np.sort(found.items, axis=1), np.tile(np.arange(ITEMS + 3), (3, 1)))
+
+
+@pytest.mark.parametrize("changes", [{"head": "dense"}, {"head": "hybrid"}, {"backbone": "encoder_decoder"}], ids=str)
+def test_dropped_items_are_known_by_what_else_they_are(random_params, catalogue, batch, changes):
+  settings = dataclasses.replace(SETTINGS, dropout=0.0, item_dropout=0.4, node_scores=True, head_width=4, **changes)
+  if settings.backbone == "encoder_decoder":
+    batch = batch | {"targets": batch["targets"][:, 0]}
+  params = random_params(Recommender(settings), catalogue, batch)
+  apply = functools.partial(Recommender(settings).apply, method="loss")
+
+  @jax.jit
+  def step(params, key):
+    def loss(params):
+      return apply({"params": params}, catalogue, batch, deterministic=False, rngs={"dropout": key})[0]
+
+    return jax.value_and_grad(loss)(params)
+
+  @jax.jit
+  def whole(params):
+    return apply({"params": params}, catalogue, batch, deterministic=True)[0]
+
+  dropped = []
+  for seed in range(20):
+    value, gradient = step(params, jax.random.key(seed))
+    # Every item competes, so that each that is not dropped has a gradient.
+    gone = np.all(np.asarray(gradient["item_embedding"]) == 0, axis=1)
+    without = params | {"item_embedding": np.where(gone[:, None], 0, params["item_embedding"])}
+    assert_allclose(value, whole(without), rtol=1e-5)
+    dropped.append(gone)
+  assert abs(np.mean(dropped) - 0.4) < 4 * np.sqrt(0.4 * 0.6 / (20 * ITEMS))
+  assert np.std(dropped, axis=0).min() > 0, "each item is now dropped, now not"
