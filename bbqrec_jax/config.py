@@ -124,9 +124,9 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.softmax_over = "existing"  # What a code of the generative head competes with: codes that lead on to
   # items ("existing"), or "all" codes of its level.
   recommender.node_scores = True  # Score a code of the generative head also by the items that it leads on to.
-  recommender.history_offsets = True  # Learn a number that is added to the scores of what the history has: its items
-  # (dense), or codes that lead on to them, one number a level (generative). People come back for the same, or never do.
-  # Not in the parallel head.
+  recommender.history_offsets = True  # Learn a number that is added to the scores of the history's items (dense), or
+  # to those of codes as far as they lead on to such items, one number a level (generative). People come back for the
+  # same, or never do. Not in the parallel head.
   recommender.rerank = "both"  # The order of the hybrid head's candidates: by the product of both heads'
   # probabilities, or by the "dense" one alone, as in LIGER.
   recommender.num_negatives = 0  # Items drawn in a step to stand for the catalogue in the dense head's softmax, for

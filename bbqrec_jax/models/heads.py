@@ -179,8 +179,8 @@ class GenerativeHead(nn.Module):
     dropout: its dropout rate.
     softmax_over: what a code competes with: the codes that lead on to items ("existing"), or "all" K.
     num_items: N, where a code is also scored by the items that it leads on to, see `NodeScores`; 0: by itself alone.
-    history_offsets: whether codes that IDs of the history have, after the same codes, have a learned number added to
-      their logits, one a level.
+    history_offsets: whether what the history has of the items that a code leads on to counts more, or less, than other
+      items do, by a learned number a level, see `additions`.
   """
 
   num_levels: int

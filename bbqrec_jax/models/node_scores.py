@@ -64,10 +64,13 @@ OFFSET_UNIT = 10.0
 def additions(items: Any, tables: NodeTables | None, offsets: jax.Array | None) -> Addition | None:
   """What is added to the scores of nodes: (decoder's state [..., d], level, nodes [..., F]) -> [..., F] float32.
 
+  An offset o says that an item of the history counts as much as exp(o) others. A node of which the history has the
+  share f then has log(1 - f + f exp(o)) added to its score: o once all that it leads to is in the history.
+
   Args:
     items: `heads.Items`.
     tables: of `NodeScores`, or None.
-    offsets: [L], in `OFFSET_UNIT`, of the nodes that the IDs of the history go through, or None.
+    offsets: [L], of each level, in `OFFSET_UNIT`, or None.
 
   Returns:
     None where nothing is added.
@@ -79,8 +82,9 @@ def additions(items: Any, tables: NodeTables | None, offsets: jax.Array | None) 
     total = jnp.zeros(()) if tables is None else tables.scores(hidden, level, nodes)
     if offsets is None:
       return total
-    passed = items.catalogue.trie.passed(level, nodes, items.past)
-    return total + jnp.where(passed, OFFSET_UNIT * offsets[level].astype(jnp.float32), 0.0)
+    share = items.catalogue.trie.share(level, nodes, items.past)
+    offset = OFFSET_UNIT * offsets[level].astype(jnp.float32)
+    return total + jnp.logaddexp(jnp.log1p(-share), jnp.log(share) + offset)
 
   return add
 

@@ -74,10 +74,20 @@ class Trie:
       means.append(sums / total[:, None])
     return [*masses, sorted_weights], [*means, sorted_vectors]
 
-  def passed(self, level: int, nodes: jax.Array, items: jax.Array) -> jax.Array:
-    """Which nodes of a level an item's ID goes through: nodes [B, ..., n], items [B, E] (-1 fills) -> nodes' shape."""
+  def share(self, level: int, nodes: jax.Array, items: jax.Array) -> jax.Array:
+    """Of the items under each node, the share that is among given ones.
+
+    Args:
+      level: of the nodes.
+      nodes: [B, ..., n] int.
+      items: [B, E] int, each once; -1 fills.
+
+    Returns:
+      [B, ..., n] float32.
+    """
     through = jnp.where(items < 0, -1, self.paths[jnp.maximum(items, 0), level])
-    return jnp.any(nodes[..., None] == jnp.expand_dims(through, tuple(range(1, nodes.ndim))), axis=-1)
+    count = jnp.sum(nodes[..., None] == jnp.expand_dims(through, tuple(range(1, nodes.ndim))), axis=-1)
+    return count / self.leaves[level][nodes]
 
   def emptied(self, level: int, parents: jax.Array, excluded: jax.Array) -> jax.Array:
     """Whether nothing is left under a child once items are taken away.

@@ -1,4 +1,4 @@
-"""What the history has: a learned number is added to its items' scores, or to the nodes their IDs go through."""
+"""What the history has: a learned number is added to its items' scores, or to nodes as far as they lead on to them."""
 
 import dataclasses
 import functools
@@ -147,7 +147,7 @@ def test_the_dense_head_adds_its_offset_to_the_items_of_the_history(random_param
 
 
 @pytest.mark.parametrize("settings", [GENERATIVE, NODES, T5], ids=["generative", "nodes", "encoder_decoder"])
-def test_the_generative_head_adds_its_offsets_to_the_nodes_that_the_history_goes_through(
+def test_the_generative_head_adds_its_offsets_to_nodes_by_the_share_that_the_history_has_of_them(
   random_params, settings, catalogue, items
 ):
   batch = batch_of(settings, items)
@@ -160,19 +160,20 @@ def test_the_generative_head_adds_its_offsets_to_the_nodes_that_the_history_goes
   log_probs = np.asarray(call(settings, "log_probs", own, catalogue, states, every, past), np.float64)
   plain = np.asarray(call(settings, "log_probs", with_offsets(params, 0.0), catalogue, states, every, past), np.float64)
   assert_allclose(np.exp(log_probs).sum(axis=1), 1, rtol=1e-5)
-  # From the plain distribution: what is under a prefix is weighed by the offset if the history goes through it, and the
-  # children of a node share what it has.
+  # From the plain distribution: an item of the history counts exp(offset) under each prefix, any other 1, and what is
+  # under a prefix is weighed by the mean of that. The children of a node share what it has.
   ids = np.asarray(catalogue.semantic_ids).tolist()
   for user, history in enumerate(expected):
-    through = {tuple(ids[item][: level + 1]) for item in history for level in range(LEVELS)}
-    mass = {}
+    mass, under = {}, {}
     for item in range(ITEMS):
       for level in range(LEVELS + 1):
         prefix = tuple(ids[item][:level])
         mass[prefix] = mass.get(prefix, 0.0) + np.exp(plain[user, item])
+        under[prefix] = [*under.get(prefix, []), item]
 
-    def weight(prefix, through=through, mass=mass):
-      factor = np.exp(OFFSET_UNIT * float(offsets[len(prefix) - 1])) if prefix in through else 1.0
+    def weight(prefix, history=history, mass=mass, under=under):
+      own = np.exp(OFFSET_UNIT * float(offsets[len(prefix) - 1]))
+      factor = np.mean([own if item in history else 1.0 for item in under[prefix]])
       return mass[prefix] / mass[prefix[:-1]] * factor
 
     for item in range(ITEMS):
@@ -185,6 +186,22 @@ def test_the_generative_head_adds_its_offsets_to_the_nodes_that_the_history_goes
   found = call(settings, "search", own, catalogue, states, width=ITEMS, past=past)
   assert_array_equal(found.items, np.argsort(-log_probs, axis=1))
   assert_allclose(found.log_probs, -np.sort(-log_probs, axis=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [GENERATIVE, NODES, T5], ids=["generative", "nodes", "encoder_decoder"])
+def test_the_gradient_of_the_generative_heads_offsets_is_their_slope(random_params, settings, catalogue, items):
+  batch, offsets = batch_of(settings, items), np.array([0.11, -0.07, -0.2], np.float32)
+  params = random_params(Recommender(settings), catalogue, batch)
+
+  def value(offsets):
+    return loss(settings, params | {"head": params["head"] | {"history_offsets": offsets}}, catalogue, batch)
+
+  gradient = jax.grad(value)(jnp.asarray(offsets))
+  for level in range(LEVELS):
+    step = np.float32(0.01) * np.eye(LEVELS, dtype=np.float32)[level]
+    slope = (value(offsets + step) - value(offsets - step)) / 0.02
+    assert abs(slope) > 0.01
+    assert gradient[level] == pytest.approx(float(slope), rel=0.02)
 
 
 def test_the_hybrid_head_adds_the_offsets_of_both(random_params, catalogue, items):

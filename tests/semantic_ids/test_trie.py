@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.semantic_ids.trie import build_trie
@@ -115,16 +115,18 @@ def test_a_node_is_emptied_once_every_item_under_it_is_taken_away():
       assert not emptied.all()
 
 
-def test_nodes_are_passed_by_the_items_whose_ids_go_through_them():
+def test_the_share_of_the_items_under_a_node_is_counted():
   ids = distinct_codes()
   trie = build_trie(ids)
-  items = np.random.default_rng(4).integers(-1, len(ids), (2, 9))
+  draw = np.random.default_rng(4)
+  items = np.stack([np.append(draw.choice(len(ids), 9, replace=False), [-1, -1]) for _ in range(2)])
   for level, prefixes in enumerate(prefixes_by_walking(trie)):
     nodes = np.random.default_rng(5).integers(len(prefixes), size=(2, 3, 7))
-    passed = np.asarray(trie.passed(level, jnp.asarray(nodes), jnp.asarray(items)))
+    share = np.asarray(trie.share(level, jnp.asarray(nodes), jnp.asarray(items)))
     for row in range(2):
-      through = {tuple(ids[item, : level + 1]) for item in items[row] if item >= 0}
-      assert_array_equal(passed[row], [[prefixes[node] in through for node in some] for some in nodes[row]])
+      some = np.array(prefixes)[nodes[row]]
+      under = np.all(ids[None, :, None, : level + 1] == some[:, None], axis=-1)  # [3, N, 7]
+      assert_allclose(share[row], under[:, items[row][:-2]].sum(axis=1) / under.sum(axis=1), rtol=1e-6)
 
 
 def test_children_keep_the_shape_of_the_parents():
