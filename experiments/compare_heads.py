@@ -6,7 +6,7 @@ trains for every seed (`--seeds`) one tokenizer, and on its IDs every system (`-
 done again, and the work can be split over processes by system once the tokenizers are there. `--report` needs neither
 data nor config, and prints the table of whatever is there. Beside the means stands what each system has over the
 `--reference` in test NDCG@10, user by user (the mean of the seeds), with the 95 % interval that the spread over users
-gives; then the same where what is in a user's history is left out of the user's ranking.
+gives. What a user's history has stays in the ranking here; `results.json` has the figures without it, too.
 """
 
 import importlib.util
@@ -20,7 +20,6 @@ from compare_tokenizers import change, mean, table
 from bbqrec_jax.command_line import training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY
 from bbqrec_jax.experiment import of_any_recommender, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.input_files import read_archive
@@ -63,9 +62,9 @@ def do(configs: dict[str, Any], workdir: pathlib.Path) -> None:
     run(change(config, {"tokenizer.artefact": str(shared / "tokenizer")}), folder)
 
 
-def gains(folders: list[pathlib.Path], part: str) -> np.ndarray:
-  """NDCG@10 of each user, the mean over the seeds: [U]."""
-  ranks = np.stack([read_archive(folder / "ranks.npz")[part] for folder in folders]).astype(np.float64)
+def gains(folders: list[pathlib.Path]) -> np.ndarray:
+  """Test NDCG@10 of each user, the mean over the seeds: [U]."""
+  ranks = np.stack([read_archive(folder / "ranks.npz")["test"] for folder in folders]).astype(np.float64)
   return np.mean(np.where(ranks < 10, 1 / np.log2(ranks + 2), 0.0), axis=0)
 
 
@@ -90,20 +89,16 @@ def report(workdir: pathlib.Path, *, reference: str) -> str:
     raise InputError(f"--workdir: the results below {workdir} are of different data sets: use a workdir for each")
   rows = [
     ["system", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10", f"NDCG@10 over {reference}",
-     "history left out: test Recall@10", "NDCG@10", f"NDCG@10 over {reference}", "best step", "minutes"]
+     "best step", "minutes"]
   ]  # fmt: skip
   for system, results in read.items():
     if not results:
       continue
     row = [system, str(len(results))]
-    for part in ("validation", "test", "test" + WITHOUT_HISTORY):
+    for part in ("validation", "test"):
       row += [mean([result[part][name] for result in results], ".4f") for name in ("recall@10", "ndcg@10")]
-      if part == "validation":
-        continue
-      if done[reference] and system != reference:
-        row.append(difference(gains(done[system], part), gains(done[reference], part)))
-      else:
-        row.append("")
+    compared = done[reference] and system != reference
+    row.append(difference(gains(done[system]), gains(done[reference])) if compared else "")
     row.append(mean([float(result["best_step"]) for result in results], ".0f"))
     row.append(mean([(r["seconds"]["recommender"] + r["seconds"]["evaluation"]) / 60 for r in results], ".1f"))
     rows.append(row)

@@ -23,7 +23,6 @@ from bbqrec_jax.command_line import parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY
 from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.json_files import read_json
@@ -132,10 +131,7 @@ def report(config: Any, workdir: pathlib.Path) -> str:
     ["tokenizer", "seeds", "least usage %", "perplexity, level 1", "collisions %", "cohesion 1 %", "times chance",
      "cohesion 2 %", "times chance", "S2I Recall@10", "probe R²"]
   ]  # fmt: skip
-  metrics = [
-    ["tokenizer", "head", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10",
-     "history left out: validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10"]
-  ]  # fmt: skip
+  metrics = [["tokenizer", "head", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10"]]
   for variant in VARIANTS:
     # An unfinished tokenizer has a health report too, but no artefact.
     done = sorted((workdir / variant).glob("*/tokenizer/semantic_ids.json"))
@@ -145,8 +141,7 @@ def report(config: Any, workdir: pathlib.Path) -> str:
       results = [load_results(path.parent) for path in sorted((workdir / variant).glob(f"*/{head}/results.json"))]
       if results:
         cells = [
-          mean([result[part + suffix][name] for result in results], ".4f")
-          for suffix in ("", WITHOUT_HISTORY)
+          mean([result[part][name] for result in results], ".4f")
           for part in ("validation", "test")
           for name in ("recall@10", "ndcg@10")
         ]
