@@ -23,10 +23,11 @@ from bbqrec_jax.command_line import parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.evaluation.tokenizer import cohesion
 from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.json_files import read_json
-from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health
+from bbqrec_jax.semantic_ids.health import codebook_health
 from bbqrec_jax.workdir import load_results
 
 # Each changes what it names and nothing else, but for "fragmented": each modality is quantized on its own, with
@@ -84,9 +85,7 @@ def do(
 
 def measure(codes: np.ndarray, split: Split) -> dict[str, Any]:
   """The health of semantic IDs [N, L] that were made elsewhere."""
-  last = split.train.items[split.train.offsets[1:] - 1]
-  health = codebook_health(codes, codes, num_codes=int(codes.max()) + 1)
-  return health | {"cohesion": behaviour_cohesion(codes, last, split.validation_target)}
+  return codebook_health(codes, codes, num_codes=int(codes.max()) + 1) | {"cohesion": cohesion(codes, split)}
 
 
 def mean(values: list[float], form: str) -> str:
@@ -117,6 +116,7 @@ def health_row(name: str, healths: list[dict[str, Any]]) -> list[str]:
     column(lambda h: 100 * h["collision_rate_before"], ".1f"),
     column(lambda h: 100 * h["cohesion"]["level1"], ".1f"),
     column(lambda h: h["cohesion"]["level1"] / h["cohesion"]["floor1"], ".1f"),
+    column(lambda h: 100 * h["cohesion"]["training1"] if "training1" in h["cohesion"] else None, ".1f"),
     column(lambda h: 100 * h["cohesion"]["level2"], ".2f"),
     column(lambda h: h["cohesion"]["level2"] / h["cohesion"]["floor2"], ".1f"),
     column(lambda h: h.get("contrast_recall@10"), ".4f"),
@@ -129,7 +129,7 @@ def report(config: Any, workdir: pathlib.Path) -> str:
   dataset, split, figures = read_data(config)
   healths = [
     ["tokenizer", "seeds", "least usage %", "perplexity, level 1", "collisions %", "cohesion 1 %", "times chance",
-     "cohesion 2 %", "times chance", "S2I Recall@10", "probe R²"]
+     "in training %", "cohesion 2 %", "times chance", "S2I Recall@10", "probe R²"]
   ]  # fmt: skip
   metrics = [["tokenizer", "head", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10"]]
   for variant in VARIANTS:

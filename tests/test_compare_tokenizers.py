@@ -42,7 +42,9 @@ def test_each_seed_gets_a_tokenizer_and_a_recommender_and_the_report_means_over_
   assert health[1] == metrics[2] == "2"
   cohesion = [100 * health["cohesion"]["level1"] for health in healths]
   assert health[5] == f"{np.mean(cohesion):.1f} ± {np.std(cohesion, ddof=1):.1f}"
-  assert health[9] == health[10] == "", "no sequence model, no specific encoders"
+  in_training = [100 * health["cohesion"]["training1"] for health in healths]
+  assert health[7] == f"{np.mean(in_training):.1f} ± {np.std(in_training, ddof=1):.1f}"
+  assert health[10] == health[11] == "", "no sequence model, no specific encoders"
   ndcg = [result["test"]["ndcg@10"] for result in results]
   assert metrics[6] == f"{np.mean(ndcg):.4f} ± {np.std(ndcg, ddof=1):.4f}"
   assert len(metrics) == 7
@@ -69,5 +71,7 @@ def test_ids_made_elsewhere_are_measured_by_hand_counted_figures(script):
   health = script.measure(codes, split)
   # Item 1 then 0: one code shared. Item 3 then 2: both.
   assert (health["cohesion"]["level1"], health["cohesion"]["level2"]) == (1.0, 0.5)
+  # In training 0 then 1, which share one code, and 2 then 3, which share both.
+  assert (health["cohesion"]["training1"], health["cohesion"]["training2"]) == (1.0, 0.5)
   assert health["collision_rate_before"] == 0.25
   assert health["usage"] == [1.0, 1.0]

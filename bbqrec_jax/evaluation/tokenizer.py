@@ -146,7 +146,18 @@ class ContrastRecall:
 
 def tokenizer_health(settings: TokenizerSettings, codes: np.ndarray, split: Split) -> dict[str, Any]:
   """Use, collisions and cohesion of IDs [N, L'] as the quantizer chose them."""
-  last = split.train.items[split.train.offsets[1:] - 1]
-  return codebook_health(codes, codes, num_codes=settings.num_codes) | {
-    "cohesion": behaviour_cohesion(codes, last, split.validation_target)
-  }
+  return codebook_health(codes, codes, num_codes=settings.num_codes) | {"cohesion": cohesion(codes, split)}
+
+
+def cohesion(codes: np.ndarray, split: Split) -> dict[str, float]:
+  """The `behaviour_cohesion` of codes [N, L] over each user's last training item and the validation target.
+
+  Beside it stand `training1` and `training2`, the shares among items that follow one another in training: what binding
+  knows by heart of them is what these are above the held-out ones.
+  """
+  items, offsets = split.train.items, split.train.offsets
+  follows = np.ones(len(items), bool)
+  follows[offsets[:-1]] = False
+  in_training = behaviour_cohesion(codes, items[:-1][follows[1:]], items[follows])
+  held_out = behaviour_cohesion(codes, items[offsets[1:] - 1], split.validation_target)
+  return held_out | {f"training{level}": in_training[f"level{level}"] for level in (1, 2)}

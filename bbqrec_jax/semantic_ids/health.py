@@ -86,8 +86,9 @@ def format_health(health: dict[str, Any]) -> str:
   if "cohesion" in health:
     cohesion = health["cohesion"]
     lines.append(
-      f"held-out next items that share the first code: {cohesion['level1']:.1%} (by chance {cohesion['floor1']:.1%}),"
-      f" the first two: {cohesion['level2']:.1%} ({cohesion['floor2']:.1%})"
+      f"held-out next items that share the first code: {cohesion['level1']:.1%} (by chance {cohesion['floor1']:.1%}, in"
+      f" training {cohesion['training1']:.1%}), the first two: {cohesion['level2']:.1%} ({cohesion['floor2']:.1%},"
+      f" {cohesion['training2']:.1%})"
     )
   if health.get("contrast_recall@10") is not None:
     lines.append(f"sequence-to-item Recall@10 on validation: {health['contrast_recall@10']:.4f}")
@@ -110,12 +111,13 @@ def behaviour_cohesion(codes: np.ndarray, previous: np.ndarray, following: np.nd
   Returns:
     `level1` and `level2`, the shares; `floor1` and `floor2`, the same if the following items were shuffled (in
     expectation, so without noise): a codebook that uses few codes has a high floor. With one level, both are level 1.
+    Of no pairs all are 0.
   """
-  result = {}
+  result, pairs = {}, max(1, len(previous))
   for name, levels in (("1", 1), ("2", min(2, codes.shape[1]))):
     _, prefix = np.unique(codes[:, :levels], axis=0, return_inverse=True)
     before, after = prefix.reshape(-1)[previous], prefix.reshape(-1)[following]
-    shares = [np.bincount(side, minlength=prefix.max() + 1) / len(side) for side in (before, after)]
-    result[f"level{name}"] = float(np.mean(before == after))
+    shares = [np.bincount(side, minlength=prefix.max() + 1) / pairs for side in (before, after)]
+    result[f"level{name}"] = float(np.sum(before == after) / pairs)
     result[f"floor{name}"] = float(np.dot(*shares))
   return result

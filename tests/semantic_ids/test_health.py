@@ -70,8 +70,18 @@ def test_cohesion_of_one_level_gives_it_twice():
   assert cohesion["floor1"] == cohesion["floor2"] == 0.5
 
 
+def test_of_no_pairs_the_cohesion_is_nothing():
+  nothing = np.zeros(0, np.int32)
+  assert set(behaviour_cohesion(np.array([[0, 1], [1, 1]]), nothing, nothing).values()) == {0.0}
+
+
 def test_the_table_names_the_cohesion_where_it_is_known():
   health = codebook_health(BEFORE, AFTER, num_codes=4)
-  health["cohesion"] = {"level1": 0.5, "floor1": 0.25, "level2": 0.125, "floor2": 0.0625}
-  line = "held-out next items that share the first code: 50.0% (by chance 25.0%), the first two: 12.5% (6.2%)"
+  health["cohesion"] = {
+    "level1": 0.5, "floor1": 0.25, "level2": 0.125, "floor2": 0.0625, "training1": 0.75, "training2": 0.375,
+  }  # fmt: skip
+  line = (
+    "held-out next items that share the first code: 50.0% (by chance 25.0%, in training 75.0%), the first two: 12.5%"
+    " (6.2%, 37.5%)"
+  )
   assert line in format_health(health).splitlines()

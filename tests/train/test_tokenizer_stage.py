@@ -151,7 +151,7 @@ def test_every_alternative_trains(data, trained, name):
   health = read_json(workdir / "tokenizer" / "health.json")
   assert len(health["usage"]) == columns - (config.tokenizer.repair == "suffix")
   assert health["collision_rate_after"] == 0
-  assert set(health["cohesion"]) == {"level1", "level2", "floor1", "floor2"}
+  assert set(health["cohesion"]) == {"level1", "level2", "floor1", "floor2", "training1", "training2"}
   for part in ("reconstruction", "reconstruction_from_codes"):
     assert set(health[part]) == set(dataset.modalities)
     assert all(math.isfinite(value) and value >= 0 for value in health[part].values())
