@@ -162,7 +162,8 @@ def test_every_alternative_trains(data, trained, name):
     return
   assert (health["contrast_recall@10"] is not None) == bool(config.tokenizer.weights.contrast)
   assert 0 <= (health["contrast_recall@10"] or 0) <= 1
-  records = [line for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if "train" in line]
+  lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+  records = [line for line in lines if '"kind": "train"' in line]
   assert len(records) == STEPS // 5
   assert (workdir / "checkpoints" / "tokenizer" / str(STEPS)).is_dir()
 
