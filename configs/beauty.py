@@ -11,6 +11,8 @@ import ml_collections
 
 from bbqrec_jax.config import default_config
 
+SASREC = {"sasrec": ("item",), "sasrec_features": ("features", "item")}  # What these know items by.
+
 
 def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   """As `scientific.py`, with longer training for three times the histories.
@@ -18,7 +20,8 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   The contrast is sharper and the item IDs are freer: here behaviour says more that the features do not.
 
   Args:
-    head: "generative", "dense", "parallel" or "hybrid"; "sasrec" is the dense head without anything semantic.
+    head: "generative", "dense", "parallel" or "hybrid"; "sasrec" is the dense head without anything semantic,
+      "sasrec_features" the same with the features.
   """
   config = default_config()
   config.data.modalities = ("text", "attribute")
@@ -27,15 +30,16 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.tokenizer.weights.item_id = 0.005
   config.tokenizer.steps = 4000
   config.tokenizer.evaluate_every = 1000
-  config.recommender.head = "dense" if head == "sasrec" else head
+  config.recommender.head = "dense" if head in SASREC else head
+  config.recommender.item_inputs = SASREC.get(head, ("fused", "modalities", "features", "item"))
+  config.recommender.item_dropout = 0.0 if head == "sasrec" else 0.2
   config.recommender.steps = 6000 if head == "generative" else 3500
   config.recommender.evaluate_every = 1000 if head == "generative" else 500
   config.recommender.optimizer.weight_decay = 0.1 if head == "generative" else 0.3
   config.evaluation.validation_users = 8192
+  if head in SASREC:
+    config.recommender.similarity = ()
   if head != "generative":
     config.recommender.width = 128
     config.recommender.mlp_width = 512
-  if head == "sasrec":
-    config.recommender.item_inputs = ("item",)
-    config.recommender.similarity = ()
   return config

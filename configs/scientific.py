@@ -12,24 +12,27 @@ import ml_collections
 
 from bbqrec_jax.config import default_config
 
+SASREC = {"sasrec": ("item",), "sasrec_features": ("features", "item")}  # What these know items by.
+
 
 def get_config(head: str = "generative") -> ml_collections.ConfigDict:
-  """Both stages at the paper's sizes, four levels of 256 codes.
+  """Both stages at the paper's sizes, four levels of 256 codes; items are known by a linear map of their features, too.
 
   Args:
     head: "generative", "dense", "parallel" or "hybrid"; all but the first are wider, and have more dropout. "sasrec"
-      is the dense head without anything semantic.
+      is the dense head without anything semantic, "sasrec_features" the same with the features.
   """
   config = default_config()
   config.data.modalities = ("text", "attribute")
-  config.recommender.head = "dense" if head == "sasrec" else head
-  if head == "sasrec":
-    config.recommender.item_inputs = ("item",)
+  config.recommender.head = "dense" if head in SASREC else head
+  config.recommender.item_inputs = SASREC.get(head, ("fused", "modalities", "features", "item"))
+  config.recommender.item_dropout = 0.0 if head == "sasrec" else 0.2
+  config.recommender.steps = {"dense": 1500, "hybrid": 1500, "parallel": 2500}.get(head, 3000)
+  if head in SASREC:
     config.recommender.similarity = ()
   if head != "generative":
     config.recommender.width = 128
     config.recommender.mlp_width = 512
     config.recommender.dropout = 0.5
-    config.recommender.steps = {"dense": 1500, "hybrid": 1500, "parallel": 2500, "sasrec": 3000}[head]
     config.recommender.evaluate_every = 250
   return config

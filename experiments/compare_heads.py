@@ -1,4 +1,4 @@
-"""Heads side by side, with and without the similarity bias, and SASRec beside them: one table.
+"""Heads side by side, with and without the similarity bias, and SASRec beside them, with and without features.
 
     python experiments/compare_heads.py --config_file=configs/scientific.py --path=DIR --workdir=runs/heads
 
@@ -23,11 +23,12 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import of_any_recommender, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.input_files import read_archive
+from bbqrec_jax.train.recommender_stage import needs_semantic_ids
 from bbqrec_jax.workdir import load_results
 
 HEADS = ("generative", "parallel", "dense", "hybrid")
 NO_BIAS = "-no_bias"
-SYSTEMS = ("sasrec", *(head + suffix for head in HEADS for suffix in (NO_BIAS, "")))
+SYSTEMS = ("sasrec", "sasrec_features", *(head + suffix for head in HEADS for suffix in (NO_BIAS, "")))
 
 
 def load_config(file: str, system: str, *, path: str, seed: int) -> Any:
@@ -54,7 +55,7 @@ def do(configs: dict[str, Any], workdir: pathlib.Path) -> None:
   """Trains the systems of one seed, the configs by name, if they are not there yet."""
   for system, config in configs.items():
     folder = workdir / system / str(config.seed)
-    if system == "sasrec":
+    if not needs_semantic_ids(config):
       run(config, folder)
       continue
     shared = workdir / "tokenizer" / str(config.seed)

@@ -46,8 +46,8 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(load_file, path):
 @pytest.mark.parametrize(
   ("name", "choices"),
   [
-    ("scientific", ("generative", "dense", "parallel", "hybrid", "sasrec")),
-    ("beauty", ("generative", "dense", "parallel", "hybrid", "sasrec")),
+    ("scientific", ("generative", "dense", "parallel", "hybrid", "sasrec", "sasrec_features")),
+    ("beauty", ("generative", "dense", "parallel", "hybrid", "sasrec", "sasrec_features")),
     ("sasrec", ("item", "features")),
     ("tiger", ("full", "small")),
     ("benchmark", ("small", "paper", "large")),
