@@ -4,7 +4,8 @@
     python experiments/compare_tokenizers.py --config=configs/scientific.py:dense ... (the same path and workdir)
 
 trains every variant with every seed (`--variants`, `--seeds`), then the config's recommender on its IDs
-(`--norecommender`: none), and prints the tables. `--ids_alone` trains another recommender that knows items by their IDs
+(`--norecommender`: none), and prints the tables. What a recommender knows of items beside the variant is what the
+config's `recommender.item_inputs` say. `--ids_alone` trains another recommender that knows items by their IDs
 and by nothing else, with a full softmax: what the IDs themselves tell of behaviour. What is done already is not done
 again, tokenizers are shared by the heads, and the work can be split over processes by seed or variant; `--report`
 prints the tables of whatever is there. Semantic IDs published for the data set, `sid_*.npy` in its folder, are measured
@@ -52,9 +53,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "no_contrast": {"tokenizer.weights.contrast": 0.0, "tokenizer.weights.modality_contrast": 0.0},
 }
 
-# What a recommender knows of an item: nothing but what the variant is, and a vector of its own.
-INPUTS = ("fused", "modalities", "item")
-IDS_ALONE = {"recommender.head": "dense", "recommender.item_inputs": ("fused",), "recommender.similarity": ()}
+IDS_ALONE = {
+  "recommender.head": "dense",
+  "recommender.item_inputs": ("fused",),
+  "recommender.item_dropout": 0.0,
+  "recommender.similarity": (),
+}
 HEADS = ("generative", "dense", "ids_alone")
 
 
@@ -73,7 +77,7 @@ def do(
     for variant in variants:
       own = change(config, {"tokenizer.content_codes": False, "seed": seed} | VARIANTS[variant])
       content = ("content",) if own.tokenizer.content_codes else ()
-      own.recommender.item_inputs = (*INPUTS, *content)
+      own.recommender.item_inputs = (*(name for name in config.recommender.item_inputs if name != "content"), *content)
       folder = workdir / variant / str(seed)
       tokenize(of_any_recommender(own), folder)
       artefact = {"tokenizer.artefact": str(folder / "tokenizer")}

@@ -246,7 +246,7 @@ def build_catalogue(
     softmax_over=r.softmax_over,
     rerank=r.rerank,
     node_scores=r.node_scores,
-    history_offsets=r.history_offsets,
+    history_offsets=r.history_offsets and r.head != "parallel",  # Which has none.
     dtype=r.dtype,
   )
   trie = build_trie(semantic_ids) if r.head != "dense" else None
