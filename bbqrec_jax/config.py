@@ -129,6 +129,8 @@ def default_config() -> ml_collections.ConfigDict:
   # same, or never do. Not in the parallel head.
   recommender.rerank = "both"  # The order of the hybrid head's candidates: by the product of both heads'
   # probabilities, or by the "dense" one alone, as in LIGER.
+  recommender.generative_weight = 1.0  # Of the generative head's loss in the hybrid one's, beside the dense head's. A
+  # small one leaves the dense head nearly as good as alone; then rerank by "dense".
   recommender.num_negatives = 0  # Items drawn in a step to stand for the catalogue in the dense head's softmax, for
   # catalogues past 100,000 items; 0 takes all items.
   recommender.depth_layers = 1  # Layers of the generative head's depth transformer.

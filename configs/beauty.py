@@ -37,6 +37,9 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.recommender.evaluate_every = 1000 if head == "generative" else 500
   config.recommender.optimizer.weight_decay = 0.1 if head == "generative" else 0.3
   config.evaluation.validation_users = 8192
+  if head == "hybrid":
+    config.recommender.generative_weight = 0.1
+    config.recommender.rerank = "dense"
   if head in SASREC:
     config.recommender.similarity = ()
   if head != "generative":

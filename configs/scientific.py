@@ -28,6 +28,9 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.recommender.item_inputs = SASREC.get(head, ("fused", "modalities", "features", "item"))
   config.recommender.item_dropout = 0.0 if head == "sasrec" else 0.2
   config.recommender.steps = {"dense": 1500, "hybrid": 1500, "parallel": 2500}.get(head, 3000)
+  if head == "hybrid":
+    config.recommender.generative_weight = 0.1
+    config.recommender.rerank = "dense"
   if head in SASREC:
     config.recommender.similarity = ()
   if head != "generative":

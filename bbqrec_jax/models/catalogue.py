@@ -47,6 +47,7 @@ class RecommenderSettings:
     num_negatives: items that stand for the catalogue in a training step of the dense head; 0: the catalogue itself.
     softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
       "all" K.
+    generative_weight: of the generative head's loss in the hybrid one's, where the dense head's has 1.
     rerank: the order of the hybrid head's candidates: by the product of "both" heads' probabilities, or "dense".
     node_scores: whether the generative head also scores a code by the items that it leads on to, see `NodeScores`.
     history_offsets: whether what is in the history already has a learned number added to its score.
@@ -81,6 +82,7 @@ class RecommenderSettings:
   attention: str = "einsum"
   num_negatives: int = 0
   softmax_over: str = "existing"
+  generative_weight: float = 1.0
   rerank: str = "both"
   node_scores: bool = False
   history_offsets: bool = False

@@ -6,7 +6,8 @@ A head is a flax module with
 - `exact`, and where that is True `scores(items, states [B, d])` -> [B, N], else
   `search(items, states [B, d], *, width, exclude)` -> `BeamResult`;
 - where it knows a faster way to them than through each, `summed_losses(items, states, targets, weights [P], *,
-  deterministic)` -> the parts, each summed over the positions as they weigh.
+  deterministic)` -> the parts, each summed over the positions as they weigh;
+- where the loss is not the sum of its parts, `loss_weight(name)` -> what a part counts in it.
 
 `items` is an `Items`: the catalogue, and the vectors that the sequence model knows its items by.
 """
@@ -330,6 +331,10 @@ class HybridHead(nn.Module):
     for head in (self.generative, self.dense):
       parts |= summed_losses(head, items, states, targets, weights, deterministic=deterministic)
     return parts
+
+  def loss_weight(self, name: str) -> float:
+    """The parts of the generative head weigh what the settings say, that of the dense one 1."""
+    return 1.0 if name == "nll_dense" else self.settings.generative_weight
 
   def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The candidates of the beam, ordered as the settings say; log-probabilities are among the candidates.

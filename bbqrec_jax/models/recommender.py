@@ -210,7 +210,7 @@ class Recommender(nn.Module):
 
     Returns:
       (loss, terms): the weighted sum over real positions; `terms` has the loss as `nll`, and each part of it that the
-      head tells apart.
+      head tells apart, before the head's `loss_weight`.
     """
     items, segments, targets = batch["items"], batch["segments"], batch["targets"].reshape(-1)
     if weights is None:
@@ -227,7 +227,8 @@ class Recommender(nn.Module):
     past = self.past(batch, packed=self.settings.backbone != "encoder_decoder")
     of_items = self._items(catalogue, past, known=known)
     terms = summed_losses(self.head, of_items, states, targets, weights, deterministic=deterministic)
-    loss = sum(terms.values(), start=jnp.asarray(0.0))
+    weight = getattr(self.head, "loss_weight", lambda name: 1.0)
+    loss = sum((weight(name) * term for name, term in terms.items()), start=jnp.asarray(0.0))
     return loss, terms | {"nll": loss}
 
   def _from_memory(self, memory: Memory) -> Any:

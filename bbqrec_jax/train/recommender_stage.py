@@ -245,6 +245,7 @@ def build_catalogue(
     num_negatives=r.num_negatives,
     softmax_over=r.softmax_over,
     rerank=r.rerank,
+    generative_weight=r.generative_weight,
     node_scores=r.node_scores,
     history_offsets=r.history_offsets and r.head != "parallel",  # Which has none.
     dtype=r.dtype,

@@ -406,6 +406,23 @@ def test_the_loss_of_other_heads_is_minus_their_log_probabilities(
   assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
+def test_the_generative_heads_loss_weighs_in_the_hybrid_what_it_is_told(hybrid_params, catalogue, batch):
+  def of(weight):
+    return loss_and_gradient(dataclasses.replace(HYBRID, generative_weight=weight), hybrid_params, catalogue, batch)
+
+  (dense, terms), of_dense = of(0.0)
+  (both, same), of_both = of(1.0)
+  (value, _), gradient = of(0.25)
+  assert_allclose(dense, terms["nll_dense"])
+  parts = terms.keys() - {"nll"}
+  assert_allclose([terms[name] for name in parts], [same[name] for name in parts], rtol=1e-5)
+  assert_allclose(value, 0.75 * dense + 0.25 * both, rtol=1e-6)
+  mixed = jax.tree.map(lambda one, two: 0.75 * one + 0.25 * two, of_dense, of_both)
+  jax.tree.map(functools.partial(assert_allclose, rtol=1e-4, atol=1e-6), gradient, mixed)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_dense["head"]["generative"]))
+  assert any(np.any(leaf) for leaf in jax.tree.leaves(of_both["head"]["generative"]))
+
+
 @functools.partial(jax.jit, static_argnames=("settings", "width"))
 def search(settings, params, catalogue, queries, exclude=None, *, width):
   return Recommender(settings).apply(
