@@ -300,7 +300,7 @@ def restore(
     if ids is None:
       raise InputError(f"{workdir}: its recommender knows items by number alone, and cannot take new ones")
     if "features" in config.recommender.item_inputs and features is None:
-      raise InputError(f"{workdir}: its recommender reads features: give those of the new items too")
+      raise InputError(f"{workdir}: its recommender reads features: give those of the new items too (--features)")
     extended = SemanticIds.load(tokenizer)
     extended.check_extension(ids, where=tokenizer)
     ids, count = extended, len(extended.codes) - dataset.num_items

@@ -33,7 +33,7 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.recommender.head = "dense" if head in SASREC else head
   config.recommender.item_inputs = SASREC.get(head, ("fused", "modalities", "features", "item"))
   config.recommender.item_dropout = 0.0 if head == "sasrec" else 0.2
-  config.recommender.steps = 6000 if head == "generative" else 3500
+  config.recommender.steps = {"generative": 6000, "sasrec_features": 5000}.get(head, 3500)
   config.recommender.evaluate_every = 1000 if head == "generative" else 500
   config.recommender.optimizer.weight_decay = 0.1 if head == "generative" else 0.3
   config.evaluation.validation_users = 8192

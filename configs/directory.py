@@ -12,5 +12,8 @@ from bbqrec_jax.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The defaults, on the folder that `data.path` names."""
-  return default_config()
+  """The defaults, on the folder that `data.path` names; items are known by a linear map of their features, too."""
+  config = default_config()
+  config.recommender.item_inputs = ("fused", "modalities", "features", "item")
+  config.recommender.item_dropout = 0.2
+  return config

@@ -3,8 +3,8 @@
     python -m bbqrec_jax.main --config=configs/scientific.py --workdir=runs/scientific --config.data.path=DIR
     python -m bbqrec_jax.main --config=configs/scientific.py:dense --workdir=runs/dense --config.data.path=DIR
 
-On two CPU cores, with another run beside it, 6 (dense) to 7 minutes (generative).
-Test Recall@10 / NDCG@10, means of three seeds: generative 0.1093 / 0.0741, dense 0.1158 / 0.0812
+On two CPU cores, with another run beside it, 6 (dense) to 9 minutes (generative).
+Test Recall@10 / NDCG@10, means of three seeds: generative 0.1172 / 0.0796, dense 0.1207 / 0.0828
 (popularity 0.0231 / 0.0162).
 """
 
