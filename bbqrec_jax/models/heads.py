@@ -25,7 +25,7 @@ from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.dense import Dense
 from bbqrec_jax.models.encoder_decoder import DecoderHead
 from bbqrec_jax.models.node_scores import OFFSET_UNIT, Addition, NodeScores, additions, search_scores, training_scores
-from bbqrec_jax.ops.ranking import add_to
+from bbqrec_jax.ops.ranking import add_to, without
 from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy, weighted_cross_entropy
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
 
@@ -119,6 +119,18 @@ class DenseHead(nn.Module):
     if more is None:
       return logits
     return logits + jnp.where(jnp.any(some[..., None] == more.items[:, None], axis=-1), more.by, 0.0)
+
+  def scores_from(self, items: Items, states: jax.Array, first: int) -> jax.Array:
+    """Logits of the items from number `first` on, [B, N - first] float32."""
+    vectors = items.vectors(jnp.arange(first, items.catalogue.num_items))
+    logits = jnp.dot(states, vectors.T, preferred_element_type=jnp.float32)
+    more = self.raised(items)
+    return logits if more is None else add_to(logits, _counted_from(more.items, first), more.by)
+
+
+def _counted_from(items: jax.Array, first: int) -> jax.Array:
+  """Items by their place from `first` on; -1 for those before it, as for what fills."""
+  return jnp.where(items < first, -1, items - first)
 
 
 class ParallelHead(nn.Module):
@@ -339,12 +351,21 @@ class HybridHead(nn.Module):
   def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The candidates of the beam, ordered as the settings say; log-probabilities are among the candidates.
 
-    By "both" is by the product of the heads' probabilities (this project's choice; LIGER ranks by the dense one alone).
+    By "both" is by the product of the heads' probabilities (this project's choice). By "dense", as in LIGER, items that
+    came after training are candidates, too, all of them: no beam was ever trained to find them.
     """
     found, generative = self.generative.search(items, states, width=width, exclude=exclude)
     scores = self.dense.scores_of(items, states, jnp.maximum(found, 0))
     if self.settings.rerank == "both":
       scores = scores + generative
+    known = self.settings.num_items
+    if self.settings.rerank == "dense" and items.catalogue.num_items > known:
+      more = self.dense.scores_from(items, states, known)
+      if exclude is not None:
+        more = without(more, _counted_from(exclude, known))
+      new = jnp.broadcast_to(jnp.arange(known, items.catalogue.num_items), more.shape)
+      found = jnp.concatenate([jnp.where(found < known, found, -1), jnp.where(jnp.isneginf(more), -1, new)], axis=1)
+      scores = jnp.concatenate([scores, more], axis=1)
     log_probs = jax.nn.log_softmax(jnp.where(found < 0, -jnp.inf, scores), axis=-1)
     best, order = jax.lax.top_k(jnp.where(found < 0, -jnp.inf, log_probs), width)
     return BeamResult(items=jnp.take_along_axis(found, order, axis=1), log_probs=best)

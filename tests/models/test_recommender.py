@@ -465,6 +465,38 @@ def test_the_hybrid_head_ranks_the_beams_candidates(hybrid_params, catalogue, qu
     assert np.isneginf(found.log_probs[b, len(order) :]).all()
 
 
+@pytest.mark.parametrize("offsets", [False, True])
+def test_items_that_came_after_training_are_candidates_of_the_hybrid_head(
+  random_params, catalogue, batch, queries, offsets
+):
+  width, known = 4, ITEMS - 3
+  settings = dataclasses.replace(HYBRID, num_items=known, rerank="dense", history_offsets=offsets)
+  model = Recommender(settings)
+  own = random_params(model, catalogue, batch)
+  past = jnp.asarray([[0, 1], [ITEMS - 1, 2], [ITEMS - 2, -1]]) if offsets else None
+  exclude = jnp.asarray([[0, 5], [ITEMS - 3, -1], [3, ITEMS - 1]])
+
+  def of(head):
+    parts = {"head": own["head"][head]} if own["head"].get(head) else {}
+    rest = {name: value for name, value in own.items() if name != "head"}
+    return Recommender(dataclasses.replace(settings, head=head)), {"params": rest | parts}
+
+  head, variables = of("generative")
+  beam = head.apply(variables, catalogue, queries, width=width, exclude=exclude, past=past, method="search")
+  head, variables = of("dense")
+  scores = np.asarray(head.apply(variables, catalogue, queries, past, method="scores"), np.float64)
+  found = model.apply({"params": own}, catalogue, queries, width=width, exclude=exclude, past=past, method="search")
+  for b in range(3):
+    candidates = ({*np.asarray(beam.items[b]).tolist(), *range(known, ITEMS)} - {*np.asarray(exclude[b]).tolist()}) - {
+      -1
+    }
+    among = np.array(sorted(candidates))
+    order = among[np.argsort(-scores[b, among])][:width]
+    assert_array_equal(found.items[b], order)
+    assert_allclose(found.log_probs[b], scores[b, order] - np.log(np.exp(scores[b, among]).sum()), atol=1e-4)
+  assert np.any(np.asarray(found.items) >= known)
+
+
 def test_the_readmes_head_of_ones_own_works(dense_params, catalogue, batch, queries, tmp_path, monkeypatch):
   readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
   (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "my_heads.py" in block]
