@@ -128,7 +128,7 @@ def default_config() -> ml_collections.ConfigDict:
   # to those of codes as far as they lead on to such items, one number a level (generative). People come back for the
   # same, or never do. Not in the parallel head.
   recommender.rerank = "both"  # The order of the hybrid head's candidates: by the product of both heads'
-  # probabilities, or by the "dense" one alone, as in LIGER.
+  # probabilities, or by the "dense" one alone, as in LIGER; then all items that came after training are candidates.
   recommender.generative_weight = 1.0  # Of the generative head's loss in the hybrid one's, beside the dense head's. A
   # small one leaves the dense head nearly as good as alone; then rerank by "dense".
   recommender.num_negatives = 0  # Items drawn in a step to stand for the catalogue in the dense head's softmax, for

@@ -48,7 +48,8 @@ class RecommenderSettings:
     softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
       "all" K.
     generative_weight: of the generative head's loss in the hybrid one's, where the dense head's has 1.
-    rerank: the order of the hybrid head's candidates: by the product of "both" heads' probabilities, or "dense".
+    rerank: the order of the hybrid head's candidates: by the product of "both" heads' probabilities, or "dense", where
+      items that came after training are candidates, too.
     node_scores: whether the generative head also scores a code by the items that it leads on to, see `NodeScores`.
     history_offsets: whether what is in the history already has a learned number added to its score.
     dtype: that the model computes in; parameters, scores, softmaxes and losses are float32 whatever it is.
