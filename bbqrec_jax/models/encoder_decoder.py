@@ -197,6 +197,7 @@ class DecoderHead(nn.Module):
   settings: RecommenderSettings
   exact: ClassVar[bool] = False
   reads_memory: ClassVar[bool] = True
+  reads_history: ClassVar[bool] = True
 
   def setup(self):
     """Makes the parameters and submodules."""

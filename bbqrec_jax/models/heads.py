@@ -5,6 +5,7 @@ A head is a flax module with
 - `losses(items, states [P, d], targets [P], *, deterministic)` -> the parts of its loss by name, each [P] float32;
 - `exact`, and where that is True `scores(items, states [B, d])` -> [B, N], else
   `search(items, states [B, d], *, width, exclude)` -> `BeamResult`;
+- `reads_history = True`, where it is to be told of the history behind each state (`items.past`);
 - where it knows a faster way to them than through each, `summed_losses(items, states, targets, weights [P], *,
   deterministic)` -> the parts, each summed over the positions as they weigh;
 - where the loss is not the sum of its parts, `loss_weight(name)` -> what a part counts in it.
@@ -20,14 +21,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bbqrec_jax.models.backbones import TransformerLayer
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.dense import Dense
 from bbqrec_jax.models.encoder_decoder import DecoderHead
-from bbqrec_jax.models.node_scores import OFFSET_UNIT, Addition, NodeScores, additions, search_scores, training_scores
+from bbqrec_jax.models.generative import GenerativeHead
+from bbqrec_jax.models.node_scores import OFFSET_UNIT
 from bbqrec_jax.ops.ranking import add_to, without
 from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy, weighted_cross_entropy
-from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
+from bbqrec_jax.semantic_ids.beam import BeamResult
 
 
 class Items(NamedTuple):
@@ -37,7 +38,7 @@ class Items(NamedTuple):
     catalogue: their semantic IDs, and the trie of those.
     vectors: items [...] int -> their vectors [..., d]; None gives all, [N, d].
     past: [P, T] (or [B, T]) int, the items of the history behind each state, each once, -1 fills; None where the
-      settings do without.
+      settings, or the head, do without.
   """
 
   catalogue: Catalogue
@@ -73,6 +74,7 @@ class DenseHead(nn.Module):
   num_negatives: int = 0
   history_offset: bool = False
   exact: ClassVar[bool] = True
+  reads_history: ClassVar[bool] = True
 
   def setup(self):
     """Makes the parameter."""
@@ -106,11 +108,12 @@ class DenseHead(nn.Module):
       return weighted(self.losses(items, states, targets, deterministic=deterministic), weights)
     return {"nll_dense": weighted_cross_entropy(states, items.vectors(), targets, weights, raised=self.raised(items))}
 
-  def scores(self, items: Items, states: jax.Array) -> jax.Array:
-    """Logits of all items, [B, N] float32."""
-    logits = jnp.dot(states, items.vectors().T, preferred_element_type=jnp.float32)
+  def scores(self, items: Items, states: jax.Array, *, first: int = 0) -> jax.Array:
+    """Logits of all items, or of those from number `first` on: [B, N - first] float32."""
+    vectors = items.vectors(jnp.arange(first, items.catalogue.num_items)) if first else items.vectors()
+    logits = jnp.dot(states, vectors.T, preferred_element_type=jnp.float32)
     more = self.raised(items)
-    return logits if more is None else add_to(logits, more.items, more.by)
+    return logits if more is None else add_to(logits, _counted_from(more.items, first), more.by)
 
   def scores_of(self, items: Items, states: jax.Array, some: jax.Array) -> jax.Array:
     """Logits of `some` items, [B, n] int -> [B, n] float32."""
@@ -119,13 +122,6 @@ class DenseHead(nn.Module):
     if more is None:
       return logits
     return logits + jnp.where(jnp.any(some[..., None] == more.items[:, None], axis=-1), more.by, 0.0)
-
-  def scores_from(self, items: Items, states: jax.Array, first: int) -> jax.Array:
-    """Logits of the items from number `first` on, [B, N - first] float32."""
-    vectors = items.vectors(jnp.arange(first, items.catalogue.num_items))
-    logits = jnp.dot(states, vectors.T, preferred_element_type=jnp.float32)
-    more = self.raised(items)
-    return logits if more is None else add_to(logits, _counted_from(more.items, first), more.by)
 
 
 def _counted_from(items: jax.Array, first: int) -> jax.Array:
@@ -177,144 +173,6 @@ class ParallelHead(nn.Module):
     return sum(levels[1:], start=levels[0])
 
 
-class GenerativeHead(nn.Module):
-  """Predicts the L codes of the next item one after another, from one state: a depth transformer (RQ-Transformer).
-
-  The input of level l is the state, plus the embeddings of the codes before it, plus an embedding of the level.
-
-  Attributes:
-    num_levels: L.
-    num_codes: K.
-    width: d.
-    num_layers: layers of the depth transformer.
-    num_heads: its heads.
-    mlp_width: width of its feed-forward parts.
-    dropout: its dropout rate.
-    softmax_over: what a code competes with: the codes that lead on to items ("existing"), or "all" K.
-    num_items: N, where a code is also scored by the items that it leads on to, see `NodeScores`; 0: by itself alone.
-    history_offsets: whether what the history has of the items that a code leads on to counts more, or less, than other
-      items do, by a learned number a level, see `additions`.
-  """
-
-  num_levels: int
-  num_codes: int
-  width: int
-  num_layers: int
-  num_heads: int
-  mlp_width: int
-  dropout: float = 0.0
-  softmax_over: str = "existing"
-  num_items: int = 0
-  history_offsets: bool = False
-  exact: ClassVar[bool] = False
-
-  def setup(self):
-    """Makes the parameters and submodules."""
-    if self.num_items:
-      self.node_scores = NodeScores(self.num_items)
-    if self.history_offsets:
-      self.offsets = self.param("history_offsets", nn.initializers.zeros, (self.num_levels,))
-    # Unit-variance rows: codes carry all that one level knows of the level before (0.02 starves their logits).
-    self.code_embedding = self.param(
-      "code_embedding", nn.initializers.normal(1.0), (self.num_levels, self.num_codes, self.width)
-    )
-    self.level_embedding = self.param("level_embedding", nn.initializers.normal(0.02), (self.num_levels, self.width))
-    self.layers = [
-      TransformerLayer(self.num_heads, self.mlp_width, self.dropout, name=f"layer_{index}")
-      for index in range(self.num_layers)
-    ]
-    self.norm = nn.LayerNorm()
-    self.outputs = [
-      Dense(self.num_codes, dtype=jnp.float32, name=f"output_{level}") for level in range(self.num_levels)
-    ]
-
-  def __call__(
-    self, states: jax.Array, codes: jax.Array, *, deterministic: bool = True
-  ) -> tuple[list[jax.Array], jax.Array]:
-    """Logits of every level, given the true codes before it (teacher forcing), and the states they are of.
-
-    Args:
-      states: [P, d].
-      codes: [P, L] int, the semantic ID of the next item.
-      deterministic: no dropout.
-
-    Returns:
-      L times [P, K] float32, and [P, L, d].
-    """
-    before = [jnp.zeros_like(states)]
-    for level in range(self.num_levels - 1):
-      before.append(before[-1] + self.code_embedding[level][codes[:, level]])
-    x = states[:, None] + jnp.stack(before, axis=1) + self.level_embedding[None]
-    mask = jnp.tril(jnp.ones((self.num_levels, self.num_levels), bool))
-    for layer in self.layers:
-      x, _ = layer(x, mask, deterministic=deterministic)
-    x = self.norm(x)
-    return [output(x[:, level]) for level, output in enumerate(self.outputs)], x
-
-  def start(self, states: jax.Array) -> dict[str, Any]:
-    """The decoder state before the first code: states [B, d] -> leaves [B, 1, ...] for `beam_search`."""
-    return {"input": states[:, None], "past": None, "hidden": None}
-
-  def step(self, state: dict[str, Any], level: int, codes: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
-    """Log-probabilities of one level's codes for every beam, each computed once: earlier levels are cached.
-
-    Args:
-      state: leaves [B, w, ...].
-      level: the level to predict, from 0.
-      codes: [B, w] chosen at the level before; None at level 0.
-
-    Returns:
-      ([B, w, K] float32 log-probabilities, the state for the next level).
-    """
-    summed = state["input"]
-    if codes is not None:
-      summed = summed + self.code_embedding[level - 1][codes]
-    batch, beams, width = summed.shape
-
-    def fold(leaf):
-      return leaf.reshape(batch * beams, *leaf.shape[2:])
-
-    x = (summed + self.level_embedding[level][None, None]).reshape(batch * beams, 1, width)
-    mask = jnp.ones((1, level + 1), bool)
-    presents = []
-    for index, layer in enumerate(self.layers):
-      past = None if state["past"] is None else jax.tree.map(fold, state["past"][index])
-      x, present = layer(x, mask, past=past, deterministic=True)
-      presents.append(present)
-    hidden = self.norm(x[:, 0])
-    logits = self.outputs[level](hidden)
-    unfolded = jax.tree.map(lambda leaf: leaf.reshape(batch, beams, *leaf.shape[1:]), presents)
-    log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, self.num_codes)
-    return log_probs, {"input": summed, "past": unfolded, "hidden": hidden.reshape(batch, beams, width)}
-
-  def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
-    """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [P] and on."""
-    logits, hidden = self(states, items.catalogue.semantic_ids[targets], deterministic=deterministic)
-    log_probs = items.catalogue.code_log_probs(
-      logits, targets, softmax_over=self.softmax_over, node_scores=training_scores(self._additions(items), hidden)
-    )
-    return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.num_levels)}
-
-  def _additions(self, items: Items) -> Addition | None:
-    """What is added to the scores of the trie's nodes; None where nothing."""
-    tables = self.node_scores(items) if self.num_items else None
-    return additions(items, tables, self.offsets if self.history_offsets else None)
-
-  def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
-    """The `width` most probable items by beam search over the trie; see `beam_search`."""
-    assert items.catalogue.trie is not None
-    return beam_search(
-      items.catalogue.trie,
-      self.step,
-      self.start(states),
-      batch=states.shape[0],
-      width=width,
-      normalize=self.softmax_over == "existing",
-      node_scores=search_scores(self._additions(items)),
-      exclude=exclude,
-    )
-
-
 class HybridHead(nn.Module):
   """The generative head finds candidates, which are ranked with the dense one (as LIGER does); both are trained.
 
@@ -324,6 +182,7 @@ class HybridHead(nn.Module):
 
   settings: RecommenderSettings
   exact: ClassVar[bool] = False
+  reads_history: ClassVar[bool] = True
 
   def setup(self):
     """Makes the two heads."""
@@ -360,7 +219,7 @@ class HybridHead(nn.Module):
       scores = scores + generative
     known = self.settings.num_items
     if self.settings.rerank == "dense" and items.catalogue.num_items > known:
-      more = self.dense.scores_from(items, states, known)
+      more = self.dense.scores(items, states, first=known)
       if exclude is not None:
         more = without(more, _counted_from(exclude, known))
       new = jnp.broadcast_to(jnp.arange(known, items.catalogue.num_items), more.shape)

@@ -158,6 +158,7 @@ class Recommender(nn.Module):
     more = {} if times is None else {"times": times}
     return self.backbone(x, segments, positions, bias, deterministic=deterministic, **more)
 
+  @nn.nowrap  # It is called outside `apply`, too, where a module's own methods cannot make heads.
   def past(self, batch: dict[str, jax.Array], *, packed: bool = False) -> jax.Array | None:
     """The items of the history behind each state, each once, for heads that look at them; None where none does.
 
@@ -168,7 +169,7 @@ class Recommender(nn.Module):
     Returns:
       [B, T] int, or [B T, T] of packed histories; -1 fills.
     """
-    if not self.settings.history_offsets:
+    if not self.reads_history:
       return None
     items, segments = batch["items"], batch["segments"]
     if packed:
@@ -179,7 +180,7 @@ class Recommender(nn.Module):
 
   def _items(self, catalogue: Catalogue, past: jax.Array | None = None, *, known: jax.Array | None = None) -> Items:
     """The items as heads see them."""
-    if self.settings.history_offsets and past is None:
+    if self.reads_history and past is None:
       raise ValueError("this model scores by what the history has: give it `past`, as the method of this name makes it")
     return Items(catalogue, lambda items=None: self.item_vectors(catalogue, items, known=known), past)
 
@@ -245,6 +246,12 @@ class Recommender(nn.Module):
     states = self.states(catalogue, batch["items"], batch["segments"], batch["positions"], batch.get("times"))
     last = jnp.maximum(jnp.sum(batch["segments"] > 0, axis=1) - 1, 0)
     return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+
+  @property
+  def reads_history(self) -> bool:
+    """Whether the head looks at what the history has."""
+    head = make_head(self.settings) if self.scope is None else self.head
+    return self.settings.history_offsets and getattr(head, "reads_history", False)
 
   @property
   def exact(self) -> bool:

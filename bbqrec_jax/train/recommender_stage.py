@@ -247,7 +247,7 @@ def build_catalogue(
     rerank=r.rerank,
     generative_weight=r.generative_weight,
     node_scores=r.node_scores,
-    history_offsets=r.history_offsets and r.head != "parallel",  # Which has none.
+    history_offsets=r.history_offsets,
     dtype=r.dtype,
   )
   trie = build_trie(semantic_ids) if r.head != "dense" else None

@@ -465,6 +465,27 @@ def test_the_hybrid_head_ranks_the_beams_candidates(hybrid_params, catalogue, qu
     assert np.isneginf(found.log_probs[b, len(order) :]).all()
 
 
+@pytest.mark.parametrize(
+  ("head", "backbone", "reads"),
+  [
+    ("generative", "causal", True), ("dense", "causal", True), ("hybrid", "causal", True),
+    ("parallel", "causal", False), ("generative", "encoder_decoder", True), ("parallel", "encoder_decoder", False),
+  ],
+)  # fmt: skip
+def test_heads_that_look_at_the_history_are_told_of_it_where_the_settings_say_so(batch, head, backbone, reads):
+  settings = dataclasses.replace(SETTINGS, head=head, backbone=backbone)
+  assert Recommender(settings).past(batch) is None
+  assert (Recommender(dataclasses.replace(settings, history_offsets=True)).past(batch) is not None) == reads
+
+
+def test_a_head_that_does_not_look_at_the_history_needs_none(parallel_params, catalogue, queries):
+  settings = dataclasses.replace(PARALLEL, history_offsets=True)
+  assert_array_equal(
+    call(settings, "scores", parallel_params, catalogue, queries),
+    call(PARALLEL, "scores", parallel_params, catalogue, queries),
+  )
+
+
 @pytest.mark.parametrize("offsets", [False, True])
 def test_items_that_came_after_training_are_candidates_of_the_hybrid_head(
   random_params, catalogue, batch, queries, offsets
