@@ -12,6 +12,7 @@ import ml_collections
 from bbqrec_jax.config import default_config
 
 SASREC = {"sasrec": ("item",), "sasrec_features": ("features", "item")}  # What these know items by.
+STEPS = {"generative": 6000, "dense": 3500, "parallel": 3500, "hybrid": 3500, "sasrec": 3500, "sasrec_features": 5000}
 
 
 def get_config(head: str = "generative") -> ml_collections.ConfigDict:
@@ -33,7 +34,7 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.recommender.head = "dense" if head in SASREC else head
   config.recommender.item_inputs = SASREC.get(head, ("fused", "modalities", "features", "item"))
   config.recommender.item_dropout = 0.0 if head == "sasrec" else 0.2
-  config.recommender.steps = {"generative": 6000, "sasrec_features": 5000}.get(head, 3500)
+  config.recommender.steps = STEPS[head]
   config.recommender.evaluate_every = 1000 if head == "generative" else 500
   config.recommender.optimizer.weight_decay = 0.1 if head == "generative" else 0.3
   config.evaluation.validation_users = 8192

@@ -13,6 +13,7 @@ import ml_collections
 from bbqrec_jax.config import default_config
 
 SASREC = {"sasrec": ("item",), "sasrec_features": ("features", "item")}  # What these know items by.
+STEPS = {"generative": 3000, "dense": 1500, "parallel": 2500, "hybrid": 1500, "sasrec": 3000, "sasrec_features": 3000}
 
 
 def get_config(head: str = "generative") -> ml_collections.ConfigDict:
@@ -27,7 +28,7 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.recommender.head = "dense" if head in SASREC else head
   config.recommender.item_inputs = SASREC.get(head, ("fused", "modalities", "features", "item"))
   config.recommender.item_dropout = 0.0 if head == "sasrec" else 0.2
-  config.recommender.steps = {"dense": 1500, "hybrid": 1500, "parallel": 2500}.get(head, 3000)
+  config.recommender.steps = STEPS[head]
   if head == "hybrid":
     config.recommender.generative_weight = 0.1
     config.recommender.rerank = "dense"

@@ -37,6 +37,8 @@ def call(module, *arguments):
     ("directory.py", ["--config.data.path=no/such/folder"], "no/such/folder"),
     ("quickstart.py", ["--config.recommender.head=nosuch"], "recommender.head"),
     ("nosuch.py", [], "configs/nosuch.py"),
+    ("scientific.py:sasrec_feature", [], "'sasrec_feature' is neither a field nor a choice"),
+    ("beauty.py:hybird", [], "'hybird' is neither a field nor a choice"),
     ("tiger.py:nosuch", [], "'nosuch' is neither a field nor a choice"),
   ],
 )
