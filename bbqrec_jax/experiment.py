@@ -240,18 +240,55 @@ class Restored(NamedTuple):
   config: ml_collections.ConfigDict
 
 
-def _new_items(dataset: Dataset, folder: pathlib.Path, *, count: int) -> Modalities:
-  """Features and presence of `count` items that came after those of the data set.
+def _new_items(dataset: Dataset, folder: pathlib.Path) -> Modalities:
+  """Features and presence of items that came after those of the data set.
 
   Raises:
-    InputError: if they are not there, or have other shapes.
+    InputError: if they are not there, or of other widths.
   """
   features, present = load_new_items(folder, dataset.modalities)
   for name, array in features.items():
-    expected = [count, dataset.features[name].shape[1]]
-    if list(array.shape) != expected:
-      raise InputError(f"{folder}/{name}_features.npy: expected shape {expected}, got {list(array.shape)}")
+    width = dataset.features[name].shape[1]
+    if array.shape[1] != width:
+      raise InputError(f"{folder}/{name}_features.npy: expected rows of {width} numbers, got {array.shape[1]}")
   return features, present
+
+
+def _extended(
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  dataset: Dataset,
+  ids: SemanticIds | None,
+  tokenizer: pathlib.Path | None,
+  folder: pathlib.Path | None,
+) -> tuple[SemanticIds | None, Modalities | None, int]:
+  """What a recommender is told of new items: IDs of all items, the new ones' features, and how many they are.
+
+  Raises:
+    InputError: if that is not what this recommender reads of an item.
+  """
+  reads_features = "features" in config.recommender.item_inputs
+  if ids is None and not reads_features:
+    raise InputError(f"{workdir}: its recommender knows items by number alone, and cannot take new ones")
+  if ids is None and tokenizer is not None:
+    raise InputError(f"{workdir}: its recommender reads no semantic IDs: give the new items' features alone")
+  if ids is not None and tokenizer is None:
+    raise InputError(
+      f"{workdir}: its recommender reads semantic IDs: give those of the new items too (--tokenizer), made by"
+      " bbqrec_jax.assign"
+    )
+  if reads_features and folder is None:
+    raise InputError(f"{workdir}: its recommender reads features: give those of the new items too (--features)")
+  new = _new_items(dataset, folder) if folder is not None else None
+  counts = [] if new is None else [len(next(iter(new[0].values())))]
+  if ids is not None and tokenizer is not None:
+    extended = SemanticIds.load(tokenizer)
+    extended.check_extension(ids, where=tokenizer)
+    ids = extended
+    counts.append(len(ids.codes) - dataset.num_items)
+  if len(set(counts)) > 1:
+    raise InputError(f"{folder}: expected features of the {counts[1]} new items of {tokenizer}, got {counts[0]} rows")
+  return ids, new, counts[0]
 
 
 def restore(
@@ -265,9 +302,8 @@ def restore(
 
   Args:
     workdir: of the run.
-    tokenizer: semantic IDs that `bbqrec_jax.assign` extended by new items; None: those of the run.
-    features: the folder of the new items' features, as `assign` was given it; only a recommender whose item inputs are
-      "features" needs it.
+    tokenizer: semantic IDs that `bbqrec_jax.assign` extended by new items, for a recommender that reads IDs.
+    features: the folder of the new items' features, as `assign` was given it, for one whose item inputs are "features".
     trusted: Python modules outside this project that the config may name its head and backbone from.
 
   Raises:
@@ -296,17 +332,10 @@ def restore(
   known = item_features(config, dataset)
   model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=known)
   like = _like(config, model, catalogue)
-  if tokenizer is not None:
-    if ids is None:
-      raise InputError(f"{workdir}: its recommender knows items by number alone, and cannot take new ones")
-    if "features" in config.recommender.item_inputs and features is None:
-      raise InputError(f"{workdir}: its recommender reads features: give those of the new items too (--features)")
-    extended = SemanticIds.load(tokenizer)
-    extended.check_extension(ids, where=tokenizer)
-    ids, count = extended, len(extended.codes) - dataset.num_items
-    new = None if features is None else _new_items(dataset, features, count=count)
+  if tokenizer is not None or features is not None:
+    ids, new, count = _extended(workdir, config, dataset, ids, tokenizer, features)
     every = item_features(config, dataset, new)
-    _, catalogue = build_recommender(config, ids, split.train, num_items=len(ids.codes), features=every)
+    _, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items + count, features=every)
     dataset = dataclasses.replace(dataset, titles=dataset.titles + ("",) * count)
   state = restore_state(workdir / "checkpoints" / "recommender", best, like, strict=not config.shard_rows)
   return Restored(dataset, ids, model, state.params, catalogue, config)

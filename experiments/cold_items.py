@@ -33,6 +33,7 @@ from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.parallel import make_partitioner
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.train.recommender_stage import needs_semantic_ids
 
 
 def choose_cold(num_items: int, share: float, *, seed: int) -> np.ndarray:
@@ -130,7 +131,7 @@ def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None
   name = config.recommender.head if name is None else name
   folder = workdir / name
   results = run(config, folder)
-  restored = restore(folder, tokenizer=extended, features=new)
+  restored = restore(folder, tokenizer=extended if needs_semantic_ids(config) else None, features=new)
   partitioner = make_partitioner(config)
   metrics = evaluate(
     partitioner.compile_map(make_ranker(restored.model, beam_width=config.evaluation.beam_width)),

@@ -93,6 +93,33 @@ def test_a_small_run_ranks_the_cold_items_among_all(script, tmp_path):
   assert json.loads((tmp_path / "mixed.json").read_text())["cold_users"] == figures["cold_users"]
   assert json.loads((tmp_path / "dense.json").read_text()) == figures
 
+  # One that reads no IDs is asked for the same items by their features alone.
+  plain = copy.deepcopy(config)
+  plain.recommender.item_inputs = ("features", "item")
+  script.report(plain, tmp_path, share=0.2, name="plain")
+  assert json.loads((tmp_path / "plain.json").read_text())["cold_users"] == figures["cold_users"]
+  more = restore(tmp_path / "plain", features=tmp_path / "new_items")
+  assert more.ids is None
+  np.testing.assert_array_equal(more.catalogue.features, catalogue.features)
+  with pytest.raises(InputError, match="reads no semantic IDs: give the new items' features alone"):
+    restore(tmp_path / "plain", tokenizer=tmp_path / "ids" / "extended", features=tmp_path / "new_items")
+
+  # What is given of new items must be what the recommender reads, and of one number.
+  with pytest.raises(InputError, match=r"reads semantic IDs: give those of the new items too \(--tokenizer\)"):
+    restore(tmp_path / "dense", features=tmp_path / "new_items")
+  with pytest.raises(InputError, match=r"reads features: give those of the new items too \(--features\)"):
+    restore(tmp_path / "dense", tokenizer=tmp_path / "ids" / "extended")
+  fewer, wider = tmp_path / "fewer", tmp_path / "wider"
+  for folder in (fewer, wider):
+    folder.mkdir()
+  for name, array in left.features.items():
+    np.save(fewer / f"{name}_features.npy", array[:3])
+    np.save(wider / f"{name}_features.npy", np.tile(array, 2))
+  with pytest.raises(InputError, match=r"expected features of the 12 new items of .*extended, got 3 rows"):
+    restore(tmp_path / "dense", tokenizer=tmp_path / "ids" / "extended", features=fewer)
+  with pytest.raises(InputError, match=r"wider/image_features\.npy: expected rows of"):
+    restore(tmp_path / "plain", features=wider)
+
   with pytest.raises(InputError, match="holds out other items"):
     script.report(config, tmp_path, share=0.3)
 
