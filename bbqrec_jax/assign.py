@@ -1,7 +1,6 @@
 """Semantic IDs for new items: `python -m bbqrec_jax.assign --tokenizer=DIR --features=DIR --output=DIR`."""
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping
 
@@ -10,13 +9,14 @@ from absl import app, flags
 
 from bbqrec_jax.command_line import only_flags
 from bbqrec_jax.compilation import keep_compiled
+from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import load_new_items
-from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.models.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
 from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions, suffix_collisions
+from bbqrec_jax.train.logging import warn
 
 
 def assign(
@@ -79,44 +79,6 @@ def _quantized(
   return settings, latents, here, codes
 
 
-def far_features(
-  ids: SemanticIds, features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray], *, block: int = 2048
-) -> list[str]:
-  """Says in words which new items have features that no item of the tokenizer's training can have had.
-
-  Of N numbers none is further than sqrt(N - 1) standard deviations from their mean, whatever they are. Features beyond
-  that were made in another way, or their column hardly varied among the known items; what the models then say of the
-  item means nothing.
-
-  Args:
-    ids: as for `assign`, and so are `features`, `present` and `block`.
-    features: see there.
-    present: see there.
-    block: see there.
-
-  Returns:
-    A sentence for each modality that has such items.
-  """
-  bound = math.sqrt(settings_from_json(ids.settings).num_items - 1)
-  said = []
-  for name, array in features.items():
-    store = FeatureStore({name: array}, {name: present[name]}, ids.encoder)
-    far, worst = 0, (0.0, 0, 0)
-    for first in range(0, len(array), block):
-      values = np.abs(store.rows(np.arange(first, min(first + block, len(array))))[0][name])
-      far += int(np.count_nonzero(values.max(axis=1) > 1.01 * bound))  # What rounding may add is no mistake.
-      row, column = np.unravel_index(values.argmax(), values.shape)
-      worst = max(worst, (float(values[row, column]), first + int(row), int(column)))
-    if far:
-      deviations, row, column = worst
-      said.append(
-        f"{name} features of {far} of {len(array)} new items are like no known item's: row {row} column {column} is"
-        f" {deviations:.0f} standard deviations from the mean, where none of {ids.settings['num_items']} can be further"
-        f" than {bound:.0f}; make them as those of the known items were made"
-      )
-  return said
-
-
 def _extended(ids: SemanticIds, own: np.ndarray, codes: np.ndarray, present: np.ndarray) -> SemanticIds:
   """The IDs with those of new items after them: own [n, L'], codes [S, n, L], present [S, n]."""
   return dataclasses.replace(
@@ -138,12 +100,13 @@ def main(argv: list[str]) -> None:
       raise InputError(f"{output} holds semantic IDs already: choose another --output")
     features, present = load_new_items(pathlib.Path(options.features), settings_from_json(ids.settings).names)
     extended = assign(ids, features, present)
-    warnings = far_features(ids, features, present)
+    store = FeatureStore(features, present, ids.encoder)
+    warnings = far_features(store, num_known=settings_from_json(ids.settings).num_items)
   except InputError as error:
     refuse(error)
   extended.save(output)
   for warning in warnings:
-    print(f"warning: {warning}")
+    warn(warning)
   known, new = len(ids.codes), len(extended.codes) - len(ids.codes)
   print(f"{new} new items after {known} known ones, in {output}, fingerprint {extended.fingerprint}")
   print(f"collisions of the new items after repair: {collision_rate(extended.codes[known:]):.1%}")

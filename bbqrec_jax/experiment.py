@@ -11,6 +11,7 @@ import ml_collections
 
 from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
+from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import Modalities, load_new_items
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
@@ -24,7 +25,7 @@ from bbqrec_jax.parallel import Partitioner, make_partitioner
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import check_capacity
 from bbqrec_jax.train.checkpointing import restore_state
-from bbqrec_jax.train.logging import MetricsLog, say
+from bbqrec_jax.train.logging import MetricsLog, say, warn
 from bbqrec_jax.train.recommender_stage import (
   build_recommender,
   check_fingerprint,
@@ -241,7 +242,7 @@ class Restored(NamedTuple):
 
 
 def _new_items(dataset: Dataset, folder: pathlib.Path) -> Modalities:
-  """Features and presence of items that came after those of the data set.
+  """Features and presence of items that came after those of the data set; warns of what none of these can have had.
 
   Raises:
     InputError: if they are not there, or of other widths.
@@ -251,6 +252,9 @@ def _new_items(dataset: Dataset, folder: pathlib.Path) -> Modalities:
     width = dataset.features[name].shape[1]
     if array.shape[1] != width:
       raise InputError(f"{folder}/{name}_features.npy: expected rows of {width} numbers, got {array.shape[1]}")
+  known = FeatureStore(dataset.features, dataset.present)
+  for sentence in far_features(FeatureStore(features, present, known.arrays()), num_known=dataset.num_items):
+    warn(sentence)
   return features, present
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from bbqrec_jax.config import default_config
-from bbqrec_jax.data.pipeline import FeatureStore
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.models.frozen import FrozenTokenizer, encode_blocks, frozen_parameters
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions

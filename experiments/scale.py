@@ -31,7 +31,7 @@ from absl import app, flags
 from jax.experimental import topologies
 
 from bbqrec_jax.benchmarks.cases import random_dataset, random_ids
-from bbqrec_jax.data.pipeline import FeatureStore
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender

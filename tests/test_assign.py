@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.assign import assign, far_features, main
+from bbqrec_jax.assign import assign, main
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import load_new_items
-from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.frozen import (
   FrozenTokenizer,
@@ -202,6 +202,7 @@ def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_pat
   folder = tmp_path / "new"
   folder.mkdir()
   features["image"][2] = 0.0
+  features["text"][5, 3] = 1e4
   for name, array in features.items():
     np.save(folder / f"{name}_features.npy", array)
 
@@ -214,48 +215,13 @@ def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_pat
   written = SemanticIds.load(tmp_path / "out")
   assert len(written.codes) == ITEMS + 6
   assert not written.present[written.streams.index("image"), ITEMS + 2]
-  assert "6 new items after 30 known ones" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "6 new items after 30 known ones" in said
+  assert "warning: text features of 1 of 6 new items are like no known item's: row 5 column 3 is" in said
   with pytest.raises(SystemExit) as error:
     main(["assign"])
   assert error.value.code == 2
   assert "holds semantic IDs already" in capsys.readouterr().err
-
-
-def test_features_that_no_known_item_can_have_are_told_of(random_params, tmp_path, monkeypatch, capsys):
-  ids = make_ids(random_params)
-  features, present = make_features(6, seed=4)
-  present["image"][:] = True
-  assert far_features(ids, features, present) == []
-  mean, deviation = ids.encoder["mean/image"], ids.encoder["deviation/image"]
-  bound = np.sqrt(ITEMS - 1)
-  features["image"][1, 2] = (mean + 0.99 * bound * deviation)[2]
-  assert far_features(ids, features, present) == []
-  features["image"][4, 3] = (mean - 7.0 * bound * deviation)[3]
-  features["image"][5, 0] = (mean + 2.0 * bound * deviation)[0]
-  for block in (1, 4, 100):
-    (sentence,) = far_features(ids, features, present, block=block)
-    assert sentence.startswith("image features of 2 of 6 new items")
-    assert "row 4 column 3 is 38 standard deviations from the mean" in sentence
-  assert "of 30 can be further than 5;" in sentence
-  ids.save(tmp_path / "ids")
-  for name, array in features.items():
-    np.save(tmp_path / f"{name}_features.npy", array)
-
-  class Options:
-    tokenizer, features, output = str(tmp_path / "ids"), str(tmp_path), str(tmp_path / "out")
-
-  monkeypatch.setattr("bbqrec_jax.assign.only_flags", lambda argv: Options)
-  main(["assign"])
-  assert "warning: image features of 2 of 6 new items" in capsys.readouterr().out
-  present["image"][4:] = False  # What an item does not have cannot be wrong.
-  assert far_features(ids, features, present) == []
-
-
-def test_no_row_of_a_column_is_further_from_the_mean_than_the_bound():
-  column = np.zeros((ITEMS, 1), np.float32)
-  column[3] = 5.0
-  store = FeatureStore({"text": column}, {"text": np.ones(ITEMS, bool)})
-  assert_allclose(store.rows(np.array([3]))[0]["text"], np.sqrt(ITEMS - 1), rtol=1e-5)
 
 
 def test_new_items_without_a_modality_file_or_with_unequal_rows_are_refused(tmp_path):

@@ -45,7 +45,7 @@ def test_the_share_is_kept_and_drawn_by_the_seed(script):
 
 
 @pytest.mark.usefixtures("compile_cache")
-def test_a_small_run_ranks_the_cold_items_among_all(script, tmp_path):
+def test_a_small_run_ranks_the_cold_items_among_all(script, tmp_path, capsys):
   config = default_config()
   config.update_from_flattened_dict({
     "data.source": "synthetic", "data.synthetic.num_users": 150, "data.synthetic.num_items": 60,
@@ -101,6 +101,13 @@ def test_a_small_run_ranks_the_cold_items_among_all(script, tmp_path):
   more = restore(tmp_path / "plain", features=tmp_path / "new_items")
   assert more.ids is None
   np.testing.assert_array_equal(more.catalogue.features, catalogue.features)
+  assert "warning" not in capsys.readouterr().out
+  shifted = tmp_path / "shifted"
+  shifted.mkdir()
+  for name in left.modalities:
+    np.save(shifted / f"{name}_features.npy", whole.features[name][cold] + (1e3 if name == "text" else 0.0))
+  restore(tmp_path / "plain", features=shifted)
+  assert "warning: text features of 12 of 12 new items are like no known item's" in capsys.readouterr().out
   with pytest.raises(InputError, match="reads no semantic IDs: give the new items' features alone"):
     restore(tmp_path / "plain", tokenizer=tmp_path / "ids" / "extended", features=tmp_path / "new_items")
 

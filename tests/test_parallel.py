@@ -18,8 +18,9 @@ import optax
 import pytest
 
 from bbqrec_jax.config import default_config
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import from_lengths
-from bbqrec_jax.data.pipeline import CatalogueSample, FeatureStore, PackedHistories, tokenizer_batches
+from bbqrec_jax.data.pipeline import CatalogueSample, PackedHistories, tokenizer_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import make_ranker
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns

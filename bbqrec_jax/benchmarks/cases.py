@@ -12,8 +12,9 @@ import numpy as np
 from bbqrec_jax.benchmarks.counting import cost
 from bbqrec_jax.benchmarks.timing import Case
 from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions, from_lengths
-from bbqrec_jax.data.pipeline import FeatureStore, evaluation_batches
+from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.evaluation.ranking import make_ranker
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.ops.attention import attention, history_mask

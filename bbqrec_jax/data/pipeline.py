@@ -6,12 +6,12 @@ process takes its rows of every global batch: the same batches come out after a 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 
-from bbqrec_jax.data.features import release, standardization
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.data.packing import Batch, elapsed, packed_epoch, prefix_epoch
 from bbqrec_jax.errors import InputError
@@ -159,58 +159,6 @@ class _EpochIterator(grain.DatasetIterator):
 
   def set_state(self, state: dict[str, int]) -> None:
     self._state = dict(state)
-
-
-# Bytes of mapped features that may stay in memory before they are released.
-_MAPPED = 2**28
-
-
-class FeatureStore:
-  """Standardised feature rows on demand; the arrays may be memory-mapped and never need to fit into memory."""
-
-  def __init__(
-    self,
-    features: Mapping[str, np.ndarray],
-    present: Mapping[str, np.ndarray],
-    arrays: Mapping[str, np.ndarray] | None = None,
-  ):
-    """Computes each modality's mean and standard deviation over the items that have it.
-
-    Args:
-      features: [N, D] by modality, memory-mapped or not.
-      present: [N] bool by modality.
-      arrays: the statistics to use instead, as `arrays` gives them.
-    """
-    self.features, self.present = features, present
-    self._read = 0  # Bytes since mapped pages were last released.
-    if arrays is None:
-      self.statistics = {name: standardization(features[name], present[name]) for name in features}
-    else:
-      self.statistics = {name: (arrays[f"mean/{name}"], arrays[f"deviation/{name}"]) for name in features}
-
-  def arrays(self) -> dict[str, np.ndarray]:
-    """The statistics by name, `mean/<modality>` and `deviation/<modality>`, each [D] float32."""
-    return {
-      f"{part}/{name}": value
-      for name, pair in self.statistics.items()
-      for part, value in zip(("mean", "deviation"), pair, strict=True)
-    }
-
-  def rows(self, items: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(features, present) of `items` [B]: modality -> [B, D] float32, zero where absent, and [B] bool."""
-    features, present = {}, {}
-    for name, array in self.features.items():
-      mean, deviation = self.statistics[name]
-      here = np.asarray(self.present[name][items], bool)
-      values = (np.asarray(array[items], np.float32) - mean) / deviation
-      features[name] = np.where(here[:, None], values, np.float32(0.0))
-      present[name] = here
-      self._read += len(here) * max(array.strides[0], 2**16)  # A page fault brings in up to 64 KiB around it.
-    if self._read > _MAPPED:
-      self._read = 0
-      for array in self.features.values():
-        release(array)
-    return features, present
 
 
 class CatalogueSample:

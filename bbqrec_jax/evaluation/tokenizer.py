@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Split
-from bbqrec_jax.data.pipeline import FeatureStore, evaluation_batches
+from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.frozen import encode_blocks
 from bbqrec_jax.models.padding import without_padding

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.pipeline import FeatureStore
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.models.frozen import RQ_KMEANS, FrozenTokenizer, content_latents, encode_blocks
 from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.ops.kmeans import residual_kmeans

@@ -11,9 +11,10 @@ import numpy as np
 
 from bbqrec_jax import processes
 from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import Modalities
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
-from bbqrec_jax.data.pipeline import FeatureStore, PackedHistories, PrefixHistories, recommender_batches
+from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, Ranking, evaluate, make_ranker, sample_users
 from bbqrec_jax.input_files import is_given

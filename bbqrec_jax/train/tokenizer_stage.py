@@ -14,8 +14,9 @@ import optax
 
 from bbqrec_jax import processes
 from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions, Split
-from bbqrec_jax.data.pipeline import CatalogueSample, FeatureStore, PackedHistories, tokenizer_batches
+from bbqrec_jax.data.pipeline import CatalogueSample, PackedHistories, tokenizer_batches
 from bbqrec_jax.evaluation.tokenizer import CatalogueEncoder, ContrastRecall, Inspection, tokenizer_health
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.critic import ClubCritic

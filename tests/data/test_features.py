@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
+from bbqrec_jax.data import feature_store
 from bbqrec_jax.data import features as features_module
-from bbqrec_jax.data import pipeline
 from bbqrec_jax.data.features import (
   choose_modalities,
   features_hash,
@@ -252,11 +252,11 @@ def test_released_pages_leave_the_process_and_can_be_read_again(tmp_path):
 
 def test_a_store_does_not_keep_what_it_has_read_of_a_mapped_file(tmp_path, monkeypatch):
   monkeypatch.setattr(features_module, "BLOCK", 2**20)
-  monkeypatch.setattr(pipeline, "_MAPPED", 2**22)
+  monkeypatch.setattr(feature_store, "_MAPPED", 2**22)
   array = np.random.default_rng(0).normal(size=(2**12, 2**11)).astype(np.float32)
   mapped = np.load(save(tmp_path, array), mmap_mode="r")
   before = mapped_bytes()
-  store = pipeline.FeatureStore({"text": mapped}, {"text": np.ones(len(array), bool)})
+  store = feature_store.FeatureStore({"text": mapped}, {"text": np.ones(len(array), bool)})
   rows = [store.rows(np.arange(first, first + 256))[0]["text"] for first in range(0, len(array), 256)]
   assert mapped_bytes() - before < 0.5 * array.nbytes
   mean, std = array.mean(axis=0, dtype=np.float64), array.std(axis=0, dtype=np.float64)

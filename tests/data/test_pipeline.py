@@ -8,11 +8,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import from_lengths, select_users
 from bbqrec_jax.data.packing import cut_windows, pack, packed_epoch, prefix_epoch
 from bbqrec_jax.data.pipeline import (
   CatalogueSample,
-  FeatureStore,
   PackedHistories,
   PrefixHistories,
   distinct_items,
@@ -355,36 +355,6 @@ def test_packed_histories_refuse_what_they_cannot_serve():
     PackedHistories(histories, **arguments, process_index=0, process_count=3)
   with pytest.raises(InputError, match="no training history has two items"):
     PackedHistories(make_histories([1, 0, 1]), **arguments)
-
-
-def test_feature_store_standardises_what_is_there_and_zeros_what_is_not():
-  rng = np.random.default_rng(0)
-  features = (5.0 + rng.normal(size=(400, 6)) * np.array([1.0, 10.0, 0.1, 3.0, 100.0, 1.0])).astype(np.float32)
-  features[:, 5] = 7.0  # A constant column has no spread to divide by.
-  present = rng.random(400) < 0.6
-  features[~present] = 1e6  # What stands in an absent row must not matter.
-  store = FeatureStore({"text": features}, {"text": present})
-  values, here = (part["text"] for part in store.rows(np.arange(400)))
-  assert values.dtype == np.float32
-  np.testing.assert_array_equal(here, present)
-  np.testing.assert_array_equal(values[~present], 0.0)
-  kept = values[present].astype(np.float64)
-  # float32 features around 5 with a spread of 0.1 carry about 5 digits behind their mean.
-  np.testing.assert_allclose(kept.mean(axis=0), 0.0, atol=1e-5)
-  np.testing.assert_allclose(kept[:, :5].std(axis=0), 1.0, rtol=1e-5)
-  np.testing.assert_array_equal(kept[:, 5], 0.0)
-
-
-def test_feature_store_gives_rows_in_the_order_asked_for():
-  store = make_store(30)
-  every, here = store.rows(np.arange(30))
-  chosen = np.array([7, 7, 0, 29, 3])
-  rows, present = store.rows(chosen)
-  for name in ("text", "image"):
-    assert rows[name].dtype == np.float32
-    assert present[name].dtype == bool
-    np.testing.assert_array_equal(rows[name], every[name][chosen])
-    np.testing.assert_array_equal(present[name], here[name][chosen])
 
 
 @pytest.mark.parametrize(("num_items", "size"), [(10, 5), (10, 4), (7, 7), (3, 8), (50, 1)])

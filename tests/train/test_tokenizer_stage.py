@@ -11,8 +11,8 @@ import pytest
 
 from bbqrec_jax import config as config_module
 from bbqrec_jax.config import default_config, flatten, validate
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Split, leave_one_out
-from bbqrec_jax.data.pipeline import FeatureStore
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.json_files import read_json
 from bbqrec_jax.models.frozen import FrozenTokenizer, settings_from_json

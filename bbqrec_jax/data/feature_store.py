@@ -1,0 +1,98 @@
+"""Standardised features on demand, and what is said of those that no item of the statistics can have had."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from bbqrec_jax.data.features import release, standardization
+
+# Bytes of mapped features that may stay in memory before they are released.
+_MAPPED = 2**28
+
+
+class FeatureStore:
+  """Standardised feature rows on demand; the arrays may be memory-mapped and never need to fit into memory."""
+
+  def __init__(
+    self,
+    features: Mapping[str, np.ndarray],
+    present: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray] | None = None,
+  ):
+    """Computes each modality's mean and standard deviation over the items that have it.
+
+    Args:
+      features: [N, D] by modality, memory-mapped or not.
+      present: [N] bool by modality.
+      arrays: the statistics to use instead, as `arrays` gives them.
+    """
+    self.features, self.present = features, present
+    self._read = 0  # Bytes since mapped pages were last released.
+    if arrays is None:
+      self.statistics = {name: standardization(features[name], present[name]) for name in features}
+    else:
+      self.statistics = {name: (arrays[f"mean/{name}"], arrays[f"deviation/{name}"]) for name in features}
+
+  @property
+  def num_items(self) -> int:
+    """How many items it holds."""
+    return len(next(iter(self.present.values())))
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """The statistics by name, `mean/<modality>` and `deviation/<modality>`, each [D] float32."""
+    return {
+      f"{part}/{name}": value
+      for name, pair in self.statistics.items()
+      for part, value in zip(("mean", "deviation"), pair, strict=True)
+    }
+
+  def rows(self, items: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(features, present) of `items` [B]: modality -> [B, D] float32, zero where absent, and [B] bool."""
+    features, present = {}, {}
+    for name, array in self.features.items():
+      mean, deviation = self.statistics[name]
+      here = np.asarray(self.present[name][items], bool)
+      values = (np.asarray(array[items], np.float32) - mean) / deviation
+      features[name] = np.where(here[:, None], values, np.float32(0.0))
+      present[name] = here
+      self._read += len(here) * max(array.strides[0], 2**16)  # A page fault brings in up to 64 KiB around it.
+    if self._read > _MAPPED:
+      self._read = 0
+      for array in self.features.values():
+        release(array)
+    return features, present
+
+
+def far_features(store: FeatureStore, *, num_known: int, block: int = 2048) -> list[str]:
+  """Says in words which new items have features that none of the known ones can have had.
+
+  Of N numbers none is further than sqrt(N - 1) standard deviations from their mean, whatever they are. Features beyond
+  that were made in another way, or their column hardly varied among the known items; what the models then say of the
+  item means nothing.
+
+  Args:
+    store: of the new items, with the statistics of the known ones.
+    num_known: how many of these there are, N.
+    block: items that are looked at at once.
+
+  Returns:
+    A sentence for each modality that has such items.
+  """
+  bound, count = math.sqrt(num_known - 1), store.num_items
+  far = dict.fromkeys(store.features, 0)
+  worst = dict.fromkeys(store.features, (0.0, 0, 0))
+  for first in range(0, count, block):
+    rows, _ = store.rows(np.arange(first, min(first + block, count)))
+    for name, values in rows.items():
+      values = np.abs(values)
+      far[name] += int(np.count_nonzero(values.max(axis=1) > 1.01 * bound))  # What rounding may add is no mistake.
+      row, column = np.unravel_index(values.argmax(), values.shape)
+      worst[name] = max(worst[name], (float(values[row, column]), first + int(row), int(column)))
+  return [
+    f"{name} features of {far[name]} of {count} new items are like no known item's: row {row} column {column} is"
+    f" {deviations:.0f} standard deviations from the mean, where none of {num_known} can be further than {bound:.0f};"
+    " make them as those of the known items were made"
+    for name, (deviations, row, column) in worst.items()
+    if far[name]
+  ]
