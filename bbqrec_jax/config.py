@@ -131,6 +131,11 @@ def default_config() -> ml_collections.ConfigDict:
   # probabilities, or by the "dense" one alone, as in LIGER; then all items that came after training are candidates.
   recommender.generative_weight = 1.0  # Of the generative head's loss in the hybrid one's, beside the dense head's. A
   # small one leaves the dense head nearly as good as alone; then rerank by "dense".
+  recommender.dense_tower = dense_tower = ml_collections.ConfigDict()
+  dense_tower.width = 0  # d of a backbone that is the dense head's alone, in the hybrid: it knows items without codes,
+  # and its attention without similarities. Both towers give candidates, and score them. 0: the heads share a backbone.
+  dense_tower.mlp_width = 512
+  dense_tower.dropout = 0.5
   recommender.num_negatives = 0  # Items drawn in a step to stand for the catalogue in the dense head's softmax, for
   # catalogues past 100,000 items; 0 takes all items.
   recommender.depth_layers = 1  # Layers of the generative head's depth transformer.
@@ -201,6 +206,7 @@ _MAY_BE_ZERO = {
   "recommender.optimizer.warmup_steps",
   "evaluation.validation_users",
   "recommender.num_negatives",
+  "recommender.dense_tower.width",
   "recommender.time_buckets",
 }
 
@@ -254,6 +260,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
       "config field recommender.backbone = 'encoder_decoder' reads items by their IDs' codes, and works with any head"
       " but hybrid: put fused into recommender.item_inputs, or choose another head"
     )
+  if (
+    flat["recommender.head"] == "hybrid"
+    and flat["recommender.dense_tower.width"]
+    and not {"item", "features"} & set(flat["recommender.item_inputs"])
+  ):
+    raise InputError(
+      "config field recommender.dense_tower.width: the dense tower reads no codes; put features or item into"
+      " recommender.item_inputs, or set it to 0"
+    )
   if flat["recommender.item_dropout"] and not {"item"} < set(flat["recommender.item_inputs"]):
     raise InputError(
       "config field recommender.item_dropout takes items' own vectors away, and needs others beside them: put item and"
@@ -305,6 +320,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     "tokenizer.revival_threshold",
     "recommender.dropout",
     "recommender.item_dropout",
+    "recommender.dense_tower.dropout",
   ):
     if flat[name] >= 1:
       raise InputError(f"config field {name} must be less than 1, got {flat[name]}")
@@ -341,6 +357,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise InputError("config field tokenizer.balanced_last works with tokenizer.quantizer = 'rq_vae' alone")
   for width, heads in (
     ("recommender.width", "recommender.num_heads"),
+    ("recommender.dense_tower.width", "recommender.num_heads"),
     ("tokenizer.code_width", "tokenizer.history_heads"),
   ):
     own_width = width == "recommender.width" and flat["recommender.backbone"] == "encoder_decoder"

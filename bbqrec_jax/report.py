@@ -4,6 +4,7 @@ Needs matplotlib: `pip install 'bbqrec_jax[report]'`.
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,11 @@ def similarity_figure(tables: np.ndarray, edges: np.ndarray, names: list[str]) -
   return figure
 
 
+def learned_tables(params: Mapping[str, Any]) -> np.ndarray:
+  """The bias tables among a recommender's parameters; of two towers the generative one has them."""
+  return np.asarray(params.get("generative", params)["similarity_tables"])
+
+
 def main(argv: list[str]) -> None:
   """Writes the figure into the workdir."""
   options = only_flags(argv)
@@ -74,7 +80,7 @@ def main(argv: list[str]) -> None:
       )
     streams = similarity_streams(run.config, run.ids)
     names = [streams[a] if a == b else f"{streams[a]} with {streams[b]}" for a, b in run.model.settings.pairs]
-    figure = similarity_figure(np.asarray(run.params["similarity_tables"]), np.asarray(run.catalogue.edges), names)
+    figure = similarity_figure(learned_tables(run.params), np.asarray(run.catalogue.edges), names)
   except ModuleNotFoundError as error:
     refuse(InputError(f"{error}: the report needs matplotlib; pip install 'bbqrec_jax[report]'"))
   except InputError as error:

@@ -12,7 +12,7 @@ import ml_collections
 from bbqrec_jax.config import default_config
 
 SASREC = {"sasrec": ("item",), "sasrec_features": ("features", "item")}  # What these know items by.
-STEPS = {"generative": 6000, "dense": 3500, "parallel": 3500, "hybrid": 3500, "sasrec": 3500, "sasrec_features": 5000}
+STEPS = {"generative": 6000, "dense": 3500, "parallel": 3500, "hybrid": 5000, "sasrec": 3500, "sasrec_features": 5000}
 
 
 def get_config(head: str = "generative") -> ml_collections.ConfigDict:
@@ -39,11 +39,11 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.recommender.optimizer.weight_decay = 0.1 if head == "generative" else 0.3
   config.evaluation.validation_users = 8192
   if head == "hybrid":
-    config.recommender.generative_weight = 0.1
-    config.recommender.rerank = "dense"
+    config.recommender.dense_tower.width = 128
+    config.recommender.dense_tower.dropout = 0.3
   if head in SASREC:
     config.recommender.similarity = ()
-  if head != "generative":
+  if head not in ("generative", "hybrid"):
     config.recommender.width = 128
     config.recommender.mlp_width = 512
   return config

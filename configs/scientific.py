@@ -13,7 +13,7 @@ import ml_collections
 from bbqrec_jax.config import default_config
 
 SASREC = {"sasrec": ("item",), "sasrec_features": ("features", "item")}  # What these know items by.
-STEPS = {"generative": 3000, "dense": 1500, "parallel": 2500, "hybrid": 1500, "sasrec": 3000, "sasrec_features": 3000}
+STEPS = {"generative": 3000, "dense": 1500, "parallel": 2500, "hybrid": 3000, "sasrec": 3000, "sasrec_features": 3000}
 
 
 def get_config(head: str = "generative") -> ml_collections.ConfigDict:
@@ -30,11 +30,10 @@ def get_config(head: str = "generative") -> ml_collections.ConfigDict:
   config.recommender.item_dropout = 0.0 if head == "sasrec" else 0.2
   config.recommender.steps = STEPS[head]
   if head == "hybrid":
-    config.recommender.generative_weight = 0.1
-    config.recommender.rerank = "dense"
+    config.recommender.dense_tower.width = 128
   if head in SASREC:
     config.recommender.similarity = ()
-  if head != "generative":
+  if head not in ("generative", "hybrid"):
     config.recommender.width = 128
     config.recommender.mlp_width = 512
     config.recommender.dropout = 0.5

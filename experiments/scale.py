@@ -35,6 +35,7 @@ from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.parallel import MeshJit
 from bbqrec_jax.semantic_ids.trie import Trie
 from bbqrec_jax.train.optimizer import make_optimizer
@@ -100,7 +101,7 @@ def steps(config: Any, *, items: int) -> Iterator[tuple[str, Any, Any, Any, Any]
     if run.recommender.head == "generative":
       trie = trie_shapes(items, levels=run.tokenizer.num_levels, codes=run.tokenizer.num_codes)
       catalogue = dataclasses.replace(catalogue, trie=trie)
-    yield recommender_step(name, run, Recommender(dataclasses.replace(few_settings, num_items=items)), catalogue,
+    yield recommender_step(name, run, make_recommender(dataclasses.replace(few_settings, num_items=items)), catalogue,
                            _first(training_batches(run, dataset.interactions)))  # fmt: skip
 
 

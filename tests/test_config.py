@@ -110,7 +110,9 @@ INTEGERS_FROM_ONE = [
   for name, value in flatten(default_config()).items()
   if isinstance(value, int)
   and not isinstance(value, bool)
-  and not name.endswith((".warmup_steps", "seed", ".validation_users", ".num_negatives", ".time_buckets", "shard_rows"))
+  and not name.endswith(
+    (".warmup_steps", "seed", ".validation_users", ".num_negatives", ".time_buckets", "shard_rows", "_tower.width")
+  )
 ]
 INTEGERS_FROM_ZERO = [
   name
@@ -158,7 +160,9 @@ def test_other_numbers_may_be_zero(name):
   validate(with_field(name, 0.0))
 
 
-@pytest.mark.parametrize("name", ["tokenizer.dropout", "recommender.dropout", "recommender.item_dropout"])
+@pytest.mark.parametrize(
+  "name", ["tokenizer.dropout", "recommender.dropout", "recommender.item_dropout", "recommender.dense_tower.dropout"]
+)
 @pytest.mark.parametrize("value", [1.0, 1.5])
 def test_dropout_of_everything_is_refused(name, value):
   assert refusal(with_field(name, value)) == f"config field {name} must be less than 1, got {value}"
@@ -231,6 +235,11 @@ def test_empty_subsets():
   ("changes", "named"),
   [
     ({"recommender.width": 63}, ("recommender.width = 63", "recommender.num_heads = 2")),
+    ({"recommender.dense_tower.width": 63}, ("recommender.dense_tower.width = 63", "recommender.num_heads = 2")),
+    (
+      {"recommender.head": "hybrid", "recommender.dense_tower.width": 64, "recommender.item_inputs": ("fused",)},
+      ("recommender.dense_tower.width", "put features or item into recommender.item_inputs"),
+    ),
     ({"recommender.num_heads": 3}, ("recommender.width = 64", "recommender.num_heads = 3")),
     ({"tokenizer.code_width": 33}, ("tokenizer.code_width = 33", "tokenizer.history_heads = 2")),
     ({"recommender.max_length": 33}, ("recommender.row_length = 32", "recommender.max_length = 33")),

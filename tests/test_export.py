@@ -18,7 +18,7 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.export import export_recommender, load_export, write_export
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
-from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.recommend import recommend_all
 from bbqrec_jax.semantic_ids.trie import build_trie
 
@@ -31,6 +31,7 @@ SHAPES = {
   "dense": {"head": "dense"},
   "dense, by the time": {"head": "dense", "time_buckets": 8},
   "hybrid": {"head": "hybrid"},
+  "hybrid of two towers": {"head": "hybrid", "dense_width": 6, "dense_mlp_width": 8, "history_offsets": True},
   "encoder_decoder": {"backbone": "encoder_decoder", "num_columns": LEVELS, "softmax_over": "all"},
 }
 
@@ -50,7 +51,7 @@ def make(random_params, **changes):
     edges=jnp.zeros((0, 0)),
     trie=build_trie(ids),
   )
-  model = Recommender(settings)
+  model = make_recommender(settings)
   grid = np.zeros((2, LENGTH), np.int32)
   batch = {"items": grid, "segments": grid + 1, "positions": grid, "times": grid, "targets": grid}
   if settings.backbone == "encoder_decoder":

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from bbqrec_jax.report import bucket_centres, similarity_figure
+from bbqrec_jax.report import bucket_centres, learned_tables, similarity_figure
 
 
 def test_buckets_stand_midway_between_their_edges():
@@ -31,3 +31,9 @@ def test_a_continuous_bias_is_a_straight_line():
   tables = np.array([[[0.5, 0.1, 0.2]]])
   (panel,) = similarity_figure(tables, np.zeros((1, 0)), ["text"]).axes
   assert_allclose(panel.get_lines()[0].get_xydata(), [[-1, -0.5], [1, 0.5]])
+
+
+def test_tables_are_those_of_the_tower_that_has_them():
+  tables = np.ones((1, 2, 5))
+  assert learned_tables({"similarity_tables": tables, "head": {}}) is tables
+  assert learned_tables({"generative": {"similarity_tables": tables}, "dense": {}}) is tables

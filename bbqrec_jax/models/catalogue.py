@@ -50,6 +50,10 @@ class RecommenderSettings:
     generative_weight: of the generative head's loss in the hybrid one's, where the dense head's has 1.
     rerank: the order of the hybrid head's candidates: by the product of "both" heads' probabilities, or "dense", where
       items that came after training are candidates, too.
+    dense_width: of the dense tower, where the hybrid recommender has two, see `TwoTowers`; 0: its heads share one
+      backbone.
+    dense_mlp_width: of the dense tower, like `mlp_width`.
+    dense_dropout: of the dense tower, like `dropout`.
     node_scores: whether the generative head also scores a code by the items that it leads on to, see `NodeScores`.
     history_offsets: whether what is in the history already has a learned number added to its score.
     dtype: that the model computes in; parameters, scores, softmaxes and losses are float32 whatever it is.
@@ -85,6 +89,9 @@ class RecommenderSettings:
   softmax_over: str = "existing"
   generative_weight: float = 1.0
   rerank: str = "both"
+  dense_width: int = 0
+  dense_mlp_width: int = 512
+  dense_dropout: float = 0.5
   node_scores: bool = False
   history_offsets: bool = False
   dtype: str = "float32"

@@ -28,7 +28,7 @@ from bbqrec_jax.models.generative import GenerativeHead
 from bbqrec_jax.models.node_scores import OFFSET_UNIT
 from bbqrec_jax.ops.ranking import add_to, without
 from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy, weighted_cross_entropy
-from bbqrec_jax.semantic_ids.beam import BeamResult
+from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 
 
 class Items(NamedTuple):
@@ -225,9 +225,7 @@ class HybridHead(nn.Module):
       new = jnp.broadcast_to(jnp.arange(known, items.catalogue.num_items), more.shape)
       found = jnp.concatenate([jnp.where(found < known, found, -1), jnp.where(jnp.isneginf(more), -1, new)], axis=1)
       scores = jnp.concatenate([scores, more], axis=1)
-    log_probs = jax.nn.log_softmax(jnp.where(found < 0, -jnp.inf, scores), axis=-1)
-    best, order = jax.lax.top_k(jnp.where(found < 0, -jnp.inf, log_probs), width)
-    return BeamResult(items=jnp.take_along_axis(found, order, axis=1), log_probs=best)
+    return best_candidates(found, scores, width=width)
 
 
 def _generative(s: RecommenderSettings) -> GenerativeHead:

@@ -31,6 +31,17 @@ def filled_beam(items: jax.Array, log_probs: jax.Array, *, width: int) -> BeamRe
   )
 
 
+def best_candidates(items: jax.Array, scores: jax.Array, *, width: int) -> BeamResult:
+  """The best `width` of given items by scores of any kind, [B, n] each; log-probabilities are among these items.
+
+  Items of -1 are none, and come last.
+  """
+  none = items < 0
+  log_probs = jax.nn.log_softmax(jnp.where(none, -jnp.inf, scores), axis=-1)
+  best, order = jax.lax.top_k(jnp.where(none, -jnp.inf, log_probs), width)  # A row of none at all has no softmax.
+  return BeamResult(items=jnp.take_along_axis(items, order, axis=1), log_probs=best)
+
+
 def beam_search(
   trie: Trie,
   step: Callable[[DecoderState, int, jax.Array | None], tuple[jax.Array, DecoderState]],

@@ -21,6 +21,7 @@ from bbqrec_jax.input_files import is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.ops.similarity import equal_frequency_edges, equal_width_edges, overlap_edges, stream_pairs
 from bbqrec_jax.parallel import Partitioner, made_on_host
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -247,6 +248,9 @@ def build_catalogue(
     softmax_over=r.softmax_over,
     rerank=r.rerank,
     generative_weight=r.generative_weight,
+    dense_width=r.dense_tower.width if r.head == "hybrid" else 0,
+    dense_mlp_width=r.dense_tower.mlp_width,
+    dense_dropout=r.dense_tower.dropout,
     node_scores=r.node_scores,
     history_offsets=r.history_offsets,
     dtype=r.dtype,
@@ -268,7 +272,7 @@ def build_recommender(
 ) -> tuple[Recommender, Catalogue]:
   """The model, and the catalogue it reads; the arguments are those of `build_catalogue`."""
   catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items, features=features)
-  return Recommender(settings), catalogue
+  return make_recommender(settings), catalogue
 
 
 def initial_state(config: Any, model: Recommender, catalogue: Catalogue) -> TrainState:
