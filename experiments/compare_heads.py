@@ -29,6 +29,8 @@ from bbqrec_jax.workdir import load_results
 HEADS = ("generative", "parallel", "dense", "hybrid")
 NO_BIAS = "-no_bias"
 SYSTEMS = ("sasrec", "sasrec_features", *(head + suffix for head in HEADS for suffix in (NO_BIAS, "")))
+PAIR = "sasrec_features-pair"  # Two seeds of it multiplied, by committee.py; not trained here.
+SHOWN = (*SYSTEMS[:2], PAIR, *SYSTEMS[2:])
 
 
 def load_config(file: str, system: str, *, path: str, seed: int) -> Any:
@@ -81,7 +83,7 @@ def report(workdir: pathlib.Path, *, reference: str) -> str:
   Raises:
     InputError: if nothing is, if a `results.json` is none, or if the results are not all of one data set.
   """
-  done = {system: sorted(path.parent for path in (workdir / system).glob("*/results.json")) for system in SYSTEMS}
+  done = {system: sorted(path.parent for path in (workdir / system).glob("*/results.json")) for system in SHOWN}
   read = {system: [load_results(folder) for folder in folders] for system, folders in done.items()}
   data = [result["data"] | {"source": ""} for results in read.values() for result in results]
   if not data:
@@ -115,9 +117,10 @@ def main(argv: list[str]) -> None:
   options = flags.FLAGS
   workdir = pathlib.Path(options.workdir)
   with training(workdir):
-    for name in [*options.systems, options.reference]:
-      if name not in SYSTEMS:
-        raise InputError(f"expected some of {', '.join(SYSTEMS)}, got {name!r}")
+    for names, known in ((options.systems, SYSTEMS), ([options.reference], SHOWN)):
+      for name in names:
+        if name not in known:
+          raise InputError(f"expected some of {', '.join(known)}, got {name!r}")
     for seed in options.seeds:
       if not seed.isdecimal():
         raise InputError(f"--seeds: expected whole numbers from 0, got {seed!r}")

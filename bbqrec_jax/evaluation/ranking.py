@@ -37,17 +37,21 @@ def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalo
     if not model.exact:
       beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude, past=past)
       return {"ranks": ranks_in_list(beam.items, batch["targets"]), "top": beam.items[:, :_COVERAGE_CUTOFF]}
-    scores = apply(model, params, "scores", catalogue, states, past)
-    if exclude is not None:
-      scores = without(scores, exclude)
-    ranks = target_ranks(scores, batch["targets"])
-    best, top = jax.lax.top_k(scores, min(_COVERAGE_CUTOFF, scores.shape[1]))
-    if exclude is not None:
-      ranks = jnp.where(jnp.any(exclude == batch["targets"][:, None], axis=1), MISS, ranks)
-      top = jnp.where(jnp.isneginf(best), -1, top)
-    return {"ranks": ranks, "top": top}
+    return rank_scores(apply(model, params, "scores", catalogue, states, past), batch["targets"], exclude)
 
   return rank
+
+
+def rank_scores(scores: jax.Array, targets: jax.Array, exclude: jax.Array | None = None) -> dict[str, jax.Array]:
+  """What `make_ranker` gives, from the scores of all items [B, N]; targets [B], exclude [B, E] int, -1 fills."""
+  if exclude is not None:
+    scores = without(scores, exclude)
+  ranks = target_ranks(scores, targets)
+  best, top = jax.lax.top_k(scores, min(_COVERAGE_CUTOFF, scores.shape[1]))
+  if exclude is not None:
+    ranks = jnp.where(jnp.any(exclude == targets[:, None], axis=1), MISS, ranks)
+    top = jnp.where(jnp.isneginf(best), -1, top)
+  return {"ranks": ranks, "top": top}
 
 
 def summarize(ranks: np.ndarray) -> dict[str, float]:

@@ -1,0 +1,92 @@
+"""What finished runs are worth together: items ranked by the product of the probabilities that each run gives them.
+
+    python experiments/committee.py --workdirs=runs/sasrec_features/0,runs/sasrec_features/1 --output=runs/committee/0
+
+for runs of one data set whose heads score every item (dense, parallel). Nothing is trained. The output is a folder as
+a run leaves it, `results.json` and `ranks.npz`, which `compare_heads.py --report` puts beside the others: what a
+second model by itself is worth, where a recommender has two towers.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from bbqrec_jax.command_line import only_flags
+from bbqrec_jax.compilation import keep_compiled
+from bbqrec_jax.data.interactions import leave_one_out
+from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, evaluate, rank_scores
+from bbqrec_jax.experiment import restore
+from bbqrec_jax.json_files import write_json
+from bbqrec_jax.models.apply import apply
+from bbqrec_jax.workdir import format_results, load_results
+
+
+def judge(workdirs: list[pathlib.Path], output: pathlib.Path) -> str:
+  """Ranks every user's validation and test item by all runs together; the table.
+
+  Raises:
+    InputError: if a run is not finished, searches, or is of other data than the first, or the output is there already.
+  """
+  if output.exists():
+    raise InputError(f"{output} exists already: choose another --output")
+  runs, results = [restore(workdir) for workdir in workdirs], [load_results(workdir) for workdir in workdirs]
+  for workdir, run, result in zip(workdirs, runs, results, strict=True):
+    if not run.model.exact:
+      raise InputError(f"{workdir}: its head searches; give runs whose heads score every item")
+    if result["data"]["split_hash"] != results[0]["data"]["split_hash"]:
+      raise InputError(f"{workdir} is a run of other data than {workdirs[0]}")
+  models = [run.model for run in runs]
+  config, split = runs[0].config, leave_one_out(runs[0].dataset.interactions)
+
+  @jax.jit
+  def ranker(params: Any, catalogues: Any, batch: Any) -> dict[str, jax.Array]:
+    total = jnp.zeros(())
+    for model, own, catalogue in zip(models, params, catalogues, strict=True):
+      states = apply(model, own, "last_states", catalogue, batch)
+      total = total + jax.nn.log_softmax(apply(model, own, "scores", catalogue, states, model.past(batch)), axis=-1)
+    return rank_scores(total, batch["targets"], batch.get("exclude"))
+
+  rankings = {
+    part + suffix: evaluate(
+      ranker,
+      [run.params for run in runs],
+      [run.catalogue for run in runs],
+      split.history(part),
+      targets,
+      batch_size=config.evaluation.batch_size,
+      max_length=max(model.settings.max_length for model in models),
+      num_items=runs[0].dataset.num_items,
+      exclude_history=bool(suffix),
+    )
+    for suffix in ("", WITHOUT_HISTORY)
+    for part, targets in (("validation", split.validation_target), ("test", split.test_target))
+  }
+  figures = {name: ranking.metrics for name, ranking in rankings.items()}
+  seconds = {name: sum(result["seconds"][name] for result in results) for name in ("recommender", "evaluation")}
+  together = results[0] | figures | {"model": "committee", "seconds": seconds}
+  output.mkdir(parents=True)
+  np.savez(output / "ranks.npz", **{name: ranking.ranks for name, ranking in rankings.items()})  # type: ignore[arg-type]
+  write_json(output / "results.json", together)
+  return format_results(together)
+
+
+def main(argv: list[str]) -> None:
+  """Prints the table of what the runs make together."""
+  options = only_flags(argv)
+  keep_compiled()
+  try:
+    print(judge([pathlib.Path(folder) for folder in options.workdirs], pathlib.Path(options.output)))
+  except InputError as error:
+    refuse(error)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("workdirs", None, "The workdirs of finished runs.")
+  flags.DEFINE_string("output", None, "The folder for what they make together.")
+  flags.mark_flags_as_required(["workdirs", "output"])
+  app.run(main)

@@ -1,0 +1,81 @@
+"""Runs that rank together, against the product of their probabilities by hand."""
+
+import numpy as np
+import pytest
+
+from bbqrec_jax import experiment
+from bbqrec_jax.config import default_config
+from bbqrec_jax.data.interactions import leave_one_out
+from bbqrec_jax.data.pipeline import evaluation_batches
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.models.apply import apply
+from bbqrec_jax.workdir import load_results
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+
+@pytest.fixture(scope="module")
+def script(load_file):
+  return load_file("experiments/committee.py")
+
+
+def make_config(**changes):
+  config = default_config()
+  config.update_from_flattened_dict({
+    "partitioner": "single", "data.source": "synthetic", "data.synthetic.num_users": 90,
+    "data.synthetic.num_items": 40, "tokenizer.num_levels": 2, "tokenizer.num_codes": 8,
+    "tokenizer.kmeans_iterations": 2, "tokenizer.quantizer": "rq_kmeans", "recommender.head": "dense",
+    "recommender.item_inputs": ("item",), "recommender.similarity": (), "recommender.width": 8,
+    "recommender.mlp_width": 8, "recommender.num_layers": 1, "recommender.steps": 20,
+    "recommender.evaluate_every": 10, "evaluation.batch_size": 40,
+  })  # fmt: skip
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, compile_cache):
+  folder = tmp_path_factory.mktemp("runs")
+  for seed in (0, 1):
+    experiment.run(make_config(seed=seed), folder / str(seed))
+  return [folder / "0", folder / "1"]
+
+
+def test_the_product_is_that_of_both_runs(script, runs, tmp_path):
+  table = script.judge(runs, tmp_path / "both")
+  results, ranks = load_results(tmp_path / "both"), np.load(tmp_path / "both" / "ranks.npz")
+  assert f"{results['test']['ndcg@10']:.4f}" in table
+  total, split = 0.0, None
+  for run in map(experiment.restore, runs):
+    split = leave_one_out(run.dataset.interactions)
+    histories, targets = split.history("test"), split.test_target
+    (batch,) = evaluation_batches(histories, targets, batch_size=len(targets), max_length=run.model.settings.max_length)
+    del batch["valid"]
+    states = apply(run.model, run.params, "last_states", run.catalogue, batch)
+    scores = np.asarray(
+      apply(run.model, run.params, "scores", run.catalogue, states, run.model.past(batch)), np.float64
+    )
+    total = total + scores
+  own = total[np.arange(len(targets)), targets]
+  above = np.sum(total > own[:, None], axis=1)
+  assert np.mean(ranks["test"] != above) < 0.03, "but for rounding"
+  assert np.any(ranks["test"] != np.load(runs[0] / "ranks.npz")["test"])
+  for row in range(len(targets)):
+    others = np.setdiff1d(histories.history(row), targets[row])
+    if targets[row] not in histories.history(row):
+      assert ranks["test_without_history"][row] <= ranks["test"][row]
+      assert ranks["test"][row] - ranks["test_without_history"][row] <= len(others)
+
+
+def test_what_cannot_be_multiplied_is_refused(script, runs, tmp_path):
+  with pytest.raises(InputError, match="exists already: choose another --output"):
+    script.judge(runs, runs[0])
+  with pytest.raises(InputError, match="must be that of a run"):
+    script.judge([runs[0], tmp_path], tmp_path / "out")
+  experiment.run(make_config(**{"data.synthetic.seed": 1}), tmp_path / "other")
+  with pytest.raises(InputError, match="is a run of other data than"):
+    script.judge([runs[0], tmp_path / "other"], tmp_path / "out")
+  experiment.run(make_config(**{"recommender.head": "generative"}), tmp_path / "generative")
+  with pytest.raises(InputError, match="its head searches; give runs whose heads score every item"):
+    script.judge([runs[0], tmp_path / "generative"], tmp_path / "out")
+  assert not (tmp_path / "out").exists()
