@@ -97,7 +97,7 @@ def default_config() -> ml_collections.ConfigDict:
   recommender.backbone = "causal"  # "causal" (one position an item, histories packed), "encoder_decoder" (T5 style over
   # the codes of all items, a history a row), or your own as "module:function".
   recommender.head = "generative"  # "generative" (codes one by one, beam search), "dense" (full softmax), "parallel"
-  # (each code by itself), "hybrid" (beam search, then ranked with the full softmax), or your own as "module:function".
+  # (each code by itself), "hybrid" (generative and dense together), or your own as "module:function".
   recommender.item_inputs = ("fused", "modalities", "item")  # What an item's vector sums: its ID's codes, its
   # modalities' own codes, its "content" codes (tokenizer.content_codes), a linear map of its "features", a vector of
   # its own. ("item",) alone is SASRec, and needs no tokenizer.
@@ -128,12 +128,12 @@ def default_config() -> ml_collections.ConfigDict:
   # to those of codes as far as they lead on to such items, one number a level (generative). People come back for the
   # same, or never do. Not in the parallel head.
   recommender.rerank = "both"  # The order of the hybrid head's candidates: by the product of both heads'
-  # probabilities, or by the "dense" one alone, as in LIGER; then all items that came after training are candidates.
-  recommender.generative_weight = 1.0  # Of the generative head's loss in the hybrid one's, beside the dense head's. A
-  # small one leaves the dense head nearly as good as alone; then rerank by "dense".
+  # probabilities, or by the "dense" one alone, as in LIGER; then, of one backbone, all new items are candidates.
+  recommender.generative_weight = 1.0  # Of the generative head's loss in the hybrid one's, where they share a
+  # backbone. A small one leaves the dense head nearly as good as alone; then rerank by "dense".
   recommender.dense_tower = dense_tower = ml_collections.ConfigDict()
   dense_tower.width = 0  # d of a backbone that is the dense head's alone, in the hybrid: it knows items without codes,
-  # and its attention without similarities. Both towers give candidates, and score them. 0: the heads share a backbone.
+  # and attends without similarities. Both towers give candidates, and both score them. 0: the heads share a backbone.
   dense_tower.mlp_width = 512
   dense_tower.dropout = 0.5
   recommender.num_negatives = 0  # Items drawn in a step to stand for the catalogue in the dense head's softmax, for

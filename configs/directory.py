@@ -2,8 +2,10 @@
 
     python -m bbqrec_jax.main --config=configs/directory.py --workdir=runs/mine --config.data.path=DIR
 
-`--config.recommender.head=dense` trains the full softmax instead of the generative head. Time and figures
-depend on the folder; those of `scientific.py` are an example.
+`--config.recommender.head=dense` trains the full softmax instead of the generative head, and
+`--config.recommender.head=hybrid --config.recommender.dense_tower.width=128` both, as two towers: the best of all in
+the README's tables, for the time of both. Time and figures depend on the folder; those of `scientific.py` are an
+example.
 """
 
 import ml_collections
