@@ -47,7 +47,8 @@ class RecommenderSettings:
     num_negatives: items that stand for the catalogue in a training step of the dense head; 0: the catalogue itself.
     softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
       "all" K.
-    generative_weight: of the generative head's loss in the hybrid one's, where the dense head's has 1.
+    generative_weight: of the generative head's loss in the hybrid one's, where the dense head's has 1 and both share a
+      backbone.
     rerank: the order of the hybrid head's candidates: by the product of "both" heads' probabilities, or "dense", where
       items that came after training are candidates, too.
     dense_width: of the dense tower, where the hybrid recommender has two, see `TwoTowers`; 0: its heads share one
