@@ -49,8 +49,12 @@ def artefact(tmp_path_factory, compile_cache):
   [
     {"recommender.head": "parallel"},
     {"recommender.head": "hybrid"},
-    {"recommender.head": "hybrid", "recommender.history_offsets": False},
-    {"recommender.head": "hybrid", "recommender.dense_tower.width": 8, "recommender.dense_tower.mlp_width": 16},
+    {
+      "recommender.head": "hybrid",
+      "recommender.dense_tower.width": 8,
+      "recommender.dense_tower.mlp_width": 16,
+      "recommender.history_offsets": False,
+    },
     {"recommender.backbone": "encoder_decoder", "recommender.head_width": 8, "recommender.length_buckets": (4,)},
     {
       "recommender.softmax_over": "all",
