@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 
 from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
-from bbqrec_jax.data.features import Modalities, load_new_items
+from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
@@ -241,31 +242,31 @@ class Restored(NamedTuple):
   config: ml_collections.ConfigDict
 
 
-def _new_items(dataset: Dataset, folder: pathlib.Path) -> Modalities:
-  """Features and presence of items that came after those of the data set; warns of what none of these can have had.
+def _new_items(known: FeatureStore, folder: pathlib.Path) -> FeatureStore:
+  """Items that came after the known ones, by the statistics of these; warns of what none of these can have had.
 
   Raises:
     InputError: if they are not there, or of other widths.
   """
-  features, present = load_new_items(folder, dataset.modalities)
+  features, present = load_new_items(folder, tuple(known.features))
   for name, array in features.items():
-    width = dataset.features[name].shape[1]
+    width = known.features[name].shape[1]
     if array.shape[1] != width:
       raise InputError(f"{folder}/{name}_features.npy: expected rows of {width} numbers, got {array.shape[1]}")
-  known = FeatureStore(dataset.features, dataset.present)
-  for sentence in far_features(FeatureStore(features, present, known.arrays()), num_known=dataset.num_items):
+  new = FeatureStore(features, present, known.arrays())
+  for sentence in far_features(new, num_known=known.num_items):
     warn(sentence)
-  return features, present
+  return new
 
 
 def _extended(
   workdir: pathlib.Path,
   config: ml_collections.ConfigDict,
-  dataset: Dataset,
+  known: FeatureStore,
   ids: SemanticIds | None,
   tokenizer: pathlib.Path | None,
   folder: pathlib.Path | None,
-) -> tuple[SemanticIds | None, Modalities | None, int]:
+) -> tuple[SemanticIds | None, FeatureStore | None, int]:
   """What a recommender is told of new items: IDs of all items, the new ones' features, and how many they are.
 
   Raises:
@@ -283,13 +284,13 @@ def _extended(
     )
   if reads_features and folder is None:
     raise InputError(f"{workdir}: its recommender reads features: give those of the new items too (--features)")
-  new = _new_items(dataset, folder) if folder is not None else None
-  counts = [] if new is None else [len(next(iter(new[0].values())))]
+  new = _new_items(known, folder) if folder is not None else None
+  counts = [] if new is None else [new.num_items]
   if ids is not None and tokenizer is not None:
     extended = SemanticIds.load(tokenizer)
     extended.check_extension(ids, where=tokenizer)
     ids = extended
-    counts.append(len(ids.codes) - dataset.num_items)
+    counts.append(len(ids.codes) - known.num_items)
   if len(set(counts)) > 1:
     raise InputError(f"{folder}: expected features of the {counts[1]} new items of {tokenizer}, got {counts[0]} rows")
   return ids, new, counts[0]
@@ -333,13 +334,16 @@ def restore(
     ids = SemanticIds.load(folder)
     ids.check_data(_data_hash(figures), num_items=dataset.num_items, where=folder)
     check_fingerprint(workdir, ids, trained=True)
-  known = item_features(config, dataset)
-  model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=known)
+  known = FeatureStore(dataset.features, dataset.present)
+  rows = item_features(config, known)
+  model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=rows)
   like = _like(config, model, catalogue)
   if tokenizer is not None or features is not None:
-    ids, new, count = _extended(workdir, config, dataset, ids, tokenizer, features)
-    every = item_features(config, dataset, new)
-    _, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items + count, features=every)
+    ids, new, count = _extended(workdir, config, known, ids, tokenizer, features)
+    more = None if new is None else item_features(config, new)
+    if rows is not None and more is not None:
+      rows = np.concatenate([rows, more])
+    _, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items + count, features=rows)
     dataset = dataclasses.replace(dataset, titles=dataset.titles + ("",) * count)
   state = restore_state(workdir / "checkpoints" / "recommender", best, like, strict=not config.shard_rows)
   return Restored(dataset, ids, model, state.params, catalogue, config)

@@ -1,5 +1,6 @@
 """Standardised features on demand, and what is said of those that no item of the statistics can have had."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -20,19 +21,23 @@ class FeatureStore:
     present: Mapping[str, np.ndarray],
     arrays: Mapping[str, np.ndarray] | None = None,
   ):
-    """Computes each modality's mean and standard deviation over the items that have it.
+    """Reads nothing yet.
 
     Args:
       features: [N, D] by modality, memory-mapped or not.
       present: [N] bool by modality.
-      arrays: the statistics to use instead, as `arrays` gives them.
+      arrays: the statistics to use instead of these items' own, as `arrays` gives them.
     """
     self.features, self.present = features, present
+    self._given = arrays
     self._read = 0  # Bytes since mapped pages were last released.
-    if arrays is None:
-      self.statistics = {name: standardization(features[name], present[name]) for name in features}
-    else:
-      self.statistics = {name: (arrays[f"mean/{name}"], arrays[f"deviation/{name}"]) for name in features}
+
+  @functools.cached_property
+  def statistics(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Mean and standard deviation of each modality's columns, over the items that have it: two passes, once."""
+    if self._given is not None:
+      return {name: (self._given[f"mean/{name}"], self._given[f"deviation/{name}"]) for name in self.features}
+    return {name: standardization(self.features[name], self.present[name]) for name in self.features}
 
   @property
   def num_items(self) -> int:

@@ -18,7 +18,10 @@ def make_recommender(settings: RecommenderSettings) -> Recommender:
 
 
 def tower_settings(settings: RecommenderSettings) -> tuple[RecommenderSettings, RecommenderSettings]:
-  """The generative tower is as the settings say, the dense one does without codes and has sizes of its own."""
+  """The generative tower is as the settings say, the dense one does without codes and has sizes of its own.
+
+  Where it has no features, either, it is never made to do without items' own vectors.
+  """
   generative = dataclasses.replace(settings, head="generative", dense_width=0)
   dense = dataclasses.replace(
     generative,

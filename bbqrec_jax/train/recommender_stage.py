@@ -12,7 +12,6 @@ import numpy as np
 from bbqrec_jax import processes
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore
-from bbqrec_jax.data.features import Modalities
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
 from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
@@ -159,20 +158,12 @@ def comparison(
   return vectors, np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
 
 
-def item_features(config: Any, dataset: Dataset, new: Modalities | None = None) -> np.ndarray | None:
-  """The standardised features of all items, [N, F] float32, where the recommender reads them; otherwise None.
-
-  Args:
-    config: of the run.
-    dataset: the items it was trained on, whose statistics standardise all.
-    new: features and presence by modality of items that came later, who stand at the end.
-  """
+def item_features(config: Any, store: FeatureStore) -> np.ndarray | None:
+  """The standardised features of a store's items, [n, F] float32, where the recommender reads them; otherwise None."""
   if "features" not in config.recommender.item_inputs:
     return None
-  store = FeatureStore(dataset.features, dataset.present)
-  stores = [store, *([FeatureStore(*new, store.arrays())] if new else [])]
-  rows = [part.rows(np.arange(len(next(iter(part.present.values())))))[0] for part in stores]
-  return np.concatenate([np.concatenate(list(part.values()), axis=1) for part in rows])
+  rows, _ = store.rows(np.arange(store.num_items))
+  return np.concatenate(list(rows.values()), axis=1)
 
 
 def build_catalogue(
@@ -190,7 +181,7 @@ def build_catalogue(
     ids: the tokenizer's semantic IDs; None where the recommender needs none.
     histories: the training histories, for the bucket edges.
     num_items: N.
-    features: what `item_features` gives.
+    features: of all items, as `item_features` gives them.
   """
   r = config.recommender
   streams = similarity_streams(config, ids)
@@ -316,9 +307,8 @@ def run_recommender(
   """
   r, e = config.recommender, config.evaluation
   with made_on_host():
-    model, catalogue = build_recommender(
-      config, ids, split.train, num_items=dataset.num_items, features=item_features(config, dataset)
-    )
+    features = item_features(config, FeatureStore(dataset.features, dataset.present))
+    model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=features)
   ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
   shared = partitioner.place(catalogue)
   some = sample_users(split, e.validation_users, seed=config.seed)
