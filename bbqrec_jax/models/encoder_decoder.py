@@ -4,6 +4,7 @@ Pre-normalised with RMSNorm, no biases in any product, bucketed relative positio
 similarity bias of the items is one optional argument of the encoder and is expanded over each item's tokens.
 """
 
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -18,8 +19,7 @@ from bbqrec_jax.models.dropout import Dropout
 from bbqrec_jax.models.node_scores import Addition, NodeScores, additions, search_scores, training_scores
 from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.ops.products import repeat_rows
-from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
-from bbqrec_jax.semantic_ids.trie import Trie
+from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search, item_log_probs
 
 
 @flax.struct.dataclass
@@ -302,19 +302,24 @@ class DecoderHead(nn.Module):
     x = self.norm(x)
     return jax.nn.log_softmax(self._logits(x, level)), {"past": presents, "hidden": x}
 
-  def search(self, items: Any, memory: Memory, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
-    """The `width` most probable items by beam search over the trie; the histories are encoded once."""
-    trie: Trie = items.catalogue.trie
+  def _walk(self, items: Any, memory: Memory) -> dict[str, Any]:
+    """What `beam_search` and `item_log_probs` take; the histories are encoded once."""
     memories = self._memories(memory)
+    return {
+      "trie": items.catalogue.trie,
+      "step": functools.partial(self.step, memories),
+      "state": None,
+      "normalize": self.settings.softmax_over == "existing",
+      "node_scores": search_scores(self._additions(items)),
+    }
 
-    def step(state, level, codes):
-      return self.step(memories, state, level, codes)
+  def search(self, items: Any, memory: Memory, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
+    """The `width` most probable items by beam search over the trie."""
+    return beam_search(**self._walk(items, memory), batch=memory.real.shape[0], width=width, exclude=exclude)
 
-    return beam_search(
-      trie, step, None, batch=memory.real.shape[0], width=width,
-      normalize=self.settings.softmax_over == "existing", node_scores=search_scores(self._additions(items)),
-      exclude=exclude,
-    )  # fmt: skip
+  def log_probs(self, items: Any, memory: Memory, some: jax.Array) -> jax.Array:
+    """Log-probabilities of the IDs of `some` items, [B, n] int -> [B, n] float32; as `losses` counts them."""
+    return item_log_probs(**self._walk(items, memory), items=some)
 
 
 def encoder_shape(s: RecommenderSettings) -> Shape:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from bbqrec_jax.models.backbones import TransformerLayer
 from bbqrec_jax.models.dense import Dense
 from bbqrec_jax.models.node_scores import Addition, NodeScores, additions, search_scores, training_scores
-from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search
+from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search, item_log_probs
 
 
 class GenerativeHead(nn.Module):
@@ -139,16 +139,20 @@ class GenerativeHead(nn.Module):
     tables = self.node_scores(items) if self.num_items else None
     return additions(items, tables, self.offsets if self.history_offsets else None)
 
+  def _walk(self, items: Any, states: jax.Array) -> dict[str, Any]:
+    """What `beam_search` and `item_log_probs` take."""
+    return {
+      "trie": items.catalogue.trie,
+      "step": self.step,
+      "state": self.start(states),
+      "normalize": self.softmax_over == "existing",
+      "node_scores": search_scores(self._additions(items)),
+    }
+
   def search(self, items: Any, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The `width` most probable items by beam search over the trie; see `beam_search`."""
-    assert items.catalogue.trie is not None
-    return beam_search(
-      items.catalogue.trie,
-      self.step,
-      self.start(states),
-      batch=states.shape[0],
-      width=width,
-      normalize=self.softmax_over == "existing",
-      node_scores=search_scores(self._additions(items)),
-      exclude=exclude,
-    )
+    return beam_search(**self._walk(items, states), batch=states.shape[0], width=width, exclude=exclude)
+
+  def log_probs(self, items: Any, states: jax.Array, some: jax.Array) -> jax.Array:
+    """Log-probabilities of the IDs of `some` items, [B, n] int -> [B, n] float32; as `losses` counts them."""
+    return item_log_probs(**self._walk(items, states), items=some)

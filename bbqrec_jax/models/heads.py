@@ -7,7 +7,8 @@ A head is a flax module with
   `search(items, states [B, d], *, width, exclude)` -> `BeamResult`;
 - `reads_history = True`, where it is to be told of the history behind each state (`items.past`);
 - where it knows a faster way to them than through each, `summed_losses(items, states, targets, weights [P], *,
-  deterministic)` -> the parts, each summed over the positions as they weigh;
+  deterministic)` -> the parts, each summed over the positions as they weigh; and `log_probs(items, states [B, d],
+  some [B, n])` -> [B, n], the sum of the parts for `some` items, with the sign turned;
 - where the loss is not the sum of its parts, `loss_weight(name)` -> what a part counts in it.
 
 `items` is an `Items`: the catalogue, and the vectors that the sequence model knows its items by.

@@ -270,6 +270,8 @@ class Recommender(nn.Module):
 
     The log-probability of an item's semantic ID (generative, parallel), or of the item among all (dense).
     """
+    if hasattr(self.head, "log_probs"):
+      return self.head.log_probs(self._items(catalogue, past), states, items)
     batch, count = items.shape
     repeated, past = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), (states, past))
     parts = self.head.losses(self._items(catalogue, past), repeated, items.reshape(-1), deterministic=True)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from bbqrec_jax.semantic_ids.trie import Trie
 
 DecoderState = TypeVar("DecoderState")
+StepFunction = Callable[[DecoderState, int, jax.Array | None], tuple[jax.Array, DecoderState]]
+NodeFunction = Callable[[DecoderState, int, jax.Array], jax.Array]
 
 
 class BeamResult(NamedTuple):
@@ -44,13 +46,13 @@ def best_candidates(items: jax.Array, scores: jax.Array, *, width: int) -> BeamR
 
 def beam_search(
   trie: Trie,
-  step: Callable[[DecoderState, int, jax.Array | None], tuple[jax.Array, DecoderState]],
+  step: StepFunction[DecoderState],
   state: DecoderState,
   *,
   batch: int,
   width: int,
   normalize: bool = False,
-  node_scores: Callable[[DecoderState, int, jax.Array], jax.Array] | None = None,
+  node_scores: NodeFunction[DecoderState] | None = None,
   exclude: jax.Array | None = None,
 ) -> BeamResult:
   """Searches the trie level by level; meant to be traced once, inside jit, as one program.
@@ -76,6 +78,78 @@ def beam_search(
   Returns:
     A `BeamResult` of W columns.
   """
+
+  def best(level: int, parents: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if exclude is not None:
+      scores = jnp.where(trie.emptied(level, parents, exclude), -jnp.inf, scores)
+    scores = scores.reshape(batch, -1)
+    return jax.lax.top_k(scores, min(width, scores.shape[1], trie.codes[level].shape[0]))
+
+  nodes, scores = _walk(trie, step, state, best, batch=batch, normalize=normalize, node_scores=node_scores)
+  return filled_beam(jnp.where(jnp.isneginf(scores), -1, trie.items[nodes]), scores, width=width)
+
+
+def item_log_probs(
+  trie: Trie,
+  step: StepFunction[DecoderState],
+  state: DecoderState,
+  items: jax.Array,
+  *,
+  normalize: bool = False,
+  node_scores: NodeFunction[DecoderState] | None = None,
+) -> jax.Array:
+  """Log-probabilities of given items' IDs, those that a beam search that kept them would give.
+
+  Level 0 costs as much as for one item, however many there are of a row.
+
+  Args:
+    trie: see `beam_search`, and so for the others.
+    step: with
+    state: its first state.
+    items: [B, n] int.
+    normalize: among siblings.
+    node_scores: or None.
+
+  Returns:
+    [B, n] float32.
+  """
+
+  def theirs(level: int, parents: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # At level 0 all stand under the root, the only parent; from then on each has a parent of its own, its own place.
+    above = jnp.broadcast_to(jnp.arange(parents.shape[1]), items.shape)
+    first = jnp.take_along_axis(trie.starts[level][parents], above, axis=1)
+    chosen = above * trie.fanouts[level] + trie.paths[items, level] - first
+    return jnp.take_along_axis(scores.reshape(items.shape[0], -1), chosen, axis=1), chosen
+
+  batch = items.shape[0]
+  return _walk(trie, step, state, theirs, batch=batch, normalize=normalize, node_scores=node_scores)[1]
+
+
+def _walk(
+  trie: Trie,
+  step: StepFunction[DecoderState],
+  state: DecoderState,
+  choose: Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+  *,
+  batch: int,
+  normalize: bool,
+  node_scores: NodeFunction[DecoderState] | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Goes down the trie, and at each level on from chosen nodes alone.
+
+  Args:
+    trie: see `beam_search`, and so for the others.
+    step: with
+    state: its first state.
+    choose: (level, parents [B, w], log-probabilities of their children [B, w, F], -inf where there are fewer) -> those
+      of the chosen ones [B, k], and their places among the w F, [B, k] int.
+    batch: B.
+    normalize: among siblings.
+    node_scores: or None.
+
+  Returns:
+    The nodes of the last level that were reached and their log-probabilities, each [B, k].
+  """
   nodes = jnp.zeros((batch, 1), jnp.int32)
   scores = jnp.zeros((batch, 1), jnp.float32)
   codes: jax.Array | None = None
@@ -85,14 +159,10 @@ def beam_search(
     log_probs = jnp.take_along_axis(log_probs.astype(jnp.float32), child_codes, axis=-1)
     if node_scores is not None:
       log_probs = log_probs + node_scores(state, level, children)
+    log_probs = jnp.where(valid, log_probs, -jnp.inf)
     if normalize:
-      log_probs = jax.nn.log_softmax(jnp.where(valid, log_probs, -jnp.inf), axis=-1)
-    candidates = scores[..., None] + log_probs
-    if exclude is not None:
-      valid &= ~trie.emptied(level, nodes, exclude)
-    candidates = jnp.where(valid, candidates, -jnp.inf).reshape(batch, -1)
-    kept = min(width, candidates.shape[1], trie.codes[level].shape[0])
-    scores, chosen = jax.lax.top_k(candidates, kept)
+      log_probs = jax.nn.log_softmax(log_probs, axis=-1)
+    scores, chosen = choose(level, nodes, scores[..., None] + log_probs)
     parents = chosen // trie.fanouts[level]
     nodes = jnp.take_along_axis(children.reshape(batch, -1), chosen, axis=1)
     codes = jnp.take_along_axis(child_codes.reshape(batch, -1), chosen, axis=1)
@@ -102,4 +172,4 @@ def beam_search(
       ),
       state,
     )
-  return filled_beam(jnp.where(jnp.isneginf(scores), -1, trie.items[nodes]), scores, width=width)
+  return nodes, scores

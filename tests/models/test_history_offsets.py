@@ -188,6 +188,39 @@ def test_the_generative_head_adds_its_offsets_to_nodes_by_the_share_that_the_his
   assert_allclose(found.log_probs, -np.sort(-log_probs, axis=1), atol=1e-4)
 
 
+def over_all(settings):
+  return dataclasses.replace(settings, softmax_over="all", node_scores=False, history_offsets=False)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [GENERATIVE, NODES, over_all(GENERATIVE), T5, over_all(T5)],
+  ids=["generative", "nodes", "all_codes", "encoder_decoder", "encoder_decoder_all_codes"],
+)
+def test_the_walk_gives_given_items_the_log_probabilities_that_the_loss_counts(
+  random_params, settings, catalogue, items
+):
+  params = with_offsets(
+    random_params(Recommender(settings), catalogue, batch_of(settings, items)), np.array([0.11, -0.07, -0.2])
+  )
+  rows, _ = histories(items)
+  states, past = call(settings, "last_states", params, catalogue, rows), Recommender(settings).past(rows)
+  some = np.random.default_rng(2).integers(ITEMS, size=(3, 7))
+  assert any(len(set(row)) < len(row) for row in some.tolist()), "no item is asked for twice"
+  found = np.asarray(call(settings, "log_probs", params, catalogue, states, jnp.asarray(some), past))
+
+  @jax.jit
+  def counted(params, states, past, targets):
+    def losses(model):
+      return model.head.losses(model._items(catalogue, past), states, targets, deterministic=True)
+
+    parts = Recommender(settings).apply({"params": params}, method=losses)
+    return -sum(parts.values())
+
+  for column, targets in enumerate(some.T):
+    assert_allclose(found[:, column], counted(params, states, past, targets), rtol=1e-4)
+
+
 @pytest.mark.parametrize("settings", [GENERATIVE, NODES, T5], ids=["generative", "nodes", "encoder_decoder"])
 def test_the_gradient_of_the_generative_heads_offsets_is_their_slope(random_params, settings, catalogue, items):
   batch, offsets = batch_of(settings, items), np.array([0.11, -0.07, -0.2], np.float32)

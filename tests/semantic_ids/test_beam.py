@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.semantic_ids.beam import beam_search
+from bbqrec_jax.semantic_ids.beam import beam_search, item_log_probs
 from bbqrec_jax.semantic_ids.trie import build_trie
 
 BATCH, ITEMS, LEVELS, CODES = 3, 20, 3, 4
@@ -57,8 +57,9 @@ def narrow(ids, table_row, width):
   return [int(np.flatnonzero((ids == prefix).all(axis=1))[0]) for prefix, _ in beams]
 
 
-@functools.partial(jax.jit, static_argnames="width")
-def search(trie, tables, width, exclude=None):
+def decoder(tables):
+  """The step and first state of a decoder that reads the tables."""
+
   def step(state, level, codes):
     # The state is the number of each beam's prefix: a beam reordered without its state would read another's row.
     if codes is not None:
@@ -68,8 +69,12 @@ def search(trie, tables, width, exclude=None):
     # Two leaves of different rank must stay together.
     return jnp.where((state["prefix"] == from_trail)[..., None], log_probs, jnp.nan), state
 
-  state = {"prefix": jnp.zeros((BATCH, 1), jnp.int32), "trail": jnp.zeros((BATCH, 1, LEVELS), jnp.int32)}
-  return beam_search(trie, step, state, batch=BATCH, width=width, exclude=exclude)
+  return step, {"prefix": jnp.zeros((BATCH, 1), jnp.int32), "trail": jnp.zeros((BATCH, 1, LEVELS), jnp.int32)}
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def search(trie, tables, width, exclude=None):
+  return beam_search(trie, *decoder(tables), batch=BATCH, width=width, exclude=exclude)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,35 @@ def test_a_narrow_beam_equals_plain_beam_search_and_its_log_probs_are_exact(ids,
     assert ((found >= 0) & (found < ITEMS)).all()
     assert_array_equal(found, narrow(ids, [table[b] for table in tables], width))
     assert_allclose(result.log_probs[b], expected[b, found], atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_given_items_have_their_exact_log_probs_in_the_order_they_are_given_in(ids, tables, trie, count):
+  items = np.random.default_rng(4).integers(ITEMS, size=(BATCH, count))
+  found = jax.jit(lambda items: item_log_probs(trie, *decoder(tables), items))(items)
+  assert_allclose(found, np.take_along_axis(exact(ids, tables), items, axis=1), atol=1e-5)
+
+
+def test_given_items_have_their_shares_of_the_existing_ids_where_those_are_to_sum_to_one(ids, tables, trie):
+  every = np.tile(np.arange(ITEMS), (BATCH, 1))
+
+  @jax.jit
+  def shares(items):
+    return item_log_probs(
+      trie, *decoder(tables), items, normalize=True, node_scores=lambda state, level, nodes: 0.1 * nodes
+    )
+
+  found = np.asarray(shares(every), np.float64)
+  assert_allclose(np.exp(found).sum(axis=1), np.ones(BATCH), rtol=1e-5)
+  nodes = np.asarray(trie.paths)
+  for b, item in np.ndindex(BATCH, ITEMS):
+    expected = 0.0
+    for level in range(LEVELS):
+      siblings = (ids[:, :level] == ids[item, :level]).all(axis=1)
+      row = tables[level][b, prefix_number(ids[item, :level])].astype(np.float64)
+      scores = {int(nodes[i, level]): row[ids[i, level]] + 0.1 * nodes[i, level] for i in np.flatnonzero(siblings)}
+      expected += scores[int(nodes[item, level])] - np.log(np.exp(list(scores.values())).sum())
+    assert found[b, item] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_example_has_a_row_where_a_narrow_beam_misses_the_best_item(ids, tables):
