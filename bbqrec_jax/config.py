@@ -103,7 +103,7 @@ def default_config() -> ml_collections.ConfigDict:
   # its own. ("item",) alone is SASRec, and needs no tokenizer.
   recommender.similarity = ("modalities",)  # Streams whose similarity reweights attention: "modalities", "fused"; ()
   # is the plain backbone.
-  recommender.cross_pairs = True  # Bias tables for pairs of different streams too.
+  recommender.cross_pairs = True  # Bias tables for pairs of different streams too, where these share codebooks.
   recommender.similarity_kind = "equal_frequency"  # Buckets of the cosines, "equal_frequency" or "equal_width"; one for
   # each number of codes that two IDs share from the first ("overlap"); or "continuous", a slope times the cosine.
   recommender.num_buckets = 32  # Of each similarity, where they are of the cosines.
@@ -167,8 +167,9 @@ def _optimizer(*, learning_rate: float, weight_decay: float, warmup_steps: int) 
   optimizer.learning_rate = learning_rate
   optimizer.schedule = "cosine"  # After the warm-up: "cosine" or "constant".
   optimizer.warmup_steps = warmup_steps
-  optimizer.weight_decay = weight_decay  # Of the weight matrices alone.
-  optimizer.clip_norm = 1.0  # Global norm at which gradients are clipped.
+  optimizer.weight_decay = weight_decay  # Of the layers' weight matrices alone, not of the recommender's feature map.
+  optimizer.clip_norm = 1.0  # Global norm at which gradients are clipped, those of two towers together. The
+  # recommender's are longer at nearly every step, so that their direction is what counts.
   return optimizer
 
 
@@ -248,6 +249,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for name, choices in _CHOICES.items():
     if flat[name] not in choices:
       raise InputError(f"config field {name} must be one of {', '.join(choices)}, got {flat[name]!r}")
+  for name, choices in _SUBSETS.items():
+    if not set(flat[name]) <= set(choices) or len(set(flat[name])) < len(flat[name]):
+      raise InputError(f"config field {name} may hold each of {', '.join(choices)} once, got {flat[name]!r}")
+  if not flat["recommender.item_inputs"]:
+    raise InputError(
+      f"config field recommender.item_inputs is empty: name some of {', '.join(_SUBSETS['recommender.item_inputs'])}"
+    )
   for name, registered in (("recommender.head", HEADS), ("recommender.backbone", BACKBONES)):
     try:
       named(flat[name], registered)
@@ -269,6 +277,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
       "config field recommender.dense_tower.width: the dense tower reads no codes; put features or item into"
       " recommender.item_inputs, or set it to 0"
     )
+  if flat["recommender.dense_tower.width"] > 0 and flat["recommender.head"] != "hybrid":
+    raise InputError(
+      f"config field recommender.dense_tower.width = {flat['recommender.dense_tower.width']} works with"
+      " recommender.head = 'hybrid': set it so, or the width to 0"
+    )
+  t5 = flat["recommender.backbone"] == "encoder_decoder"
+  places = flat["recommender.position_buckets"]
+  if t5 and not (4 <= places <= 254 and places % 2 == 0):
+    raise InputError(f"config field recommender.position_buckets must be an even number from 4 to 254, got {places}")
+  if not t5 and flat["recommender.positions"] == "relative" and not 2 <= places <= 255:
+    raise InputError(f"config field recommender.position_buckets must be from 2 to 255, got {places}")
   if flat["recommender.item_dropout"] and not {"item"} < set(flat["recommender.item_inputs"]):
     raise InputError(
       "config field recommender.item_dropout takes items' own vectors away, and needs others beside them: put item and"
@@ -282,9 +301,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
       "config field recommender.softmax_over = 'all' scores codes that lead on to no item: set"
       f" {' and '.join(by_items)} to False"
     )
-  for name, choices in _SUBSETS.items():
-    if not set(flat[name]) <= set(choices) or len(set(flat[name])) < len(flat[name]):
-      raise InputError(f"config field {name} may hold each of {', '.join(choices)} once, got {flat[name]!r}")
   if not flat["tokenizer.hidden"] or not all(
     isinstance(width, int) and width > 0 for width in flat["tokenizer.hidden"]
   ):
@@ -376,7 +392,3 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
   if flat["recommender.multiply_bias"] and flat["recommender.attention"] != "einsum":
     raise InputError("config field recommender.multiply_bias works with recommender.attention = 'einsum' alone")
-  if not flat["recommender.item_inputs"]:
-    raise InputError(
-      f"config field recommender.item_inputs is empty: name some of {', '.join(_SUBSETS['recommender.item_inputs'])}"
-    )

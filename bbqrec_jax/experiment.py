@@ -29,6 +29,7 @@ from bbqrec_jax.train.checkpointing import restore_state
 from bbqrec_jax.train.logging import MetricsLog, say, warn
 from bbqrec_jax.train.recommender_stage import (
   build_recommender,
+  check_compared,
   check_fingerprint,
   initial_state,
   item_features,
@@ -99,6 +100,8 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
     num_modalities=len(dataset.modalities),
     num_devices=partitioner.num_devices,
   )
+  if needs_semantic_ids(config):
+    check_compared(config, dataset.present, split.train)
   claim(workdir, config, figures)
   say(format_statistics(figures))
   return _Run(config, workdir, partitioner, dataset, split, figures)

@@ -4,6 +4,7 @@ import itertools
 import os
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from bbqrec_jax.errors import InputError
@@ -75,6 +76,11 @@ def wait_for_all(what: str) -> None:
   """Waits until every process is here, so that what the first one wrote can be read; `what` names the place."""
   if several():
     multihost_utils.sync_global_devices(what)
+
+
+def of_the_first(array: np.ndarray) -> np.ndarray:
+  """What the first process has, in all of them: what each computes for itself may differ in the last digit."""
+  return np.asarray(multihost_utils.broadcast_one_to_all(array)) if several() else array
 
 
 _turns = itertools.count()

@@ -235,7 +235,23 @@ def test_empty_subsets():
   ("changes", "named"),
   [
     ({"recommender.width": 63}, ("recommender.width = 63", "recommender.num_heads = 2")),
-    ({"recommender.dense_tower.width": 63}, ("recommender.dense_tower.width = 63", "recommender.num_heads = 2")),
+    (
+      {"recommender.head": "hybrid", "recommender.dense_tower.width": 63},
+      ("recommender.dense_tower.width = 63", "recommender.num_heads = 2"),
+    ),
+    ({"recommender.dense_tower.width": 64}, ("recommender.dense_tower.width = 64", "recommender.head = 'hybrid'")),
+    *(
+      ({"recommender.position_buckets": count, "recommender.positions": "relative"}, ("from 2 to 255", f"got {count}"))
+      for count in (1, 256)
+    ),
+    *(
+      (
+        {"recommender.position_buckets": count, "recommender.backbone": "encoder_decoder"},
+        ("recommender.position_buckets", "even number from 4 to 254", f"got {count}"),
+      )
+      for count in (2, 33, 256)
+    ),
+    ({"recommender.item_inputs": ("text",), "recommender.item_dropout": 0.2}, ("may hold each of fused, modalities",)),
     (
       {"recommender.head": "hybrid", "recommender.dense_tower.width": 64, "recommender.item_inputs": ("fused",)},
       ("recommender.dense_tower.width", "put features or item into recommender.item_inputs"),

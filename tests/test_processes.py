@@ -108,9 +108,22 @@ def assert_same_run(together, alone):
     np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6)
 
 
+# In the second process k-means gives other codebooks, as it may where sums are added up in any order.
+UNEVEN = """
+import runpy
+import jax
+from bbqrec_jax.train import tokenizer_stage
+fit = tokenizer_stage.fit_codebooks
+tokenizer_stage.fit_codebooks = lambda *args, **options: fit(*args, **options) * (1 + 0.1 * jax.process_index())
+runpy.run_module("bbqrec_jax.main", run_name="__main__")
+"""
+
+
 def test_two_processes_are_stopped_go_on_and_equal_one(load_file, tmp_path, monkeypatch):
   together, alone = tmp_path / "together", tmp_path / "alone"
-  both = start_both(together, MESH)
+  (tmp_path / "uneven.py").write_text(UNEVEN, encoding="utf-8")
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+  both = start_both(together, MESH, command=("uneven",))
   # Between the stages: the next step is the recommender's first.
   while not SemanticIds.exists(together / "tokenizer"):
     assert all(process.poll() is None for process in both), [process.communicate() for process in both]

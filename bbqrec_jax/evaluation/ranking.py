@@ -36,7 +36,8 @@ def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalo
     states = apply(model, params, "last_states", catalogue, batch)
     if not model.exact:
       beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude, past=past)
-      return {"ranks": ranks_in_list(beam.items, batch["targets"]), "top": beam.items[:, :_COVERAGE_CUTOFF]}
+      ranks = ranks_in_list(beam.items, beam.log_probs, batch["targets"])
+      return {"ranks": ranks, "top": beam.items[:, :_COVERAGE_CUTOFF]}
     return rank_scores(apply(model, params, "scores", catalogue, states, past), batch["targets"], exclude)
 
   return rank

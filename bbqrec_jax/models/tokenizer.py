@@ -259,7 +259,9 @@ class Tokenizer(nn.Module):
     """Of the contrast; a learned one stays at 0.01 or more, for the scores' sake (as in CLIP)."""
     if not self.settings.learn_temperature:
       return jnp.asarray(self.settings.temperature)
-    return jnp.maximum(jnp.exp(self.log_temperature), 0.01)
+    learned = jnp.exp(self.log_temperature)
+    # The bound is in the value alone: below it the gradient still leads back.
+    return learned + jax.lax.stop_gradient(jnp.maximum(learned, 0.01) - learned)
 
   def __call__(self, batch: dict[str, Any]) -> jax.Array:
     """Touches every parameter, for `init`; training calls `tokenizer_loss`."""

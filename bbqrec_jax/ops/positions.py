@@ -21,7 +21,17 @@ def relative_buckets(
 
   Returns:
     [...] int32 in 0..n-1.
+
+  Raises:
+    ValueError: if a direction has no bucket of one distance, or none for what is further.
   """
+  of_each = num_buckets // 2 if bidirectional else num_buckets
+  if not 1 <= of_each // 2 < max_distance or (bidirectional and num_buckets % 2):
+    directions = "both directions" if bidirectional else "one direction"
+    raise ValueError(
+      f"distances up to {max_distance} need 2 to {2 * max_distance - 1} buckets a direction, got {num_buckets} for"
+      f" {directions}"
+    )
   if bidirectional:
     num_buckets //= 2
     first = jnp.where(distance > 0, num_buckets, 0)

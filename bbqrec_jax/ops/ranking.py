@@ -24,18 +24,24 @@ def target_ranks(scores: jax.Array, targets: jax.Array) -> jax.Array:
   return scores.shape[1] - 1 - jnp.sum(scores < own, axis=1, dtype=jnp.int32)
 
 
-def ranks_in_list(items: jax.Array, targets: jax.Array) -> jax.Array:
-  """Rank of each target in a list of distinct items, best first.
+def ranks_in_list(items: jax.Array, scores: jax.Array, targets: jax.Array) -> jax.Array:
+  """Rank of each target in a list of distinct items.
+
+  Ties count against the target, and so does NaN, as in `target_ranks`.
 
   Args:
     items: [B, W] int; -1 fills a short list.
+    scores: [B, W] float of these items, higher is better; -inf where there is none.
     targets: [B] int.
 
   Returns:
-    [B] int32; the largest int32 where the list does not hold the target, which counts as a miss at every k.
+    [B] int32; the largest int32 where the list does not hold the target, or holds it without a score: a miss at every
+    k.
   """
   found = items == targets[:, None]
-  return jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), MISS).astype(jnp.int32)
+  own = jnp.max(jnp.where(found, scores, -jnp.inf), axis=1, keepdims=True)
+  before = jnp.sum((items >= 0) & ~(scores < own), axis=1, dtype=jnp.int32) - 1
+  return jnp.where(jnp.any(found, axis=1) & ~jnp.isnan(own[:, 0]), before, MISS).astype(jnp.int32)
 
 
 def each_once(items: jax.Array) -> jax.Array:
@@ -79,6 +85,7 @@ def reciprocal_rank(ranks: jax.Array, valid: jax.Array) -> Metric:
 
 RECALL_CUTOFFS = (1, 5, 10, 20)
 NDCG_CUTOFFS = (5, 10, 20)
+LARGEST_CUTOFF = max(*RECALL_CUTOFFS, *NDCG_CUTOFFS)
 
 
 def ranking_metrics(ranks: jax.Array, valid: jax.Array) -> dict[str, Metric]:

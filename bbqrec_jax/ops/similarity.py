@@ -168,15 +168,22 @@ def _bucket_bias_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Arra
 bucket_bias.defvjp(_bucket_bias_forward, _bucket_bias_backward)
 
 
+# What a cosine may differ by from one program to the next: an edge at 1 would part equal items by it.
+_ROUNDING = 5e-6
+
+
 def equal_frequency_edges(samples: np.ndarray, num_buckets: int) -> np.ndarray:
   """Edges [num_buckets - 1] float32 that split `samples` [n] into buckets as even as ties allow.
+
+  An edge stands a little below its quantile, so that equal items are in one bucket whatever the rounding.
 
   Raises:
     ValueError: if there is no sample.
   """
   if samples.size == 0:
     raise ValueError("no similarity to fit bucket edges on: no history has two items with this pair of streams")
-  return np.quantile(samples.astype(np.float64), np.arange(1, num_buckets) / num_buckets).astype(np.float32)
+  quantiles = np.quantile(samples.astype(np.float64), np.arange(1, num_buckets) / num_buckets)
+  return (quantiles - _ROUNDING).astype(np.float32)
 
 
 def equal_width_edges(num_buckets: int) -> np.ndarray:

@@ -103,12 +103,12 @@ def item_log_probs(
   Level 0 costs as much as for one item, however many there are of a row.
 
   Args:
-    trie: see `beam_search`, and so for the others.
-    step: with
-    state: its first state.
+    trie: the items' IDs.
+    step: as in `beam_search`.
+    state: as in `beam_search`, leaves [B, 1, ...].
     items: [B, n] int.
-    normalize: among siblings.
-    node_scores: or None.
+    normalize: as in `beam_search`.
+    node_scores: as in `beam_search`.
 
   Returns:
     [B, n] float32.
@@ -138,14 +138,14 @@ def _walk(
   """Goes down the trie, and at each level on from chosen nodes alone.
 
   Args:
-    trie: see `beam_search`, and so for the others.
-    step: with
-    state: its first state.
+    trie: this and what is not explained here is that of `beam_search`.
+    step: (state, level, codes) -> (log_probs, state).
+    state: leaves [B, 1, ...].
     choose: (level, parents [B, w], log-probabilities of their children [B, w, F], -inf where there are fewer) -> those
       of the chosen ones [B, k], and their places among the w F, [B, k] int.
     batch: B.
-    normalize: among siblings.
-    node_scores: or None.
+    normalize: whether the log-probabilities of siblings are made to sum to one.
+    node_scores: (state, level, nodes [B, w, F]) -> [B, w, F].
 
   Returns:
     The nodes of the last level that were reached and their log-probabilities, each [B, k].

@@ -22,7 +22,9 @@ def make_schedule(settings: Any, *, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(settings: Any, *, total_steps: int) -> optax.GradientTransformation:
-  """AdamW behind a global-norm clip; only matrices decay, not biases, norms, tables of embeddings or of codes.
+  """AdamW behind a global-norm clip; only the layers' matrices decay.
+
+  That is, not biases, norms, tables of embeddings or of codes, nor what makes an item's vector of its features.
 
   Args:
     settings: as for `make_schedule`, and `weight_decay`, `clip_norm`.

@@ -19,13 +19,15 @@ from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, Ranking, evaluate, ma
 from bbqrec_jax.input_files import is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.models.frozen import RQ_KMEANS
 from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.models.two_towers import make_recommender
+from bbqrec_jax.ops.ranking import LARGEST_CUTOFF
 from bbqrec_jax.ops.similarity import equal_frequency_edges, equal_width_edges, overlap_edges, stream_pairs
 from bbqrec_jax.parallel import Partitioner, made_on_host
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.trie import build_trie
-from bbqrec_jax.train.logging import MetricsLog
+from bbqrec_jax.train.logging import MetricsLog, warn
 from bbqrec_jax.train.loop import Plan, fit
 from bbqrec_jax.train.optimizer import make_optimizer
 from bbqrec_jax.train.state import TrainState
@@ -148,14 +150,50 @@ def comparison(
     return vectors, np.zeros((len(pairs), 0), np.float32)
   if r.similarity_kind == "equal_width":
     return vectors, np.tile(equal_width_edges(r.num_buckets), (len(pairs), 1))
-  samples = sampled_similarities(vectors, histories, pairs, max_length=r.max_length, seed=config.seed)
+  samples = _some_of_each(config, vectors, histories, streams, pairs)
+  return vectors, np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
+
+
+def _some_of_each(
+  config: Any,
+  vectors: np.ndarray,
+  histories: Interactions,
+  streams: tuple[str, ...],
+  pairs: tuple[tuple[int, int], ...],
+) -> list[np.ndarray]:
+  """`sampled_similarities`, none of them empty.
+
+  Raises:
+    InputError: if there is nothing to compare of a pair of streams.
+  """
+  samples = sampled_similarities(vectors, histories, pairs, max_length=config.recommender.max_length, seed=config.seed)
   for pair, sample in zip(pairs, samples, strict=True):
     if not len(sample):
+      names = " and ".join(dict.fromkeys(streams[index] for index in pair))
       raise InputError(
-        f"no training history holds two items that both have {streams[pair[0]]} and {streams[pair[1]]}, so their"
-        " similarity has no buckets; leave the modality out (data.modalities) or set recommender.similarity=()"
+        f"no training history holds two items that both have {names}, so their similarity has no buckets; leave the"
+        " modality out (data.modalities) or set recommender.similarity=()"
       )
-  return vectors, np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
+  return samples
+
+
+def check_compared(config: Any, present: dict[str, np.ndarray], histories: Interactions) -> None:
+  """Refuses, before any tokenizer is trained, modalities whose similarities would have no buckets.
+
+  Args:
+    config: of the run.
+    present: which items have each modality, [N] bool.
+    histories: the training histories.
+
+  Raises:
+    InputError: if no training history holds two items that have a modality, or two of them.
+  """
+  r, t, names = config.recommender, config.tokenizer, tuple(present)
+  if "modalities" not in r.similarity or r.similarity_kind != "equal_frequency" or not names:
+    return
+  shared = t.codebooks != "per_stream" and t.quantizer != RQ_KMEANS
+  vectors = np.stack(list(present.values()), axis=1)[..., None].astype(np.float32)
+  _some_of_each(config, vectors, histories, names, stream_pairs(len(names), cross=r.cross_pairs and shared))
 
 
 def item_features(config: Any, store: FeatureStore) -> np.ndarray | None:
@@ -185,7 +223,9 @@ def build_catalogue(
   """
   r = config.recommender
   streams = similarity_streams(config, ids)
-  pairs = stream_pairs(len(streams), cross=r.cross_pairs)
+  # Vectors of codebooks that are not shared cannot be compared with one another.
+  cross = bool(r.cross_pairs and ids is not None and len(ids.codebooks) == 1)
+  pairs = stream_pairs(len(streams), cross=cross)
   columns = np.zeros((num_items, 0), np.int32)
   semantic_ids = np.zeros((num_items, 0), np.int32)
   compared = np.zeros((num_items, 0, 1), np.float32)
@@ -230,7 +270,7 @@ def build_catalogue(
     item_dropout=r.item_dropout,
     max_length=r.max_length,
     num_streams=len(streams),
-    cross_pairs=r.cross_pairs,
+    cross_pairs=cross,
     num_buckets=0 if r.similarity_kind == "continuous" else edges.shape[1] + 1,
     layer_tables=r.layer_tables,
     multiply_bias=r.multiply_bias,
@@ -309,6 +349,11 @@ def run_recommender(
   with made_on_host():
     features = item_features(config, FeatureStore(dataset.features, dataset.present))
     model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=features)
+  if not model.exact and e.beam_width < min(LARGEST_CUTOFF, catalogue.num_items):
+    warn(
+      f"config field evaluation.beam_width = {e.beam_width}: what stands further back counts as a miss, so figures at"
+      f" higher cutoffs, up to {LARGEST_CUTOFF}, are too low"
+    )
   ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
   shared = partitioner.place(catalogue)
   some = sample_users(split, e.validation_users, seed=config.seed)

@@ -286,6 +286,7 @@ def run_tokenizer(
     codebooks = fit_codebooks(
       settings, latents, present, iterations=t.kmeans_iterations, points=t.kmeans_points, seed=config.seed
     )
+    codebooks = processes.of_the_first(codebooks)
     use = CodebookUse.create(jnp.asarray(codebooks), moving_average=settings.moving_average)
     params = state.params | {"codebooks": partitioner.place(codebooks)}
     return state.replace(params=params, codes=partitioner.place(use))  # type: ignore[attr-defined]

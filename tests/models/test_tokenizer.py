@@ -456,6 +456,8 @@ def test_a_learned_temperature_starts_where_it_is_set_and_has_a_gradient(batch, 
   assert_allclose(call(settings, "temperature", params), 0.5, rtol=1e-6)
   low = params | {"log_temperature": jnp.log(1e-4)}
   assert_allclose(call(settings, "temperature", low), 0.01, rtol=1e-6)
+  of_low = jax.grad(lambda params: Tokenizer(settings).apply({"params": params}, method="temperature"))(low)
+  assert of_low["log_temperature"] > 0, "a temperature that fell below its bound could not come back"
 
   def loss(params):
     return tokenizer_loss(Tokenizer(settings), params, jax.tree.map(jnp.asarray, batch), weights=only("contrast"))[0]

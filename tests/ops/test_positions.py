@@ -43,6 +43,20 @@ def test_buckets_follow_the_rule(num_buckets, max_distance, bidirectional):
   )
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_direction_has_two_buckets_at_least_and_one_for_what_is_far(bidirectional):
+  directions = 2 if bidirectional else 1
+  far = jnp.array([-1000, -16, -1])
+  for a_direction in (2, 31):
+    found = relative_buckets(far, num_buckets=directions * a_direction, max_distance=16, bidirectional=bidirectional)
+    assert_array_equal(found[:2], [a_direction - 1] * 2)
+    assert found[2] == 1
+  refused = (directions, directions * 32, *((5,) if bidirectional else ()))
+  for count in refused:
+    with pytest.raises(ValueError, match=f"need 2 to 31 buckets a direction, got {count} for"):
+      relative_buckets(far, num_buckets=count, max_distance=16, bidirectional=bidirectional)
+
+
 def test_every_near_distance_has_a_bucket_of_its_own():
   buckets = np.asarray(relative_buckets(jnp.arange(-7, 8), num_buckets=32))
   assert len(set(buckets.tolist())) == 15

@@ -77,7 +77,15 @@ def test_nan_scores_rank_the_target_worst_and_never_lift_it():
 
 def test_rank_in_a_list_is_the_targets_place_or_a_miss():
   items = jnp.array([[4, 2, 7], [4, 2, 7], [9, -1, -1], [-1, -1, -1]])
-  assert_array_equal(ranks_in_list(items, jnp.array([7, 3, 9, 0])), [2, MISS, 0, MISS])
+  scores = jnp.array([[0.0, -1.0, -2.0], [0.0, -1.0, -2.0], [-3.0, -np.inf, -np.inf], [-np.inf] * 3])
+  assert_array_equal(ranks_in_list(items, scores, jnp.array([7, 3, 9, 0])), [2, MISS, 0, MISS])
+
+
+def test_rank_in_a_list_counts_ties_and_nan_against_the_target():
+  nan, inf = np.nan, np.inf
+  items = jnp.array([[4, 2, 7], [4, 2, -1], [4, 2, 7], [4, 2, 7], [4, 2, 7]])
+  scores = jnp.array([[0.0, 0.0, -1.0], [0.0, 0.0, -inf], [nan, 0.0, -1.0], [nan, 0.0, -1.0], [-inf, -inf, -inf]])
+  assert_array_equal(ranks_in_list(items, scores, jnp.array([4, 2, 2, 4, 2])), [1, 1, 1, MISS, 2])
 
 
 RANKS = np.array([0, 1, 4, 5, 9, 10, 19, 20, MISS], np.int32)

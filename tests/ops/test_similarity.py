@@ -166,6 +166,14 @@ def test_equal_frequency_edges_keep_ties_in_one_bucket_and_do_not_descend():
   assert all(len(set(buckets[samples == value])) == 1 for value in (0.1, 0.5, 0.9))
 
 
+def test_rounding_does_not_part_equal_items():
+  """The cosine of one item with itself, as several programs compute it, over both sides of a quantile."""
+  below = np.random.default_rng(3).uniform(-0.9, 0.9, size=900)
+  equal = np.float32(1) + np.float32(6e-8) * np.arange(-3, 4, dtype=np.float32)
+  edges = equal_frequency_edges(np.concatenate([below, np.resize(equal, 100)]), 32)
+  assert len(set(np.searchsorted(edges, equal, side="right").tolist())) == 1
+
+
 def test_edges_without_a_sample_are_refused():
   with pytest.raises(ValueError, match="no similarity"):
     equal_frequency_edges(np.zeros(0), 4)

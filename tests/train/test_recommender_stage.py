@@ -12,7 +12,7 @@ from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.similarity import similarities
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train.recommender_stage import build_catalogue
+from bbqrec_jax.train.recommender_stage import build_catalogue, check_compared
 
 ITEMS, LEVELS, CODES, WIDTH = 30, 3, 4, 5
 STREAMS = ("text", "image", "fused")
@@ -109,6 +109,39 @@ def test_content_codes_are_columns_of_their_own(ids, histories):
     assert_array_equal(columns[:, mine], expected)
   with pytest.raises(InputError, match="came without content codes: train a tokenizer with"):
     build(ids, histories, item_inputs=("fused", "content", "item"))
+
+
+def test_streams_of_different_codebooks_are_not_compared(ids, histories):
+  rng = np.random.default_rng(3)
+  own = dataclasses.replace(ids, codebooks=rng.normal(size=(3, LEVELS, CODES, WIDTH)).astype(np.float32))
+  _, settings = build(own, histories)
+  assert settings.pairs == ((0, 0), (1, 1))
+  assert settings.table_shape[0] == 2
+
+
+@pytest.mark.parametrize(
+  ("image", "changes", "named"),
+  [
+    ([4], {}, "image"),
+    ([4, 5], {}, None),
+    ([4, 5], {"recommender.max_length": 2}, "image"),
+    ([4], {"recommender.similarity": ("fused",)}, None),
+    ([4], {"recommender.similarity_kind": "overlap"}, None),
+    ([2, 3], {}, "text and image"),
+    ([2, 3], {"tokenizer.codebooks": "per_stream"}, None),
+  ],
+)
+def test_modalities_that_no_history_can_compare_are_refused(image, changes, named):
+  # Items 4 and 5 stand in one history, three apart; 2 and 3 in another, and have no text.
+  histories = from_lengths(np.array([4, 0, 1, 5, 2, 3]), np.array([4, 2]), np.array(["a", "b"]))
+  present = {"text": np.isin(np.arange(ITEMS), [0, 1, 4, 5]), "image": np.isin(np.arange(ITEMS), image)}
+  config = default_config()
+  config.update_from_flattened_dict(changes)
+  if named is None:
+    check_compared(config, present, histories)
+    return
+  with pytest.raises(InputError, match=f"no training history holds two items that both have {named}, so their"):
+    check_compared(config, present, histories)
 
 
 def test_without_similarity_there_is_nothing_to_compare(ids, histories):
