@@ -337,7 +337,7 @@ def restore(
     ids = SemanticIds.load(folder)
     ids.check_data(_data_hash(figures), num_items=dataset.num_items, where=folder)
     check_fingerprint(workdir, ids, trained=True)
-  known = FeatureStore(dataset.features, dataset.present)
+  known = dataset.store
   rows = item_features(config, known)
   model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=rows)
   like = _like(config, model, catalogue)

@@ -31,7 +31,6 @@ from absl import app, flags
 from jax.experimental import topologies
 
 from bbqrec_jax.benchmarks.cases import random_dataset, random_ids
-from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
@@ -88,7 +87,7 @@ def steps(config: Any, *, items: int) -> Iterator[tuple[str, Any, Any, Any, Any]
   config = copy.deepcopy(config)
   config.num_items = _FEW
   dataset = random_dataset(config)
-  store, ids = FeatureStore(dataset.features, dataset.present), random_ids(config, dataset.modalities)
+  store, ids = dataset.store, random_ids(config, dataset.modalities)
   settings = tokenizer_settings(config.run, dataset)
   few = tokenizer_training(config.run, settings, dataset.interactions, store)
   many = tokenizer_training(config.run, dataclasses.replace(settings, num_items=items), dataset.interactions, store)

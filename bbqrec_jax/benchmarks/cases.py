@@ -12,7 +12,6 @@ import numpy as np
 from bbqrec_jax.benchmarks.counting import cost
 from bbqrec_jax.benchmarks.timing import Case
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions, from_lengths
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.evaluation.ranking import make_ranker
@@ -115,7 +114,7 @@ def _map_case(
 
 def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
   """A training step, tokenization and the pipeline of the tokenizer."""
-  run, store = config.run, FeatureStore(dataset.features, dataset.present)
+  run, store = config.run, dataset.store
   partitioner = make_partitioner(run)
   settings = tokenizer_settings(run, dataset)
   training = tokenizer_training(run, settings, dataset.interactions, store)

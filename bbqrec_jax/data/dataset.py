@@ -1,12 +1,14 @@
 """What every source gives: the histories, the features and the titles of one catalogue, and figures about them."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import features_hash
 from bbqrec_jax.data.interactions import Interactions, Split
 
@@ -40,6 +42,11 @@ class Dataset:
   def modalities(self) -> tuple[str, ...]:
     """The names of the modalities, in order."""
     return tuple(self.features)
+
+  @functools.cached_property
+  def store(self) -> FeatureStore:
+    """The features standardised on demand, by statistics that are computed once."""
+    return FeatureStore(self.features, self.present)
 
 
 def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class FeatureStore:
     """How many items it holds."""
     return len(next(iter(self.present.values())))
 
+  def of(self, name: str) -> "FeatureStore":
+    """The same of one modality alone."""
+    return FeatureStore({name: self.features[name]}, {name: self.present[name]}, self.arrays())
+
   def arrays(self) -> dict[str, np.ndarray]:
     """The statistics by name, `mean/<modality>` and `deviation/<modality>`, each [D] float32."""
     return {

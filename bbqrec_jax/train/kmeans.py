@@ -28,37 +28,50 @@ def feature_widths(dataset: Dataset) -> dict[str, int]:
   return {name: array.shape[1] for name, array in dataset.features.items()}
 
 
+_IN_MEMORY = 2**26  # Numbers.
+
+
+class _Latents:
+  """Latents [N, d] of the features of some modalities, beside one another, made a block at a time."""
+
+  def __init__(self, store: FeatureStore):
+    self._store = store
+
+  def __len__(self):
+    return self._store.num_items
+
+  def __getitem__(self, rows):
+    return content_latents(*self._store.rows(np.arange(len(self))[rows]))[0][-1]
+
+
 def kmeans_codebooks(config: Any, settings: TokenizerSettings, store: FeatureStore) -> np.ndarray:
   """Residual k-means of the standardised features, one codebook a stream: [S, L, K, sum of D] float32."""
   t = config.tokenizer
 
-  class Stream:
-    """One stream's latents [N, d], made of the features a block at a time."""
-
-    def __init__(self, index):
-      self.index = index
-
-    def __len__(self):
-      return settings.num_items
-
-    def __getitem__(self, rows):
-      return content_latents(*store.rows(np.arange(settings.num_items)[rows]))[0][self.index]
-
-  streams: list[Any] = [Stream(index) for index in range(len(settings.streams))]
-  weights = [*(np.asarray(store.present[name], np.float32) for name in settings.names), None]
-  return np.stack([
-    residual_kmeans(
-      config.seed, streams[index], num_levels=t.num_levels, num_codes=t.num_codes, weights=weight,
+  def fitted(some: FeatureStore, weights: np.ndarray | None) -> np.ndarray:
+    points: Any = _Latents(some)
+    if settings.num_items * sum(array.shape[1] for array in some.features.values()) <= _IN_MEMORY:
+      points = points[:]  # Each pass over them would make them anew.
+    return residual_kmeans(
+      config.seed, points, num_levels=t.num_levels, num_codes=t.num_codes, weights=weights,
       iterations=t.kmeans_iterations, sample=t.kmeans_points, block=4096,
-    )
-    for index, weight in enumerate(weights)
-  ])  # fmt: skip
+    )  # fmt: skip
+
+  codebooks = np.zeros((len(settings.streams), t.num_levels, t.num_codes, settings.code_width), np.float32)
+  first = 0
+  for index, (name, width) in enumerate(settings.modalities):
+    # In columns of its own alone: it is zero in the others'.
+    own = fitted(store.of(name), np.asarray(store.present[name], np.float32))
+    codebooks[index, :, :, first : first + width] = own
+    first += width
+  codebooks[-1] = fitted(store, None)
+  return codebooks
 
 
 def content_codes(config: Any, dataset: Dataset, *, data_hash: str) -> SemanticIds:
   """What residual k-means makes of the features of all items, for a tokenizer's `SemanticIds.content`."""
   settings = kmeans_settings(config, dataset, semantic_id="fused")
-  store = FeatureStore(dataset.features, dataset.present)
+  store = dataset.store
   codebooks = kmeans_codebooks(config, settings, store)
   frozen = FrozenTokenizer(settings, store.arrays(), codebooks)
   # Without the latents, which are as wide as the features.

@@ -347,7 +347,7 @@ def run_recommender(
   """
   r, e = config.recommender, config.evaluation
   with made_on_host():
-    features = item_features(config, FeatureStore(dataset.features, dataset.present))
+    features = item_features(config, dataset.store)
     model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=features)
   if not model.exact and e.beam_width < min(LARGEST_CUTOFF, catalogue.num_items):
     warn(

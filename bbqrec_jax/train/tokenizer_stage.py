@@ -164,7 +164,7 @@ def run_kmeans_tokenizer(
     As `run_tokenizer`.
   """
   start = time.monotonic()
-  settings, store = tokenizer_settings(config, dataset), FeatureStore(dataset.features, dataset.present)
+  settings, store = tokenizer_settings(config, dataset), dataset.store
   codebooks, encoder = kmeans_codebooks(config, settings, store), store.arrays()
   frozen = FrozenTokenizer(settings, encoder, codebooks)
   latents, present, codes = encode_blocks(lambda items: frozen(*store.rows(items)), dataset.num_items, block=2048)
@@ -273,7 +273,7 @@ def run_tokenizer(
   settings = tokenizer_settings(config, dataset)
   if settings.quantizer == RQ_KMEANS:
     return run_kmeans_tokenizer(config, dataset, split, data_hash=data_hash, workdir=workdir)
-  store = FeatureStore(dataset.features, dataset.present)
+  store = dataset.store
   model, initial_state, step, batches = tokenizer_training(config, settings, split.train, store)
   encode = CatalogueEncoder(model, store, partitioner=partitioner)
   contrast_recall = ContrastRecall(model, split, partitioner=partitioner)

@@ -11,7 +11,6 @@ import pytest
 
 from bbqrec_jax import config as config_module
 from bbqrec_jax.config import default_config, flatten, validate
-from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.json_files import read_json
@@ -182,7 +181,7 @@ def test_the_artefact_alone_gives_every_item_of_no_id_vector_its_codes_again(dat
   dataset, _ = data
   ids, _ = trained(name)
   frozen = FrozenTokenizer(settings_from_json(ids.settings), ids.encoder, ids.codebooks)
-  store = FeatureStore(dataset.features, dataset.present)
+  store = dataset.store
   _, present, codes = frozen(*store.rows(np.arange(ITEMS)))
   np.testing.assert_array_equal(codes, ids.stream_codes)
   np.testing.assert_array_equal(present, ids.present)
