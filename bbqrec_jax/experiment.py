@@ -13,7 +13,7 @@ import numpy as np
 from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
-from bbqrec_jax.data.features import load_new_items
+from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
@@ -248,12 +248,7 @@ def _new_items(known: FeatureStore, folder: pathlib.Path) -> FeatureStore:
   Raises:
     InputError: if they are not there, or of other widths.
   """
-  features, present = load_new_items(folder, tuple(known.features))
-  for name, array in features.items():
-    width = known.features[name].shape[1]
-    if array.shape[1] != width:
-      raise InputError(f"{folder}/{name}_features.npy: expected rows of {width} numbers, got {array.shape[1]}")
-  new = FeatureStore(features, present, known.arrays())
+  new = FeatureStore(*load_new_items(folder, feature_widths(known.features)), known.arrays())
   for sentence in far_features(new, num_known=known.num_items):
     warn(sentence)
   return new
