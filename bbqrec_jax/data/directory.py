@@ -58,7 +58,7 @@ def read_titles(folder: Path) -> tuple[str, ...]:
   names = ("items.jsonl.gz", "items.jsonl")
   found = [folder / name for name in names if is_given(folder / name)]
   if len(found) != 1:
-    came = "both" if found else "neither"
+    came = "both; remove one" if found else "neither; write a line for each item, {} is enough"
     raise InputError(f"{folder}: expected one of {' and '.join(names)} (line k describes item k), found {came}")
   (path,) = found
   titles = []
@@ -191,9 +191,14 @@ def _refuse_items(path: Path, lines: list[bytes], num_items: int) -> NoReturn:
   for row, line in enumerate(lines):
     for field, token in enumerate(line.split()[1:], start=2):
       digits = token.lstrip(b"0") or b"0"
-      if not token.isdigit() or len(digits) > 18 or int(digits) >= num_items:
-        raise InputError(
-          f"{path} line {row + 1} field {field}: expected an item id, an integer in 0..{num_items - 1}, got"
-          f" {shown(token)}; correct it, or add the item to the items file"
-        )
+      if not token.isdigit():
+        mend = "number the items from 0 and separate them by blanks, or use --config.data.source=recbole"
+      elif len(digits) > 18 or int(digits) >= num_items:
+        mend = "number the items from 0, or add the item to the items file"
+      else:
+        continue
+      raise InputError(
+        f"{path} line {row + 1} field {field}: expected an item id, an integer in 0..{num_items - 1}, got"
+        f" {shown(token)}; {mend}"
+      )
   raise AssertionError("a check of the whole file failed that no line fails")

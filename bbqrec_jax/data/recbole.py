@@ -24,6 +24,7 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
     `name` gives the titles; every `float_seq` column is a modality, named without a trailing `_features`, `_feature` or
     `_emb`; an empty cell means that the item lacks it. Without the table, items are numbered as they first appear in
     `.inter`.
+  - Either table may be compressed: `.inter.gz`, `.item.gz`.
   - `<modality>_features.npy` and `has_<modality>.npy`, rows in that order, see `features.load_modality`.
 
   Args:
@@ -49,15 +50,16 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   interactions, lines, tokens = _read_interactions(inter_path, tokens, item_path)
   interactions = check_history_lengths(interactions, path=inter_path, lines=lines, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(tokens), in_tables=tables)
-  return Dataset(inter_path.stem, str(path), interactions, features, present, titles or ("",) * len(tokens))
+  name = inter_path.name.removesuffix(".gz").removesuffix(".inter")
+  return Dataset(name, str(path), interactions, features, present, titles or ("",) * len(tokens))
 
 
 def _only_file(folder: Path, suffix: str) -> Path | None:
-  paths = sorted(folder.glob(f"*.{suffix}"))
+  paths = sorted([*folder.glob(f"*.{suffix}"), *folder.glob(f"*.{suffix}.gz")])
   if len(paths) > 1:
     raise InputError(
-      f"{folder}: expected one .{suffix} file, found {', '.join(path.name for path in paths)}; give each data set a"
-      " folder of its own"
+      f"{folder}: expected one .{suffix} file, found {', '.join(path.name for path in paths)}; keep one, and give each"
+      " data set a folder of its own"
     )
   return paths[0] if paths else None
 
@@ -229,8 +231,6 @@ def _read_items(path: Path) -> tuple[list[bytes], tuple[str, ...], dict[str, np.
 def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
   """The vectors of a `float_seq` column, [N, D] float32; an empty cell is a row of zeros."""
   width = next((len(cell.split()) for cell in cells if cell.split()), 0)
-  if not width:
-    raise InputError(f"{path} field '{name}': expected numbers for some items, got none; remove the column")
   check_growth(path, sum(map(len, cells)), 4 * len(cells) * width)
   features = np.zeros((len(cells), width), np.float32)
   for row, cell in enumerate(cells):
@@ -243,8 +243,11 @@ def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
     if not fits.all():
       bad = numbers[int(np.argmin(fits))]
       raise InputError(
-        f"{place}: expected finite float32 numbers, got {shown(bad)}; leave it empty for an item without"
+        f"{place}: expected finite float32 numbers, got {shown(bad)}; separate them by spaces, and leave the"
+        " field empty for an item without"
       )
     if numbers:
       features[row] = values
+  if not features.any():
+    raise InputError(f"{path} field '{name}': expected numbers for some items, got none or zeros; remove the column")
   return features

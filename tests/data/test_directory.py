@@ -101,13 +101,16 @@ def test_user_labels_may_be_any_utf8(folder):
     ("ann 0 1 2\nbob\n", ["line 2", "got 'bob'", "give the user items"]),
     ("ann 0 1 2\n 0 1 2\n", ["line 2", "got ' 0 1 2'"]),
     ("ann 0 1 2\nbob 1 3.0 2\n", ["line 2 field 3", "expected an item id, an integer in 0..3", "got '3.0'"]),
-    ("ann 0 1 2\nbob 1 2 x7\n", ["line 2 field 4", "got 'x7'"]),
+    (
+      "ann 0 1 2\nbob 1 2 B00x7\n",
+      ["line 2 field 4", "got 'B00x7'", "number the items from 0", "--config.data.source=recbole"],
+    ),
     ("ann 0 " + "0" * 5000 + "1 7\n", ["line 1 field 4", "got '7'"]),
     ("ann 0 1 -2\n", ["line 1 field 4", "got '-2'"]),
     ("ann 0 +1 2\n", ["line 1 field 3", "got '+1'"]),
-    ("ann 0,1,2\n", ["line 1 field 2", "got '0,1,2'"]),
+    ("ann 0,1,2\n", ["line 1 field 2", "got '0,1,2'", "separate them by blanks"]),
     ("ann 0 1 2\nbob 1 ٣ 2\n", ["line 2 field 3", "got '٣'"]),
-    ("ann 0 1 2\nbob 3 4 0\n", ["line 2 field 3", "in 0..3", "got '4'", "items file"]),
+    ("ann 0 1 2\nbob 3 4 0\n", ["line 2 field 3", "in 0..3", "got '4'", "from 0, or add the item to the items file"]),
     ("ann 0 1 99999999999999999999\n", ["line 1 field 4", "got '99999999999999999999'"]),
     ("ann 0 1 4294967296\n", ["line 1 field 4", "got '4294967296'"]),
     ("ann 0 1 " + "z" * 9999 + "\n", ["line 1 field 4", "zzz...'"]),
@@ -176,7 +179,7 @@ def test_bad_items_are_refused(folder, content, parts):
   ("remove", "parts"),
   [
     (["sequences.txt"], ["expected sequences.txt", "found no such file"]),
-    (["items.jsonl.gz"], ["expected one of items.jsonl.gz and items.jsonl", "found neither"]),
+    (["items.jsonl.gz"], ["expected one of items.jsonl.gz and items.jsonl", "found neither", "{} is enough"]),
     (["text_features.npy", "image_features.npy"], ["expected at least one modality", "<modality>_features.npy"]),
   ],
   ids=["sequences", "items", "features"],
@@ -189,7 +192,7 @@ def test_missing_files_are_named(folder, remove, parts):
 
 def test_two_items_files_are_refused(folder):
   (folder / "items.jsonl").write_text(ITEMS)
-  refusal(folder, "expected one of", "found both")
+  refusal(folder, "expected one of", "found both; remove one")
 
 
 def test_an_unknown_modality_is_refused_with_those_found(folder):

@@ -1,5 +1,6 @@
 """RecBole's atomic files: tiny ones with known content, and every way to get one wrong."""
 
+import gzip
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,6 +156,11 @@ def test_short_users_are_dropped_on_request(folder):
     ("3.5 -4e-1", "3.5 1_0", ["line 3 field 'text_emb'", "expected finite float32 numbers", "got '1_0'"]),
     ("3.5 -4e-1", "3.5 x", ["line 3 field 'text_emb'", "expected finite float32 numbers", "got 'x'"]),
     ("3.5 -4e-1", "3.5 1e39", ["line 3 field 'text_emb'", "expected finite float32 numbers", "got '1e39'"]),
+    (
+      "3.5 -4e-1",
+      "3.5,-4e-1 1",
+      ["line 3 field 'text_emb'", "got '3.5,-4e-1'", "separate them by spaces, and leave the field empty"],
+    ),
     ("b\tFilm B", "a\tFilm B", ["line 3 field 'item_id'", "each item on one line", "'a' again", "first on line 2"]),
     ("b\tFilm B", "\tFilm B", ["line 3 field 'item_id'", "expected a token", "empty field"]),
     ("b\tFilm B", "b", ["line 3", "expected 4 tab-separated fields", "got 3"]),
@@ -163,12 +169,29 @@ def test_short_users_are_dropped_on_request(folder):
     (ITEM, ITEM.splitlines()[0], ["expected at least one item", "only a header"]),
     (ITEM, "", ["line 1", "header of name:type"]),
     (ITEM, "item_id:token\tx:float_seq\na\t\nb\t\nc\t\n", ["field 'x'", "expected numbers for some items"]),
+    (ITEM, "item_id:token\tx:float_seq\na\t0 0\nb\t\nc\t0 -0.0\n", ["field 'x'", "none or zeros; remove the column"]),
   ],
 )
 def test_bad_items_are_refused(folder, old, new, parts):
   assert old in ITEM
   (folder / "tiny.item").write_text(ITEM.replace(old, new))
   refusal(folder, str(folder / "tiny.item"), *parts)
+
+
+def test_a_mask_of_a_column_is_refused(folder):
+  np.save(folder / "has_audio.npy", np.ones(3, bool))
+  refusal(folder, str(folder / "has_audio.npy"), "'audio' is a column", "leave the column's cell empty")
+
+
+def test_tables_may_be_compressed(folder):
+  expected = histories(load_recbole(folder))
+  for name in ("tiny.inter", "tiny.item"):
+    (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
+    refusal(folder, f"expected one .{name[5:]} file, found {name}, {name}.gz; keep one")
+    (folder / name).unlink()
+    dataset = load_recbole(folder)
+    assert histories(dataset) == expected
+    assert (dataset.name, dataset.titles[0]) == ("tiny", "Film A")
 
 
 @pytest.mark.parametrize("suffix", ["inter", "item"])
