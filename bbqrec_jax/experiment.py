@@ -32,6 +32,7 @@ from bbqrec_jax.train.recommender_stage import (
   check_fingerprint,
   initial_state,
   item_features,
+  needs_features,
   needs_semantic_ids,
   run_recommender,
   tokenizer_folder,
@@ -41,9 +42,24 @@ from bbqrec_jax.train.tokenizer_stage import run_tokenizer
 from bbqrec_jax.workdir import HASHES, REMAKE, claim, format_results, load_config, load_results, tokenizer_figure
 
 
-def read_data(config: ml_collections.ConfigDict) -> tuple[Dataset, Split, dict[str, Any]]:
-  """The data a config names, its split, and the figures that say which data it is."""
+def read_data(
+  config: ml_collections.ConfigDict, *, for_tokenizer: bool = False
+) -> tuple[Dataset, Split, dict[str, Any]]:
+  """The data a config names, its split, and the figures that say which data it is.
+
+  Args:
+    config: of the run.
+    for_tokenizer: whether a tokenizer is to be trained on it, whatever the recommender reads.
+
+  Raises:
+    InputError: if the data is missing or wrong, or lacks features or timestamps that the config reads.
+  """
   dataset = load(config.data)
+  if (for_tokenizer or needs_features(config)) and not dataset.modalities:
+    raise InputError(
+      f"{dataset.source}: this config reads items' features, found none: give NAME_features.npy of shape [items, width]"
+      " or a NAME:float_seq column of the .item file (recbole), or take --config=configs/sasrec.py, which needs none"
+    )
   if config.recommender.time_buckets and dataset.interactions.times is None:
     raise InputError(
       f"{dataset.source}: config field recommender.time_buckets = {config.recommender.time_buckets} needs timestamps,"
@@ -88,11 +104,11 @@ class _Run(NamedTuple):
   figures: dict[str, Any]
 
 
-def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
+def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_tokenizer: bool = False) -> _Run:
   """Checks everything that can be checked before anything is computed, and shows the data."""
   validate(config)
   partitioner = make_partitioner(config)
-  dataset, split, figures = read_data(config)
+  dataset, split, figures = read_data(config, for_tokenizer=for_tokenizer)
   _check_sizes(
     config,
     num_items=dataset.num_items,
@@ -138,7 +154,7 @@ def tokenize(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
   Raises:
     InputError: as `run`.
   """
-  prepared = _begin(config, workdir)
+  prepared = _begin(config, workdir, for_tokenizer=True)
   log = MetricsLog(workdir)
   try:
     _semantic_ids(prepared, log)

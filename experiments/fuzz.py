@@ -464,7 +464,7 @@ def modalities(files: Files, num_items: int | None, names: tuple[str, ...] = ("i
     if files.get(f"{name}_features.npy", MISSING) != MISSING:
       pairs[name] = modality(files, name, num_items)
       num_items = len(pairs[name][0])
-  if not pairs or not enough(any(present) for _, present in pairs.values()):
+  if not enough(any(present) for _, present in pairs.values()):
     raise Bad
   return {name: (plain(features), present) for name, (features, present) in pairs.items()}
 
@@ -517,8 +517,8 @@ def split_table(files: Files, name: str) -> tuple[dict[str, str], list[dict[str,
   return kinds, rows
 
 
-def expect_recbole(files: Files) -> Any:
-  """What a folder of RecBole's atomic files holds."""
+def expect_items(files: Files) -> tuple[dict[str, int], list[str], dict[str, Any]]:
+  """What a RecBole table of items holds: numbers by name, titles and modalities."""
   kinds, rows = split_table(files, "tiny.item")
   items = {row["item_id"]: place for place, row in enumerate(rows)}
   if not rows or len(items) < len(rows):
@@ -540,12 +540,19 @@ def expect_recbole(files: Files) -> Any:
     tables[short] = (plain(table), table.any(axis=1).tolist())
     if not any(tables[short][1]):
       raise Bad
-  if not tables:
-    raise Bad
+  return items, titles, tables
 
+
+def expect_recbole(files: Files) -> Any:
+  """What a folder of RecBole's atomic files holds."""
   kinds, rows = split_table(files, "tiny.inter")
   if kinds.get("user_id") != "token" or not rows:
     raise Bad
+  if files["tiny.item"] == MISSING:
+    names = dict.fromkeys(row["item_id"] for row in rows)
+    items, titles, tables = {name: place for place, name in enumerate(names)}, [""] * len(names), {}
+  else:
+    items, titles, tables = expect_items(files)
   histories: dict[str, list[tuple[float, int]]] = {}
   for row in rows:
     used = [row[name] for name in ("user_id", "item_id", "timestamp") if name in kinds]

@@ -19,7 +19,7 @@ class Dataset:
     name: what to call it in reports.
     source: the folder as it was given, or "synthetic".
     interactions: the whole histories, before any split.
-    features: [N, D] float by modality; row k is item k.
+    features: [N, D] float by modality, of which there may be none; row k is item k.
     present: [N] bool by modality, whether an item has it.
     titles: N titles; "" where the source has none.
   """
@@ -94,5 +94,6 @@ def format_statistics(figures: Mapping[str, Any]) -> str:
   ]
   for name, modality in figures["modalities"].items():
     lines.append(f"  {name}: width {modality['width']}, {modality['coverage']:.1%} of items have it")
-  lines.append(f"  leave-one-out split {figures['split_hash']}, features {figures['features_hash']}")
+  features = f"features {figures['features_hash']}" if figures["modalities"] else "no features"
+  lines.append(f"  leave-one-out split {figures['split_hash']}, {features}")
   return "\n".join(lines)

@@ -126,19 +126,17 @@ def check_name(name: str, *, where: object) -> None:
 
 
 def choose_modalities(found: Iterable[str], modalities: Iterable[str], *, path: str | Path) -> tuple[str, ...]:
-  """The modalities to use: those asked for, in that order, or all that were found, by name, if none was asked for.
+  """The modalities to use: those asked for, in that order, or all that were found, if any, by name.
 
   Raises:
-    InputError: if one that was asked for was not found or is named twice, or there is none at all.
+    InputError: if one that was asked for was not found or is named twice.
   """
   found, chosen = sorted(found), tuple(modalities)
-  if not found:
-    raise InputError(f"{path}: expected at least one modality, <modality>_features.npy, found none; add one")
   for name in chosen:
     if name not in found:
       raise InputError(
-        f"{path}: expected --config.data.modalities to name some of {', '.join(found)}, got {name!r}; correct it, or"
-        f" add {name}_features.npy"
+        f"{path}: expected --config.data.modalities to name some of those found, {', '.join(found) or 'none'}, got"
+        f" {name!r}; correct it, or add {name}_features.npy"
       )
   if len(set(chosen)) < len(chosen):
     raise InputError(f"--config.data.modalities: expected different names, got {', '.join(chosen)}; name each once")

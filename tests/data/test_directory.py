@@ -180,9 +180,8 @@ def test_bad_items_are_refused(folder, content, parts):
   [
     (["sequences.txt"], ["expected sequences.txt", "found no such file"]),
     (["items.jsonl.gz"], ["expected one of items.jsonl.gz and items.jsonl", "found neither", "{} is enough"]),
-    (["text_features.npy", "image_features.npy"], ["expected at least one modality", "<modality>_features.npy"]),
   ],
-  ids=["sequences", "items", "features"],
+  ids=["sequences", "items"],
 )
 def test_missing_files_are_named(folder, remove, parts):
   for name in remove:
@@ -307,6 +306,19 @@ def test_statistics_as_text_name_the_data(folder):
     assert part in text
   assert split.split_hash in text
   assert "synthetic" not in text
+
+
+def test_a_folder_may_have_no_features(folder):
+  for name in ("text", "image"):
+    (folder / f"{name}_features.npy").unlink()
+  settings = SimpleNamespace(
+    source="directory", path=str(folder), modalities=(), drop_short_users=False, drop_incomplete_items=True
+  )
+  dataset = load(settings)  # An item lacks none of no modalities.
+  assert (dataset.modalities, dataset.num_items) == ((), 4)
+  figures = statistics(dataset, leave_one_out(dataset.interactions))
+  assert figures["modalities"] == {}
+  assert format_statistics(figures).endswith(f"leave-one-out split {figures['split_hash']}, no features")
 
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"

@@ -180,12 +180,13 @@ def test_modalities_are_those_asked_for_or_all_by_name():
   found = ["text", "audio", "image"]
   assert choose_modalities(found, (), path="x") == ("audio", "image", "text")
   assert choose_modalities(found, ["text", "audio"], path="x") == ("text", "audio")
+  assert choose_modalities([], (), path="x") == ()
 
 
 @pytest.mark.parametrize(
   ("found", "asked", "parts"),
   [
-    ([], [], ["folder", "expected at least one modality", "<modality>_features.npy", "found none"]),
+    ([], ["video"], ["folder", "some of those found, none", "got 'video'", "video_features.npy"]),
     (["text", "image"], ["video"], ["folder", "image, text", "got 'video'", "video_features.npy"]),
     (["text"], ["text", "text"], ["--config.data.modalities", "expected different names", "got text, text"]),
   ],
