@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.features import load_modalities
+from bbqrec_jax.data.features import load_modalities, unused_files
 from bbqrec_jax.data.files import check_label, read_lines, require_folder
-from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
+from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.input_files import is_given
 
@@ -46,7 +46,8 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
     whole = dataclasses.replace(whole, times=read_timestamps(times, whole))
   interactions = check_history_lengths(whole, path=sequences, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(titles))
-  return Dataset(folder.resolve().name, str(path), interactions, features, present, titles)
+  notes = (order_note(interactions), *unused_files(folder, features, (sequences.name, times.name)))
+  return Dataset(folder.resolve().name, str(path), interactions, features, present, titles, notes)
 
 
 def read_titles(folder: Path) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.errors import InputError, printable, shown
 from bbqrec_jax.input_files import is_given, is_plain_name, open_array
 
 # Features [N, D] and presence [N] of some items, each by modality.
@@ -18,6 +18,9 @@ LARGEST = float(np.finfo(np.float32).max)
 
 # Elements of a block: 32 MiB in float64, so that a file larger than memory can be checked.
 BLOCK = 2**22
+
+# Files that a note names.
+_MOST_NAMES = 10
 
 
 def release(array: np.ndarray) -> None:
@@ -197,6 +200,24 @@ def load_modalities(
       mask_path = folder / f"has_{name}.npy"
       features[name], present[name] = load_modality(files[name], mask_path=mask_path, num_items=num_items)
   return features, present
+
+
+def unused_files(folder: Path, modalities: Iterable[str], texts: tuple[str, ...] = ()) -> tuple[str, ...]:
+  """One line about the `.npy` and `.txt` files of a folder that are not read, as a misnamed one is not; or none.
+
+  Args:
+    folder: of the data.
+    modalities: that are used.
+    texts: the names of text files that are read where they are there.
+  """
+  read = {name for modality in modalities for name in (f"{modality}_features.npy", f"has_{modality}.npy")}
+  found = {path.name for pattern in ("*.npy", "*.txt", "*.txt.gz") for path in folder.glob(pattern)}
+  unused = sorted(found.difference(read, texts))
+  if not unused:
+    return ()
+  more = f" and {len(unused) - _MOST_NAMES} more" if len(unused) > _MOST_NAMES else ""
+  known = ", ".join(("NAME_features.npy", "has_NAME.npy", *texts))
+  return (f"not used: {printable(', '.join(unused[:_MOST_NAMES]))}{more} (read are {known})",)
 
 
 def load_new_items(folder: Path, widths: Mapping[str, int]) -> Modalities:

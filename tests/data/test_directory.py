@@ -282,6 +282,7 @@ def test_statistics_against_counts_by_hand(folder):
     "head_share": 0.4,  # Item 2, of 4 items, holds 4 of 10 interactions.
     "unseen_items": 1,  # Training is ann 0, bob 3 2, cy 2.
     "modalities": {"image": {"width": 3, "coverage": 0.75}, "text": {"width": 2, "coverage": 1.0}},
+    "notes": ["histories ordered as in the file, without timestamps"],
     "times_hash": None,
   }
   json.dumps(figures)
@@ -306,6 +307,27 @@ def test_statistics_as_text_name_the_data(folder):
     assert part in text
   assert split.split_hash in text
   assert "synthetic" not in text
+
+
+def test_files_that_are_not_read_are_named_in_one_note(folder):
+  def text(**options):
+    dataset = load_directory(folder, **options)
+    return format_statistics(statistics(dataset, leave_one_out(dataset.interactions)))
+
+  assert "not used" not in text()
+  assert "  histories ordered as in the file" in text()
+  (folder / "timestamp.txt").write_text(TIMES)
+  np.save(folder / "image.npy", IMAGE)
+  np.save(folder / "text_feature\n.npy", TEXT)
+  note = "  not used: image.npy, text_feature .npy, timestamp.txt (read are NAME_features.npy, has_NAME.npy,"
+  assert f"{note} sequences.txt, timestamps.txt)\n" in text()
+  assert "not used: image.npy, image_features.npy, text" in text(modalities=["text"])
+  for number in range(20):
+    (folder / f"about_{number:02d}.txt").write_text("")
+  assert "not used: about_00.txt, about_01.txt" in text()
+  assert "about_09.txt and 13 more (read are" in text()
+  (folder / "timestamps.txt").write_text(TIMES)
+  assert "  histories ordered by timestamp\n" in text()
 
 
 def test_a_folder_may_have_no_features(folder):

@@ -65,6 +65,20 @@ def test_without_timestamps_the_order_is_the_files(folder):
   assert histories(load_recbole(folder)) == {"u2": [1, 0, 1], "u1": [2, 0, 1, 1]}
 
 
+def test_the_notes_say_how_histories_were_ordered_and_what_was_not_used(folder):
+  assert load_recbole(folder).notes == ("histories ordered by timestamp",)
+  np.save(folder / "image.npy", np.eye(3))
+  (folder / "tiny.inter").write_text(INTER.replace("timestamp:float", "time:float").replace("rating", "Date"))
+  order, warning, unused = load_recbole(folder).notes
+  assert order == "histories ordered as in the file, without timestamps"
+  assert warning.startswith("warning: tiny.inter has Date:float, time:float and no timestamp:float; if")
+  assert "rename it to timestamp:float" in warning
+  assert unused == "not used: image.npy (read are NAME_features.npy, has_NAME.npy)"
+  (folder / "tiny.inter").write_text(INTER.replace("rating", "date"))
+  assert load_recbole(folder).notes[0] == "histories ordered by timestamp"
+  assert not any("warning" in note for note in load_recbole(folder).notes)
+
+
 def test_without_an_item_table_items_are_numbered_as_they_appear(folder):
   (folder / "tiny.item").unlink()
   np.save(folder / "text_features.npy", np.eye(3, dtype=np.float32))
