@@ -10,7 +10,7 @@ from absl import app, flags
 from bbqrec_jax.command_line import only_flags
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
-from bbqrec_jax.data.features import load_new_items
+from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.models.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
 from bbqrec_jax.models.tokenizer import TokenizerSettings
@@ -66,7 +66,7 @@ def _quantized(
   """The tokenizer's settings, and of the new items the latents [S, n, d], present [S, n] and codes [S, n, L]."""
   settings = settings_from_json(ids.settings)
   check_arrays(settings, ids.encoder, ids.codebooks)
-  widths = {name: array.shape[1] for name, array in features.items()}
+  widths = feature_widths(features)
   if widths != dict(settings.modalities):
     raise InputError(
       f"the tokenizer was trained on modalities {dict(settings.modalities)} (name: width), the new items have {widths}"
@@ -98,10 +98,10 @@ def main(argv: list[str]) -> None:
     ids = SemanticIds.load(pathlib.Path(options.tokenizer))
     if SemanticIds.exists(output):
       raise InputError(f"{output} holds semantic IDs already: choose another --output")
-    features, present = load_new_items(pathlib.Path(options.features), settings_from_json(ids.settings).names)
+    settings = settings_from_json(ids.settings)
+    features, present = load_new_items(pathlib.Path(options.features), dict(settings.modalities))
     extended = assign(ids, features, present)
-    store = FeatureStore(features, present, ids.encoder)
-    warnings = far_features(store, num_known=settings_from_json(ids.settings).num_items)
+    warnings = far_features(FeatureStore(features, present, ids.encoder), num_known=settings.num_items)
   except InputError as error:
     refuse(error)
   extended.save(output)

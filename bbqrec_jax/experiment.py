@@ -13,7 +13,7 @@ import numpy as np
 from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
-from bbqrec_jax.data.features import load_new_items
+from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
@@ -33,6 +33,7 @@ from bbqrec_jax.train.recommender_stage import (
   check_fingerprint,
   initial_state,
   item_features,
+  needs_features,
   needs_semantic_ids,
   run_recommender,
   tokenizer_folder,
@@ -42,9 +43,24 @@ from bbqrec_jax.train.tokenizer_stage import run_tokenizer
 from bbqrec_jax.workdir import HASHES, REMAKE, claim, format_results, load_config, load_results, tokenizer_figure
 
 
-def read_data(config: ml_collections.ConfigDict) -> tuple[Dataset, Split, dict[str, Any]]:
-  """The data a config names, its split, and the figures that say which data it is."""
+def read_data(
+  config: ml_collections.ConfigDict, *, for_tokenizer: bool = False
+) -> tuple[Dataset, Split, dict[str, Any]]:
+  """The data a config names, its split, and the figures that say which data it is.
+
+  Args:
+    config: of the run.
+    for_tokenizer: whether a tokenizer is to be trained on it, whatever the recommender reads.
+
+  Raises:
+    InputError: if the data is missing or wrong, or lacks features or timestamps that the config reads.
+  """
   dataset = load(config.data)
+  if (for_tokenizer or needs_features(config)) and not dataset.modalities:
+    raise InputError(
+      f"{dataset.source}: this config reads items' features, found none: give NAME_features.npy of shape [items, width]"
+      " or a NAME:float_seq column of the .item file (recbole), or take --config=configs/sasrec.py, which needs none"
+    )
   if config.recommender.time_buckets and dataset.interactions.times is None:
     raise InputError(
       f"{dataset.source}: config field recommender.time_buckets = {config.recommender.time_buckets} needs timestamps,"
@@ -89,11 +105,11 @@ class _Run(NamedTuple):
   figures: dict[str, Any]
 
 
-def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
+def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_tokenizer: bool = False) -> _Run:
   """Checks everything that can be checked before anything is computed, and shows the data."""
   validate(config)
   partitioner = make_partitioner(config)
-  dataset, split, figures = read_data(config)
+  dataset, split, figures = read_data(config, for_tokenizer=for_tokenizer)
   _check_sizes(
     config,
     num_items=dataset.num_items,
@@ -141,7 +157,7 @@ def tokenize(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
   Raises:
     InputError: as `run`.
   """
-  prepared = _begin(config, workdir)
+  prepared = _begin(config, workdir, for_tokenizer=True)
   log = MetricsLog(workdir)
   try:
     _semantic_ids(prepared, log)
@@ -251,12 +267,7 @@ def _new_items(known: FeatureStore, folder: pathlib.Path) -> FeatureStore:
   Raises:
     InputError: if they are not there, or of other widths.
   """
-  features, present = load_new_items(folder, tuple(known.features))
-  for name, array in features.items():
-    width = known.features[name].shape[1]
-    if array.shape[1] != width:
-      raise InputError(f"{folder}/{name}_features.npy: expected rows of {width} numbers, got {array.shape[1]}")
-  new = FeatureStore(features, present, known.arrays())
+  new = FeatureStore(*load_new_items(folder, feature_widths(known.features)), known.arrays())
   for sentence in far_features(new, num_known=known.num_items):
     warn(sentence)
   return new

@@ -23,7 +23,7 @@ from bbqrec_jax.command_line import parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import validate
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.features import load_new_items
+from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, drop_short_users
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
@@ -127,7 +127,7 @@ def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None
   extended = folder / "extended"
   if not SemanticIds.exists(extended):
     ids = SemanticIds.load(folder / "tokenizer")
-    assign(ids, *load_new_items(new, dataset.modalities)).save(extended)
+    assign(ids, *load_new_items(new, feature_widths(dataset.features))).save(extended)
   name = config.recommender.head if name is None else name
   folder = workdir / name
   results = run(config, folder)

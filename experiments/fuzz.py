@@ -446,27 +446,25 @@ def modality(files: Files, name: str, num_items: int | None) -> tuple[np.ndarray
     raise Bad
   if len(features) != (len(features) if num_items is None else num_items):
     raise Bad
-  if not np.all(np.abs(features.astype(np.float64)) <= float(np.finfo(np.float32).max)):
-    raise Bad
   present = [any(value != 0 for value in row) for row in features.tolist()]
   if files.get(f"has_{name}.npy", MISSING) != MISSING:
     mask = whole_array(files[f"has_{name}.npy"])
     if mask.dtype.kind not in "biu" or mask.shape != (len(features),) or not set(mask.tolist()) <= {0, 1}:
       raise Bad
     present = [bool(value) for value in mask.tolist()]
-  if not any(present):
+  if not np.all(np.abs(features[present].astype(np.float64)) <= float(np.finfo(np.float32).max)):
     raise Bad
   return features, present
 
 
 def modalities(files: Files, num_items: int | None, names: tuple[str, ...] = ("image", "text")) -> Any:
-  """All of them, as `shown_modalities` shows them."""
-  pairs = {}
+  """All of them, by name; without a number they are of new items, which may all lack one."""
+  pairs, enough = {}, any if num_items is None else all
   for name in names:
     if files.get(f"{name}_features.npy", MISSING) != MISSING:
       pairs[name] = modality(files, name, num_items)
       num_items = len(pairs[name][0])
-  if not pairs:
+  if not enough(any(present) for _, present in pairs.values()):
     raise Bad
   return {name: (plain(features), present) for name, (features, present) in pairs.items()}
 
@@ -519,8 +517,8 @@ def split_table(files: Files, name: str) -> tuple[dict[str, str], list[dict[str,
   return kinds, rows
 
 
-def expect_recbole(files: Files) -> Any:
-  """What a folder of RecBole's atomic files holds."""
+def expect_items(files: Files) -> tuple[dict[str, int], list[str], dict[str, Any]]:
+  """What a RecBole table of items holds: numbers by name, titles and modalities."""
   kinds, rows = split_table(files, "tiny.item")
   items = {row["item_id"]: place for place, row in enumerate(rows)}
   if not rows or len(items) < len(rows):
@@ -542,12 +540,19 @@ def expect_recbole(files: Files) -> Any:
     tables[short] = (plain(table), table.any(axis=1).tolist())
     if not any(tables[short][1]):
       raise Bad
-  if not tables:
-    raise Bad
+  return items, titles, tables
 
+
+def expect_recbole(files: Files) -> Any:
+  """What a folder of RecBole's atomic files holds."""
   kinds, rows = split_table(files, "tiny.inter")
   if kinds.get("user_id") != "token" or not rows:
     raise Bad
+  if files["tiny.item"] == MISSING:
+    names = dict.fromkeys(row["item_id"] for row in rows)
+    items, titles, tables = {name: place for place, name in enumerate(names)}, [""] * len(names), {}
+  else:
+    items, titles, tables = expect_items(files)
   histories: dict[str, list[tuple[float, int]]] = {}
   for row in rows:
     used = [row[name] for name in ("user_id", "item_id", "timestamp") if name in kinds]
@@ -587,14 +592,14 @@ def read_dataset(dataset: Dataset) -> Any:
 
 def read_new_items(folder: pathlib.Path) -> Any:
   """The features of new items."""
-  features, present = load_new_items(folder, ("image", "text"))
+  features, present = load_new_items(folder, NEW_WIDTHS)
   return {name: (plain(array), present[name].tolist()) for name, array in features.items()}
 
 
 def expect_new_items(files: Files) -> Any:
-  """The same, by the independent reader; every modality must be there."""
+  """The same, by the independent reader; every modality must be there, and as wide as it was."""
   arrays = modalities(files, None)
-  if len(arrays) < 2:
+  if {name: shape[1] for name, ((shape, _, _), _) in arrays.items()} != NEW_WIDTHS:
     raise Bad
   return arrays
 
@@ -607,6 +612,7 @@ def saved(array: np.ndarray) -> bytes:
 
 
 ITEMS = "".join(json.dumps({"id": k, "title": title}) + "\n" for k, title in enumerate(["A", "", "\u0106", "D"]))
+NEW_WIDTHS = {"image": 3, "text": 2}
 IMAGE = np.array([[1, 2, 3], [0, 0, 0], [4, 5, 6], [7, 8, 9]], np.float16)
 FEATURES = {
   "text_features.npy": saved(np.arange(1, 9, dtype=np.float32).reshape(4, 2)),

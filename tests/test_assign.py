@@ -225,15 +225,49 @@ def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_pat
 
 
 def test_new_items_without_a_modality_file_or_with_unequal_rows_are_refused(tmp_path):
-  with pytest.raises(InputError, match=r"text_features\.npy: expected a \.npy file, found nothing"):
-    load_new_items(tmp_path, ("text", "image"))
+  widths = dict(MODALITIES)
   np.save(tmp_path / "text_features.npy", np.ones((3, 8), np.float32))
+  with pytest.raises(InputError, match=r"image_features\.npy: .*found nothing.* write zeros of shape \[items, 5\]"):
+    load_new_items(tmp_path, widths)
   np.save(tmp_path / "image_features.npy", np.ones((2, 5), np.float32))
   with pytest.raises(InputError, match=r"image_features\.npy: expected 3 rows.*got 2"):
-    load_new_items(tmp_path, ("text", "image"))
+    load_new_items(tmp_path, widths)
+  np.save(tmp_path / "image_features.npy", np.ones((3, 4), np.float32))
+  with pytest.raises(InputError, match=r"image_features\.npy: expected rows of 5 numbers.*got 4"):
+    load_new_items(tmp_path, widths)
+  for name, width in MODALITIES:
+    np.save(tmp_path / f"{name}_features.npy", np.zeros((3, width), np.float32))
+  with pytest.raises(InputError, match="expected features of some new items, got none in any of text, image"):
+    load_new_items(tmp_path, widths)
+  np.save(tmp_path / "has_txt.npy", np.ones(3, bool))
+  with pytest.raises(InputError, match=r"has_txt\.npy: expected txt_features\.npy beside it"):
+    load_new_items(tmp_path, widths)
+  (tmp_path / "has_txt.npy").unlink()
   np.save(tmp_path / "text_features.npy", np.ones((0, 8), np.float32))
   with pytest.raises(InputError, match="expected a row for each new item, got none"):
-    load_new_items(tmp_path, ("text", "image"))
+    load_new_items(tmp_path, widths)
+
+
+@pytest.mark.parametrize("by", ["zeros", "mask"])
+@pytest.mark.parametrize("choices", [{}, {"quantizer": "rq_kmeans"}], ids=str)
+def test_new_items_may_all_lack_a_modality(random_params, tmp_path, by, choices):
+  ids = make_ids(random_params, **choices)
+  features, _ = make_features(6, seed=3)
+  features["image"] = np.zeros((6, 5), np.float32)
+  if by == "mask":
+    features["image"] = np.full((6, 5), np.nan)
+    np.save(tmp_path / "has_image.npy", np.zeros(6, bool))
+  for name, array in features.items():
+    np.save(tmp_path / f"{name}_features.npy", array)
+  extended = assign(ids, *load_new_items(tmp_path, dict(MODALITIES)))
+  here = {"text": np.ones(6, bool), "image": np.zeros(6, bool)}
+  assert_array_equal(extended.present[ids.streams.index("image"), ITEMS:], here["image"])
+  features["image"] = np.zeros((6, 5), np.float32)
+  assert_array_equal(extended.codes, assign(ids, features, here).codes)
+  # Each as if it alone lacked the modality.
+  more = {name: np.concatenate([array, make_features(1)[0][name]]) for name, array in features.items()}
+  both = assign(ids, more, {name: np.append(mask, True) for name, mask in here.items()})
+  assert_array_equal(both.stream_codes[:, ITEMS : ITEMS + 6], extended.stream_codes[:, ITEMS:])
 
 
 def test_content_latents_are_scaled_features_each_in_its_own_columns():

@@ -108,6 +108,16 @@ def test_a_small_run_ranks_the_cold_items_among_all(script, tmp_path, capsys):
     np.save(shifted / f"{name}_features.npy", whole.features[name][cold] + (1e3 if name == "text" else 0.0))
   restore(tmp_path / "plain", features=shifted)
   assert "warning: text features of 12 of 12 new items are like no known item's" in capsys.readouterr().out
+  lacking = tmp_path / "lacking"
+  lacking.mkdir()
+  np.save(lacking / "text_features.npy", whole.features["text"][cold])
+  with pytest.raises(InputError, match=r"image_features\.npy: .*found nothing; .* write zeros of shape \[items, 96\]"):
+    restore(tmp_path / "plain", features=lacking)
+  np.save(lacking / "image_features.npy", np.zeros((12, 96), np.float32))
+  found = restore(tmp_path / "plain", features=lacking).catalogue.features
+  np.testing.assert_array_equal(found[48:, :96], 0.0)
+  np.testing.assert_array_equal(found[48:, 96:], catalogue.features[48:, 96:])
+  assert "warning" not in capsys.readouterr().out
   with pytest.raises(InputError, match="reads no semantic IDs: give the new items' features alone"):
     restore(tmp_path / "plain", tokenizer=tmp_path / "ids" / "extended", features=tmp_path / "new_items")
 

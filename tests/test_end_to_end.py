@@ -280,6 +280,36 @@ def test_a_run_that_is_cut_again_and_again_ends_with_the_same_results(generative
   assert SemanticIds.load(cut / "tokenizer").fingerprint == SemanticIds.load(workdir / "tokenizer").fingerprint
 
 
+def write_histories(folder, source):
+  """The synthetic histories, and nothing else, as a user has them."""
+  interactions = load(make_config().data).interactions
+  lists = {user: interactions.history(row) for row, user in enumerate(interactions.users)}
+  if source == "directory":
+    (folder / "sequences.txt").write_text("".join(f"{user} {' '.join(map(str, own))}\n" for user, own in lists.items()))
+    (folder / "items.jsonl").write_text("{}\n" * NUM_ITEMS)
+  else:
+    rows = [f"{user}\t{item}\n" for user, own in lists.items() for item in own]
+    (folder / "tiny.inter").write_text("user_id:token\titem_id:token\n" + "".join(rows))
+  return {"data.source": source, "data.path": str(folder)}
+
+
+@pytest.mark.parametrize("source", ["directory", "recbole"])
+def test_logs_without_features_do_for_a_recommender_that_reads_none(tmp_path, capsys, source):
+  data = write_histories(tmp_path, source)
+  short = {"recommender.steps": 10, "recommender.evaluate_every": 10}
+  experiment.run(make_config(**SASREC, **data, **short), tmp_path / "run")
+  assert "no features" in capsys.readouterr().out
+  restored = restore(tmp_path / "run")
+  items, _ = recommend(restored.model, restored.params, restored.catalogue, np.array([3, 5]), top=4, beam_width=4)
+  assert len(set(items.tolist()) - {3, 5}) == 4
+  for changes in (DENSE, SASREC | {"recommender.item_inputs": ("features", "item")}):
+    with pytest.raises(InputError, match=r"reads items' features, found none: give NAME_features.npy.*sasrec\.py"):
+      experiment.run(make_config(**changes, **data), tmp_path / "other")
+  with pytest.raises(InputError, match="reads items' features, found none"):
+    experiment.tokenize(make_config(**SASREC, **data), tmp_path / "other")
+  assert not (tmp_path / "other").exists()
+
+
 def test_the_seed_decides_every_number(sasrec, tmp_path):
   workdir, results = sasrec
 

@@ -189,12 +189,12 @@ def test_features_that_declare_more_than_they_hold_are_refused_from_their_header
   for call in (
     lambda: load_directory(folder),
     lambda: load_modality(folder / "text_features.npy", num_items=10**12),
-    lambda: load_new_items(folder, ("text",)),
+    lambda: load_new_items(folder, {"text": 2}),
   ):
     with little_memory():
       refusal(call, "text_features.npy", "expected a .npy file")
   np.save(folder / "text_features.npy", np.array(1.0))
-  refusal(lambda: load_new_items(folder, ("text",)), "expected a row for each new item")
+  refusal(lambda: load_new_items(folder, {"text": 2}), "expected a row for each new item")
 
 
 def test_a_bomb_of_gzip_is_refused_before_it_fills_the_memory(folder, monkeypatch):
@@ -259,7 +259,7 @@ def test_a_modality_with_a_name_that_cannot_be_one_is_refused(folder, name):
 def test_a_column_or_a_tokenizer_cannot_name_a_modality_outside_its_folder(atomic, name):
   (atomic / "tiny.item").write_text(ITEM.replace("x:float_seq", f"{name}:float_seq"))
   refusal(lambda: load_recbole(atomic), "expected a modality's name", repr(name))
-  refusal(lambda: load_new_items(atomic / "new", (name,)), "the tokenizer's modalities", repr(name))
+  refusal(lambda: load_new_items(atomic / "new", {name: 1}), "the tokenizer's modalities", repr(name))
 
 
 def test_links_that_lead_out_of_a_workdir_are_refused(tmp_path):

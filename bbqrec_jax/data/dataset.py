@@ -21,9 +21,10 @@ class Dataset:
     name: what to call it in reports.
     source: the folder as it was given, or "synthetic".
     interactions: the whole histories, before any split.
-    features: [N, D] float by modality; row k is item k.
+    features: [N, D] float by modality, of which there may be none; row k is item k.
     present: [N] bool by modality, whether an item has it.
     titles: N titles; "" where the source has none.
+    notes: sentences on how the source was read, for whoever looks at the statistics.
   """
 
   name: str
@@ -32,6 +33,7 @@ class Dataset:
   features: dict[str, np.ndarray]
   present: dict[str, np.ndarray]
   titles: tuple[str, ...]
+  notes: tuple[str, ...] = ()
 
   @property
   def num_items(self) -> int:
@@ -55,8 +57,8 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
   Returns:
     name, source, users, items, interactions; history_length (mean, median, min, max); density, interactions / (users x
     items); head_share, the share of interactions that the most popular 10 % of items hold; unseen_items, how many are
-    in no training history; modalities (width and coverage of each); split_hash, features_hash and times_hash
-    (None without times).
+    in no training history; modalities (width and coverage of each); notes; split_hash, features_hash and
+    times_hash (None without times).
   """
   interactions = dataset.interactions
   lengths = interactions.lengths
@@ -81,6 +83,7 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
       name: {"width": array.shape[1], "coverage": float(np.mean(dataset.present[name]))}
       for name, array in dataset.features.items()
     },
+    "notes": list(dataset.notes),
     "split_hash": split.split_hash,
     "features_hash": features_hash(dataset.features, dataset.present),
     "times_hash": None if interactions.times is None else hashlib.sha256(interactions.times.tobytes()).hexdigest()[:16],
@@ -101,5 +104,7 @@ def format_statistics(figures: Mapping[str, Any]) -> str:
   ]
   for name, modality in figures["modalities"].items():
     lines.append(f"  {name}: width {modality['width']}, {modality['coverage']:.1%} of items have it")
-  lines.append(f"  leave-one-out split {figures['split_hash']}, features {figures['features_hash']}")
+  lines += [f"  {note}" for note in figures["notes"]]
+  features = f"features {figures['features_hash']}" if figures["modalities"] else "no features"
+  lines.append(f"  leave-one-out split {figures['split_hash']}, {features}")
   return "\n".join(lines)

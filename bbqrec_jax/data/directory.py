@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.features import load_modalities
+from bbqrec_jax.data.features import load_modalities, unused_files
 from bbqrec_jax.data.files import check_label, read_lines, require_folder
-from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
+from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.input_files import is_given
 
@@ -46,7 +46,8 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
     whole = dataclasses.replace(whole, times=read_timestamps(times, whole))
   interactions = check_history_lengths(whole, path=sequences, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(titles))
-  return Dataset(folder.resolve().name, str(path), interactions, features, present, titles)
+  notes = (order_note(interactions), *unused_files(folder, features, (sequences.name, times.name)))
+  return Dataset(folder.resolve().name, str(path), interactions, features, present, titles, notes)
 
 
 def read_titles(folder: Path) -> tuple[str, ...]:
@@ -58,7 +59,7 @@ def read_titles(folder: Path) -> tuple[str, ...]:
   names = ("items.jsonl.gz", "items.jsonl")
   found = [folder / name for name in names if is_given(folder / name)]
   if len(found) != 1:
-    came = "both" if found else "neither"
+    came = "both; remove one" if found else "neither; write a line for each item, {} is enough"
     raise InputError(f"{folder}: expected one of {' and '.join(names)} (line k describes item k), found {came}")
   (path,) = found
   titles = []
@@ -191,9 +192,14 @@ def _refuse_items(path: Path, lines: list[bytes], num_items: int) -> NoReturn:
   for row, line in enumerate(lines):
     for field, token in enumerate(line.split()[1:], start=2):
       digits = token.lstrip(b"0") or b"0"
-      if not token.isdigit() or len(digits) > 18 or int(digits) >= num_items:
-        raise InputError(
-          f"{path} line {row + 1} field {field}: expected an item id, an integer in 0..{num_items - 1}, got"
-          f" {shown(token)}; correct it, or add the item to the items file"
-        )
+      if not token.isdigit():
+        mend = "number the items from 0 and separate them by blanks, or use --config.data.source=recbole"
+      elif len(digits) > 18 or int(digits) >= num_items:
+        mend = "number the items from 0, or add the item to the items file"
+      else:
+        continue
+      raise InputError(
+        f"{path} line {row + 1} field {field}: expected an item id, an integer in 0..{num_items - 1}, got"
+        f" {shown(token)}; {mend}"
+      )
   raise AssertionError("a check of the whole file failed that no line fails")

@@ -62,9 +62,10 @@ class FeatureStore:
     for name, array in self.features.items():
       mean, deviation = self.statistics[name]
       here = np.asarray(self.present[name][items], bool)
-      values = (np.asarray(array[items], np.float32) - mean) / deviation
-      features[name] = np.where(here[:, None], values, np.float32(0.0))
-      present[name] = here
+      values = np.zeros((len(items), array.shape[1]), np.float32)
+      # Alone: the rows of the others may hold anything.
+      values[here] = (np.asarray(array[items[here]], np.float32) - mean) / deviation
+      features[name], present[name] = values, here
       self._read += len(here) * max(array.strides[0], 2**16)  # A page fault brings in up to 64 KiB around it.
     if self._read > _MAPPED:
       self._read = 0

@@ -2,12 +2,12 @@
 
 import hashlib
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.errors import InputError, printable, shown
 from bbqrec_jax.input_files import is_given, is_plain_name, open_array
 
 # Features [N, D] and presence [N] of some items, each by modality.
@@ -18,6 +18,9 @@ LARGEST = float(np.finfo(np.float32).max)
 
 # Elements of a block: 32 MiB in float64, so that a file larger than memory can be checked.
 BLOCK = 2**22
+
+# Files that a note names.
+_MOST_NAMES = 10
 
 
 def release(array: np.ndarray) -> None:
@@ -41,21 +44,23 @@ def row_blocks(array: np.ndarray) -> Iterator[slice]:
 
 
 def load_modality(
-  path: str | Path, *, mask_path: str | Path | None = None, num_items: int
+  path: str | Path, *, mask_path: str | Path | None = None, num_items: int, may_lack: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
   """Opens and checks the features of one modality.
 
   Args:
     path: a `.npy` file, [N, D] of float16, float32 or float64.
     mask_path: a `.npy` file, [N] bool or 0/1 integers, whether item k has this modality; if it is None or not there,
-      an item has the modality unless its row is all zero.
+      an item has the modality unless its row is all zero. The rows of items that lack it may hold anything.
     num_items: N.
+    may_lack: whether all of the items may lack the modality.
 
   Returns:
     The features [N, D], memory-mapped in their own dtype, and present [N] bool.
 
   Raises:
-    InputError: if a file is not what it should be, a number is not finite in float32, or no item has the modality.
+    InputError: if a file is not what it should be, a number is not finite in float32, or no item has the modality
+      where some must.
   """
   path = Path(path)
   features = open_array(path)
@@ -70,22 +75,27 @@ def load_modality(
       f"{path}: expected {num_items} rows, one for each item of the catalogue, got {len(features)}; write row k for"
       " item k, all zero if the item lacks the modality"
     )
-  present = np.zeros(num_items, bool)
+  present, absence, decides = np.zeros(num_items, bool), "write the row as zeros", path
+  mask: np.ndarray | None = None
+  if mask_path is not None and is_given(Path(mask_path)):
+    decides = Path(mask_path)
+    present = mask = _load_mask(decides, num_items)
+    absence = f"mark it so in {decides.name}"
   for rows in row_blocks(features):
     block = features[rows]
     fits = np.abs(block, dtype=np.float64) <= LARGEST
+    if mask is None:
+      present[rows] = block.any(axis=1)
+    else:
+      fits |= ~mask[rows, None]
     if not fits.all():
       row, column = np.argwhere(~fits)[0]
       raise InputError(
         f"{path} row {rows.start + row} column {column}: expected a finite float32 number, got {block[row, column]};"
-        " write the row as zeros if the item lacks the modality"
+        f" if the item lacks the modality, {absence}"
       )
-    present[rows] = block.any(axis=1)
-  if mask_path is not None and is_given(Path(mask_path)):
-    path = Path(mask_path)
-    present = _load_mask(path, num_items)
-  if not present.any():
-    raise InputError(f"{path}: expected features for some items, got none of {num_items}; leave this modality out")
+  if not may_lack and not present.any():
+    raise InputError(f"{decides}: expected features for some items, got none of {num_items}; leave this modality out")
   return features, present
 
 
@@ -119,23 +129,42 @@ def check_name(name: str, *, where: object) -> None:
 
 
 def choose_modalities(found: Iterable[str], modalities: Iterable[str], *, path: str | Path) -> tuple[str, ...]:
-  """The modalities to use: those asked for, in that order, or all that were found, by name, if none was asked for.
+  """The modalities to use: those asked for, in that order, or all that were found, if any, by name.
 
   Raises:
-    InputError: if one that was asked for was not found or is named twice, or there is none at all.
+    InputError: if one that was asked for was not found or is named twice.
   """
   found, chosen = sorted(found), tuple(modalities)
-  if not found:
-    raise InputError(f"{path}: expected at least one modality, <modality>_features.npy, found none; add one")
   for name in chosen:
     if name not in found:
       raise InputError(
-        f"{path}: expected --config.data.modalities to name some of {', '.join(found)}, got {name!r}; correct it, or"
-        f" add {name}_features.npy"
+        f"{path}: expected --config.data.modalities to name some of those found, {', '.join(found) or 'none'}, got"
+        f" {name!r}; correct it, or add {name}_features.npy"
       )
   if len(set(chosen)) < len(chosen):
     raise InputError(f"--config.data.modalities: expected different names, got {', '.join(chosen)}; name each once")
   return chosen or tuple(found)
+
+
+def _feature_files(folder: Path, tables: Collection[str] = ()) -> dict[str, Path]:
+  """The `<modality>_features.npy` of a folder, by modality; each `has_<modality>.npy` must belong to one of them.
+
+  Raises:
+    InputError: if one does not.
+  """
+  suffix = "_features.npy"
+  files = {path.name.removesuffix(suffix): path for path in sorted(folder.glob(f"?*{suffix}"))}
+  for path in sorted(folder.glob("has_?*.npy")):
+    name = path.stem.removeprefix("has_")
+    if name in tables:
+      raise InputError(
+        f"{path}: expected {name}{suffix} beside it, but {name!r} is a column; leave the column's cell empty where an"
+        " item lacks the modality, and remove the file"
+      )
+    if name not in files and not path.name.endswith(suffix):
+      found = ", ".join(file.name for file in files.values()) or f"no NAME{suffix}"
+      raise InputError(f"{path}: expected {name}{suffix} beside it, found {found}; rename the file, or remove it")
+  return files
 
 
 def load_modalities(
@@ -154,11 +183,10 @@ def load_modalities(
 
   Raises:
     InputError: as in `load_modality`, `choose_modalities` and `check_name`, or if a modality is in a table and in a
-      file.
+      file, or a `has_<modality>.npy` is not of a file.
   """
   tables = in_tables or {}
-  suffix = "_features.npy"
-  files = {path.name.removesuffix(suffix): path for path in sorted(folder.glob(f"?*{suffix}"))}
+  files = _feature_files(folder, tables)
   for name in [*files, *tables]:
     check_name(name, where=folder)
   for name in sorted(files.keys() & tables.keys()):
@@ -174,20 +202,73 @@ def load_modalities(
   return features, present
 
 
-def load_new_items(folder: Path, names: tuple[str, ...]) -> Modalities:
+def unused_files(folder: Path, modalities: Iterable[str], texts: tuple[str, ...] = ()) -> tuple[str, ...]:
+  """One line about the `.npy` and `.txt` files of a folder that are not read, as a misnamed one is not; or none.
+
+  Args:
+    folder: of the data.
+    modalities: that are used.
+    texts: the names of text files that are read where they are there.
+  """
+  read = {name for modality in modalities for name in (f"{modality}_features.npy", f"has_{modality}.npy")}
+  found = {path.name for pattern in ("*.npy", "*.txt", "*.txt.gz") for path in folder.glob(pattern)}
+  unused = sorted(found.difference(read, texts))
+  if not unused:
+    return ()
+  more = f" and {len(unused) - _MOST_NAMES} more" if len(unused) > _MOST_NAMES else ""
+  known = ", ".join(("NAME_features.npy", "has_NAME.npy", *texts))
+  return (f"not used: {printable(', '.join(unused[:_MOST_NAMES]))}{more} (read are {known})",)
+
+
+def load_new_items(folder: Path, widths: Mapping[str, int]) -> Modalities:
   """The features of new items, `<modality>_features.npy` with one row an item, and `has_<modality>.npy` where given.
 
+  All of them may lack a modality, by rows of zeros or by that file, but not every modality.
+
+  Args:
+    folder: where they are.
+    widths: of the known items' features, by modality.
+
+  Returns:
+    features [n, D] and present [n] bool of the n new items, by modality.
+
   Raises:
-    InputError: if a modality is missing or damaged, or their rows differ in number.
+    InputError: if a modality is missing or damaged or of another width, their rows differ in number, or there is
+      nothing but rows of zeros.
   """
-  for name in names:
+  for name in widths:
     check_name(name, where="the tokenizer's modalities")  # Its artefact may come from anywhere.
-  path = folder / f"{names[0]}_features.npy"
-  shape = open_array(path).shape
-  if not shape or not shape[0]:
-    raise InputError(f"{path}: expected a row for each new item, got none")
-  count = shape[0]
-  return load_modalities(folder, names, num_items=count)
+  _feature_files(folder)
+  features: dict[str, np.ndarray] = {}
+  present: dict[str, np.ndarray] = {}
+  count = None
+  for name, width in widths.items():
+    path = folder / f"{name}_features.npy"
+    if not is_given(path):
+      raise InputError(
+        f"{path}: expected the {name} features of the new items, found nothing; if none of them has any, write zeros"
+        f" of shape [items, {width}]"
+      )
+    if count is None:
+      count = next(iter(open_array(path).shape), 0)
+      if not count:
+        raise InputError(f"{path}: expected a row for each new item, got none")
+    features[name], present[name] = load_modality(
+      path, mask_path=folder / f"has_{name}.npy", num_items=count, may_lack=True
+    )
+    if features[name].shape[1] != width:
+      raise InputError(
+        f"{path}: expected rows of {width} numbers as of the known items, got {features[name].shape[1]}; make them in"
+        " the same way"
+      )
+  if not any(mask.any() for mask in present.values()):
+    raise InputError(f"{folder}: expected features of some new items, got none in any of {', '.join(widths)}; add some")
+  return features, present
+
+
+def feature_widths(features: Mapping[str, np.ndarray]) -> dict[str, int]:
+  """D of each modality's features [N, D], by modality."""
+  return {name: array.shape[1] for name, array in features.items()}
 
 
 def standardization(features: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

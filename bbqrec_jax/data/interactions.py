@@ -48,6 +48,11 @@ class Interactions:
     return self.items[self.offsets[user] : self.offsets[user + 1]]
 
 
+def order_note(interactions: Interactions) -> str:
+  """How the histories came into their order, in words."""
+  return f"histories ordered {'as in the file, without timestamps' if interactions.times is None else 'by timestamp'}"
+
+
 def from_lengths(
   items: np.ndarray, lengths: np.ndarray, users: np.ndarray, times: np.ndarray | None = None
 ) -> Interactions:

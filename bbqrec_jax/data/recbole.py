@@ -1,16 +1,16 @@
 """RecBole's atomic files: a folder of one `.inter` table and, optionally, one `.item` table."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.features import LARGEST, load_modalities
+from bbqrec_jax.data.features import LARGEST, load_modalities, unused_files
 from bbqrec_jax.data.files import check_growth, check_label, read_lines, read_text, require_folder
-from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
-from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
+from bbqrec_jax.errors import InputError, printable, shown
 
 TITLE_COLUMNS = ("title", "item_name", "movie_title", "name")
 
@@ -19,11 +19,13 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   """Reads and checks a folder of RecBole's atomic files: tab-separated, the first line names columns as `name:type`.
 
   - `*.inter`: `user_id:token`, `item_id:token` and optionally `timestamp:float`. A user's interactions are ordered by
-    timestamp, equal ones as in the file; without timestamps, as in the file. Repeated interactions are kept.
+    timestamp, equal ones as in the file; without timestamps, as in the file, and a note warns of a column that seems to
+    be one by another name. Repeated interactions are kept.
   - `*.item`, optional: `item_id:token`; item k is the table's row k. A column `title`, `item_name`, `movie_title` or
     `name` gives the titles; every `float_seq` column is a modality, named without a trailing `_features`, `_feature` or
     `_emb`; an empty cell means that the item lacks it. Without the table, items are numbered as they first appear in
     `.inter`.
+  - Either table may be compressed: `.inter.gz`, `.item.gz`.
   - `<modality>_features.npy` and `has_<modality>.npy`, rows in that order, see `features.load_modality`.
 
   Args:
@@ -46,18 +48,20 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   titles: tuple[str, ...] = ()
   if item_path is not None:
     tokens, titles, tables = _read_items(item_path)
-  interactions, lines, tokens = _read_interactions(inter_path, tokens, item_path)
+  interactions, lines, tokens, notes = _read_interactions(inter_path, tokens, item_path)
   interactions = check_history_lengths(interactions, path=inter_path, lines=lines, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(tokens), in_tables=tables)
-  return Dataset(inter_path.stem, str(path), interactions, features, present, titles or ("",) * len(tokens))
+  name = inter_path.name.removesuffix(".gz").removesuffix(".inter")
+  notes += unused_files(folder, features)
+  return Dataset(name, str(path), interactions, features, present, titles or ("",) * len(tokens), notes)
 
 
 def _only_file(folder: Path, suffix: str) -> Path | None:
-  paths = sorted(folder.glob(f"*.{suffix}"))
+  paths = sorted([*folder.glob(f"*.{suffix}"), *folder.glob(f"*.{suffix}.gz")])
   if len(paths) > 1:
     raise InputError(
-      f"{folder}: expected one .{suffix} file, found {', '.join(path.name for path in paths)}; give each data set a"
-      " folder of its own"
+      f"{folder}: expected one .{suffix} file, found {', '.join(path.name for path in paths)}; keep one, and give each"
+      " data set a folder of its own"
     )
   return paths[0] if paths else None
 
@@ -89,8 +93,8 @@ def _refuse_field_count(path: Path, line: int, expected: int, got: int) -> Input
 
 def _read_interactions(
   path: Path, item_tokens: list[bytes] | None, item_path: Path | None
-) -> tuple[Interactions, np.ndarray, list[bytes]]:
-  """Reads `.inter` -> (interactions, the line on which each user first stands [U], the tokens of the N items)."""
+) -> tuple[Interactions, np.ndarray, list[bytes], tuple[str, ...]]:
+  """Reads `.inter` -> (interactions, the line each user first stands on [U], the tokens of the N items, notes)."""
   content = read_text(path)
   columns = _read_header(path, content[: content.find(b"\n")], ("user_id", "item_id"))
   places = {name: place for place, name in enumerate(columns)}
@@ -124,7 +128,19 @@ def _read_interactions(
   labels = np.array([user.decode() for user in users], str)
   first_lines = np.unique(user_rows, return_index=True)[1] + 2
   times = None if times is None else times[order]
-  return from_lengths(item_rows[order], lengths, labels, times), first_lines, item_tokens
+  interactions = from_lengths(item_rows[order], lengths, labels, times)
+  return interactions, first_lines, item_tokens, (order_note(interactions), *_time_warning(path, columns))
+
+
+def _time_warning(path: Path, columns: Mapping[str, str]) -> tuple[str, ...]:
+  """A note on columns that may hold the times of interactions, where none is called so."""
+  alike = [f"{name}:{kind}" for name, kind in columns.items() if "time" in name.lower() or "date" in name.lower()]
+  if "timestamp" in columns or not alike:
+    return ()
+  return (
+    f"warning: {path.name} has {printable(', '.join(alike))} and no timestamp:float; if that says when, rename it to"
+    " timestamp:float (a number, such as seconds), or histories may be out of order and tell of their future",
+  )
 
 
 def _locate_fields(path: Path, content: bytes, num_fields: int) -> tuple[np.ndarray, np.ndarray]:
@@ -229,8 +245,6 @@ def _read_items(path: Path) -> tuple[list[bytes], tuple[str, ...], dict[str, np.
 def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
   """The vectors of a `float_seq` column, [N, D] float32; an empty cell is a row of zeros."""
   width = next((len(cell.split()) for cell in cells if cell.split()), 0)
-  if not width:
-    raise InputError(f"{path} field '{name}': expected numbers for some items, got none; remove the column")
   check_growth(path, sum(map(len, cells)), 4 * len(cells) * width)
   features = np.zeros((len(cells), width), np.float32)
   for row, cell in enumerate(cells):
@@ -243,8 +257,11 @@ def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
     if not fits.all():
       bad = numbers[int(np.argmin(fits))]
       raise InputError(
-        f"{place}: expected finite float32 numbers, got {shown(bad)}; leave it empty for an item without"
+        f"{place}: expected finite float32 numbers, got {shown(bad)}; separate them by spaces, and leave the"
+        " field empty for an item without"
       )
     if numbers:
       features[row] = values
+  if not features.any():
+    raise InputError(f"{path} field '{name}': expected numbers for some items, got none or zeros; remove the column")
   return features

@@ -29,7 +29,7 @@ def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
   """The data set without the items that lack a modality, the others renumbered in their order, and their interactions.
 
   Args:
-    dataset: a data set of N items.
+    dataset: a data set of N items, with at least one modality.
     drop_short: drop the users that are left with too few interactions rather than refuse them.
 
   Raises:
@@ -62,7 +62,7 @@ def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
 
 
 def load(settings: Any) -> Dataset:
-  """Loads what `config.data` names.
+  """Loads what `config.data` names; there may be no features.
 
   Args:
     settings: has `source` ("synthetic", "directory" or "recbole"), `path`, `modalities`, `drop_short_users`,
@@ -72,7 +72,7 @@ def load(settings: Any) -> Dataset:
     InputError: if the source is unknown, or what it names is missing or wrong.
   """
   dataset = _load(settings)
-  if settings.drop_incomplete_items:
+  if settings.drop_incomplete_items and dataset.modalities:
     return complete_items(dataset, drop_short=settings.drop_short_users)
   return dataset
 

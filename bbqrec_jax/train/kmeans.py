@@ -7,6 +7,7 @@ import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore
+from bbqrec_jax.data.features import feature_widths
 from bbqrec_jax.models.frozen import RQ_KMEANS, FrozenTokenizer, content_latents, encode_blocks
 from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.ops.kmeans import residual_kmeans
@@ -15,17 +16,12 @@ from bbqrec_jax.semantic_ids.artefact import SemanticIds
 
 def kmeans_settings(config: Any, dataset: Dataset, *, semantic_id: str) -> TokenizerSettings:
   """Those of residual k-means of the features."""
-  t, widths = config.tokenizer, feature_widths(dataset)
+  t, widths = config.tokenizer, feature_widths(dataset.features)
   return TokenizerSettings(
     tuple(widths.items()), num_items=dataset.num_items, num_levels=t.num_levels, num_codes=t.num_codes,
     code_width=sum(widths.values()), item_id="none", semantic_id=semantic_id, codebooks="per_stream",
     quantizer=RQ_KMEANS,
   )  # fmt: skip
-
-
-def feature_widths(dataset: Dataset) -> dict[str, int]:
-  """The modalities and how wide they are."""
-  return {name: array.shape[1] for name, array in dataset.features.items()}
 
 
 _IN_MEMORY = 2**26  # Numbers.

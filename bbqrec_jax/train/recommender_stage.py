@@ -42,6 +42,11 @@ def needs_semantic_ids(config: Any) -> bool:
   return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or bool(codes)
 
 
+def needs_features(config: Any) -> bool:
+  """Whether a run reads what is known of items' content: for semantic IDs, or in the recommender itself."""
+  return needs_semantic_ids(config) or "features" in config.recommender.item_inputs
+
+
 def tokenizer_folder(config: Any, workdir: pathlib.Path) -> pathlib.Path:
   """Where a run's semantic IDs are: its own, or those that its config names."""
   return pathlib.Path(config.tokenizer.artefact) if config.tokenizer.artefact else workdir / "tokenizer"

@@ -15,6 +15,7 @@ import optax
 from bbqrec_jax import processes
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore
+from bbqrec_jax.data.features import feature_widths
 from bbqrec_jax.data.interactions import Interactions, Split
 from bbqrec_jax.data.pipeline import CatalogueSample, PackedHistories, tokenizer_batches
 from bbqrec_jax.evaluation.tokenizer import CatalogueEncoder, ContrastRecall, Inspection, tokenizer_health
@@ -35,7 +36,7 @@ from bbqrec_jax.parallel import Partitioner, StepFunction
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.health import codebook_health, format_health
 from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
-from bbqrec_jax.train.kmeans import content_codes, feature_widths, kmeans_codebooks, kmeans_settings
+from bbqrec_jax.train.kmeans import content_codes, kmeans_codebooks, kmeans_settings
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.loop import Plan, fit
 from bbqrec_jax.train.optimizer import make_optimizer
@@ -50,7 +51,7 @@ def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
   if t.quantizer == RQ_KMEANS:
     return kmeans_settings(config, dataset, semantic_id=t.semantic_id)
   return TokenizerSettings(
-    tuple(feature_widths(dataset).items()),
+    tuple(feature_widths(dataset.features).items()),
     num_items=dataset.num_items,
     num_levels=t.num_levels,
     num_codes=t.num_codes,

@@ -101,13 +101,16 @@ def test_user_labels_may_be_any_utf8(folder):
     ("ann 0 1 2\nbob\n", ["line 2", "got 'bob'", "give the user items"]),
     ("ann 0 1 2\n 0 1 2\n", ["line 2", "got ' 0 1 2'"]),
     ("ann 0 1 2\nbob 1 3.0 2\n", ["line 2 field 3", "expected an item id, an integer in 0..3", "got '3.0'"]),
-    ("ann 0 1 2\nbob 1 2 x7\n", ["line 2 field 4", "got 'x7'"]),
+    (
+      "ann 0 1 2\nbob 1 2 B00x7\n",
+      ["line 2 field 4", "got 'B00x7'", "number the items from 0", "--config.data.source=recbole"],
+    ),
     ("ann 0 " + "0" * 5000 + "1 7\n", ["line 1 field 4", "got '7'"]),
     ("ann 0 1 -2\n", ["line 1 field 4", "got '-2'"]),
     ("ann 0 +1 2\n", ["line 1 field 3", "got '+1'"]),
-    ("ann 0,1,2\n", ["line 1 field 2", "got '0,1,2'"]),
+    ("ann 0,1,2\n", ["line 1 field 2", "got '0,1,2'", "separate them by blanks"]),
     ("ann 0 1 2\nbob 1 ٣ 2\n", ["line 2 field 3", "got '٣'"]),
-    ("ann 0 1 2\nbob 3 4 0\n", ["line 2 field 3", "in 0..3", "got '4'", "items file"]),
+    ("ann 0 1 2\nbob 3 4 0\n", ["line 2 field 3", "in 0..3", "got '4'", "from 0, or add the item to the items file"]),
     ("ann 0 1 99999999999999999999\n", ["line 1 field 4", "got '99999999999999999999'"]),
     ("ann 0 1 4294967296\n", ["line 1 field 4", "got '4294967296'"]),
     ("ann 0 1 " + "z" * 9999 + "\n", ["line 1 field 4", "zzz...'"]),
@@ -176,10 +179,9 @@ def test_bad_items_are_refused(folder, content, parts):
   ("remove", "parts"),
   [
     (["sequences.txt"], ["expected sequences.txt", "found no such file"]),
-    (["items.jsonl.gz"], ["expected one of items.jsonl.gz and items.jsonl", "found neither"]),
-    (["text_features.npy", "image_features.npy"], ["expected at least one modality", "<modality>_features.npy"]),
+    (["items.jsonl.gz"], ["expected one of items.jsonl.gz and items.jsonl", "found neither", "{} is enough"]),
   ],
-  ids=["sequences", "items", "features"],
+  ids=["sequences", "items"],
 )
 def test_missing_files_are_named(folder, remove, parts):
   for name in remove:
@@ -189,7 +191,7 @@ def test_missing_files_are_named(folder, remove, parts):
 
 def test_two_items_files_are_refused(folder):
   (folder / "items.jsonl").write_text(ITEMS)
-  refusal(folder, "expected one of", "found both")
+  refusal(folder, "expected one of", "found both; remove one")
 
 
 def test_an_unknown_modality_is_refused_with_those_found(folder):
@@ -280,6 +282,7 @@ def test_statistics_against_counts_by_hand(folder):
     "head_share": 0.4,  # Item 2, of 4 items, holds 4 of 10 interactions.
     "unseen_items": 1,  # Training is ann 0, bob 3 2, cy 2.
     "modalities": {"image": {"width": 3, "coverage": 0.75}, "text": {"width": 2, "coverage": 1.0}},
+    "notes": ["histories ordered as in the file, without timestamps"],
     "times_hash": None,
   }
   json.dumps(figures)
@@ -304,6 +307,40 @@ def test_statistics_as_text_name_the_data(folder):
     assert part in text
   assert split.split_hash in text
   assert "synthetic" not in text
+
+
+def test_files_that_are_not_read_are_named_in_one_note(folder):
+  def text(**options):
+    dataset = load_directory(folder, **options)
+    return format_statistics(statistics(dataset, leave_one_out(dataset.interactions)))
+
+  assert "not used" not in text()
+  assert "  histories ordered as in the file" in text()
+  (folder / "timestamp.txt").write_text(TIMES)
+  np.save(folder / "image.npy", IMAGE)
+  np.save(folder / "text_feature\n.npy", TEXT)
+  note = "  not used: image.npy, text_feature .npy, timestamp.txt (read are NAME_features.npy, has_NAME.npy,"
+  assert f"{note} sequences.txt, timestamps.txt)\n" in text()
+  assert "not used: image.npy, image_features.npy, text" in text(modalities=["text"])
+  for number in range(20):
+    (folder / f"about_{number:02d}.txt").write_text("")
+  assert "not used: about_00.txt, about_01.txt" in text()
+  assert "about_09.txt and 13 more (read are" in text()
+  (folder / "timestamps.txt").write_text(TIMES)
+  assert "  histories ordered by timestamp\n" in text()
+
+
+def test_a_folder_may_have_no_features(folder):
+  for name in ("text", "image"):
+    (folder / f"{name}_features.npy").unlink()
+  settings = SimpleNamespace(
+    source="directory", path=str(folder), modalities=(), drop_short_users=False, drop_incomplete_items=True
+  )
+  dataset = load(settings)  # An item lacks none of no modalities.
+  assert (dataset.modalities, dataset.num_items) == ((), 4)
+  figures = statistics(dataset, leave_one_out(dataset.interactions))
+  assert figures["modalities"] == {}
+  assert format_statistics(figures).endswith(f"leave-one-out split {figures['split_hash']}, no features")
 
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"

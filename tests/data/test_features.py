@@ -70,6 +70,40 @@ def test_a_mask_overrides_the_zero_rows(tmp_path, dtype):
   assert present.dtype == bool
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_what_stands_in_a_row_that_the_mask_marks_absent_means_nothing(tmp_path, value):
+  array = with_value(value, np.float64)
+  path, mask = save(tmp_path, array), np.arange(NUM_ITEMS) != 5
+  mask_path = save(tmp_path, mask, "has_text.npy")
+  features, present = load_modality(path, mask_path=mask_path, num_items=NUM_ITEMS)
+  np.testing.assert_array_equal(present, mask)
+  store = feature_store.FeatureStore({"text": features}, {"text": present})
+  rows = store.rows(np.arange(NUM_ITEMS))[0]["text"]
+  array[5] = 0.0
+  expected = feature_store.FeatureStore({"text": array}, {"text": mask}).rows(np.arange(NUM_ITEMS))[0]["text"]
+  np.testing.assert_array_equal(rows, expected)
+  save(tmp_path, np.arange(NUM_ITEMS) != 4, "has_text.npy")
+  refusal(
+    lambda: load_modality(path, mask_path=mask_path, num_items=NUM_ITEMS),
+    f"{path} row 5 column 1: expected a finite float32 number",
+    "if the item lacks the modality, mark it so in has_text.npy",
+  )
+
+
+def test_a_mask_without_its_modality_is_refused(tmp_path):
+  save(tmp_path, make())
+  save(tmp_path, np.ones(NUM_ITEMS, bool), "has_txt.npy")
+  for table, part in (
+    ({}, "found text_features.npy; rename"),
+    ({"txt": make()}, "'txt' is a column; leave the column"),
+  ):
+    refusal(
+      lambda table=table: load_modalities(tmp_path, ["text"], num_items=NUM_ITEMS, in_tables=table),
+      f"{tmp_path / 'has_txt.npy'}: expected txt_features.npy beside it",
+      part,
+    )
+
+
 def test_a_mask_that_is_not_there_is_no_mask(tmp_path):
   _, present = load_modality(save(tmp_path, make()), mask_path=tmp_path / "has_text.npy", num_items=NUM_ITEMS)
   assert present.sum() == NUM_ITEMS - 1
@@ -91,7 +125,7 @@ def with_value(value, dtype=np.float32):
     (make().astype(np.int32), ["expected float16, float32 or float64", "got int32", "astype('float32')"]),
     (make().astype(np.complex64), ["expected float16, float32 or float64", "got complex64"]),
     (make().astype(np.longdouble), ["expected float16, float32 or float64"]),
-    (with_value(np.nan), ["row 5 column 1", "expected a finite float32 number", "got nan", "as zeros"]),
+    (with_value(np.nan), ["row 5 column 1", "expected a finite float32 number", "got nan", "write the row as zeros"]),
     (with_value(-np.inf, np.float16), ["row 5 column 1", "got -inf"]),
     (with_value(1e300, np.float64), ["row 5 column 1", "got 1e+300"]),
     (np.zeros_like(make()), ["expected features for some items", "none of 7", "leave this modality out"]),
@@ -146,12 +180,13 @@ def test_modalities_are_those_asked_for_or_all_by_name():
   found = ["text", "audio", "image"]
   assert choose_modalities(found, (), path="x") == ("audio", "image", "text")
   assert choose_modalities(found, ["text", "audio"], path="x") == ("text", "audio")
+  assert choose_modalities([], (), path="x") == ()
 
 
 @pytest.mark.parametrize(
   ("found", "asked", "parts"),
   [
-    ([], [], ["folder", "expected at least one modality", "<modality>_features.npy", "found none"]),
+    ([], ["video"], ["folder", "some of those found, none", "got 'video'", "video_features.npy"]),
     (["text", "image"], ["video"], ["folder", "image, text", "got 'video'", "video_features.npy"]),
     (["text"], ["text", "text"], ["--config.data.modalities", "expected different names", "got text, text"]),
   ],

@@ -1,5 +1,6 @@
 """RecBole's atomic files: tiny ones with known content, and every way to get one wrong."""
 
+import gzip
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,6 +63,20 @@ def test_without_timestamps_the_order_is_the_files(folder):
   rows = [line.split("\t")[:2] for line in INTER.splitlines()]
   (folder / "tiny.inter").write_text("".join("\t".join(row) + "\n" for row in rows))
   assert histories(load_recbole(folder)) == {"u2": [1, 0, 1], "u1": [2, 0, 1, 1]}
+
+
+def test_the_notes_say_how_histories_were_ordered_and_what_was_not_used(folder):
+  assert load_recbole(folder).notes == ("histories ordered by timestamp",)
+  np.save(folder / "image.npy", np.eye(3))
+  (folder / "tiny.inter").write_text(INTER.replace("timestamp:float", "time:float").replace("rating", "Date"))
+  order, warning, unused = load_recbole(folder).notes
+  assert order == "histories ordered as in the file, without timestamps"
+  assert warning.startswith("warning: tiny.inter has Date:float, time:float and no timestamp:float; if")
+  assert "rename it to timestamp:float" in warning
+  assert unused == "not used: image.npy (read are NAME_features.npy, has_NAME.npy)"
+  (folder / "tiny.inter").write_text(INTER.replace("rating", "date"))
+  assert load_recbole(folder).notes[0] == "histories ordered by timestamp"
+  assert not any("warning" in note for note in load_recbole(folder).notes)
 
 
 def test_without_an_item_table_items_are_numbered_as_they_appear(folder):
@@ -155,6 +170,11 @@ def test_short_users_are_dropped_on_request(folder):
     ("3.5 -4e-1", "3.5 1_0", ["line 3 field 'text_emb'", "expected finite float32 numbers", "got '1_0'"]),
     ("3.5 -4e-1", "3.5 x", ["line 3 field 'text_emb'", "expected finite float32 numbers", "got 'x'"]),
     ("3.5 -4e-1", "3.5 1e39", ["line 3 field 'text_emb'", "expected finite float32 numbers", "got '1e39'"]),
+    (
+      "3.5 -4e-1",
+      "3.5,-4e-1 1",
+      ["line 3 field 'text_emb'", "got '3.5,-4e-1'", "separate them by spaces, and leave the field empty"],
+    ),
     ("b\tFilm B", "a\tFilm B", ["line 3 field 'item_id'", "each item on one line", "'a' again", "first on line 2"]),
     ("b\tFilm B", "\tFilm B", ["line 3 field 'item_id'", "expected a token", "empty field"]),
     ("b\tFilm B", "b", ["line 3", "expected 4 tab-separated fields", "got 3"]),
@@ -163,12 +183,29 @@ def test_short_users_are_dropped_on_request(folder):
     (ITEM, ITEM.splitlines()[0], ["expected at least one item", "only a header"]),
     (ITEM, "", ["line 1", "header of name:type"]),
     (ITEM, "item_id:token\tx:float_seq\na\t\nb\t\nc\t\n", ["field 'x'", "expected numbers for some items"]),
+    (ITEM, "item_id:token\tx:float_seq\na\t0 0\nb\t\nc\t0 -0.0\n", ["field 'x'", "none or zeros; remove the column"]),
   ],
 )
 def test_bad_items_are_refused(folder, old, new, parts):
   assert old in ITEM
   (folder / "tiny.item").write_text(ITEM.replace(old, new))
   refusal(folder, str(folder / "tiny.item"), *parts)
+
+
+def test_a_mask_of_a_column_is_refused(folder):
+  np.save(folder / "has_audio.npy", np.ones(3, bool))
+  refusal(folder, str(folder / "has_audio.npy"), "'audio' is a column", "leave the column's cell empty")
+
+
+def test_tables_may_be_compressed(folder):
+  expected = histories(load_recbole(folder))
+  for name in ("tiny.inter", "tiny.item"):
+    (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
+    refusal(folder, f"expected one .{name[5:]} file, found {name}, {name}.gz; keep one")
+    (folder / name).unlink()
+    dataset = load_recbole(folder)
+    assert histories(dataset) == expected
+    assert (dataset.name, dataset.titles[0]) == ("tiny", "Film A")
 
 
 @pytest.mark.parametrize("suffix", ["inter", "item"])
@@ -184,9 +221,10 @@ def test_a_missing_interactions_file_is_named(folder):
   refusal(folder, "--config.data.source=directory")
 
 
-def test_no_modality_at_all_is_refused(folder):
+def test_there_may_be_no_features(folder):
   (folder / "tiny.item").unlink()
-  refusal(folder, str(folder), "expected at least one modality", "<modality>_features.npy")
+  dataset = load_recbole(folder)
+  assert (dataset.modalities, dataset.num_items) == ((), 3)
 
 
 def test_an_unknown_modality_is_refused_with_those_found(folder):
