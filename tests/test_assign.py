@@ -100,11 +100,17 @@ def test_new_items_get_ids_of_their_own_and_no_known_item_changes(random_params,
   assert_array_equal(whole.codes, extended.codes)
 
 
-def test_an_item_with_the_features_of_a_known_one_and_no_id_of_its_own_gets_its_codes(random_params):
-  ids = make_ids(random_params, item_id="none")
-  extended = assign(ids, *make_features(ITEMS))
-  assert_array_equal(extended.stream_codes[:, ITEMS:], ids.stream_codes)
-  assert_array_equal(extended.present[:, ITEMS:], ids.present)
+@pytest.mark.parametrize("choices", [{"item_id": "none"}, {"quantizer": "rq_kmeans"}], ids=str)
+def test_an_item_with_the_features_of_a_known_one_and_no_id_of_its_own_gets_its_codes(random_params, choices):
+  """Some of the known ones: their own statistics are others than those of all."""
+  ids = make_ids(random_params, **choices)
+  features, present = make_features(ITEMS)
+  some = np.array([17, 2, 29, 11, 5])
+  assert not present["image"][some].all(), "no modality is absent: the example leaves that untried"
+  twins = {name: array[some] for name, array in features.items()}
+  extended = assign(ids, twins, {name: mask[some] for name, mask in present.items()})
+  assert_array_equal(extended.stream_codes[:, ITEMS:], ids.stream_codes[:, some])
+  assert_array_equal(extended.present[:, ITEMS:], ids.present[:, some])
 
 
 @pytest.mark.parametrize("repair", ["reassign", "suffix"])
@@ -121,11 +127,12 @@ def test_content_codes_are_extended_as_they_would_be_alone(random_params, repair
 
 def test_an_unseen_items_id_vector_is_the_mean_of_the_learned_ones(random_params):
   ids = make_ids(random_params)
-  frozen = FrozenTokenizer(settings_from_json(ids.settings), ids.encoder, ids.codebooks)
-  features, present = make_features(4, seed=5)
-  latents, _, _ = frozen(features, present)
-  stream = ids.streams.index("id")
-  assert_allclose(latents[stream], np.tile(ids.encoder["item_id"], (4, 1)))
+  settings, (features, present) = settings_from_json(ids.settings), make_features(4, seed=5)
+  example = {"items": np.arange(4), "features": features, "present": present}
+  learned = random_params(Tokenizer(settings), example)["item_embedding"]["embedding"]
+  assert learned.shape == (ITEMS, WIDTH)
+  latents, _, _ = FrozenTokenizer(settings, ids.encoder, ids.codebooks)(features, present)
+  assert_allclose(latents[ids.streams.index("id")], np.tile(learned.mean(axis=0), (4, 1)), rtol=1e-5)
 
 
 def test_loaded_from_disk_it_assigns_the_same(random_params, tmp_path):

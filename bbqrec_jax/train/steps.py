@@ -121,7 +121,7 @@ class CodebookUpkeep:
   """
 
   settings: TokenizerSettings
-  revival_threshold: float = 0.25
+  revival_threshold: float = 0.1
   usage_decay: float = 0.98
   codeword_decay: float = 0.98
 

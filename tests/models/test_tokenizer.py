@@ -13,7 +13,7 @@ from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, by_codebook, stream_codebooks
 from bbqrec_jax.models.tokenizer_loss import LossWeights, tokenizer_loss
 from bbqrec_jax.ops.club import club_full
-from bbqrec_jax.ops.quantize import QUANTIZERS, residual_quantize
+from bbqrec_jax.ops.quantize import QUANTIZERS, balanced_code, residual_quantize
 
 ITEMS, LEVELS, CODES, WIDTH = 12, 2, 4, 6
 MODALITIES = ("text", "image")
@@ -23,9 +23,10 @@ SETTINGS = TokenizerSettings(
 )  # fmt: skip
 WITHOUT_ID = dataclasses.replace(SETTINGS, item_id="none")
 # Items 0..7 occur in histories, 8 and 9 at padding alone, 10 and 11 in the catalogue sample alone.
-HISTORY = np.array([[0, 1, 2, 3, 4, 8], [5, 6, 7, 1, 9, 8]])
-SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 0, 0]])
-POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0]])
+# The last row is full, so that a history ends with it.
+HISTORY = np.array([[0, 1, 2, 3, 4, 8], [5, 6, 7, 1, 9, 8], [4, 0, 6, 5, 3, 1]])
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 0, 0], [4, 4, 4, 4, 4, 4]])
+POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 5]])
 SAMPLE = np.array([10, 3, 0, 11, 6, 9, 2])
 CRITIC = ClubCritic(MODALITIES, WIDTH)
 ONES = LossWeights(*(1.0 for _ in LossWeights._fields))
@@ -207,6 +208,16 @@ def test_codes_and_residuals_are_those_of_the_latents(params, batch, run):
   assert_allclose(output.residuals[:, 1], values - result.codewords[:, 0], atol=1e-6)
 
 
+def test_the_quantization_loss_is_the_mean_over_the_streams_that_are_present(params, batch, run):
+  _, output, _ = run(params, batch)
+  present = np.asarray(output.present)
+  codewords = call(SETTINGS, "quantize", params, latents(params, batch).values).codewords
+  squared = np.square(np.asarray(output.residuals, np.float64) - codewords).sum(axis=-1).mean(axis=1)
+  # The codewords' part, and a quarter of it for the latents': both have one value.
+  assert_allclose(output.terms["quantization"], 1.25 * squared[present].mean(), rtol=1e-5)
+  assert output.terms["quantization"] != pytest.approx(1.25 * squared.mean(), rel=1e-3)
+
+
 @pytest.mark.parametrize("quantized", [True, False])
 def test_reconstruction_decodes_codewords_or_while_unquantized_the_latents_themselves(params, batch, run, quantized):
   _, output, _ = run(params, batch, quantized=quantized)
@@ -330,8 +341,9 @@ def test_a_position_is_contrasted_with_the_item_that_follows_it_in_its_own_histo
   states = Tokenizer(SETTINGS).apply(
     {"params": params}, vectors, SEGMENTS, POSITIONS, deterministic=True, method="history_states"
   )
-  pairs = [(r, t) for r, t in np.ndindex(2, 5) if SEGMENTS[r, t] and SEGMENTS[r, t] == SEGMENTS[r, t + 1]]
-  assert len(pairs) == 6
+  pairs = [(r, t) for r, t in np.ndindex(3, 5) if SEGMENTS[r, t] and SEGMENTS[r, t] == SEGMENTS[r, t + 1]]
+  assert len(pairs) == 11
+  assert SEGMENTS[2, -1] == SEGMENTS[2, 0] > 0, "no row ends amid a history: the example leaves that untried"
 
   def unit(x):
     x = np.asarray(x, np.float64)
@@ -384,24 +396,27 @@ def test_with_every_specific_latent_withheld_they_cannot_help_reconstruction(par
   assert gradient(0.5) == BEHAVIOUR | SPECIFIC | DECODERS
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_an_item_seen_by_a_prefix_of_its_codewords_is_seen_without_the_last(params, batch, share):
+def test_an_item_seen_by_a_prefix_of_its_codewords_is_seen_by_its_first_and_without_the_last(params, batch):
   on_device = jax.tree.map(jnp.asarray, batch)
-  settings = dataclasses.replace(SETTINGS, level_dropout=share, dropout=0.0)
 
-  @jax.jit
-  def contrast(codebooks):
+  @functools.partial(jax.jit, static_argnames="share")
+  def contrast(codebooks, share):
+    settings = dataclasses.replace(SETTINGS, level_dropout=share, dropout=0.0)
     loss, _ = tokenizer_loss(
       Tokenizer(settings), params | {"codebooks": codebooks}, on_device, weights=only("contrast"), key=jax.random.key(0)
     )
     return loss
 
   codebooks = jnp.asarray(params["codebooks"])
-  # One offset for all codewords of a level: the choices stay what they are.
-  first, last = (contrast(codebooks.at[:, level].add(0.5)) for level in (0, LEVELS - 1))
-  plain = contrast(codebooks)
-  assert first != plain
-  assert (last == plain) == (share == 1.0)
+  assert LEVELS == 2, "a prefix of three levels may be of one or of two"
+  prefix, whole = contrast(codebooks, 1.0), contrast(codebooks, 0.0)
+  assert prefix != whole
+  # One offset for all codewords of the last level: the choices stay what they are.
+  moved = codebooks.at[:, -1].add(0.5)
+  assert contrast(moved, 1.0) == prefix
+  assert contrast(moved, 0.0) != whole
+  # A last level of zeros adds nothing to the first.
+  assert_allclose(prefix, contrast(codebooks.at[:, -1].set(0.0), 0.0), rtol=1e-6)
 
 
 def test_the_item_id_term_is_the_mean_squared_norm_of_the_sampled_ids(params, batch, run):
@@ -450,19 +465,16 @@ def test_each_stream_is_quantized_with_the_codebooks_that_serve_it(batch, random
     assert all(np.any(np.all(rows == row, axis=-1)) for row in wanted)
 
 
-def test_a_learned_temperature_starts_where_it_is_set_and_has_a_gradient(batch, random_params):
+def test_a_learned_temperature_starts_where_it_is_set_and_has_a_gradient(params, batch, run):
   settings = dataclasses.replace(SETTINGS, learn_temperature=True)
-  params = Tokenizer(settings).init(jax.random.key(0), batch)["params"]
+  start = Tokenizer(settings).init(jax.random.key(0), method="temperature")["params"]
+  params = params | {"log_temperature": start["log_temperature"]}
   assert_allclose(call(settings, "temperature", params), 0.5, rtol=1e-6)
   low = params | {"log_temperature": jnp.log(1e-4)}
   assert_allclose(call(settings, "temperature", low), 0.01, rtol=1e-6)
   of_low = jax.grad(lambda params: Tokenizer(settings).apply({"params": params}, method="temperature"))(low)
   assert of_low["log_temperature"] > 0, "a temperature that fell below its bound could not come back"
-
-  def loss(params):
-    return tokenizer_loss(Tokenizer(settings), params, jax.tree.map(jnp.asarray, batch), weights=only("contrast"))[0]
-
-  assert float(jax.jit(jax.grad(loss))(params)["log_temperature"]) != 0
+  assert run(params, batch, weights=only("contrast"), settings=settings)[2]["log_temperature"] != 0
 
 
 def test_codewords_that_follow_averages_get_no_gradient(params, batch, run):
@@ -470,6 +482,45 @@ def test_codewords_that_follow_averages_get_no_gradient(params, batch, run):
   assert not np.any(gradient["codebooks"])
   _, plain, _ = run(params, batch)
   assert_allclose(output.terms["quantization"], plain.terms["quantization"] * 0.25 / 1.25, rtol=1e-5)
+
+
+def test_the_rotation_trick_changes_gradients_and_no_value(params, batch, run):
+  loss, output, gradient = run(params, batch)
+  other_loss, other_output, other = run(params, batch, settings=dataclasses.replace(SETTINGS, gradient="rotation"))
+  assert_allclose(other_loss, loss, rtol=1e-6)
+  jax.tree.map(functools.partial(assert_allclose, rtol=1e-5, atol=1e-6), other_output.terms, output.terms)
+  for name in BEHAVIOUR:
+    differences = jax.tree.map(lambda one, two: np.abs(one - two).max(), other[name], gradient[name])
+    assert min(jax.tree.leaves(differences)) > 1e-3, name
+  # What the decoders are given has the same value.
+  jax.tree.map(
+    functools.partial(assert_allclose, rtol=1e-4, atol=1e-6), other["decoders_text"], gradient["decoders_text"]
+  )
+
+
+def test_while_training_the_last_codes_of_the_catalogue_sample_are_balanced_over_what_is_present(params, batch):
+  settings = dataclasses.replace(SETTINGS, balanced_last=True, dropout=0.0)
+  on_device = jax.tree.map(jnp.asarray, batch)
+
+  @functools.partial(jax.jit, static_argnames="training")
+  def codes(params, training):
+    key = jax.random.key(0) if training else None
+    return tokenizer_loss(Tokenizer(settings), params, on_device, weights=ONES, key=key)[1].codes
+
+  values, present = latents(params, batch)
+  plain = call(SETTINGS, "quantize", params, values).codes
+  assert_array_equal(codes(params, training=False), plain)
+  # All streams share the codebooks, and so the balance.
+  choose = functools.partial(balanced_code, valid=present.reshape(-1))
+  balanced = residual_quantize(values.reshape(-1, WIDTH), jnp.asarray(params["codebooks"][0]), choose_last=choose).codes
+  got = codes(params, training=True)
+  assert_array_equal(got, balanced.reshape(plain.shape))
+  assert (np.asarray(got) != plain).any(), "the nearest codes are balanced already: the example leaves that untried"
+  regardless = functools.partial(balanced_code, valid=jnp.ones(present.size, bool))
+  others = residual_quantize(
+    values.reshape(-1, WIDTH), jnp.asarray(params["codebooks"][0]), choose_last=regardless
+  ).codes
+  assert (others != balanced).any(), "absent streams would not change the balance: the example leaves that untried"
 
 
 def test_another_quantizer_is_one_function_and_one_line(params, batch, monkeypatch):

@@ -49,6 +49,7 @@ def test_revival_moves_only_codes_under_the_threshold_and_only_to_valid_residual
   assert_array_equal(moved[np.array([0, 2, 5])], codebook[[0, 2, 5]])
   for code in (1, 3, 4):
     assert any(np.array_equal(moved[code], row) for row in residuals[valid])
+  assert len(np.unique(np.asarray(moved)[[1, 3, 4]], axis=0)) == 3, "each to a residual of its own, as there are three"
   assert_allclose(left, [0.4, 1 / 6, 0.06, 1 / 6, 1 / 6, 0.49])
 
 

@@ -1,10 +1,11 @@
 """Residual k-means on clusters that are known, over blocks and memory maps."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.ops.kmeans import residual_kmeans
+from bbqrec_jax.ops.kmeans import _lloyd, residual_kmeans
 
 NUM_POINTS = 120
 
@@ -58,11 +59,21 @@ def test_rows_of_weight_zero_take_no_part(clusters, seed, garbage):
   assert_allclose(in_order(centres), in_order(means), atol=1e-3)
 
 
-def test_with_fewer_distinct_points_than_codes_there_is_a_centre_on_each():
-  points = np.array([[0, 0], [0, 0], [3, 1], [3, 1], [-2, 5]], np.float32)
+def test_with_fewer_distinct_points_than_codes_there_is_a_centre_on_each_and_none_elsewhere():
+  points = np.array([[4, 4], [4, 4], [3, 1], [3, 1], [-2, 5]], np.float32)
   (centres,) = residual_kmeans(0, points, num_levels=1, num_codes=8)
-  assert np.isfinite(centres).all()
   assert_array_equal(centres[nearest(points, centres)], points)
+  assert_array_equal(points[nearest(centres, points)], centres)
+
+
+@pytest.mark.parametrize("block", [7, 3])
+def test_emptied_clusters_take_the_points_that_are_farthest_from_their_centres(block):
+  points = np.array([[0, 1], [0, -1], [8, 0], [1, 0], [0, -6], [-1, 0], [0, 99]], np.float32)
+  weights = np.array([1, 1, 1, 1, 1, 1, 0], np.float32)
+  centres = np.array([[50, 50], [0, 0], [-70, 0]], np.float32)
+  blocks = [(points[first : first + block], weights[first : first + block]) for first in range(0, 7, block)]
+  moved = _lloyd(blocks, None, jnp.asarray(centres), live=6)
+  assert_allclose(moved, [[8, 0], points[:6].mean(axis=0), [0, -6]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("block", [50, 7, 1])

@@ -92,10 +92,11 @@ def test_gradients_are_clipped_by_their_global_norm(norm, kept):
   optimizer = make_optimizer(make_settings(clip_norm=0.5), total_steps=10)
   params = jax.tree.map(jnp.zeros_like, gradients)
   _, state = optimizer.update(gradients, optimizer.init(params), params)
-  # Adam's first moment after one step is a tenth of the gradient it was given.
-  means = optax.tree.get(state, "mu")
+  # Adam's first moment after one step is a tenth of the gradient it was given, its second a fiftieth of the square.
+  means, squares = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
   for name, part in direction.items():
     np.testing.assert_allclose(means[name], 0.1 * kept * part / length, rtol=1e-5)
+    np.testing.assert_allclose(squares[name], 0.02 * np.square(kept * part / length), rtol=1e-4)
 
 
 def test_the_warm_up_begins_at_zero():

@@ -1,6 +1,8 @@
-"""What the recommender is told of the items, for every way to compare them."""
+"""What the recommender is told of the items, for every way to compare them; what it is trained on, and as told."""
 
 import dataclasses
+import itertools
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,15 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.config import default_config
-from bbqrec_jax.data.interactions import from_lengths
+from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.models.catalogue import RecommenderSettings
 from bbqrec_jax.ops.similarity import similarities
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train.recommender_stage import build_catalogue, check_compared
+from bbqrec_jax.train import recommender_stage
+from bbqrec_jax.train.recommender_stage import build_catalogue, check_compared, run_recommender, sampled_similarities
+from bbqrec_jax.train.watch import Safeguards
 
 ITEMS, LEVELS, CODES, WIDTH = 30, 3, 4, 5
 STREAMS = ("text", "image", "fused")
@@ -67,6 +73,21 @@ def test_equal_frequency_buckets_are_even_over_the_pairs_of_training_histories(i
     share = np.bincount(np.searchsorted(edges, values, side="right"), minlength=8) / len(values)
     # 30 items are few, so equal values are many: as even as those allow.
     assert_allclose(share, np.full(8, 1 / 8), atol=0.04)
+
+
+def test_buckets_are_those_of_the_items_that_the_model_is_shown_the_last_ones_of_a_history():
+  # Of four directions: items 0 and 1 are alike, 2 and 3 are opposites, and those are at right angles to these.
+  vectors = np.array([[1, 0], [1, 0], [0, 1], [0, -1]], np.float32)[:, None]
+  histories = from_lengths(np.array([0, 1, 0, 1, 2, 3, 0, 1]), np.array([6, 2]), np.array(["long", "short"]))
+
+  def found(max_length):
+    (sample,) = sampled_similarities(vectors, histories, ((0, 0),), max_length=max_length, seed=0)
+    return {float(value): float(np.mean(sample == value)) for value in np.unique(sample)}
+
+  # In proportion to the pairs of each: one of the long history's last two items, one of the short one's.
+  assert found(2) == pytest.approx({-1.0: 0.5, 1.0: 0.5}, abs=0.01)
+  assert found(3) == pytest.approx({-1.0: 1 / 4, 0.0: 2 / 4, 1.0: 1 / 4}, abs=0.01)
+  assert found(6) == found(20) == pytest.approx({-1.0: 1 / 16, 0.0: 8 / 16, 1.0: 7 / 16}, abs=0.01)
 
 
 def test_equal_width_buckets_need_no_history(ids, histories):
@@ -147,3 +168,107 @@ def test_modalities_that_no_history_can_compare_are_refused(image, changes, name
 def test_without_similarity_there_is_nothing_to_compare(ids, histories):
   catalogue, settings = build(ids, histories, similarity=())
   assert settings.num_streams == catalogue.streams.shape[1] == 0
+
+
+# What follows from the data or the tokenizer, and what has another name, in the config.
+NOT_OF_THE_CONFIG = {"num_items", "num_levels", "num_codes", "num_columns", "num_streams", "item_embedding",
+                     "feature_width", "dense_width", "dense_mlp_width", "dense_dropout"}  # fmt: skip
+FIELDS = [field.name for field in dataclasses.fields(RecommenderSettings) if field.name not in NOT_OF_THE_CONFIG]
+
+
+def others(value):
+  """Two values that a field may be set to, one of which at least is neither its default here nor anywhere."""
+  if isinstance(value, bool):
+    return True, False
+  if isinstance(value, str):
+    return f"{value} of another kind", "another"
+  return (value + 1, value + 2) if isinstance(value, int) else (value + 0.125, value + 0.25)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_of_a_configs_field_is_what_that_field_says(ids, histories, name):
+  for value in others(default_config().recommender[name]):
+    _, settings = build(ids, histories, similarity_kind="equal_width", **{name: value})
+    assert getattr(settings, name) == value
+
+
+def test_settings_of_the_dense_tower_are_those_of_its_fields(ids, histories):
+  changes = {"dense_tower.width": 10, "dense_tower.mlp_width": 11, "dense_tower.dropout": 0.125}
+  _, settings = build(ids, histories, similarity=(), head="hybrid", **changes)
+  assert (settings.dense_width, settings.dense_mlp_width, settings.dense_dropout) == (10, 11, 0.125)
+  _, settings = build(ids, histories, similarity=(), head="dense", **changes)
+  assert settings.dense_width == 0, "there are two towers in the hybrid alone"
+
+
+@pytest.fixture(scope="module")
+def split():
+  """Of 60 users with 3 to 14 interactions."""
+  rng = np.random.default_rng(4)
+  lengths = rng.integers(3, 15, 60)
+  return leave_one_out(from_lengths(rng.integers(ITEMS, size=lengths.sum()), lengths, np.arange(60).astype(str)))
+
+
+class Enough(Exception):
+  """What the stage below comes to instead of training."""
+
+
+@pytest.fixture
+def prepare(ids, monkeypatch, tmp_path):
+  """A function (split, config) -> plan, catalogue and batches that `run_recommender` would train by."""
+
+  def run(split, config):
+    def fit(plan, state, catalogue, step, batches, **options):
+      raise Enough(plan, catalogue, batches)
+
+    monkeypatch.setattr(recommender_stage, "fit", fit)
+    anywhere = types.SimpleNamespace(
+      compile_map=lambda function: function, place=lambda tree: tree, create=lambda function: None
+    )
+    dataset = Dataset("of a test", "", split.train, {}, {"text": np.ones(ITEMS, bool)}, ("",) * ITEMS)
+    with pytest.raises(Enough) as stopped:
+      run_recommender(config, ids, split, dataset, workdir=tmp_path, partitioner=anywhere, log=None)
+    return stopped.value.args
+
+  return run
+
+
+@pytest.mark.parametrize("backbone", ["causal", "encoder_decoder"])
+def test_held_out_items_are_in_no_training_batch_and_move_no_bucket(prepare, split, backbone):
+  config = default_config()
+  config.update_from_flattened_dict({
+    "recommender.backbone": backbone, "recommender.batch_rows": 8, "recommender.num_buckets": 8,
+  })  # fmt: skip
+
+  def trained_by(split):
+    """Bucket edges, and two epochs' batches at the least."""
+    _, catalogue, batches = prepare(split, config)
+    return [np.asarray(catalogue.edges)] + [
+      batch[name] for batch in itertools.islice(batches, 120) for name in sorted(batch)
+    ]
+
+  def alike(one, two):
+    return [np.array_equal(a, b) for a, b in zip(one, two, strict=True)]
+
+  expected = trained_by(split)
+  held_out = dataclasses.replace(
+    split, validation_target=(split.validation_target + 1) % ITEMS, test_target=(split.test_target + 1) % ITEMS
+  )
+  assert (held_out.history("test").items != split.history("test").items).any()
+  assert all(alike(trained_by(held_out), expected))
+  # Other training items show in both.
+  train = dataclasses.replace(split.train, items=(split.train.items + split.train.items % 2) % ITEMS)
+  same = alike(trained_by(dataclasses.replace(split, train=train)), expected)
+  assert not same[0]
+  assert not all(same[1:])
+
+
+def test_training_is_planned_and_guarded_as_the_config_says(prepare, split):
+  config = default_config()
+  config.update_from_flattened_dict({
+    "log_every": 7, "keep_checkpoints": 5, "on_nonfinite": "skip", "max_skipped": 4, "spike_factor": 9.0,
+    "recommender.steps": 33, "recommender.evaluate_every": 11, "recommender.patience": 3,
+  })  # fmt: skip
+  plan, _, _ = prepare(split, config)
+  assert (plan.name, plan.steps, plan.log_every, plan.evaluate_every) == ("recommender", 33, 7, 11)
+  assert (plan.select, plan.patience) == ("ndcg@10", 3)
+  assert plan.safeguards == Safeguards(keep_checkpoints=5, on_nonfinite="skip", max_skipped=4, spike_factor=9.0)
