@@ -75,6 +75,12 @@ def test_directory_offers_two_towers_and_the_baselines(load_file):
   assert (sasrec.head, sasrec.item_inputs, sasrec.similarity) == ("dense", ("item",), ())
 
 
+@pytest.mark.parametrize("name", ["seed", "data.synthetic.seed"])
+def test_seeds_have_32_bits(name):
+  validate(with_field(name, 2**32 - 1))
+  assert refusal(with_field(name, 2**32)) == f"config field {name} must be at most 4294967295, got 4294967296"
+
+
 def test_there_are_shipped_configs():
   assert {"quickstart", "directory"} <= {path.stem for path in CONFIGS}
 
