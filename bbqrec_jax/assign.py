@@ -1,17 +1,18 @@
 """Semantic IDs for new items: `python -m bbqrec_jax.assign --tokenizer=DIR --features=DIR --output=DIR`."""
 
 import dataclasses
-import pathlib
+import os
 from collections.abc import Mapping
 
 import numpy as np
 from absl import app, flags
 
-from bbqrec_jax.command_line import only_flags
+from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags, writing
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.input_files import check_new
 from bbqrec_jax.models.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
 from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -91,20 +92,23 @@ def _extended(ids: SemanticIds, own: np.ndarray, codes: np.ndarray, present: np.
 
 def main(argv: list[str]) -> None:
   """Writes an artefact with the new items' IDs and prints how many collided."""
-  options = only_flags(argv)
+  del argv
+  options = quiet_flags()
   keep_compiled()
-  output = pathlib.Path(options.output)
+  output = options.output
   try:
-    ids = SemanticIds.load(pathlib.Path(options.tokenizer))
-    if SemanticIds.exists(output):
-      raise InputError(f"{output} holds semantic IDs already: choose another --output")
+    check_new(output)
+    ids = SemanticIds.load(options.tokenizer)
     settings = settings_from_json(ids.settings)
-    features, present = load_new_items(pathlib.Path(options.features), dict(settings.modalities))
+    features, present = load_new_items(options.features, dict(settings.modalities))
     extended = assign(ids, features, present)
     warnings = far_features(FeatureStore(features, present, ids.encoder), num_known=settings.num_items)
   except InputError as error:
     refuse(error)
-  extended.save(output)
+  unfinished = output.with_name(output.name + ".unfinished")
+  with writing(output):
+    extended.save(unfinished)
+    os.rename(unfinished, output)  # Whole or not there.
   for warning in warnings:
     warn(warning)
   known, new = len(ids.codes), len(extended.codes) - len(ids.codes)
@@ -113,8 +117,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("tokenizer", None, "The tokenizer/ folder of a run.")
-  flags.DEFINE_string("features", None, "Folder with <modality>_features.npy, a row for each new item.")
-  flags.DEFINE_string("output", None, "Folder for the IDs of the known and the new items together.")
+  define_path("tokenizer", "The tokenizer/ folder of a run.")
+  define_path("features", "Folder with <modality>_features.npy, a row for each new item.")
+  define_path("output", "Folder for the IDs of the known and the new items together.")
   flags.mark_flags_as_required(["tokenizer", "features", "output"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -32,10 +32,11 @@ from bbqrec_jax.benchmarks.cases import all_cases
 from bbqrec_jax.benchmarks.limits import PEAKS, measured_limits
 from bbqrec_jax.benchmarks.report import chart, comparison, records_table, table, utilisation
 from bbqrec_jax.benchmarks.timing import measure
-from bbqrec_jax.command_line import only_flags, parse_flags
+from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags, writing
 from bbqrec_jax.config import validate
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.host_memory import keep_memory
+from bbqrec_jax.input_files import check_place, expanded
 from bbqrec_jax.json_files import read_json, write_json
 
 
@@ -115,29 +116,36 @@ def records(folder: pathlib.Path) -> str:
 
 def main(argv: list[str]) -> None:
   """Times, or compares."""
-  options = only_flags(argv)
+  del argv
+  options = quiet_flags()
   keep_memory()
   try:
     if options.compare:
       if len(options.compare) != 2:
         raise InputError(f"--compare: expected two files, got {len(options.compare)}")
-      print(comparison(*(_read(pathlib.Path(name)) for name in options.compare)))
+      print(comparison(*(_read(expanded(name)) for name in options.compare)))
       return
     if options.records:
-      print(records(pathlib.Path(options.records)))
+      print(records(options.records))
       return
-    if options.config is None:
-      raise InputError("--config: expected configs/benchmark.py:small, :paper or :large, or --compare with two files")
+    if options.config is None or "run" not in options.config:
+      raise InputError(
+        "--config: expected configs/benchmark.py:small, :paper or :large, or one like it, which holds what is timed"
+        " beside the config of a run; or give --compare with two files"
+      )
+    if options.output:
+      check_place(options.output.parent, flag="output")
     result = run(options.config, only=tuple(options.only))
   except InputError as error:
     refuse(error)
   print(table(result))
-  if not options.output:
+  output = options.output
+  if output is None:
     return
-  output = pathlib.Path(options.output)
-  write_json(output, result)
   try:
-    chart(result).savefig(output.with_suffix(".png"), dpi=120)
+    with writing(output):
+      write_json(output, result)
+      chart(result).savefig(output.with_suffix(".png"), dpi=120)
   except ModuleNotFoundError:
     print("no chart: it needs matplotlib, pip install 'bbqrec_jax[report]'")
 
@@ -154,8 +162,8 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "configs/benchmark.py:small, :paper or :large.")
-  flags.DEFINE_string("output", "", "The JSON file; a chart of the same name stands beside it.")
+  define_path("output", "The JSON file; a chart of the same name stands beside it.")
   flags.DEFINE_list("only", [], "Beginnings of the names of what to time.")
   flags.DEFINE_list("compare", [], "Two files to compare instead.")
-  flags.DEFINE_string("records", "", "A folder of such files, to print one table of instead.")
+  define_path("records", "A folder of such files, to print one table of instead.")
   app.run(main, flags_parser=parse_flags)

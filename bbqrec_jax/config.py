@@ -212,8 +212,10 @@ _MAY_BE_ZERO = {
 }
 
 
-# What is built, allocated or computed before anything else shows that it is too much.
+# What is built, allocated or computed before anything else shows that it is too much; seeds are 32 bits.
 _AT_MOST = {
+  "seed": 2**32 - 1,
+  "data.synthetic.seed": 2**32 - 1,
   "data.synthetic.num_users": 10**7,
   "data.synthetic.num_items": 10**7,
   "tokenizer.num_levels": 100,

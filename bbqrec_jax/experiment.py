@@ -22,6 +22,7 @@ from bbqrec_jax.input_files import check_links, is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.parallel import Partitioner, make_partitioner
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import check_capacity
@@ -30,7 +31,10 @@ from bbqrec_jax.train.logging import MetricsLog, say, warn
 from bbqrec_jax.train.recommender_stage import (
   build_recommender,
   check_compared,
+  check_content,
   check_fingerprint,
+  expected_settings,
+  id_length,
   initial_state,
   item_features,
   needs_features,
@@ -40,7 +44,17 @@ from bbqrec_jax.train.recommender_stage import (
 )
 from bbqrec_jax.train.state import TrainState
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer
-from bbqrec_jax.workdir import HASHES, REMAKE, claim, format_results, load_config, load_results, tokenizer_figure
+from bbqrec_jax.workdir import (
+  HASHES,
+  REMAKE,
+  check_workdir,
+  claim,
+  format_results,
+  load_config,
+  load_results,
+  tokenizer_figure,
+  with_absolute_paths,
+)
 
 
 def read_data(
@@ -78,10 +92,8 @@ def _check_sizes(config: ml_collections.ConfigDict, *, num_items: int, num_modal
   Raises:
     InputError: if the items outnumber the semantic IDs, or a batch cannot be spread evenly over the devices.
   """
-  t = config.tokenizer
-  if needs_semantic_ids(config):
-    levels = t.num_levels * (num_modalities if t.semantic_id == "concatenated" else 1) + (t.repair == "suffix")
-    check_capacity(num_items, levels, t.num_codes)
+  if needs_semantic_ids(config) and not config.tokenizer.artefact:
+    check_capacity(num_items, id_length(config, num_modalities), config.tokenizer.num_codes)
   flat = flatten(config)
   for name in ("tokenizer.batch_items", "tokenizer.batch_rows", "recommender.batch_rows", "evaluation.batch_size"):
     if flat[name] % num_devices:
@@ -95,7 +107,7 @@ def _check_sizes(config: ml_collections.ConfigDict, *, num_items: int, num_modal
 
 
 class _Run(NamedTuple):
-  """What both stages of a run start from."""
+  """What both stages of a run start from; `ids` are those of the artefact that the config names, if it does."""
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
@@ -103,11 +115,14 @@ class _Run(NamedTuple):
   dataset: Dataset
   split: Split
   figures: dict[str, Any]
+  ids: SemanticIds | None
 
 
 def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_tokenizer: bool = False) -> _Run:
   """Checks everything that can be checked before anything is computed, and shows the data."""
   validate(config)
+  config = with_absolute_paths(config)
+  check_workdir(workdir, config)
   partitioner = make_partitioner(config)
   dataset, split, figures = read_data(config, for_tokenizer=for_tokenizer)
   _check_sizes(
@@ -116,11 +131,16 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_toke
     num_modalities=len(dataset.modalities),
     num_devices=partitioner.num_devices,
   )
-  if needs_semantic_ids(config):
-    check_compared(config, dataset.present, split.train)
+  ids = None
+  if not is_given(workdir / "results.json"):  # A finished run needs none of it any more.
+    if config.tokenizer.artefact:
+      ids = _load_ids(config, workdir, figures, num_items=dataset.num_items)
+    make_recommender(expected_settings(config, dataset, ids))
+    if needs_semantic_ids(config):
+      check_compared(config, ids, dataset.present, split.train)
   claim(workdir, config, figures)
   say(format_statistics(figures))
-  return _Run(config, workdir, partitioner, dataset, split, figures)
+  return _Run(config, workdir, partitioner, dataset, split, figures, ids)
 
 
 def _data_hash(figures: dict[str, Any]) -> str:
@@ -128,20 +148,33 @@ def _data_hash(figures: dict[str, Any]) -> str:
   return f"{figures['split_hash']} {figures['features_hash']}"
 
 
+def _load_ids(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, figures: dict[str, Any], *, num_items: int
+) -> SemanticIds:
+  """The semantic IDs of a run.
+
+  Raises:
+    InputError: if they are not there, are of other data, or lack the content codes that the recommender reads.
+  """
+  folder = tokenizer_folder(config, workdir)
+  ids = SemanticIds.load(folder)
+  ids.check_data(_data_hash(figures), num_items=num_items, where=folder)
+  check_content(config, ids)
+  return ids
+
+
 def _semantic_ids(run: _Run, log: MetricsLog) -> SemanticIds:
   """The semantic IDs that the run's config names, or those of its own tokenizer, trained if it is not yet."""
   folder = tokenizer_folder(run.config, run.workdir)
-  data_hash = _data_hash(run.figures)
   if run.config.tokenizer.artefact or SemanticIds.exists(folder):
-    ids = SemanticIds.load(folder)
-    ids.check_data(data_hash, num_items=run.dataset.num_items, where=folder)
+    ids = run.ids or _load_ids(run.config, run.workdir, run.figures, num_items=run.dataset.num_items)
     say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
     return ids
   return run_tokenizer(
     run.config,
     run.dataset,
     run.split,
-    data_hash=data_hash,
+    data_hash=_data_hash(run.figures),
     workdir=run.workdir,
     partitioner=run.partitioner,
     log=log,
@@ -163,7 +196,7 @@ def tokenize(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
     _semantic_ids(prepared, log)
   finally:
     log.close()
-  return read_json(tokenizer_folder(config, workdir) / "health.json", mend=REMAKE)
+  return read_json(tokenizer_folder(prepared.config, workdir) / "health.json", mend=REMAKE)
 
 
 def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -188,7 +221,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     Interrupted, Diverged, StorageError: as `train.loop.fit`.
   """
   prepared = _begin(config, workdir)
-  dataset, split, figures = prepared.dataset, prepared.split, prepared.figures
+  config, dataset, split, figures = prepared.config, prepared.dataset, prepared.split, prepared.figures
   finished = workdir / "results.json"
   if is_given(finished):
     results = load_results(workdir)
@@ -310,9 +343,29 @@ def _extended(
   return ids, new, counts[0]
 
 
+def _point_to_data(config: ml_collections.ConfigDict, workdir: pathlib.Path, data: pathlib.Path | None) -> None:
+  """Sets where the data of a run is now, if that is told.
+
+  Raises:
+    InputError: if there is no such folder, or the data of this run is in none.
+  """
+  if config.data.source == "synthetic":
+    if data is not None:
+      raise InputError(f"--data={data}: the run in {workdir} makes its own data; leave --data out")
+    return
+  if data is not None:
+    config.data.path = str(data)
+  if not pathlib.Path(config.data.path).is_dir():
+    raise InputError(
+      f"{config.data.path}: expected the data of the run in {workdir}, found no such folder; say where it is now with"
+      " --data=DIR"
+    )
+
+
 def restore(
   workdir: pathlib.Path,
   *,
+  data: pathlib.Path | None = None,
   tokenizer: pathlib.Path | None = None,
   features: pathlib.Path | None = None,
   trusted: Collection[str] = (),
@@ -321,6 +374,7 @@ def restore(
 
   Args:
     workdir: of the run.
+    data: the folder of its data, where that has moved since.
     tokenizer: semantic IDs that `bbqrec_jax.assign` extended by new items, for a recommender that reads IDs.
     features: the folder of the new items' features, as `assign` was given it, for one whose item inputs are "features".
     trusted: Python modules outside this project that the config may name its head and backbone from.
@@ -334,19 +388,18 @@ def restore(
   if not is_given(workdir / "results.json"):
     raise InputError(f"{workdir} holds no finished run (no results.json): start bbqrec_jax.main on it again")
   best = load_results(workdir)["best_step"]
+  _point_to_data(config, workdir, data)
   dataset, split, figures = read_data(config)
   trained_on = read_json(workdir / "run.json")
   for name in HASHES:
     if trained_on.get(f"data {name}") != figures[name]:
       raise InputError(
         f"{dataset.source} has {name} {figures[name]}, the run in {workdir} was trained on"
-        f" {trained_on.get(f'data {name}')}: give it its own data"
+        f" {trained_on.get(f'data {name}')}: give it its own data, --data=DIR"
       )
   ids = None
   if needs_semantic_ids(config):
-    folder = tokenizer_folder(config, workdir)
-    ids = SemanticIds.load(folder)
-    ids.check_data(_data_hash(figures), num_items=dataset.num_items, where=folder)
+    ids = _load_ids(config, workdir, figures, num_items=dataset.num_items)
     check_fingerprint(workdir, ids, trained=True)
   known = dataset.store
   rows = item_features(config, known)

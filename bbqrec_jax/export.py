@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from bbqrec_jax.command_line import only_flags
+from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.compilation import keep_compiled
-from bbqrec_jax.errors import InputError, StorageError, refuse
+from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.experiment import restore
-from bbqrec_jax.input_files import check_file, read_archive
+from bbqrec_jax.input_files import check_file, check_new, read_archive
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
@@ -162,9 +162,10 @@ def load_export(folder: pathlib.Path) -> Callable[..., tuple[jax.Array, jax.Arra
 
 def main(argv: list[str]) -> None:
   """Writes the folder and says what is in it."""
-  options = only_flags(argv)
+  del argv
+  options = quiet_flags()
   keep_compiled()
-  output = pathlib.Path(options.output)
+  output = options.output
   try:
     if options.top < 1:
       raise InputError(f"--top must be at least 1, got {options.top}")
@@ -172,17 +173,17 @@ def main(argv: list[str]) -> None:
     if unknown or not options.platforms:
       raise InputError(f"--platforms: expected some of {', '.join(PLATFORMS)}, got {unknown or 'none'}")
     _require_flatbuffers()
-    if output.exists():
-      raise InputError(f"{output} exists already: choose another --output")
+    check_new(output)
     restored = restore(
-      pathlib.Path(options.workdir),
-      tokenizer=options.tokenizer and pathlib.Path(options.tokenizer),
-      features=options.features and pathlib.Path(options.features),
+      options.workdir,
+      data=options.data,
+      tokenizer=options.tokenizer,
+      features=options.features,
       trusted=options.trust,
     )
   except InputError as error:
     refuse(error)
-  try:
+  with writing(output):
     note = write_export(
       output,
       restored.model,
@@ -194,8 +195,6 @@ def main(argv: list[str]) -> None:
       fingerprint=None if restored.ids is None else restored.ids.fingerprint,
     )
     size = (output / "arrays.npz").stat().st_size / 2**20
-  except OSError as error:
-    refuse(StorageError(f"{output} could not be written: {error.strerror}"), status=1)
   print(
     f"{output}: the best {note['top']} of {note['num_items']} items, {size:.1f} MiB of arrays,"
     f" for {', '.join(note['platforms'])}"
@@ -203,12 +202,11 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "The workdir of a finished run.")
-  flags.DEFINE_string("output", None, "The folder that is made.")
+  define_run_flags()
+  define_path("output", "The folder that is made.")
   flags.DEFINE_integer("top", 10, "How many items a history gets.")
   flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], f"Kinds of devices that it is to run on, of {PLATFORMS}.")
-  flags.DEFINE_string("tokenizer", None, "Semantic IDs that bbqrec_jax.assign extended by new items.")
-  flags.DEFINE_string("features", None, "The new items' features, for a recommender that reads features.")
-  flags.DEFINE_list("trust", [], "Python modules of yours that the run's config may name its head or backbone from.")
-  flags.mark_flags_as_required(["workdir", "output"])
-  app.run(main)
+  define_path("tokenizer", "Semantic IDs that bbqrec_jax.assign extended by new items.")
+  define_path("features", "The new items' features, for a recommender that reads features.")
+  flags.mark_flag_as_required("output")
+  app.run(main, flags_parser=parse_flags)

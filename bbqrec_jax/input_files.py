@@ -19,6 +19,11 @@ from bbqrec_jax.errors import InputError
 _LONGEST_HEADER = 2**14
 
 
+def expanded(path: str | Path) -> Path:
+  """The path with a "~" at its beginning as the home folder; as shells do, one of nobody's stays what it is."""
+  return Path(os.path.expanduser(path))
+
+
 def is_given(path: Path) -> bool:
   """Whether there is anything at the path of an optional file: a link that leads nowhere is not an absent file."""
   return os.path.lexists(path)
@@ -47,6 +52,32 @@ def check_links(folder: Path) -> None:
           f"{path}: expected nothing in a workdir to lie outside of it, found a link to {os.readlink(path)}; put what"
           " it leads to in its place, or use another --workdir"
         )
+
+
+def check_place(folder: Path, *, flag: str) -> None:
+  """Refuses a folder that cannot be: it, or something on the way to it, is there and is none.
+
+  Args:
+    folder: that is there or is to be made.
+    flag: that names it, for the message.
+
+  Raises:
+    InputError: if that is so.
+  """
+  nearest = next(path for path in (folder, *folder.parents) if is_given(path))
+  if not nearest.is_dir():
+    raise InputError(f"--{flag}={folder}: expected a folder, or a place for one, but {nearest} is none; use another")
+
+
+def check_new(output: Path) -> None:
+  """Refuses an output that is there already, or cannot be.
+
+  Raises:
+    InputError: if that is so.
+  """
+  if is_given(output):
+    raise InputError(f"{output} exists already: choose another --output")
+  check_place(output, flag="output")
 
 
 def check_file(path: Path, *, what: str = "a file", most: int | None = None) -> int:

@@ -1,14 +1,13 @@
 """Runs a config: `python -m bbqrec_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
 
 import functools
-import pathlib
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from bbqrec_jax import processes
-from bbqrec_jax.command_line import parse_flags, training
+from bbqrec_jax.command_line import define_path, parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.experiment import run
@@ -17,24 +16,22 @@ from bbqrec_jax.host_memory import keep_memory
 
 def main(argv: list[str]) -> None:
   """Runs the flags' config."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  del argv
   keep_memory()
   keep_compiled()
-  workdir = pathlib.Path(flags.FLAGS.workdir)
-  with training(workdir):
+  with training(flags.FLAGS.workdir):
     processes.join(
       flags.FLAGS.distributed,
       coordinator=flags.FLAGS.coordinator,
       num_processes=flags.FLAGS.num_processes,
       process_id=flags.FLAGS.process_id,
     )
-    run(flags.FLAGS.config, workdir)
+    run(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "The config file; --config.field=value sets a field.")
-  flags.DEFINE_string("workdir", None, "Where everything is written; the same one again goes on with the run.")
+  define_path("workdir", "Where everything is written; the same one again goes on with the run.")
   flags.DEFINE_enum(
     "distributed",
     "auto",

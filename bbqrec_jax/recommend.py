@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from bbqrec_jax.command_line import only_flags
+from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.directory import read_sequences, read_timestamps
 from bbqrec_jax.data.interactions import Interactions, from_lengths
 from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
-from bbqrec_jax.errors import InputError, StorageError, printable, refuse
+from bbqrec_jax.errors import InputError, printable, refuse
 from bbqrec_jax.experiment import restore
+from bbqrec_jax.input_files import check_new
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
@@ -165,30 +166,32 @@ def check_options(options: Any) -> None:
   if getattr(options, other) is not None:
     raise InputError(f"--{other}: --times goes with --history, --timestamps with --histories")
   if options.output is not None:
-    output = pathlib.Path(options.output)
-    if output.exists():
-      raise InputError(f"{output} exists already: choose another --output")
-    if not output.parent.is_dir():
-      raise InputError(f"{output.parent} is no folder: make it, or choose another --output")
+    check_new(options.output)
+    if not options.output.parent.is_dir():
+      raise InputError(f"{options.output.parent} is no folder: make it, or choose another --output")
 
 
 def main(argv: list[str]) -> None:
   """Prints the history and the recommended items with titles, semantic IDs and scores, or writes those of a file."""
-  options = only_flags(argv)
+  del argv
+  options = quiet_flags()
   keep_compiled()
   try:
     check_options(options)
     dataset, ids, model, params, catalogue, config = restore(
-      pathlib.Path(options.workdir),
-      tokenizer=options.tokenizer and pathlib.Path(options.tokenizer),
-      features=options.features and pathlib.Path(options.features),
+      options.workdir,
+      data=options.data,
+      tokenizer=options.tokenizer,
+      features=options.features,
       trusted=options.trust,
     )
     many = options.histories is not None
     if many:
-      histories = read_sequences(pathlib.Path(options.histories), num_items=dataset.num_items)
+      histories = read_sequences(options.histories, num_items=dataset.num_items)
+      if not histories.num_users:
+        raise InputError(f"{options.histories}: expected a line a user, 'user item item ...', got an empty file")
       if options.timestamps is not None:
-        seconds = read_timestamps(pathlib.Path(options.timestamps), histories)
+        seconds = read_timestamps(options.timestamps, histories)
         histories = dataclasses.replace(histories, times=seconds)
     else:
       history = parse_history(options.history, num_items=dataset.num_items)
@@ -210,10 +213,8 @@ def main(argv: list[str]) -> None:
     batch_size=config.evaluation.batch_size,
   )
   if many:
-    try:
-      count = write_recommendations(found, pathlib.Path(options.output))
-    except OSError as error:
-      refuse(StorageError(f"{options.output} could not be written: {error.strerror}"), status=1)
+    with writing(options.output):
+      count = write_recommendations(found, options.output)
     print(f"recommendations for {count} users, in {options.output}")
     return
   ((_, items, scores),) = found
@@ -228,16 +229,14 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "The workdir of a finished run.")
+  define_run_flags()
   flags.DEFINE_string("history", None, "Item numbers in time order, separated by commas.")
   flags.DEFINE_string("times", None, "The second of each interaction, for a recommender with time buckets.")
-  flags.DEFINE_string("histories", None, "A file in place of --history: a line a user, 'user item item ...'.")
-  flags.DEFINE_string("timestamps", None, "A file with the second of each interaction in place of its item.")
-  flags.DEFINE_string("output", None, "The file for what is recommended for --histories: a JSON object a line.")
-  flags.DEFINE_string("tokenizer", None, "Semantic IDs that bbqrec_jax.assign extended by new items.")
-  flags.DEFINE_string("features", None, "The new items' features, for a recommender that reads features.")
+  define_path("histories", "A file in place of --history: a line a user, 'user item item ...'.")
+  define_path("timestamps", "A file with the second of each interaction in place of its item.")
+  define_path("output", "The file for what is recommended for --histories: a JSON object a line.")
+  define_path("tokenizer", "Semantic IDs that bbqrec_jax.assign extended by new items.")
+  define_path("features", "The new items' features, for a recommender that reads features.")
   flags.DEFINE_integer("top", 10, "How many items to recommend.")
   flags.DEFINE_bool("repeat", False, "Whether items of the history may be recommended again.")
-  flags.DEFINE_list("trust", [], "Python modules of yours that the run's config may name its head or backbone from.")
-  flags.mark_flags_as_required(["workdir"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

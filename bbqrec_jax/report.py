@@ -3,14 +3,13 @@
 Needs matplotlib: `pip install 'bbqrec_jax[report]'`.
 """
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import app
 
-from bbqrec_jax.command_line import only_flags
+from bbqrec_jax.command_line import define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.experiment import restore
 from bbqrec_jax.train.recommender_stage import similarity_streams
@@ -70,10 +69,11 @@ def learned_tables(params: Mapping[str, Any]) -> np.ndarray:
 
 def main(argv: list[str]) -> None:
   """Writes the figure into the workdir."""
-  options = only_flags(argv)
-  workdir = pathlib.Path(options.workdir)
+  del argv
+  options = quiet_flags()
+  workdir = options.workdir
   try:
-    run = restore(workdir, trusted=options.trust)
+    run = restore(workdir, data=options.data, trusted=options.trust)
     if not run.model.settings.num_streams:
       raise InputError(
         f"{workdir}: this run's attention is not reweighted by similarity (recommender.similarity is ())"
@@ -85,12 +85,11 @@ def main(argv: list[str]) -> None:
     refuse(InputError(f"{error}: the report needs matplotlib; pip install 'bbqrec_jax[report]'"))
   except InputError as error:
     refuse(error)
-  figure.savefig(workdir / "similarity.png", dpi=120)
+  with writing(workdir / "similarity.png"):
+    figure.savefig(workdir / "similarity.png", dpi=120)
   print(f"{workdir / 'similarity.png'}: bias against similarity, by head and stream pair")
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "The workdir of a finished run.")
-  flags.DEFINE_list("trust", [], "Python modules of yours that the run's config may name its head or backbone from.")
-  flags.mark_flags_as_required(["workdir"])
-  app.run(main)
+  define_run_flags()
+  app.run(main, flags_parser=parse_flags)

@@ -1,6 +1,8 @@
 """What a workdir holds besides tensors: whose run it is, its config and its results; written, read back and checked."""
 
+import copy
 import json
+import os
 import pathlib
 from collections.abc import Collection
 from typing import Any
@@ -8,13 +10,14 @@ from typing import Any
 import ml_collections
 
 from bbqrec_jax.config import CHANGEABLE, default_config, flatten, validate
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.errors import STORAGE_ERRORS, InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY
-from bbqrec_jax.input_files import check_links, is_given
+from bbqrec_jax.input_files import check_links, check_place, expanded, is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.heads import HEADS
 from bbqrec_jax.models.recommender import BACKBONES
 
+PATHS = ("data.path", "tokenizer.artefact")  # Fields that name a folder.
 # Of the figures of `statistics`: what tells one data set from another.
 HASHES = ("split_hash", "features_hash", "times_hash")
 _LARGEST = 2**63  # Of numbers in the files of a workdir; JSON itself knows no bounds.
@@ -23,10 +26,33 @@ PARTS = tuple(part + suffix for suffix in ("", WITHOUT_HISTORY) for part in ("po
 SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr", "coverage@10")
 
 
-def _identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """What of a config tells one run from another, as JSON gives it back."""
+def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy of a config whose folders are the same from whatever folder it is used; "~" is the home folder."""
+  placed = copy.deepcopy(config)
+  given = {name: path for name, path in flatten(config).items() if name in PATHS and path}
+  placed.update_from_flattened_dict({name: str(expanded(path).absolute()) for name, path in given.items()})
+  return placed
+
+
+def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """Refuses a workdir that can be no folder, or is one that the run reads.
+
+  Raises:
+    InputError: if that is so.
+  """
+  check_place(workdir, flag="workdir")
+  for name, path in flatten(config).items():
+    if name in PATHS and path and os.path.realpath(path) == os.path.realpath(workdir):
+      raise InputError(f"--workdir={workdir} is the folder of config field {name}, which a run only reads; use another")
+
+
+def _identity(fields: dict[str, Any]) -> dict[str, Any]:
+  """What of the fields of a config, or of `run.json`, tells one run from another, as JSON gives it back."""
   # Where the data lies may change between two starts of one run; what it holds may not.
-  fields = {name: value for name, value in flatten(config).items() if name not in CHANGEABLE}
+  fields = {name: value for name, value in fields.items() if name not in CHANGEABLE}
+  artefact = fields.get("tokenizer.artefact")
+  if artefact and isinstance(artefact, str):
+    fields["tokenizer.artefact"] = str(pathlib.Path(artefact).absolute())  # It was not always written so.
   return json.loads(json.dumps(fields))
 
 
@@ -39,22 +65,31 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dict[str, Any]) -> None:
   """Writes what this run is into the workdir, or makes sure that the run found there is this one.
 
+  Of the run found there the config is brought up to date, in the fields that may change.
+
   Raises:
     InputError: if the workdir belongs to a run with another config or other data; names the fields that differ. Or if
-      a link in it leads out of it.
+      a link in it leads out of it, or it cannot be made.
   """
-  mine = _identity(config) | {f"data {name}": figures[name] for name in HASHES}
+  mine = _identity(flatten(config)) | {f"data {name}": figures[name] for name in HASHES}
   path = workdir / "run.json"
   check_links(workdir)
   if is_given(path):
-    theirs = read_json(path)
+    theirs = _identity(read_json(path))
     differing = differences(theirs, mine)
     if differing:
       shown = ", ".join(f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})" for name in differing)
       raise InputError(f"{workdir} holds another run, which differs in {shown}; use another --workdir")
-    return
-  write_json(workdir / "config.json", config.to_dict())
-  write_json(path, mine)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    if error.errno in STORAGE_ERRORS and not isinstance(error, PermissionError):
+      raise
+    raise InputError(f"--workdir={workdir} cannot be made: {error.strerror}; use another") from error
+  for file, value in ((workdir / "config.json", config.to_dict()), (path, mine)):
+    mend = "delete it, and the same command makes it again"
+    if not is_given(file) or read_json(file, mend=mend) != json.loads(json.dumps(value)):
+      write_json(file, value)
 
 
 def format_results(results: dict[str, Any]) -> str:
@@ -99,7 +134,7 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
       raise InputError(f"{path} field {name}: expected a {type(default).__name__}, got {written[name]!r}; restore it")
   config.update_from_flattened_dict(written)
   noted = {name: value for name, value in read_json(workdir / "run.json").items() if not name.startswith("data ")}
-  differing = differences(noted, _identity(config))
+  differing = differences(_identity(noted), _identity(flatten(config)))
   if differing:
     raise InputError(f"{path} and run.json beside it tell of different runs: {', '.join(differing)}; restore them")
   for name, registered in (("recommender.head", HEADS), ("recommender.backbone", BACKBONES)):

@@ -10,41 +10,30 @@ NDCG@10, means of three seeds: generative 0.0962 / 0.0547, dense 0.1067 / 0.0635
 
 import ml_collections
 
-from bbqrec_jax.config import default_config
+from bbqrec_jax.systems import system_config
 
-SASREC = {"sasrec": ("item",), "sasrec_features": ("features", "item")}  # What these know items by.
 STEPS = {"generative": 6000, "dense": 3500, "parallel": 3500, "hybrid": 5000, "sasrec": 3500, "sasrec_features": 5000}
 
 
-def get_config(head: str = "generative") -> ml_collections.ConfigDict:
+def get_config(system: str = "generative") -> ml_collections.ConfigDict:
   """As `scientific.py`, with longer training for three times the histories.
 
   The contrast is sharper and the item IDs are freer: here behaviour says more that the features do not.
 
   Args:
-    head: "generative", "dense", "parallel" or "hybrid", which is the first and "sasrec_features" in two towers.
-      "sasrec" is the dense head without anything semantic, "sasrec_features" the same with the features.
+    system: see `system_config`.
   """
-  config = default_config()
+  config = system_config(system)
   config.data.modalities = ("text", "attribute")
   config.tokenizer.temperature = 0.2
   config.tokenizer.level_dropout = 0.75
   config.tokenizer.weights.item_id = 0.005
   config.tokenizer.steps = 4000
   config.tokenizer.evaluate_every = 1000
-  config.recommender.head = "dense" if head in SASREC else head
-  config.recommender.item_inputs = SASREC.get(head, ("fused", "modalities", "features", "item"))
-  config.recommender.item_dropout = 0.0 if head == "sasrec" else 0.2
-  config.recommender.steps = STEPS[head]
-  config.recommender.evaluate_every = 1000 if head == "generative" else 500
-  config.recommender.optimizer.weight_decay = 0.1 if head == "generative" else 0.3
+  config.recommender.steps = STEPS[system]
+  config.recommender.evaluate_every = 1000 if system == "generative" else 500
+  config.recommender.optimizer.weight_decay = 0.1 if system == "generative" else 0.3
   config.evaluation.validation_users = 8192
-  if head == "hybrid":
-    config.recommender.dense_tower.width = 128
+  if system == "hybrid":
     config.recommender.dense_tower.dropout = 0.3
-  if head in SASREC:
-    config.recommender.similarity = ()
-  if head not in ("generative", "hybrid"):
-    config.recommender.width = 128
-    config.recommender.mlp_width = 512
   return config

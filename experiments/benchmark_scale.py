@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from bbqrec_jax.command_line import define_path
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.models.frozen import FrozenTokenizer, encode_blocks, frozen_parameters
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
   """Writes the features if they are not there, and measures."""
   del argv
   options = flags.FLAGS
-  folder, items = pathlib.Path(options.folder), options.items
+  folder, items = options.folder, options.items
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / f"text_features_{items}.npy"
   if not path.exists():
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("folder", None, "Where the features are written.")
+  define_path("folder", "Where the features are written.")
   flags.DEFINE_integer("items", 1_000_000, "Items of the catalogue.")
   flags.DEFINE_bool("repair", False, "Whether to repair collisions too.")
   flags.mark_flags_as_required(["folder"])

@@ -19,7 +19,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from bbqrec_jax.assign import assign
-from bbqrec_jax.command_line import parse_flags, training
+from bbqrec_jax.command_line import define_path, parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import validate
 from bbqrec_jax.data.dataset import Dataset
@@ -34,6 +34,7 @@ from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.parallel import make_partitioner
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.recommender_stage import needs_semantic_ids
+from bbqrec_jax.workdir import with_absolute_paths
 
 
 def choose_cold(num_items: int, share: float, *, seed: int) -> np.ndarray:
@@ -90,9 +91,9 @@ def main(argv: list[str]) -> None:
   del argv
   keep_memory()
   keep_compiled()
-  config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
+  workdir = flags.FLAGS.workdir
   with training(workdir):
-    print(report(config, workdir, share=flags.FLAGS.share, name=flags.FLAGS.name))
+    print(report(with_absolute_paths(flags.FLAGS.config), workdir, share=flags.FLAGS.share, name=flags.FLAGS.name))
 
 
 def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None = None) -> str:
@@ -162,7 +163,7 @@ def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "The config to run on what is left.")
-  flags.DEFINE_string("workdir", None, "Gets the two data sets, the run and the IDs.")
+  define_path("workdir", "Gets the two data sets, the run and the IDs.")
   flags.DEFINE_string("name", None, "Of this recommender's folder and figures; its head, if not given.")
   flags.DEFINE_float("share", 0.05, "Of the items, to hold out.")
   flags.mark_flags_as_required(["config", "workdir"])

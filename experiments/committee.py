@@ -15,26 +15,32 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from bbqrec_jax.command_line import only_flags
+from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, evaluate, rank_scores
 from bbqrec_jax.experiment import restore
+from bbqrec_jax.input_files import check_new, expanded
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.workdir import format_results, load_results
 
 
-def judge(workdirs: list[pathlib.Path], output: pathlib.Path) -> str:
+def judge(workdirs: list[pathlib.Path], output: pathlib.Path, *, data: pathlib.Path | None = None) -> str:
   """Ranks every user's validation and test item by all runs together; the table.
+
+  Args:
+    workdirs: of the runs.
+    output: the folder for what they make together.
+    data: the folder of their data, where that has moved since.
 
   Raises:
     InputError: if a run is not finished, searches, or is of other data than the first, or the output is there already.
   """
-  if output.exists():
-    raise InputError(f"{output} exists already: choose another --output")
-  runs, results = [restore(workdir) for workdir in workdirs], [load_results(workdir) for workdir in workdirs]
+  check_new(output)
+  runs = [restore(workdir, data=data) for workdir in workdirs]
+  results = [load_results(workdir) for workdir in workdirs]
   for workdir, run, result in zip(workdirs, runs, results, strict=True):
     if not run.model.exact:
       raise InputError(f"{workdir}: its head searches; give runs whose heads score every item")
@@ -77,16 +83,18 @@ def judge(workdirs: list[pathlib.Path], output: pathlib.Path) -> str:
 
 def main(argv: list[str]) -> None:
   """Prints the table of what the runs make together."""
-  options = only_flags(argv)
+  del argv
+  options = quiet_flags()
   keep_compiled()
   try:
-    print(judge([pathlib.Path(folder) for folder in options.workdirs], pathlib.Path(options.output)))
+    print(judge([expanded(folder) for folder in options.workdirs], options.output, data=options.data))
   except InputError as error:
     refuse(error)
 
 
 if __name__ == "__main__":
   flags.DEFINE_list("workdirs", None, "The workdirs of finished runs.")
-  flags.DEFINE_string("output", None, "The folder for what they make together.")
+  define_path("output", "The folder for what they make together.")
+  define_path("data", "The folder of their data, where that has moved since.")
   flags.mark_flags_as_required(["workdirs", "output"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

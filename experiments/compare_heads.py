@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 from compare_tokenizers import change, mean, table
 
-from bbqrec_jax.command_line import training
+from bbqrec_jax.command_line import define_path, parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import of_any_recommender, run, tokenize
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
   keep_memory()
   keep_compiled()
   options = flags.FLAGS
-  workdir = pathlib.Path(options.workdir)
+  workdir = options.workdir
   with training(workdir):
     for names, known in ((options.systems, SYSTEMS), ([options.reference], SHOWN)):
       for name in names:
@@ -130,19 +130,22 @@ def main(argv: list[str]) -> None:
           raise InputError(f"--{name} is needed for what is to be trained; --report alone does without")
       for seed in map(int, options.seeds):
         do(
-          {name: load_config(options.config_file, name, path=options.path, seed=seed) for name in options.systems},
+          {
+            name: load_config(str(options.config_file), name, path=str(options.path), seed=seed)
+            for name in options.systems
+          },
           workdir,
         )
     print(report(workdir, reference=options.reference))
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("config_file", None, "A config with a choice of heads.")
-  flags.DEFINE_string("path", None, "The folder of its data.")
-  flags.DEFINE_string("workdir", None, "Gets a folder for each system and seed.")
+  define_path("config_file", "A config with a choice of heads.")
+  define_path("path", "The folder of its data.")
+  define_path("workdir", "Gets a folder for each system and seed.")
   flags.DEFINE_list("systems", list(SYSTEMS), "Which systems.")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of everything random.")
   flags.DEFINE_string("reference", "sasrec", "The system that the others are compared with.")
   flags.DEFINE_bool("report", False, "Train nothing; print the tables of what is there.")
   flags.mark_flags_as_required(["workdir"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from bbqrec_jax.command_line import parse_flags, training
+from bbqrec_jax.command_line import define_path, parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
@@ -29,7 +29,7 @@ from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.json_files import read_json
 from bbqrec_jax.semantic_ids.health import codebook_health
-from bbqrec_jax.workdir import load_results
+from bbqrec_jax.workdir import load_results, with_absolute_paths
 
 # Each changes what it names and nothing else, but for "fragmented": each modality is quantized on its own, with
 # codebooks of its own and bound to nothing, and an ID is the modalities' codes one after the other (as in MQL4GRec).
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
   keep_memory()
   keep_compiled()
   options = flags.FLAGS
-  workdir = pathlib.Path(options.workdir)
+  config, workdir = with_absolute_paths(options.config), options.workdir
   with training(workdir):
     for name in options.variants:
       if name not in VARIANTS:
@@ -175,16 +175,16 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--seeds: expected whole numbers from 0, got {seed!r}")
     if not options.report:
       do(
-        options.config, workdir,
+        config, workdir,
         variants=options.variants, seeds=[int(seed) for seed in options.seeds], recommender=options.recommender,
         ids_alone=options.ids_alone,
       )  # fmt: skip
-    print(report(options.config, workdir))
+    print(report(config, workdir))
 
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "The config that every variant starts from.")
-  flags.DEFINE_string("workdir", None, "Gets a folder for each variant and seed.")
+  define_path("workdir", "Gets a folder for each variant and seed.")
   flags.DEFINE_list("variants", list(VARIANTS), "Which tokenizers.")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of everything random.")
   flags.DEFINE_bool("recommender", True, "Whether to train the config's recommender on each tokenizer's IDs.")

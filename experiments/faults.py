@@ -39,6 +39,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
+from bbqrec_jax.command_line import define_path
 from bbqrec_jax.data.synthetic import make_synthetic
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -560,12 +561,12 @@ def main(argv: list[str]) -> None:
     print(table(rows))
     for what in bench.wrong:
       print(f"\nWRONG {what}", file=sys.stderr)
-    write_json(pathlib.Path(options.output), {"rows": rows, "seconds": time.monotonic() - started})
+    write_json(options.output, {"rows": rows, "seconds": time.monotonic() - started})
     sys.exit(1 if bench.wrong else 0)
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("output", None, "The JSON file.")
+  define_path("output", "The JSON file.")
   flags.DEFINE_bool("short", False, "A few faults on one run.")
   flags.DEFINE_integer("count", 50, "Kills of the long form; the other faults are in proportion.")
   flags.DEFINE_integer("seed", 0, "Of the moments and places.")

@@ -45,6 +45,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
+from bbqrec_jax.command_line import define_path
 from bbqrec_jax.config import CHANGEABLE, default_config, flatten
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
@@ -1111,7 +1112,7 @@ def main(argv: list[str]) -> None:
     print(f"{name:28s}  {row['loaded']:6d} loaded  {row['refused']:6d} refused  {row['wrong']:6d} wrong", flush=True)
     print(*wrong[: options.show], sep="\n", end="\n" if wrong else "", flush=True)
   if options.output:
-    pathlib.Path(options.output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
   sys.exit(1 if any(row["wrong"] for row in rows) else 0)
 
 
@@ -1119,5 +1120,5 @@ if __name__ == "__main__":
   flags.DEFINE_integer("cases", 1000, "Cases of each reader.", lower_bound=1)
   flags.DEFINE_list("readers", [], "Some of the readers alone, by name.")
   flags.DEFINE_integer("show", 20, "Lines about wrong cases, of each reader.")
-  flags.DEFINE_string("output", "", "The JSON file.")
+  define_path("output", "The JSON file.")
   app.run(main)

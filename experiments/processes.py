@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from bbqrec_jax.command_line import define_path
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.experiment import restore
 from bbqrec_jax.input_files import read_archive
@@ -135,11 +136,11 @@ def main(argv: list[str]) -> None:
         seconds[count] = do([*command, *WAYS[name], *argv[1:]], processes=count)
       rows.append({"partitioner": name, **differences(workdirs[1], workdirs[2]), "seconds": list(seconds.values())})
     print(line(rows[-1]), flush=True)
-    write_json(pathlib.Path(options.output), {"rows": rows})
+    write_json(options.output, {"rows": rows})
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("output", None, "The JSON file.")
+  define_path("output", "The JSON file.")
   flags.DEFINE_string("config_file", "configs/quickstart.py", "The config of the run.")
   flags.DEFINE_list("ways", list(WAYS), "Which partitioners.")
   flags.register_validator("ways", lambda ways: set(ways) <= WAYS.keys(), f"expected some of {', '.join(WAYS)}")

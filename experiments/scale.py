@@ -31,6 +31,7 @@ from absl import app, flags
 from jax.experimental import topologies
 
 from bbqrec_jax.benchmarks.cases import random_dataset, random_ids
+from bbqrec_jax.command_line import define_path
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
@@ -235,11 +236,11 @@ def main(argv: list[str]) -> None:
     rows.append(row)
   text, largest = report(rows, where)
   print(text)
-  write_json(pathlib.Path(options.output), {"devices": where, "jax": jax.__version__, "rows": rows, "largest": largest})
+  write_json(options.output, {"devices": where, "jax": jax.__version__, "rows": rows, "largest": largest})
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("output", None, "Where the JSON goes.")
+  define_path("output", "Where the JSON goes.")
   flags.DEFINE_list("items", ["1e5", "1e6", "1e7", "1e8"], "Sizes of catalogues.")
   flags.DEFINE_integer("devices", 8, "Host devices, where no topology is named.")
   flags.DEFINE_string("topology", "", "Of TPUs to compile for, as v5e:2x4; needs libtpu.")

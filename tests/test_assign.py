@@ -1,6 +1,7 @@
 """New items: what they are given, what they must not change, and what is refused."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -213,11 +214,8 @@ def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_pat
   for name, array in features.items():
     np.save(folder / f"{name}_features.npy", array)
 
-  class Options:
-    tokenizer, output = str(tmp_path / "ids"), str(tmp_path / "out")
-
-  Options.features = str(folder)
-  monkeypatch.setattr("bbqrec_jax.assign.only_flags", lambda argv: Options)
+  options = types.SimpleNamespace(tokenizer=tmp_path / "ids", features=folder, output=tmp_path / "out")
+  monkeypatch.setattr("bbqrec_jax.assign.quiet_flags", lambda: options)
   main(["assign"])
   written = SemanticIds.load(tmp_path / "out")
   assert len(written.codes) == ITEMS + 6
@@ -225,10 +223,19 @@ def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_pat
   said = capsys.readouterr().out
   assert "6 new items after 30 known ones" in said
   assert "warning: text features of 1 of 6 new items are like no known item's: row 5 column 3 is" in said
-  with pytest.raises(SystemExit) as error:
-    main(["assign"])
-  assert error.value.code == 2
-  assert "holds semantic IDs already" in capsys.readouterr().err
+  files = sorted(tmp_path.rglob("*"))
+  monkeypatch.setattr("bbqrec_jax.assign.assign", lambda *arguments: pytest.fail("nothing is computed"))
+  note = folder / "image_features.npy"
+  for output, complaint in (
+    *((path, f"{path} exists already: choose another --output") for path in (options.output, folder, tmp_path / "ids")),
+    (note / "x", f"--output={note / 'x'}: expected a folder, or a place for one, but {note} is none; use another"),
+  ):
+    options.output = output
+    with pytest.raises(SystemExit) as error:
+      main(["assign"])
+    assert error.value.code == 2
+    assert capsys.readouterr().err == f"error: {complaint}\n"
+  assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_new_items_without_a_modality_file_or_with_unequal_rows_are_refused(tmp_path):

@@ -10,11 +10,12 @@ import types
 
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
-from bbqrec_jax.command_line import training
+from bbqrec_jax import recommend
+from bbqrec_jax.command_line import define_run_flags, parse_flags, training, writing
 from bbqrec_jax.errors import Diverged, InputError, StorageError
 from bbqrec_jax.interruption import Interrupted
-from bbqrec_jax.recommend import check_options
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -36,10 +37,8 @@ def call(module, *arguments):
   [
     ("directory.py", ["--config.data.path=no/such/folder"], "no/such/folder"),
     ("quickstart.py", ["--config.recommender.head=nosuch"], "recommender.head"),
-    ("nosuch.py", [], "configs/nosuch.py"),
-    ("scientific.py:sasrec_feature", [], "'sasrec_feature' is neither a field nor a choice"),
-    ("beauty.py:hybird", [], "'hybird' is neither a field nor a choice"),
-    ("tiger.py:nosuch", [], "'nosuch' is neither a field nor a choice"),
+    ("quickstart.py", ["--config.recommender.steps=abc"], "--config.recommender.steps=abc: expected an integer"),
+    ("quickstart.py", ["--workdir=/proc/nope"], "--workdir=/proc/nope cannot be made: "),
   ],
 )
 def test_bad_input_is_one_line(tmp_path, config, arguments, named):
@@ -51,6 +50,103 @@ def test_bad_input_is_one_line(tmp_path, config, arguments, named):
   assert lines[0].startswith("error: ")
   assert named in lines[0]
   assert not workdir.exists()
+
+
+@pytest.fixture
+def parse():
+  """A function that parses flags as a program does that has a config and a few others: arguments -> flags."""
+  before = set(flags.FLAGS)
+
+  def run(*arguments):
+    argv = ["program", *map(str, arguments)]
+    config_flags.DEFINE_config_file("config", sys_argv=argv)
+    define_run_flags()
+    flags.DEFINE_integer("top", 10, "A number.")
+    flags.DEFINE_bool("repeat", False, "A choice.")
+    assert parse_flags(argv) == ["program"]
+    return flags.FLAGS
+
+  yield run
+  for name in set(flags.FLAGS) - before:
+    delattr(flags.FLAGS, name)
+  flags.FLAGS.unparse_flags()
+
+
+FIELD = """
+from bbqrec_jax.config import default_config
+
+def get_config():
+  config = default_config()
+  config.recommender.stepz = 3
+"""
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["--workdir=x", "--top=abc"], "--top=abc: expected an integer; --help lists the flags"),
+    (["--workdir=x", "--repeat=abc"], "--repeat=abc: expected true or false; --help lists the flags"),
+    (["--workdir=x", "--tpo=3"], "Unknown command line flag 'tpo'. Did you mean: top; --help lists the flags"),
+    (["--workdir=x", "y"], "unexpected argument 'y': every argument is a flag, --name=value; --help lists them"),
+    (["--workdir="], "--workdir=: expected a path; --help lists the flags"),
+    ([], "--workdir is needed; --help lists the flags"),
+  ],
+)
+def test_a_wrong_flag_is_one_line(parse, capsys, arguments, said):
+  with pytest.raises(SystemExit) as end:
+    parse(*arguments)
+  assert end.value.code == 2
+  assert capsys.readouterr() == ("", f"error: {said}\n")
+
+
+@pytest.mark.parametrize(
+  ("config", "fields", "said"),
+  [
+    ("configs/quickstart.py:dense", [], "{}: configs/quickstart.py offers no choices, got 'dense'; give --config=conf"),
+    ("configs/directory.py:hybird", [], "{}: expected one of generative, dense, parallel, hybrid, sasrec, sasrec_feat"),
+    ("configs/beauty.py:hybird", [], "{}: expected one of generative, dense, parallel, hybrid, sasrec, sasrec_feature"),
+    ("configs/tiger.py:nosuch", [], "{}: 'nosuch' is neither a field nor a choice that the file offers"),
+    (
+      "configs/benchmark.py",
+      ["--config.nosuch=3"],
+      "{}: 'nosuch' is neither a field nor a choice that the file offers",
+    ),
+    ("configs/quickstart.py", ["--config.recommender.dropout=abc"], ".recommender.dropout=abc: expected a number; all"),
+    ("configs/quickstart.py", ["--config.recommender.cross_pairs=abc"], ".recommender.cross_pairs=abc: expected true"),
+    ("configs/nosuch.py", [], "configs/nosuch.py: expected a config file, found nothing; check the path"),
+    ("configs", [], "configs: expected a config file, found a folder; put a regular file there"),
+    ("\nimport nosuch", [], "{} cannot be used: ModuleNotFoundError: No module named 'nosuch' (line 2)"),
+    ("def get_config(:", [], "{} cannot be used: SyntaxError: invalid syntax (own.py, line 1)"),
+    ("def get_config():\n  return 3", [], "{} cannot be used: AttributeError: 'int' object has no attribute 'items'"),
+    (
+      FIELD,
+      [],
+      '{} cannot be used: AttributeError: Key "stepz" does not exist and cannot be added since the config is',
+    ),
+    ("1 / 0", [], "{} cannot be used: ZeroDivisionError: division by zero (line 1)"),
+  ],
+)
+def test_a_config_that_cannot_be_used_is_one_line(parse, capsys, monkeypatch, tmp_path, config, fields, said):
+  if not config.startswith("configs"):
+    (tmp_path / "own.py").write_text(config)
+    config = tmp_path / "own.py"
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(SystemExit) as end:
+    parse("--workdir=x", f"--config={config}", *fields)
+  assert end.value.code == 2
+  out, err = capsys.readouterr()
+  assert out == ""
+  assert len(err.splitlines()) == 1, err
+  assert err.startswith("error: " + ("--config" if said[0] in ".{" else "") + said.format(f"={config}")), err
+
+
+def test_flags_that_are_right_are_parsed_and_paths_may_begin_at_home(parse, monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "own.py").write_text((ROOT / "configs" / "directory.py").read_text())
+  options = parse("--workdir=~/run", "--config=~/own.py:dense", "--config.recommender.steps=7", "--top=3", "--norepeat")
+  assert options.workdir == tmp_path / "run"
+  assert (options.data, options.top, options.repeat) == (None, 3, False)
+  assert (options.config.recommender.head, options.config.recommender.steps) == ("dense", 7)
 
 
 def test_an_unknown_config_field_is_named(tmp_path):
@@ -88,8 +184,9 @@ def test_recommending_from_no_run_is_one_line(tmp_path):
 )
 def test_flags_of_recommend_that_do_not_go_together(given, said):
   nothing = dict.fromkeys(("history", "histories", "times", "timestamps", "output"))
+  given = {name: pathlib.Path(value) if name == "output" else value for name, value in given.items()}
   with pytest.raises(InputError, match=re.escape(said)):
-    check_options(types.SimpleNamespace(**({"top": 10} | nothing | given)))
+    recommend.check_options(types.SimpleNamespace(**({"top": 10} | nothing | given)))
 
 
 def test_an_export_of_no_run_or_onto_something_is_one_line(tmp_path):
@@ -184,3 +281,10 @@ def test_an_error_of_the_program_itself_keeps_its_traceback(parsed):
   for error in (ValueError("bug"), FileNotFoundError(2, "No such file")):
     with pytest.raises(type(error)), training(pathlib.Path("runs/x")):
       raise error
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(capsys):
+  with pytest.raises(SystemExit) as end, writing(pathlib.Path("runs/x")):
+    raise NotADirectoryError(20, "Not a directory", "runs")
+  assert end.value.code == 1
+  assert capsys.readouterr().err == "error: runs/x could not be written: Not a directory\n"

@@ -71,6 +71,8 @@ def test_the_product_is_that_of_both_runs(script, runs, tmp_path):
 def test_what_cannot_be_multiplied_is_refused(script, runs, tmp_path):
   with pytest.raises(InputError, match="exists already: choose another --output"):
     script.judge(runs, runs[0])
+  with pytest.raises(InputError, match="makes its own data; leave --data out"):
+    script.judge(runs, tmp_path / "out", data=tmp_path)
   with pytest.raises(InputError, match="must be that of a run"):
     script.judge([runs[0], tmp_path], tmp_path / "out")
   experiment.run(make_config(**{"data.synthetic.seed": 1}), tmp_path / "other")

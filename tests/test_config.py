@@ -7,6 +7,7 @@ import pytest
 
 from bbqrec_jax.config import default_config, flatten, validate
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.systems import SYSTEMS
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -46,8 +47,9 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(load_file, path):
 @pytest.mark.parametrize(
   ("name", "choices"),
   [
-    ("scientific", ("generative", "dense", "parallel", "hybrid", "sasrec", "sasrec_features")),
-    ("beauty", ("generative", "dense", "parallel", "hybrid", "sasrec", "sasrec_features")),
+    ("directory", SYSTEMS),
+    ("scientific", SYSTEMS),
+    ("beauty", SYSTEMS),
     ("sasrec", ("item", "features")),
     ("tiger", ("full", "small")),
     ("benchmark", ("small", "paper", "large")),
@@ -63,6 +65,20 @@ def test_every_choice_of_a_shipped_config_is_valid_and_no_other(load_file, name,
   assert len(set(flattened)) == len(choices)
   with pytest.raises((KeyError, InputError)):
     validate(module.get_config("nosuch"))
+
+
+def test_directory_offers_two_towers_and_the_baselines(load_file):
+  module = load_file("configs/directory.py")
+  assert module.get_config() == module.get_config("generative")
+  hybrid, sasrec = (module.get_config(name).recommender for name in ("hybrid", "sasrec"))
+  assert (hybrid.head, hybrid.dense_tower.width) == ("hybrid", 128)
+  assert (sasrec.head, sasrec.item_inputs, sasrec.similarity) == ("dense", ("item",), ())
+
+
+@pytest.mark.parametrize("name", ["seed", "data.synthetic.seed"])
+def test_seeds_have_32_bits(name):
+  validate(with_field(name, 2**32 - 1))
+  assert refusal(with_field(name, 2**32)) == f"config field {name} must be at most 4294967295, got 4294967296"
 
 
 def test_there_are_shipped_configs():

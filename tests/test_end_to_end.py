@@ -224,6 +224,8 @@ def test_what_no_number_depends_on_may_change_between_two_starts(sasrec):
   workdir, results = sasrec
   changes = {"keep_checkpoints": 5, "on_nonfinite": "skip", "max_skipped": 3, "spike_factor": 9.0}
   assert experiment.run(make_config(**SASREC, **changes), workdir) == results
+  assert flatten(load_config(workdir)).items() >= changes.items(), "config.json says how it was started last"
+  assert experiment.run(make_config(**SASREC), workdir) == results
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.backbones import CausalBackbone
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.encoder_decoder import Encoder, Memory, encoder_shape
@@ -34,6 +35,37 @@ BACKBONES: dict[str, Callable[[RecommenderSettings], Any]] = {
 }
 
 
+def make_backbone(settings: RecommenderSettings) -> Any:
+  """The backbone that the settings name: one of `BACKBONES`, or what "module:function" makes of them.
+
+  Raises:
+    ValueError: if there is no such module or function.
+  """
+  return named(settings.backbone, BACKBONES)(settings)
+
+
+def check_parts(settings: RecommenderSettings) -> None:
+  """Makes the head and the backbone that the settings name, which may be somebody's own, and looks at them.
+
+  Raises:
+    InputError: if one cannot be made, or what is made is none.
+  """
+  for part, name, make in (("head", settings.head, make_head), ("backbone", settings.backbone, make_backbone)):
+    try:
+      made = make(settings)
+      search = "scores" if part == "head" and getattr(made, "exact", False) else "search"
+      needed = ("losses", "exact", search) if part == "head" else ("__call__",)
+      lacking = [attribute for attribute in needed if not hasattr(made, attribute)]
+      came = f"a {type(made).__name__} without {', '.join(lacking)}" if lacking else ""
+    except Exception as error:  # It may be anybody's code.
+      came = f"{type(error).__name__}: {error}"
+    if came:
+      raise InputError(
+        f"config field recommender.{part} = {name!r}: expected a function that makes a {part} of the settings (see"
+        f" bbqrec_jax/models/{part}s.py), got {came}"
+      )
+
+
 class Recommender(nn.Module):
   """Item vectors -> causal backbone with similarity bias -> head.
 
@@ -57,7 +89,7 @@ class Recommender(nn.Module):
     if s.num_streams:
       # Zero tables: at step 0 the model is the plain backbone, bit for bit.
       self.similarity_tables = self.param("similarity_tables", nn.initializers.zeros, s.table_shape)
-    self.backbone = named(s.backbone, BACKBONES)(s)
+    self.backbone = make_backbone(s)
     self.head = make_head(s)
 
   def item_vectors(

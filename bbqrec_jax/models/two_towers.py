@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
-from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.models.recommender import Recommender, check_parts
 from bbqrec_jax.ops.ranking import without
 from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 
 
 def make_recommender(settings: RecommenderSettings) -> Recommender:
-  """The recommender that the settings describe: of one tower, or of two, see `TwoTowers`."""
+  """The recommender that the settings describe: of one tower, or of two, see `TwoTowers`.
+
+  Raises:
+    InputError: if its head or its backbone cannot be made.
+  """
+  check_parts(settings)
   return TwoTowers(settings) if settings.dense_width else Recommender(settings)
 
 

@@ -47,6 +47,12 @@ def needs_features(config: Any) -> bool:
   return needs_semantic_ids(config) or "features" in config.recommender.item_inputs
 
 
+def id_length(config: Any, num_modalities: int) -> int:
+  """Codes in an item's own ID, as the config's tokenizer makes it."""
+  t = config.tokenizer
+  return t.num_levels * (num_modalities if t.semantic_id == "concatenated" else 1) + (t.repair == "suffix")
+
+
 def tokenizer_folder(config: Any, workdir: pathlib.Path) -> pathlib.Path:
   """Where a run's semantic IDs are: its own, or those that its config names."""
   return pathlib.Path(config.tokenizer.artefact) if config.tokenizer.artefact else workdir / "tokenizer"
@@ -81,6 +87,16 @@ def similarity_streams(config: Any, ids: SemanticIds | None) -> tuple[str, ...]:
     return ()
   chosen = ids.modalities if "modalities" in config.recommender.similarity else ()
   return chosen + (("fused",) if "fused" in config.recommender.similarity else ())
+
+
+def compares_streams(config: Any, ids: SemanticIds | None) -> bool:
+  """Whether streams are compared with one another: not where their vectors are of different codebooks.
+
+  Where a tokenizer is still to be trained, `ids` are None.
+  """
+  t = config.tokenizer
+  shared = len(ids.codebooks) == 1 if ids is not None else t.codebooks != "per_stream" and t.quantizer != RQ_KMEANS
+  return bool(config.recommender.cross_pairs and shared)
 
 
 def sampled_similarities(
@@ -182,23 +198,25 @@ def _some_of_each(
   return samples
 
 
-def check_compared(config: Any, present: dict[str, np.ndarray], histories: Interactions) -> None:
+def check_compared(
+  config: Any, ids: SemanticIds | None, present: dict[str, np.ndarray], histories: Interactions
+) -> None:
   """Refuses, before any tokenizer is trained, modalities whose similarities would have no buckets.
 
   Args:
     config: of the run.
+    ids: its semantic IDs, if they are there already.
     present: which items have each modality, [N] bool.
     histories: the training histories.
 
   Raises:
     InputError: if no training history holds two items that have a modality, or two of them.
   """
-  r, t, names = config.recommender, config.tokenizer, tuple(present)
-  if "modalities" not in r.similarity or r.similarity_kind != "equal_frequency" or not names:
+  r, names = config.recommender, tuple(present)
+  if "modalities" not in r.similarity or r.similarity_kind != "equal_frequency":
     return
-  shared = t.codebooks != "per_stream" and t.quantizer != RQ_KMEANS
   vectors = np.stack(list(present.values()), axis=1)[..., None].astype(np.float32)
-  _some_of_each(config, vectors, histories, names, stream_pairs(len(names), cross=r.cross_pairs and shared))
+  _some_of_each(config, vectors, histories, names, stream_pairs(len(names), cross=compares_streams(config, ids)))
 
 
 def item_features(config: Any, store: FeatureStore) -> np.ndarray | None:
@@ -207,6 +225,97 @@ def item_features(config: Any, store: FeatureStore) -> np.ndarray | None:
     return None
   rows, _ = store.rows(np.arange(store.num_items))
   return np.concatenate(list(rows.values()), axis=1)
+
+
+def check_content(config: Any, ids: SemanticIds) -> None:
+  """Refuses IDs that lack the content codes which the recommender reads.
+
+  Raises:
+    InputError: if they do.
+  """
+  if "content" in config.recommender.item_inputs and ids.content is None:
+    raise InputError(
+      "config field recommender.item_inputs has content, but the semantic IDs came without content codes: train a"
+      " tokenizer with tokenizer.content_codes = True"
+    )
+
+
+def expected_settings(config: Any, dataset: Dataset, ids: SemanticIds | None) -> RecommenderSettings:
+  """The settings that `build_catalogue` will come to; where a tokenizer is still to be trained, `ids` are None."""
+  r, t = config.recommender, config.tokenizer
+  num_modalities, widths = len(dataset.modalities), [array.shape[1] for array in dataset.features.values()]
+  length, levels, codes = id_length(config, num_modalities), t.num_levels, t.num_codes
+  if ids is not None:
+    length, levels, codes = ids.codes.shape[1], ids.stream_codes.shape[2], ids.num_codes
+  if not needs_semantic_ids(config):
+    length = codes = 0
+  columns = {"fused": length, "modalities": num_modalities * levels, "content": (num_modalities + 1) * levels}
+  edges = 2 * levels if r.similarity_kind == "overlap" else r.num_buckets - 1
+  return recommender_settings(
+    config,
+    num_items=dataset.num_items,
+    num_levels=length,
+    num_codes=codes,
+    num_columns=sum(columns.get(name, 0) for name in r.item_inputs),
+    num_streams=sum({"modalities": num_modalities, "fused": 1}[name] for name in r.similarity),
+    cross_pairs=compares_streams(config, ids),
+    num_edges=edges if r.similarity else 0,
+    feature_width=sum(widths) if "features" in r.item_inputs else 0,
+  )
+
+
+def recommender_settings(
+  config: Any,
+  *,
+  num_items: int,
+  num_levels: int,
+  num_codes: int,
+  num_columns: int,
+  num_streams: int,
+  cross_pairs: bool,
+  num_edges: int,
+  feature_width: int,
+) -> RecommenderSettings:
+  """The settings of a config's recommender, whose shapes are given; `num_edges` are those between buckets."""
+  r = config.recommender
+  return RecommenderSettings(
+    num_items=num_items,
+    num_levels=num_levels,
+    num_codes=num_codes,
+    num_columns=num_columns,
+    item_embedding="item" in r.item_inputs,
+    feature_width=feature_width,
+    backbone=r.backbone,
+    head=r.head,
+    width=r.width,
+    num_layers=r.num_layers,
+    num_heads=r.num_heads,
+    head_width=r.head_width,
+    positions=r.positions,
+    position_buckets=r.position_buckets,
+    time_buckets=r.time_buckets,
+    mlp_width=r.mlp_width,
+    depth_layers=r.depth_layers,
+    dropout=r.dropout,
+    item_dropout=r.item_dropout,
+    max_length=r.max_length,
+    num_streams=num_streams,
+    cross_pairs=cross_pairs,
+    num_buckets=0 if r.similarity_kind == "continuous" else num_edges + 1,
+    layer_tables=r.layer_tables,
+    multiply_bias=r.multiply_bias,
+    attention=r.attention,
+    num_negatives=r.num_negatives,
+    softmax_over=r.softmax_over,
+    rerank=r.rerank,
+    generative_weight=r.generative_weight,
+    dense_width=r.dense_tower.width if r.head == "hybrid" else 0,
+    dense_mlp_width=r.dense_tower.mlp_width,
+    dense_dropout=r.dense_tower.dropout,
+    node_scores=r.node_scores,
+    history_offsets=r.history_offsets,
+    dtype=r.dtype,
+  )
 
 
 def build_catalogue(
@@ -228,8 +337,7 @@ def build_catalogue(
   """
   r = config.recommender
   streams = similarity_streams(config, ids)
-  # Vectors of codebooks that are not shared cannot be compared with one another.
-  cross = bool(r.cross_pairs and ids is not None and len(ids.codebooks) == 1)
+  cross = compares_streams(config, ids)
   pairs = stream_pairs(len(streams), cross=cross)
   columns = np.zeros((num_items, 0), np.int32)
   semantic_ids = np.zeros((num_items, 0), np.int32)
@@ -242,54 +350,24 @@ def build_catalogue(
       indices = [ids.streams.index(name) for name in ids.modalities]
       sources += [(ids.stream_codes[index], ids.present[index]) for index in indices]
     if "content" in r.item_inputs:
-      if ids.content is None:
-        raise InputError(
-          "config field recommender.item_inputs has content, but the semantic IDs came without content codes: train a"
-          " tokenizer with tokenizer.content_codes = True"
-        )
+      check_content(config, ids)
+      assert ids.content is not None
       sources += zip(ids.content.stream_codes, ids.content.present, strict=True)
     if sources:
       codes, present = zip(*sources, strict=True)
       columns = code_columns(list(codes), list(present), num_codes=ids.num_codes)
   if ids is not None and streams:
     compared, edges = comparison(config, ids, histories, streams, pairs)
-  settings = RecommenderSettings(
+  settings = recommender_settings(
+    config,
     num_items=num_items,
     num_levels=semantic_ids.shape[1],
     num_codes=0 if ids is None else ids.num_codes,
     num_columns=columns.shape[1],
-    item_embedding="item" in r.item_inputs,
-    feature_width=0 if features is None else features.shape[1],
-    backbone=r.backbone,
-    head=r.head,
-    width=r.width,
-    num_layers=r.num_layers,
-    num_heads=r.num_heads,
-    head_width=r.head_width,
-    positions=r.positions,
-    position_buckets=r.position_buckets,
-    time_buckets=r.time_buckets,
-    mlp_width=r.mlp_width,
-    depth_layers=r.depth_layers,
-    dropout=r.dropout,
-    item_dropout=r.item_dropout,
-    max_length=r.max_length,
     num_streams=len(streams),
     cross_pairs=cross,
-    num_buckets=0 if r.similarity_kind == "continuous" else edges.shape[1] + 1,
-    layer_tables=r.layer_tables,
-    multiply_bias=r.multiply_bias,
-    attention=r.attention,
-    num_negatives=r.num_negatives,
-    softmax_over=r.softmax_over,
-    rerank=r.rerank,
-    generative_weight=r.generative_weight,
-    dense_width=r.dense_tower.width if r.head == "hybrid" else 0,
-    dense_mlp_width=r.dense_tower.mlp_width,
-    dense_dropout=r.dense_tower.dropout,
-    node_scores=r.node_scores,
-    history_offsets=r.history_offsets,
-    dtype=r.dtype,
+    num_edges=edges.shape[1],
+    feature_width=0 if features is None else features.shape[1],
   )
   trie = build_trie(semantic_ids) if r.head != "dense" else None
   catalogue = Catalogue(

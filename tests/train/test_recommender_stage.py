@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import pathlib
+import re
 import types
 
 import jax.numpy as jnp
@@ -14,10 +16,20 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.catalogue import RecommenderSettings
+from bbqrec_jax.models.recommender import check_parts
+from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.ops.similarity import similarities
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train import recommender_stage
-from bbqrec_jax.train.recommender_stage import build_catalogue, check_compared, run_recommender, sampled_similarities
+from bbqrec_jax.train.recommender_stage import (
+  build_catalogue,
+  check_compared,
+  expected_settings,
+  item_features,
+  needs_semantic_ids,
+  run_recommender,
+  sampled_similarities,
+)
 from bbqrec_jax.train.watch import Safeguards
 
 ITEMS, LEVELS, CODES, WIDTH = 30, 3, 4, 5
@@ -159,10 +171,10 @@ def test_modalities_that_no_history_can_compare_are_refused(image, changes, name
   config = default_config()
   config.update_from_flattened_dict(changes)
   if named is None:
-    check_compared(config, present, histories)
+    check_compared(config, None, present, histories)
     return
   with pytest.raises(InputError, match=f"no training history holds two items that both have {named}, so their"):
-    check_compared(config, present, histories)
+    check_compared(config, None, present, histories)
 
 
 def test_without_similarity_there_is_nothing_to_compare(ids, histories):
@@ -272,3 +284,58 @@ def test_training_is_planned_and_guarded_as_the_config_says(prepare, split):
   assert (plan.name, plan.steps, plan.log_every, plan.evaluate_every) == ("recommender", 33, 7, 11)
   assert (plan.select, plan.patience) == ("ndcg@10", 3)
   assert plan.safeguards == Safeguards(keep_checkpoints=5, on_nonfinite="skip", max_skipped=4, spike_factor=9.0)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"recommender.similarity": ("fused",)},
+    {"recommender.similarity_kind": "overlap", "recommender.item_inputs": ("fused", "features", "content")},
+    {"recommender.similarity_kind": "continuous", "recommender.item_inputs": ("modalities",)},
+    {"recommender.head": "hybrid", "recommender.dense_tower.width": 8, "recommender.similarity": ()},
+    {"recommender.head": "dense", "recommender.item_inputs": ("features", "item"), "recommender.similarity": ()},
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_settings_are_known_before_there_are_semantic_ids(ids, histories, changes, trained):
+  config = default_config()
+  sizes = {"tokenizer.num_levels": LEVELS + trained, "tokenizer.num_codes": CODES + trained}
+  config.update_from_flattened_dict(changes | sizes)
+  features = {name: np.random.default_rng(3).normal(size=(ITEMS, 4)).astype(np.float32) for name in STREAMS[:2]}
+  present = {name: np.ones(ITEMS, bool) for name in features}
+  dataset = Dataset("of a test", "nowhere", histories, features, present, ("",) * ITEMS)
+  given = dataclasses.replace(ids, content=ids) if needs_semantic_ids(config) else None
+  rows = item_features(config, dataset.store)
+  _, settings = build_catalogue(config, given, histories, num_items=ITEMS, features=rows)
+  assert expected_settings(config, dataset, given if trained else None) == settings
+
+
+@pytest.mark.parametrize("backbone", ["causal", "encoder_decoder"])
+@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid"])
+def test_every_head_and_backbone_of_this_project_can_be_made(head, backbone):
+  check_parts(RecommenderSettings(ITEMS, head=head, backbone=backbone))
+
+
+def test_the_readmes_own_head_can_be_made(tmp_path, monkeypatch):
+  readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+  (lines,) = re.findall(r"```python\n# my_heads\.py\n(.*?)```", readme, flags=re.DOTALL)
+  (tmp_path / "my_heads.py").write_text(lines)
+  monkeypatch.syspath_prepend(tmp_path)
+  check_parts(RecommenderSettings(ITEMS, head="my_heads:nearest"))
+
+
+@pytest.mark.parametrize("part", ["head", "backbone"])
+@pytest.mark.parametrize(
+  ("name", "came"),
+  [
+    ("json:loads", "TypeError: the JSON object must be str"),
+    ("builtins:id", "a int without "),
+    ("bbqrec_jax.models.heads:ParallelHead", "TypeError: "),
+  ],
+)
+def test_a_function_that_makes_no_part_of_a_model_is_named_in_one_line(part, name, came):
+  with pytest.raises(InputError) as error:
+    make_recommender(RecommenderSettings(ITEMS, **{part: name}))
+  expected = f"expected a function that makes a {part} of the settings (see bbqrec_jax/models/{part}s.py), got {came}"
+  assert str(error.value).startswith(f"config field recommender.{part} = {name!r}: {expected}")

@@ -1,0 +1,220 @@
+"""Folders of a run: data that moves, paths from anywhere, and what is refused before anything is written into one."""
+
+import os
+import pathlib
+import shutil
+import types
+
+import numpy as np
+import pytest
+
+from bbqrec_jax import benchmark, experiment, export, recommend
+from bbqrec_jax.config import default_config
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.workdir import claim, load_config, with_absolute_paths
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+ITEMS = 12
+SASREC = {"recommender.head": "dense", "recommender.item_inputs": ("item",), "recommender.similarity": ()}
+
+
+def make_config(**changes):
+  config = default_config()
+  config.update_from_flattened_dict({
+    "partitioner": "single", "tokenizer.quantizer": "rq_kmeans", "tokenizer.num_levels": 2, "tokenizer.num_codes": 4,
+    "tokenizer.kmeans_iterations": 2, "recommender.width": 8, "recommender.mlp_width": 8, "recommender.num_layers": 1,
+    "recommender.steps": 2, "recommender.evaluate_every": 2, "recommender.num_buckets": 2, "evaluation.batch_size": 40,
+  })  # fmt: skip
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def make_data(folder, *, seed=0):
+  """A small data set in the project's own format."""
+  rng = np.random.default_rng(seed)
+  folder.mkdir()
+  lines = (f"{user} {' '.join(map(str, rng.permutation(ITEMS)[:5]))}\n" for user in range(40))
+  (folder / "sequences.txt").write_text("".join(lines))
+  (folder / "items.jsonl").write_text("{}\n" * ITEMS)
+  np.save(folder / "text_features.npy", rng.normal(size=(ITEMS, 6)).astype(np.float32))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory, compile_cache):
+  """The folder of a tokenizer, and that of its data."""
+  folder = tmp_path_factory.mktemp("artefact")
+  data = make_data(folder / "data")
+  experiment.tokenize(make_config(**{"data.path": str(data)}), folder / "run")
+  return folder / "run" / "tokenizer", data
+
+
+def test_a_run_is_restored_and_goes_on_wherever_its_data_is(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  make_data(tmp_path / "data")
+  workdir, moved = tmp_path / "run", tmp_path / "moved"
+  results = experiment.run(make_config(**SASREC, **{"data.path": "data"}), workdir)
+  assert read_json(workdir / "config.json")["data"]["path"] == str(tmp_path / "data")
+  (tmp_path / "elsewhere").mkdir()
+  monkeypatch.chdir(tmp_path / "elsewhere")
+  experiment.restore(workdir)  # From whatever folder.
+
+  shutil.move(tmp_path / "data", moved)
+  with pytest.raises(InputError) as error:
+    experiment.restore(workdir)
+  assert str(error.value) == (
+    f"{tmp_path}/data: expected the data of the run in {workdir}, found no such folder; say where it is now with"
+    " --data=DIR"
+  )
+  restored = experiment.restore(workdir, data=moved)
+  assert restored.dataset.source == str(moved)
+  with pytest.raises(InputError, match=r"was trained on .*: give it its own data, --data=DIR"):
+    experiment.restore(workdir, data=make_data(tmp_path / "other", seed=1))
+  assert read_json(workdir / "config.json")["data"]["path"] == str(tmp_path / "data")
+
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert experiment.run(make_config(**SASREC, **{"data.path": "~/moved"}), workdir) == results
+  assert read_json(workdir / "config.json")["data"]["path"] == str(moved)
+  before = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
+  experiment.restore(workdir)
+  experiment.run(make_config(**SASREC, **{"data.path": str(moved)}), workdir)
+  assert {path: path.stat().st_mtime_ns for path in workdir.iterdir()} == before, "nothing is written that is there"
+
+  empty = tmp_path / "histories.txt"
+  empty.touch()
+  options = dict.fromkeys(("history", "times", "timestamps", "tokenizer", "features", "data"))
+  options |= {
+    "workdir": workdir,
+    "histories": empty,
+    "output": tmp_path / "out",
+    "top": 3,
+    "trust": [],
+    "repeat": False,
+  }
+  assert_refused(
+    monkeypatch, recommend, options, f"{empty}: expected a line a user, 'user item item ...', got an empty"
+  )
+  assert not list(tmp_path.glob("out*"))
+
+
+def assert_refused(monkeypatch, program, options, said):
+  """Runs a program's main with options; it must end with one line and status 2."""
+  monkeypatch.setattr(program, "quiet_flags", lambda: types.SimpleNamespace(**options))
+  lines = []
+  monkeypatch.setattr("builtins.print", lambda line, **_: lines.append(line))
+  with pytest.raises(SystemExit) as end:
+    program.main([])
+  assert end.value.code == 2
+  (line,) = lines
+  assert line.startswith(f"error: {said}"), line
+
+
+def test_other_wrong_places_of_programs_are_one_line(monkeypatch, tmp_path, load_file):
+  options = dict.fromkeys(("compare", "records", "output")) | {"only": ()}
+  wrong = options | {"config": load_file("configs/quickstart.py").get_config()}
+  assert_refused(monkeypatch, benchmark, wrong, "--config: expected configs/benchmark.py:small, :paper or :large")
+  file = tmp_path / "file"
+  file.touch()
+  right = options | {"config": load_file("configs/benchmark.py").get_config(), "output": file / "x.json"}
+  assert_refused(monkeypatch, benchmark, right, f"--output={file}: expected a folder, or a place for one, but {file}")
+  exported = {"output": file / "x", "top": 1, "platforms": ["cpu"]}
+  assert_refused(monkeypatch, export, exported, f"--output={file}/x: expected a folder, or a place for one, but {file}")
+
+
+def test_synthetic_data_is_nowhere(tmp_path):
+  config = make_config(**{"data.source": "synthetic"})
+  with pytest.raises(InputError, match=r"--data=x: the run in run makes its own data; leave --data out"):
+    experiment._point_to_data(config, pathlib.Path("run"), pathlib.Path("x"))
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    (
+      {"tokenizer.artefact": "~/nosuch"},
+      "HOME/nosuch: expected semantic IDs, the tokenizer/ folder of a run, found no",
+    ),
+    ({"tokenizer.artefact": "ARTEFACT", "data.path": "OTHER"}, "ARTEFACT holds semantic IDs of other data"),
+    (
+      {"tokenizer.artefact": "ARTEFACT", "recommender.item_inputs": ("content",)},
+      "config field recommender.item_inputs has content, but the semantic IDs came without content codes",
+    ),
+    (
+      {"recommender.head": "json:loads"},
+      "config field recommender.head = 'json:loads': expected a function that makes",
+    ),
+    ({"recommender.backbone": "copy:copy"}, "config field recommender.backbone = 'copy:copy': expected a function"),
+    ({"seed": 2**70}, "config field seed must be at most 4294967295"),
+  ],
+  ids=str,
+)
+def test_what_a_run_needs_is_looked_at_before_its_workdir_is_claimed(artefact, tmp_path, monkeypatch, changes, said):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  places = {"ARTEFACT": str(artefact[0]), "OTHER": str(make_data(tmp_path / "other", seed=1)), "HOME": str(tmp_path)}
+  given = {"data.path": str(artefact[1])} | {name: places.get(str(value), value) for name, value in changes.items()}
+  for name, place in places.items():
+    said = said.replace(name, place)
+  with pytest.raises(InputError) as error:
+    experiment.run(make_config(**given), tmp_path / "run")
+  assert str(error.value).startswith(said)
+  assert not (tmp_path / "run").exists()
+
+
+def test_an_artefact_serves_from_any_folder_whoever_claims_the_workdir(artefact, tmp_path, monkeypatch):
+  monkeypatch.chdir(artefact[0].parent)
+  config = make_config(**{"data.path": str(artefact[1]), "tokenizer.artefact": "tokenizer"})
+  workdir = tmp_path / "run"
+  experiment.tokenize(config, workdir)
+  assert load_config(workdir).tokenizer.artefact == str(artefact[0])
+  # A workdir of before, which has the path as it was given.
+  for name in ("config.json", "run.json"):
+    note = read_json(workdir / name)
+    note.get("tokenizer", note).update({"artefact" if "tokenizer" in note else "tokenizer.artefact": "tokenizer"})
+    write_json(workdir / name, note)
+  load_config(workdir)
+  experiment.tokenize(config, workdir)
+  monkeypatch.chdir(tmp_path)
+  assert load_config(workdir).tokenizer.artefact == str(artefact[0])
+  with pytest.raises(InputError, match=r"holds another run, which differs in .*tokenizer\.artefact"):
+    claim(workdir, make_config(), {"split_hash": "", "features_hash": "", "times_hash": ""})
+
+
+def test_a_workdir_that_can_be_none_or_is_what_is_read_is_refused(artefact, tmp_path):
+  tokenizer, data = artefact
+  file, link = tmp_path / "file", tmp_path / "link"
+  file.touch()
+  link.symlink_to(data)
+  config = make_config(**{"data.path": str(data), "tokenizer.artefact": str(tokenizer)})
+  for workdir, said in (
+    (file, f"--workdir={file}: expected a folder, or a place for one, but {file} is none; use another"),
+    (file / "sub", f"--workdir={file}/sub: expected a folder, or a place for one, but {file} is none; use another"),
+    (data, f"--workdir={data} is the folder of config field data.path, which a run only reads; use another"),
+    (link, f"--workdir={link} is the folder of config field data.path, which a run only reads; use another"),
+    (tokenizer, f"--workdir={tokenizer} is the folder of config field tokenizer.artefact, which a run only reads; use"),
+  ):
+    before = sorted(os.walk(workdir))
+    with pytest.raises(InputError) as error:
+      experiment.run(config, workdir)
+    assert str(error.value).startswith(said)
+    assert sorted(os.walk(workdir)) == before
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+  def fail(*arguments, **options):
+    raise FileNotFoundError(2, "No such file or directory")
+
+  monkeypatch.setattr(pathlib.Path, "mkdir", fail)
+  with pytest.raises(InputError, match=r"--workdir=.*/run cannot be made: No such file or directory; use another"):
+    claim(tmp_path / "run", make_config(), {"split_hash": "", "features_hash": "", "times_hash": ""})
+
+
+def test_paths_of_a_config_are_made_absolute_and_empty_ones_are_left(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", "/home/me")
+  monkeypatch.chdir(tmp_path)
+  config = make_config(**{"data.path": "~/data", "tokenizer.artefact": "ids"})
+  placed = with_absolute_paths(config)
+  assert (placed.data.path, placed.tokenizer.artefact) == ("/home/me/data", str(tmp_path / "ids"))
+  assert config.data.path == "~/data"
+  assert with_absolute_paths(default_config()) == default_config()
