@@ -17,9 +17,10 @@ from bbqrec_jax import experiment
 from bbqrec_jax.assign import assign
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.directory import read_sequences
-from bbqrec_jax.data.interactions import leave_one_out
+from bbqrec_jax.data.interactions import leave_one_out, select_users
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.evaluation.ranking import popularity_metrics
 from bbqrec_jax.experiment import restore
 from bbqrec_jax.interruption import Interrupted
 from bbqrec_jax.json_files import read_json, write_json
@@ -111,8 +112,15 @@ def test_results_hold_what_is_documented(finished):
   assert data["users"] == 200
   assert data["items"] == NUM_ITEMS
   assert data["interactions"] == interactions.num_interactions
-  assert data["split_hash"] == leave_one_out(interactions).split_hash
   assert data["source"] == "synthetic"
+  split = leave_one_out(interactions)
+  assert data["split_hash"] == split.split_hash
+  popularity = popularity_metrics(split, split.test_target, num_items=NUM_ITEMS)
+  assert results["popularity"] == popularity
+  assert results["popularity_without_history"] == popularity_metrics(
+    split, split.test_target, num_items=NUM_ITEMS, histories=split.history("test")
+  )
+  assert popularity != popularity_metrics(split, split.validation_target, num_items=NUM_ITEMS)
   for part in PARTS:
     assert results[part].keys() == METRICS
     assert all(0.0 <= value <= 1.0 for value in results[part].values())
@@ -329,13 +337,28 @@ def test_the_seed_decides_every_number(sasrec, tmp_path):
   assert not set(losses[0]) & set(losses[1])
 
 
-def test_one_device_gives_a_run_of_its_own(tmp_path):
-  # Dropout is drawn per device, so the figures may differ; what is written may not.
+def test_one_device_gives_a_run_of_its_own(sasrec, tmp_path):
+  # Dropout is drawn per device, so the figures differ a little; what is written does not.
   config = make_config(**SASREC, partitioner="single")
-  config.recommender.steps = 40
+  config.recommender.steps, config.recommender.evaluate_every = 40, 20
   results = experiment.run(config, tmp_path / "run")
-  assert results["best_step"] == 40
-  assert results["test"].keys() == METRICS
+  workdir, of_four = sasrec
+  assert results.keys() == of_four.keys()
+  assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in workdir.iterdir()}
+  assert all(results[part].keys() == METRICS for part in PARTS)
+
+  def logged(workdir, kind, name):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line[name] for line in lines if line["kind"] == kind}
+
+  losses, theirs = (logged(folder, "train", "loss") for folder in (tmp_path / "run", workdir))
+  assert losses[10] != theirs[10]
+  assert losses[10] == pytest.approx(theirs[10], rel=0.05)
+  assert losses[40] < losses[10]
+  validation = logged(tmp_path / "run", "validation", "ndcg@10")
+  assert validation[results["best_step"]] == max(validation.values()) == results["validation"]["ndcg@10"]
+  assert results["test"]["ndcg@10"] > results["popularity"]["ndcg@10"]
+  assert len(recommend_from(tmp_path / "run", [5, 9])[0]) == 10
 
 
 def recommend_from(workdir, history, **options):
@@ -415,20 +438,28 @@ def test_a_file_of_histories_is_answered_as_each_history_by_itself(finished, tmp
 def test_new_items_are_served_without_training(generative, tmp_path):
   workdir, _ = generative
   known = restore(workdir)
-  # Twins of known items, so that it is plain whom they go to.
-  rows = np.array([3, 70])
-  features = {name: array[rows] for name, array in known.dataset.features.items()}
-  present = {name: mask[rows] for name, mask in known.dataset.present.items()}
-  extended = assign(known.ids, features, present)
+  # Twins of all known items, item NUM_ITEMS + n of item n, so that it is plain whom they go to.
+  extended = assign(known.ids, known.dataset.features, known.dataset.present)
   extended.save(tmp_path / "ids")
   more = restore(workdir, tokenizer=tmp_path / "ids")
-  assert len(more.dataset.titles) == more.catalogue.num_items == NUM_ITEMS + 2
+  every = 2 * NUM_ITEMS
+  assert len(more.dataset.titles) == more.catalogue.num_items == every
   np.testing.assert_array_equal(more.ids.codes, extended.codes)
   np.testing.assert_array_equal(more.catalogue.edges, known.catalogue.edges)
-  history = np.array([NUM_ITEMS, 5, NUM_ITEMS + 1], np.int32)
-  items, scores = recommend(more.model, more.params, more.catalogue, history, top=NUM_ITEMS, beam_width=NUM_ITEMS + 2)
-  assert sorted(items.tolist()) == sorted(set(range(NUM_ITEMS)) - {5})
-  assert np.isfinite(scores).all()
+  histories = select_users(leave_one_out(known.dataset.interactions).history("test"), np.arange(40))
+  # One in four of the items that are looked back on is new.
+  items = histories.items + np.where(np.arange(len(histories.items)) % 4 == 0, NUM_ITEMS, 0).astype(np.int32)
+  histories = dataclasses.replace(histories, items=items)
+  found = recommend_all(
+    more.model, more.params, more.catalogue, histories, top=every, beam_width=every, batch_size=40
+  )  # fmt: skip
+  places = []
+  for user, (_, items, scores) in enumerate(found):
+    assert sorted(items.tolist()) == sorted(set(range(every)) - set(histories.history(user).tolist()))
+    assert np.isfinite(scores).all()
+    best = next(item for item in items if item < NUM_ITEMS and item + NUM_ITEMS in items)
+    places.append(items.tolist().index(best + NUM_ITEMS))
+  assert np.mean(places) < 20, "of some 150 items the twin of the best known one must be among the first"
 
   for name, change in (
     ("codes", (extended.codes + 1) % CODES),

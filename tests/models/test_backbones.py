@@ -43,8 +43,8 @@ def gelu(x):
   return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def oracle(params, x, bias):
-  """The whole backbone in float64, one head and one position at a time."""
+def oracle(params, x, bias, drop=lambda x: x):
+  """The whole backbone in float64, one head and one position at a time; `drop` stands for dropout."""
   params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
   mask = np.asarray(history_mask(jnp.asarray(SEGMENTS)))
   if "table" in params["position"]:
@@ -54,6 +54,7 @@ def oracle(params, x, bias):
       bias[b, :, t, s] += params["position"]["table"][bucket]
   else:
     x = x + params["position"]["embedding"][np.minimum(POSITIONS, MAX_LENGTH - 1)]
+  x = drop(x)
   for layer in (params["layer_0"], params["layer_1"]):
     normed, parts = layer_norm(x, layer["LayerNorm_0"]), layer["attention"]
     query, key, value = (
@@ -66,9 +67,9 @@ def oracle(params, x, bias):
       scores = key[b, seen, h] @ query[b, t, h] / np.sqrt(WIDTH / HEADS) + bias[b, h, t, seen]
       weights = np.exp(scores - scores.max())
       mixed[b, t, h] = weights @ value[b, seen, h] / weights.sum()
-    x = x + np.einsum("bthe,hed->btd", mixed, parts["out"]["kernel"]) + parts["out"]["bias"]
+    x = x + drop(np.einsum("bthe,hed->btd", mixed, parts["out"]["kernel"]) + parts["out"]["bias"])
     hidden = gelu(layer_norm(x, layer["LayerNorm_1"]) @ layer["Dense_0"]["kernel"] + layer["Dense_0"]["bias"])
-    x = x + hidden @ layer["Dense_1"]["kernel"] + layer["Dense_1"]["bias"]
+    x = x + drop(hidden @ layer["Dense_1"]["kernel"] + layer["Dense_1"]["bias"])
   return layer_norm(x, params["final_norm"])
 
 
@@ -142,7 +143,7 @@ def test_places_matter_and_those_beyond_the_longest_history_share_the_last(param
   assert (np.asarray(run(params, x, SEGMENTS, np.full_like(POSITIONS, MAX_LENGTH - 2), bias)) != last).any()
 
 
-def test_dropout_is_at_work_only_when_not_deterministic(params):
+def test_dropout_draws_by_its_key(params):
   x, bias = inputs()
 
   @jax.jit
@@ -152,7 +153,15 @@ def test_dropout_is_at_work_only_when_not_deterministic(params):
   one, again, two = (np.asarray(dropped(jax.random.key(seed))) for seed in (0, 0, 1))
   assert_array_equal(one, again)
   assert (one != two).any()
-  assert (one != np.asarray(run(params, x, SEGMENTS, POSITIONS, bias))).any()
+
+
+@pytest.mark.usefixtures("doubling_dropout")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_dropout_is_on_the_input_and_every_branch_in_training_alone(params, deterministic):
+  x, bias = inputs()
+  got = MODEL.apply({"params": params}, x, SEGMENTS, POSITIONS, bias, deterministic=deterministic)
+  expected = oracle(params, x, bias, drop=lambda x: x if deterministic else 2.0 * x)
+  assert_allclose(got, expected, atol=2e-5)
 
 
 def test_a_layer_fed_one_position_at_a_time_gives_what_it_gives_in_one_pass(params):

@@ -88,8 +88,9 @@ def attend(x, memory, params, mask, bias):
   return np.einsum("the,hed->td", mixed, params["out"]["kernel"])
 
 
-def feed(x, params):
-  return np.maximum(norm(x, params["mlp_norm"]) @ params["mlp_in"]["kernel"], 0) @ params["mlp_out"]["kernel"]
+def feed(x, params, drop):
+  hidden = drop(np.maximum(norm(x, params["mlp_norm"]) @ params["mlp_in"]["kernel"], 0))
+  return drop(hidden @ params["mlp_out"]["kernel"])
 
 
 def position_bias(table, queries, keys, bidirectional):
@@ -99,8 +100,8 @@ def position_bias(table, queries, keys, bidirectional):
   return np.moveaxis(table[np.asarray(buckets)], -1, 0)
 
 
-def oracle(params, catalogue, batch, bias):
-  """Logits [B, L, K] of the targets' codes in float64, one history at a time."""
+def oracle(params, catalogue, batch, bias, drop=lambda x: x):
+  """Logits [B, L, K] of the targets' codes in float64, one history at a time; `drop` stands for dropout."""
   params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
   ids, columns = np.asarray(catalogue.semantic_ids), np.asarray(catalogue.columns)
   logits = np.zeros((len(SEGMENTS), LEVELS, CODES))
@@ -111,7 +112,7 @@ def oracle(params, catalogue, batch, bias):
         params["code_embedding"][number] for number in columns[item, LEVELS:] if number >= 0
       )
       tokens += [params["code_embedding"][columns[item, level]] + rest for level in range(LEVELS)]
-    x = np.stack(tokens)
+    x = drop(np.stack(tokens))
     encoder = params["backbone"]
     position = position_bias(encoder["position"]["table"], len(x), len(x), True)
     similar = bias[row][:, :count, :count].repeat(LEVELS, axis=1).repeat(LEVELS, axis=2)
@@ -119,24 +120,24 @@ def oracle(params, catalogue, batch, bias):
     for index in range(LAYERS):
       layer = encoder[f"layer_{index}"]
       normed = norm(x, layer["self_norm"])
-      x = x + attend(normed, normed, layer["self_attention"], everything, position + similar)
-      x = x + feed(x, layer)
-    memory = norm(x, encoder["final_norm"])
+      x = x + drop(attend(normed, normed, layer["self_attention"], everything, position + similar))
+      x = x + feed(x, layer, drop)
+    memory = drop(norm(x, encoder["final_norm"]))
 
     head = params["head"]
     codes = ids[batch["targets"][row]]
-    y = np.stack([head["start_embedding"], *(head["code_embedding"][level, codes[level]] for level in range(2))])
+    y = drop(np.stack([head["start_embedding"], *(head["code_embedding"][level, codes[level]] for level in range(2))]))
     position = position_bias(head["position"]["table"], LEVELS, LEVELS, False)
     causal = np.tri(LEVELS, dtype=bool)
     for index in range(LAYERS):
       layer = head[f"layer_{index}"]
       normed = norm(y, layer["self_norm"])
-      y = y + attend(normed, normed, layer["self_attention"], causal, position)
+      y = y + drop(attend(normed, normed, layer["self_attention"], causal, position))
       nothing = np.zeros((HEADS, LEVELS, len(memory)))
       whole = np.ones((LEVELS, len(memory)), bool)
-      y = y + attend(norm(y, layer["cross_norm"]), memory, layer["cross_attention"], whole, nothing)
-      y = y + feed(y, layer)
-    y = norm(y, head["norm"])
+      y = y + drop(attend(norm(y, layer["cross_norm"]), memory, layer["cross_attention"], whole, nothing))
+      y = y + feed(y, layer, drop)
+    y = drop(norm(y, head["norm"]))
     for level in range(LEVELS):
       logits[row, level] = head["code_embedding"][level] @ y[level] / np.sqrt(WIDTH)
   return logits
@@ -167,6 +168,23 @@ def test_the_loss_of_a_batch_equals_a_forward_pass_in_float64(params, catalogue,
   assert_allclose(value, expected.sum(axis=1).mean(), rtol=2e-4)
   for part in ("backbone", "head", "code_embedding", "item_embedding", "similarity_tables"):
     assert any(np.any(leaf) for leaf in jax.tree.leaves(gradient[part])), part
+
+
+@pytest.mark.usefixtures("doubling_dropout")
+def test_dropout_is_on_inputs_on_every_branch_and_on_outputs_in_training_alone(params, catalogue, batch):
+  bias = np.asarray(call(SETTINGS, "bias", params, catalogue, batch["items"], SEGMENTS), np.float64)
+
+  @functools.partial(jax.jit, static_argnames="deterministic")
+  def terms(params, deterministic):
+    model = Recommender(SETTINGS)
+    return model.apply({"params": params}, catalogue, batch, method="loss", deterministic=deterministic)[1]
+
+  for deterministic, drop in ((False, lambda x: 2.0 * x), (True, lambda x: x)):
+    logits = oracle(params, catalogue, batch, bias, drop)
+    expected = surprise(logits, catalogue, batch["targets"], SETTINGS.softmax_over)
+    got = terms(params, deterministic)
+    for level in range(LEVELS):
+      assert_allclose(got[f"nll_level_{level + 1}"], expected[:, level].mean(), rtol=1e-3)
 
 
 @pytest.mark.parametrize(

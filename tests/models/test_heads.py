@@ -56,6 +56,18 @@ def test_cached_steps_equal_teacher_forcing_for_every_prefix(params, states):
   assert_allclose(got, expected.transpose(2, 0, 1, 3), atol=1e-5)
 
 
+def test_dropout_draws_by_its_key_and_reaches_the_logits_of_every_level(params, states):
+  codes = jnp.zeros((BATCH, LEVELS), int)
+
+  @jax.jit
+  def dropped(params, key):
+    return jnp.stack(MODEL.apply({"params": params}, states, codes, deterministic=False, rngs={"dropout": key})[0])
+
+  one, again, two = (np.asarray(dropped(params, jax.random.key(seed))) for seed in (0, 0, 1))
+  assert_array_equal(one, again)
+  assert (one != two).any(axis=(1, 2)).all()
+
+
 def test_the_probabilities_of_all_ids_sum_to_one(params, states):
   log_probs = np.asarray(stepped(params, states, jnp.tile(EVERY_ID, (BATCH, 1, 1))), np.float64)
   own = sum(log_probs[level][:, np.arange(len(EVERY_ID)), EVERY_ID[:, level]] for level in range(LEVELS))

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from bbqrec_jax.models import heads
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
-from bbqrec_jax.models.heads import GenerativeHead, ParallelHead
+from bbqrec_jax.models.heads import DenseHead, GenerativeHead, ParallelHead
+from bbqrec_jax.models.node_scores import NodeScores
 from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.ops.softmax import sampled_cross_entropy
 from bbqrec_jax.semantic_ids.trie import build_trie
 
 ITEMS, LEVELS, CODES, STREAMS, WIDTH = 12, 3, 4, 2, 8
@@ -248,6 +251,28 @@ def test_drawn_negatives_are_for_training_alone_and_change_with_its_key(dense_pa
   assert 0.6 * full < np.mean(drawn) < 1.05 * full
 
 
+def test_every_item_can_be_drawn_as_a_negative_and_none_beside_them(catalogue, monkeypatch):
+  seen = []
+
+  def spy(*args, num_items, **options):
+    seen.append((args[-1], num_items))
+    return sampled_cross_entropy(*args, num_items=num_items, **options)
+
+  monkeypatch.setattr(heads, "sampled_cross_entropy", spy)
+  items = heads.Items(catalogue, lambda some: jnp.ones((*some.shape, WIDTH)))
+  head, targets = DenseHead(num_negatives=600), jnp.arange(5)
+  head.apply(
+    {}, items, jnp.ones((5, WIDTH)), targets, deterministic=False, method="losses", rngs={"dropout": jax.random.key(0)}
+  )
+  ((drawn, count),) = seen
+  assert count == ITEMS
+  often = np.bincount(drawn, minlength=ITEMS)
+  assert often.shape == (ITEMS,)
+  # Each about 50 times: 5 standard deviations are 34.
+  assert often.min() > 16
+  assert often.max() < 84
+
+
 def test_generative_loss_is_the_negative_log_probability_of_the_targets_ids(params, catalogue, batch):
   every = jnp.asarray(states(params, catalogue, batch).reshape(-1, WIDTH))
   log_probs = call(SETTINGS, "log_probs", params, catalogue, every, batch["targets"].reshape(-1, 1))[:, 0]
@@ -373,6 +398,19 @@ def test_parallel_scores_are_sums_of_log_probabilities_that_know_nothing_of_one_
   per_level = np.asarray(
     ParallelHead(LEVELS, CODES, SETTINGS.mlp_width).apply({"params": parallel_params["head"]}, queries), np.float64
   )
+  head, states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (parallel_params["head"], queries))
+
+  def dense(x, name):
+    return x @ head[name]["kernel"] + head[name]["bias"]
+
+  for level in range(LEVELS):
+    hidden = dense(states, f"hidden_{level}")
+    hidden = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+    hidden = states + dense(hidden, f"out_{level}")
+    hidden = (hidden - hidden.mean(axis=-1, keepdims=True)) / np.sqrt(hidden.var(axis=-1, keepdims=True) + 1e-6)
+    hidden = hidden * head[f"norm_{level}"]["scale"] + head[f"norm_{level}"]["bias"]
+    logits = dense(hidden, f"output_{level}")
+    assert_allclose(per_level[level], logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)), atol=1e-5)
   assert per_level.shape == (LEVELS, 3, CODES)
   assert_allclose(np.exp(per_level).sum(axis=-1), np.ones((LEVELS, 3)), rtol=1e-5)
   ids = np.asarray(catalogue.semantic_ids)
@@ -601,29 +639,48 @@ def test_features_come_into_an_items_vector_by_a_linear_map(random_params, catal
   assert_allclose(call(FEATURES, "item_vectors", own, richer, batch["items"]), expected[batch["items"]], atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid"])
-def test_items_that_come_later_are_found_and_known_ones_keep_their_vectors(random_params, catalogue, batch, head):
+@pytest.fixture(scope="module")
+def extended(catalogue):
+  """The catalogue with three items more, at its end."""
   ids = np.asarray(catalogue.semantic_ids)
   free = np.stack(np.unravel_index(np.arange(CODES**LEVELS), (CODES,) * LEVELS), axis=1)
   free = free[~(free[:, None] == ids[None]).all(-1).any(1)][:3]
   every = np.concatenate([ids, free])
   columns = np.concatenate([catalogue.columns, np.tile(catalogue.columns[:1], (3, 1))])
   columns[ITEMS:, :LEVELS] = code_columns([free], [np.ones(3, bool)], num_codes=CODES)
-  more = Catalogue(
+  return Catalogue(
     semantic_ids=jnp.asarray(every, jnp.int32),
     columns=jnp.asarray(columns),
     streams=jnp.concatenate([catalogue.streams, catalogue.streams[:3]]),
     edges=catalogue.edges,
     trie=build_trie(every),
   )
+
+
+def test_items_that_come_later_have_the_mean_prior_of_the_known_ones(extended):
+  prior = np.random.default_rng(5).normal(1.0, size=ITEMS).astype(np.float32)
+  vectors = jnp.asarray(np.random.default_rng(6).normal(size=(ITEMS + 3, WIDTH)), jnp.float32)
+  items = heads.Items(extended, lambda: vectors)
+  tables = NodeScores(ITEMS).apply({"params": {"prior": prior}}, items)
+  known = np.append(prior, np.full(3, prior.mean()))
+  assert_allclose(tables.masses[-1], known[extended.trie.items], rtol=1e-6)
+  as_if_known = NodeScores(ITEMS + 3).apply({"params": {"prior": known}}, items)
+  jax.tree.map(functools.partial(assert_allclose, rtol=1e-5, atol=1e-6), tables, as_if_known)
+
+
+@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid"])
+def test_items_that_come_later_are_found_and_known_ones_keep_their_vectors(
+  random_params, catalogue, extended, batch, head
+):
+  columns = np.asarray(extended.columns)
   settings = dataclasses.replace(SETTINGS, head=head, node_scores=True)
   own = random_params(Recommender(settings), catalogue, batch)
-  vectors = np.asarray(call(settings, "item_vectors", own, more))
+  vectors = np.asarray(call(settings, "item_vectors", own, extended))
   assert_array_equal(vectors[:ITEMS], call(settings, "item_vectors", own, catalogue))
   codes = np.where(columns[ITEMS:, :, None] < 0, 0, own["code_embedding"][columns[ITEMS:]])
   assert_allclose(vectors[ITEMS:], codes.sum(axis=1), atol=1e-5)
   queries = jnp.asarray(np.random.default_rng(4).normal(size=(3, WIDTH)), jnp.float32)
-  found = search(settings, own, more, queries, width=ITEMS + 3)
+  found = search(settings, own, extended, queries, width=ITEMS + 3)
   assert_array_equal(np.sort(found.items, axis=1), np.tile(np.arange(ITEMS + 3), (3, 1)))
 
 

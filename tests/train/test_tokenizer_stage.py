@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -153,18 +154,27 @@ def test_every_alternative_trains(data, trained, name):
   assert set(health["cohesion"]) == {"level1", "level2", "floor1", "floor2", "training1", "training2"}
   for part in ("reconstruction", "reconstruction_from_codes"):
     assert set(health[part]) == set(dataset.modalities)
-    assert all(math.isfinite(value) and value >= 0 for value in health[part].values())
+    assert all(math.isfinite(value) and value > 0 for value in health[part].values())
 
   if config.tokenizer.quantizer == "rq_kmeans":
+    own, fused = health["reconstruction"], health["reconstruction_from_codes"]
+    # What a modality's own codes rebuild, what those of all together do, and what the mean does.
+    assert all(own[name] < fused[name] < 1 for name in dataset.modalities)
     assert health["contrast_recall@10"] is None
     assert not (workdir / "checkpoints").exists()
     return
   assert (health["contrast_recall@10"] is not None) == bool(config.tokenizer.weights.contrast)
   assert 0 <= (health["contrast_recall@10"] or 0) <= 1
-  lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-  records = [line for line in lines if '"kind": "train"' in line]
-  assert len(records) == STEPS // 5
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+  records = [line for line in lines if line["kind"] == "train"]
+  assert [record["step"] for record in records] == list(range(5, STEPS + 1, 5))
+  assert records[-1]["reconstruction"] < records[0]["reconstruction"] - 0.05
+  assert [record["quantization"] > 0 for record in records] == [record["step"] > 8 for record in records]
   assert (workdir / "checkpoints" / "tokenizer" / str(STEPS)).is_dir()
+
+
+def test_every_alternative_gives_ids_of_its_own(trained):
+  assert len({trained(name)[0].fingerprint for name in ALTERNATIVES}) == len(ALTERNATIVES)
 
 
 def test_content_codes_are_those_of_residual_kmeans(trained):
