@@ -41,11 +41,6 @@ def test_history_is_a_view():
   assert np.shares_memory(interactions.history(1), interactions.items)
 
 
-def test_interactions_cannot_be_reassigned():
-  with pytest.raises(dataclasses.FrozenInstanceError):
-    make(HISTORIES).items = np.zeros(1, np.int32)
-
-
 def test_drop_short_users_keeps_the_others_in_order():
   kept = drop_short_users(make({"a": [1], "b": [1, 2, 3], "c": [], "d": [4, 5, 6, 7], "e": [1, 2]}))
   assert as_lists(kept) == {"b": [1, 2, 3], "d": [4, 5, 6, 7]}

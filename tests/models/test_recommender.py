@@ -18,6 +18,7 @@ from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_col
 from bbqrec_jax.models.heads import DenseHead, GenerativeHead, ParallelHead
 from bbqrec_jax.models.node_scores import NodeScores
 from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.ops.softmax import sampled_cross_entropy
 from bbqrec_jax.semantic_ids.trie import build_trie
 
@@ -504,16 +505,18 @@ def test_the_hybrid_head_ranks_the_beams_candidates(hybrid_params, catalogue, qu
 
 
 @pytest.mark.parametrize(
-  ("head", "backbone", "reads"),
+  ("changes", "reads"),
   [
-    ("generative", "causal", True), ("dense", "causal", True), ("hybrid", "causal", True),
-    ("parallel", "causal", False), ("generative", "encoder_decoder", True), ("parallel", "encoder_decoder", False),
+    ({"head": "generative"}, True), ({"head": "dense"}, True), ({"head": "hybrid"}, True),
+    ({"head": "hybrid", "dense_width": 6}, True), ({"head": "parallel"}, False),
+    ({"backbone": "encoder_decoder"}, True), ({"backbone": "encoder_decoder", "head": "parallel"}, False),
   ],
+  ids=str,
 )  # fmt: skip
-def test_heads_that_look_at_the_history_are_told_of_it_where_the_settings_say_so(batch, head, backbone, reads):
-  settings = dataclasses.replace(SETTINGS, head=head, backbone=backbone)
-  assert Recommender(settings).past(batch) is None
-  assert (Recommender(dataclasses.replace(settings, history_offsets=True)).past(batch) is not None) == reads
+def test_heads_that_look_at_the_history_are_told_of_it_where_the_settings_say_so(batch, changes, reads):
+  settings = dataclasses.replace(SETTINGS, **changes)
+  assert make_recommender(settings).past(batch) is None
+  assert (make_recommender(dataclasses.replace(settings, history_offsets=True)).past(batch) is not None) == reads
 
 
 def test_a_head_that_does_not_look_at_the_history_needs_none(parallel_params, catalogue, queries):

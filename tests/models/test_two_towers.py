@@ -206,8 +206,3 @@ def test_items_that_came_after_training_are_candidates(random_params, catalogue,
     items, log_probs = expected_order(generative, dense, width=ITEMS, rerank="both", exclude=[])
     assert_array_equal(found.items[row], items)
     assert_allclose(found.log_probs[row], log_probs, atol=1e-4)
-
-
-def test_the_history_is_told_where_the_settings_say_so(queries):
-  assert make_recommender(SETTINGS).past(queries) is not None
-  assert make_recommender(dataclasses.replace(SETTINGS, history_offsets=False)).past(queries) is None

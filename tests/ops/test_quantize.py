@@ -84,16 +84,6 @@ def test_bfloat16_latents_are_compared_in_float32():
   assert code_distances(x, codebook).dtype == jnp.float32
 
 
-def test_equal_latents_in_two_streams_get_equal_codes():
-  z, codebooks = sample()
-  rng = np.random.default_rng(1)
-  other = rng.normal(size=z.shape).astype(np.float32)
-  streams = jnp.concatenate([z, other, z[::-1]])
-  codes = np.asarray(residual_quantize(streams, jnp.asarray(codebooks)).codes).reshape(3, BATCH, LEVELS)
-  assert_array_equal(codes[0], codes[2][::-1])
-  assert (codes[0] != codes[1]).any()
-
-
 def test_straight_through_has_the_codewords_value_and_the_latents_gradient():
   z, codebooks = sample()
   cotangent = np.random.default_rng(2).normal(size=z.shape).astype(np.float32)

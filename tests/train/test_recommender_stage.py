@@ -188,17 +188,8 @@ NOT_OF_THE_CONFIG = {"num_items", "num_levels", "num_codes", "num_columns", "num
 FIELDS = [field.name for field in dataclasses.fields(RecommenderSettings) if field.name not in NOT_OF_THE_CONFIG]
 
 
-def others(value):
-  """Two values that a field may be set to, one of which at least is neither its default here nor anywhere."""
-  if isinstance(value, bool):
-    return True, False
-  if isinstance(value, str):
-    return f"{value} of another kind", "another"
-  return (value + 1, value + 2) if isinstance(value, int) else (value + 0.125, value + 0.25)
-
-
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_setting_of_a_configs_field_is_what_that_field_says(ids, histories, name):
+def test_every_setting_of_a_configs_field_is_what_that_field_says(others, ids, histories, name):
   for value in others(default_config().recommender[name]):
     _, settings = build(ids, histories, similarity_kind="equal_width", **{name: value})
     assert getattr(settings, name) == value

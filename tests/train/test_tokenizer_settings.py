@@ -53,19 +53,8 @@ NOT_OF_THE_CONFIG = {"modalities", "num_items", "moving_average"}
 FIELDS = [field.name for field in dataclasses.fields(TokenizerSettings) if field.name not in NOT_OF_THE_CONFIG]
 
 
-def others(value):
-  """Two values that a field may be set to, one of which at least is neither its default here nor anywhere."""
-  if isinstance(value, bool):
-    return True, False
-  if isinstance(value, str):
-    return f"{value} of another kind", "another"
-  if isinstance(value, tuple):
-    return (*value, 3), (5,)
-  return (value + 1, value + 2) if isinstance(value, int) else (value + 0.125, value + 0.25)
-
-
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_setting_of_a_configs_field_is_what_that_field_says(dataset, name):
+def test_every_setting_of_a_configs_field_is_what_that_field_says(others, dataset, name):
   for value in others(default_config().tokenizer[name]):
     settings = tokenizer_settings(make_config(**{f"tokenizer.{name}": value}), dataset)
     assert getattr(settings, name) == value
