@@ -118,11 +118,13 @@ def test_recall_is_of_the_last_state_of_a_history_against_codewords_and_the_id(r
     grid[user, : len(own)] = own
   segments = (np.arange(5) < np.array([[len(own)] for own in recent])).astype(int)
 
+  @jax.jit
+  def history_states(params, given):
+    positions = jnp.tile(jnp.arange(5), (users, 1))
+    return model.apply({"params": params}, given, segments, positions, deterministic=True, method="history_states")
+
   def recall(vectors, *, places):
-    positions = np.tile(np.arange(5), (users, 1))
-    states = model.apply(
-      {"params": params}, vectors[grid], segments, positions, deterministic=True, method="history_states"
-    )
+    states = history_states(params, vectors[grid])
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     hits = 0
     for user, target in enumerate(split.validation_target):
