@@ -20,12 +20,12 @@ from absl import app, flags
 from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.experiment import restore
 from bbqrec_jax.input_files import check_file, check_new, read_archive
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.restoring import restore
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 

@@ -21,11 +21,11 @@ from bbqrec_jax.data.directory import read_sequences, read_timestamps
 from bbqrec_jax.data.interactions import Interactions, from_lengths
 from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
 from bbqrec_jax.errors import InputError, printable, refuse
-from bbqrec_jax.experiment import restore
 from bbqrec_jax.input_files import check_new
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.restoring import restore
 
 
 def parse_history(text: str, *, num_items: int) -> np.ndarray:

@@ -11,8 +11,8 @@ from absl import app
 
 from bbqrec_jax.command_line import define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.experiment import restore
-from bbqrec_jax.train.recommender_stage import similarity_streams
+from bbqrec_jax.restoring import restore
+from bbqrec_jax.train.catalogue import similarity_streams
 
 
 def bucket_centres(edges: np.ndarray) -> np.ndarray:

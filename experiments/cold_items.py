@@ -28,12 +28,13 @@ from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, d
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
-from bbqrec_jax.experiment import of_any_recommender, restore, run, tokenize
+from bbqrec_jax.experiment import of_any_recommender, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.parallel import make_partitioner
+from bbqrec_jax.restoring import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train.recommender_stage import needs_semantic_ids
+from bbqrec_jax.train.catalogue import needs_semantic_ids
 from bbqrec_jax.workdir import with_absolute_paths
 
 

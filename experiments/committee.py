@@ -20,10 +20,10 @@ from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, evaluate, rank_scores
-from bbqrec_jax.experiment import restore
 from bbqrec_jax.input_files import check_new, expanded
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.apply import apply
+from bbqrec_jax.restoring import restore
 from bbqrec_jax.workdir import format_results, load_results
 
 

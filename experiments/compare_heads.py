@@ -23,7 +23,7 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import of_any_recommender, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.input_files import read_archive
-from bbqrec_jax.train.recommender_stage import needs_semantic_ids
+from bbqrec_jax.train.catalogue import needs_semantic_ids
 from bbqrec_jax.workdir import load_results
 
 HEADS = ("generative", "parallel", "dense", "hybrid")

@@ -24,9 +24,9 @@ from absl import app, flags, logging
 
 from bbqrec_jax.command_line import define_path
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.experiment import restore
 from bbqrec_jax.input_files import read_archive
 from bbqrec_jax.json_files import write_json
+from bbqrec_jax.restoring import restore
 
 ROOT = pathlib.Path(__file__).parents[1]
 WAYS = {

@@ -38,8 +38,9 @@ from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.parallel import MeshJit
 from bbqrec_jax.semantic_ids.trie import Trie
+from bbqrec_jax.train.catalogue import build_catalogue
 from bbqrec_jax.train.optimizer import make_optimizer
-from bbqrec_jax.train.recommender_stage import build_catalogue, initial_state, training_batches
+from bbqrec_jax.train.recommender_stage import initial_state, training_batches
 from bbqrec_jax.train.steps import make_recommender_step
 from bbqrec_jax.train.tokenizer_stage import tokenizer_settings, tokenizer_training
 

@@ -8,9 +8,9 @@ import pytest
 from bbqrec_jax import experiment
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.experiment import restore
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.recommend import recommend
+from bbqrec_jax.restoring import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

@@ -10,6 +10,7 @@ from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.apply import apply
+from bbqrec_jax.restoring import restore
 from bbqrec_jax.workdir import load_results
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -46,7 +47,7 @@ def test_the_product_is_that_of_both_runs(script, runs, tmp_path):
   table = script.judge(runs, tmp_path / "both")
   results, ranks = load_results(tmp_path / "both"), np.load(tmp_path / "both" / "ranks.npz")
   assert f"{results['test']['ndcg@10']:.4f}" in table
-  restored = [experiment.restore(workdir) for workdir in runs]
+  restored = [restore(workdir) for workdir in runs]
   split = leave_one_out(restored[0].dataset.interactions)
   histories, targets = split.history("test"), split.test_target
   total = np.zeros((len(targets), 40))

@@ -21,10 +21,10 @@ from bbqrec_jax.data.interactions import leave_one_out, select_users
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import popularity_metrics
-from bbqrec_jax.experiment import restore
 from bbqrec_jax.interruption import Interrupted
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.recommend import parse_history, parse_times, recommend, recommend_all, write_recommendations
+from bbqrec_jax.restoring import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.logging import MetricsLog
 from bbqrec_jax.workdir import PARTS, load_config

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from bbqrec_jax import benchmark, experiment, export, recommend
+from bbqrec_jax import benchmark, experiment, export, recommend, restoring
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import read_json, write_json
@@ -59,26 +59,26 @@ def test_a_run_is_restored_and_goes_on_wherever_its_data_is(tmp_path, monkeypatc
   assert read_json(workdir / "config.json")["data"]["path"] == str(tmp_path / "data")
   (tmp_path / "elsewhere").mkdir()
   monkeypatch.chdir(tmp_path / "elsewhere")
-  experiment.restore(workdir)  # From whatever folder.
+  restoring.restore(workdir)  # From whatever folder.
 
   shutil.move(tmp_path / "data", moved)
   with pytest.raises(InputError) as error:
-    experiment.restore(workdir)
+    restoring.restore(workdir)
   assert str(error.value) == (
     f"{tmp_path}/data: expected the data of the run in {workdir}, found no such folder; say where it is now with"
     " --data=DIR"
   )
-  restored = experiment.restore(workdir, data=moved)
+  restored = restoring.restore(workdir, data=moved)
   assert restored.dataset.source == str(moved)
   with pytest.raises(InputError, match=r"was trained on .*: give it its own data, --data=DIR"):
-    experiment.restore(workdir, data=make_data(tmp_path / "other", seed=1))
+    restoring.restore(workdir, data=make_data(tmp_path / "other", seed=1))
   assert read_json(workdir / "config.json")["data"]["path"] == str(tmp_path / "data")
 
   monkeypatch.setenv("HOME", str(tmp_path))
   assert experiment.run(make_config(**SASREC, **{"data.path": "~/moved"}), workdir) == results
   assert read_json(workdir / "config.json")["data"]["path"] == str(moved)
   before = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
-  experiment.restore(workdir)
+  restoring.restore(workdir)
   experiment.run(make_config(**SASREC, **{"data.path": str(moved)}), workdir)
   assert {path: path.stat().st_mtime_ns for path in workdir.iterdir()} == before, "nothing is written that is there"
 
@@ -126,7 +126,7 @@ def test_other_wrong_places_of_programs_are_one_line(monkeypatch, tmp_path, load
 def test_synthetic_data_is_nowhere(tmp_path):
   config = make_config(**{"data.source": "synthetic"})
   with pytest.raises(InputError, match=r"--data=x: the run in run makes its own data; leave --data out"):
-    experiment._point_to_data(config, pathlib.Path("run"), pathlib.Path("x"))
+    restoring._point_to_data(config, pathlib.Path("run"), pathlib.Path("x"))
 
 
 @pytest.mark.parametrize(

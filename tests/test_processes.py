@@ -18,6 +18,7 @@ import pytest
 from bbqrec_jax import experiment, processes
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.parallel import MeshJit, Pmap
+from bbqrec_jax.restoring import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.workdir import PARTS
 
@@ -102,7 +103,7 @@ def assert_same_run(together, alone):
   for place, line in expected_records.items():
     for name in line.keys() - {"time", "stage", "kind"}:
       assert logged[place][name] == pytest.approx(line[name], rel=1e-4, abs=1e-6), (place, name)
-  params, expected_params = (experiment.restore(workdir).params for workdir in (together, alone))
+  params, expected_params = (restore(workdir).params for workdir in (together, alone))
   assert jax.tree.structure(params) == jax.tree.structure(expected_params)
   for leaf, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
     np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6)

@@ -5,14 +5,14 @@ import re
 import numpy as np
 
 
-def test_the_example_of_functions_by_themselves_runs(request):
+def test_the_example_of_functions_by_themselves_runs(request, tmp_path, load_file):
   readme = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
   blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
   (code,) = [block for block in blocks if not re.match(r"# (my_heads|serve)\.py\n", block)]
-  found = {}
-  exec(code, found)
-  assert found["codebooks"].shape == (4, 256, 32)
-  assert found["result"].codes.shape == (4096, 4)
-  error = np.square(found["latents"] - found["result"].quantized).sum(axis=1)
-  assert error.mean() < 0.5 * np.square(found["latents"]).sum(axis=1).mean()
-  np.testing.assert_allclose(found["passed"], found["result"].quantized, atol=1e-5)
+  (tmp_path / "example.py").write_text(code, encoding="utf-8")
+  example = load_file(tmp_path / "example.py")
+  assert example.codebooks.shape == (4, 256, 32)
+  assert example.result.codes.shape == (4096, 4)
+  error = np.square(example.latents - example.result.quantized).sum(axis=1)
+  assert error.mean() < 0.5 * np.square(example.latents).sum(axis=1).mean()
+  np.testing.assert_allclose(example.passed, example.result.quantized, atol=1e-5)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from bbqrec_jax import experiment
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.restoring import restore
 from bbqrec_jax.train.checkpointing import Checkpointer
 from bbqrec_jax.workdir import PARTS, SHOWN, claim, load_config, load_results, tokenizer_figure
 
@@ -192,7 +192,7 @@ def test_a_workdir_with_a_link_that_leads_out_is_refused_before_anything_is_writ
   start(workdir)
   (workdir / link).symlink_to(target)
   with pytest.raises(InputError, match=f"{link}: expected nothing in a workdir to lie outside of it"):
-    experiment.restore(workdir)
+    restore(workdir)
 
 
 def test_what_is_no_results_file_is_refused_with_the_way_out(tmp_path):

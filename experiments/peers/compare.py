@@ -8,6 +8,10 @@ Each side of a comparison is one process that has compiled and warmed up; they t
 noisy for all. Printed and written are the least and the median of the rounds, and the ratio of the medians, over 1
 where this project is better. `--only=quantizer,t5` chooses. A peer that does not start is a row that says so.
 
+"t5" searches for histories of 20 items each. With `--sequences=FILE`, a `sequences.txt` of at most 12,101 items, there
+is "ranking", too: the same models on histories as long as users really have them, padded here to one of a few lengths
+beside others of their length, there to the longest of 16, in the order of the file and in that of their lengths.
+
 Memory is the process's, libraries and all: when the work is done, and at its peak, which is in XLA's compiler on this
 project's side.
 """
@@ -23,7 +27,7 @@ import sys
 from typing import Any
 
 from absl import app, flags
-from serving import BLOCKS, ITEM_BATCH, SEARCH_BATCH, STEPS
+from serving import BLOCKS, HISTORY, ITEM_BATCH, SEARCH_BATCH, STEPS, USERS, real_histories
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -31,10 +35,10 @@ FOLDER = pathlib.Path(__file__).parent
 class Side:
   """One process that waits for its turn."""
 
-  def __init__(self, python: str, script: str, what: str):
-    """Starts it; `what` is what it is to serve."""
+  def __init__(self, python: str, script: str, what: str, sequences: str):
+    """Starts it; `what` is what it is to serve, `sequences` where it has real histories from."""
     self._process = subprocess.Popen(
-      [python, str(FOLDER / script), what], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      [python, str(FOLDER / script), what, sequences], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
   def ask(self, command: str) -> list[float]:
@@ -65,17 +69,22 @@ PEERS = {
     {"transformers T5": "t5"},
     {"train": (1, "steps/s"), "generate": (4 * SEARCH_BATCH, "users/s")},
   ),
+  "ranking": (
+    "encoder_decoder",
+    {"transformers T5, in order": "t5", "transformers T5, by length": "t5_by_length"},
+    {"rank": (USERS, "users/s")},
+  ),
   "sasrec": ("sasrec", {"RecBole SASRec": "sasrec"}, {"train": (1, "steps/s")}),
   "causal": ("causal", {}, {"train": (1, "steps/s"), "generate": (4 * SEARCH_BATCH, "users/s")}),
 }
 
 
-def measure(name: str, peer_python: str, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, peer_python: str, rounds: int, sequences: str) -> list[dict[str, Any]]:
   """The rows of one comparison."""
   ours, peers, tasks = PEERS[name]
-  sides = {"bbqrec_jax": Side(sys.executable, "ours.py", ours)}
+  sides = {"bbqrec_jax": Side(sys.executable, "ours.py", ours, sequences)}
   if peer_python:
-    sides |= {peer: Side(peer_python, "torch_side.py", what) for peer, what in peers.items()}
+    sides |= {peer: Side(peer_python, "torch_side.py", what, sequences) for peer, what in peers.items()}
   seconds: dict[tuple[str, str], list[float]] = {}
   extra: dict[tuple[str, str], float] = {}
   for turn in range(rounds + 1):
@@ -119,9 +128,13 @@ def main(argv: list[str]) -> None:
   unknown = set(options.only) - set(PEERS)
   if unknown:
     raise SystemExit(f"error: --only: expected some of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
-  rows = [row for name in options.only for row in measure(name, options.peer_python, options.rounds)]
+  names = [name for name in options.only if name != "ranking" or options.sequences]
+  rows = [row for name in names for row in measure(name, options.peer_python, options.rounds, options.sequences)]
   about = {"machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(),
            "load": os.getloadavg()[0], "rounds": options.rounds}  # fmt: skip
+  if options.sequences:
+    lengths = [len(history) for history in real_histories(options.sequences)]
+    about |= {"histories": len(lengths), "mean length": statistics.mean(lengths), "longest": HISTORY}
   if options.output:
     pathlib.Path(options.output).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
   print("| what | peer | unit | ours | peer's | ratio | MiB at the end, ours / peer's | at the peak |")
@@ -140,6 +153,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("peer_python", "", "The interpreter of the peers' environment; without it this side runs alone.")
+  flags.DEFINE_string("sequences", "", 'A sequences.txt, whose histories are ranked for in "ranking".')
   flags.DEFINE_string("output", "", "Where the rows are written, as JSON.")
   flags.DEFINE_list("only", list(PEERS), "Which comparisons.")
   flags.DEFINE_integer("rounds", 10, "Rounds that are measured.")

@@ -20,12 +20,15 @@ from serving import (
   T5,
   TRAIN_BATCH,
   WIDTHS,
+  real_histories,
   semantic_ids,
   serve,
 )
 
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.host_memory import keep_memory
+
+BOUNDS = (2, 5, 10)  # As configs/tiger.py has them.
 
 
 def quantizer():
@@ -76,12 +79,15 @@ def quantizer():
   return {"train": train, "tokenize": tokenize}
 
 
-def recommender(what):
+def recommender(what, sequences):
   """A recommender on random IDs: training steps and ranking.
 
   "encoder_decoder" is T5 in TIGER's shape, "causal" this project's own, both with the generative head and beam search;
   "sasrec" knows items by number and has a full softmax.
   """
+  from bbqrec_jax.data.interactions import from_lengths, select_users
+  from bbqrec_jax.data.packing import length_groups
+  from bbqrec_jax.data.pipeline import evaluation_batches
   from bbqrec_jax.models.apply import apply
   from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
   from bbqrec_jax.models.recommender import Recommender
@@ -157,10 +163,26 @@ def recommender(what):
     found = [np.asarray(search(state[0], catalogue, batch)) for batch in search_batches]
     return float(np.mean(np.concatenate(found) >= 0))
 
-  return {"train": train, "generate": generate}
+  tasks = {"train": train, "generate": generate}
+  if sequences:
+    histories = real_histories(sequences)
+    lengths = np.array([len(history) for history in histories])
+    users = from_lengths(np.concatenate(histories), lengths, np.arange(len(lengths)))
+
+    def rank():
+      valid = []
+      for padded, group in length_groups(lengths, BOUNDS, length):
+        some = select_users(users, group)
+        for batch in evaluation_batches(some, np.zeros(len(group)), batch_size=SEARCH_BATCH, max_length=padded):
+          real = batch.pop("valid")
+          valid.append(np.asarray(search(state[0], catalogue, batch))[real] >= 0)
+      return float(np.mean(np.concatenate(valid)))
+
+    tasks["rank"] = rank
+  return tasks
 
 
 if __name__ == "__main__":
   keep_memory()  # As the program itself does.
   keep_compiled()
-  serve(quantizer() if sys.argv[1] == "quantizer" else recommender(sys.argv[1]))
+  serve(quantizer() if sys.argv[1] == "quantizer" else recommender(*sys.argv[1:]))

@@ -13,6 +13,7 @@ STEPS, BLOCKS = 20, 40
 # T5 in TIGER's shape: 4 + 4 layers, d 128, 6 heads of 64, ff 1024, histories of 20 items of four codes each.
 T5 = {"layers": 4, "width": 128, "heads": 6, "head_width": 64, "mlp_width": 1024, "dropout": 0.1}
 ITEMS, HISTORY, TRAIN_BATCH, SEARCH_BATCH, BEAM = 12_101, 20, 64, 16, 20
+USERS = 512  # Of real histories.
 
 # SASRec with full cross-entropy at every position.
 SASREC = {"batch": 256, "length": 50, "width": 64, "layers": 2, "heads": 2, "mlp_width": 256, "dropout": 0.5}
@@ -24,6 +25,13 @@ def semantic_ids(seed: int = 0):
 
   chosen = np.random.default_rng(seed).choice(CODES**LEVELS, size=ITEMS, replace=False)
   return np.stack(np.unravel_index(chosen, (CODES,) * LEVELS), axis=1)
+
+
+def real_histories(file: str) -> list[list[int]]:
+  """The last HISTORY items before the last one of USERS users, taken from all over a `sequences.txt`."""
+  lines = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+  chosen = lines[:: len(lines) // USERS][:USERS]
+  return [[int(item) for item in line.split()[1:-1]][-HISTORY:] for line in chosen]
 
 
 def serve(tasks: dict[str, Callable[[], object]]) -> None:

@@ -18,6 +18,7 @@ from serving import (
   T5,
   TRAIN_BATCH,
   WIDTHS,
+  real_histories,
   semantic_ids,
   serve,
 )
@@ -62,8 +63,11 @@ def quantizer(learnable):
   return {"train": train, "tokenize": tokenize}
 
 
-def t5():
-  """Hugging Face's T5 with a Python trie behind `prefix_allowed_tokens_fn`, as LETTER and its kind decode."""
+def t5(sequences, by_length=False):
+  """Hugging Face's T5 with a Python trie behind `prefix_allowed_tokens_fn`, as LETTER and its kind decode.
+
+  Real histories are padded to the longest of each batch, users in the order of the file or of their lengths.
+  """
   from transformers import T5Config, T5ForConditionalGeneration
 
   torch.manual_seed(0)
@@ -97,20 +101,28 @@ def t5():
     loss.backward()
     optimizer.step()
 
-  def generate():
+  users = sorted(real_histories(sequences), key=len if by_length else lambda _: 0) if sequences else []
+
+  def padded(batch):
+    rows = [tokens[history].reshape(-1) for history in batch]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+
+  real = [padded(users[first : first + SEARCH_BATCH]) for first in range(0, len(users), SEARCH_BATCH)]
+
+  def search(batches):
     model.eval()
     valid = []
     with torch.inference_mode():
-      for query in queries:
+      for query in batches:
         found = model.generate(
-          input_ids=query, num_beams=BEAM, num_return_sequences=BEAM, max_new_tokens=LEVELS, min_new_tokens=LEVELS,
-          do_sample=False, early_stopping=True,
+          input_ids=query, attention_mask=(query != pad).long(), num_beams=BEAM, num_return_sequences=BEAM,
+          max_new_tokens=LEVELS, min_new_tokens=LEVELS, do_sample=False, early_stopping=True,
           prefix_allowed_tokens_fn=lambda _, sofar: allowed.get(tuple(sofar[1:].tolist()), [end]),
         )  # fmt: skip
         valid += [tuple(row[1 : 1 + LEVELS]) in known for row in found.tolist()]
     return sum(valid) / len(valid)
 
-  return {"train": train, "generate": generate}
+  return {"train": train, "generate": lambda: search(queries), "rank": lambda: search(real)}
 
 
 def sasrec():
@@ -155,5 +167,9 @@ def sasrec():
 
 
 if __name__ == "__main__":
-  sides = {"t5": t5, "sasrec": sasrec, "quantizer_learned": lambda: quantizer(True)}
-  serve(sides.get(sys.argv[1], lambda: quantizer(False))())
+  what, sequences = sys.argv[1:]
+  sides = {
+    "t5": lambda: t5(sequences), "t5_by_length": lambda: t5(sequences, by_length=True), "sasrec": sasrec,
+    "quantizer_learned": lambda: quantizer(True), "quantizer_averages": lambda: quantizer(False),
+  }  # fmt: skip
+  serve(sides[what]())

@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.catalogue import RecommenderSettings
@@ -21,15 +22,15 @@ from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.ops.similarity import similarities
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train import recommender_stage
-from bbqrec_jax.train.recommender_stage import (
+from bbqrec_jax.train.catalogue import (
   build_catalogue,
   check_compared,
-  expected_settings,
   item_features,
   needs_semantic_ids,
-  run_recommender,
+  recommender_settings,
   sampled_similarities,
 )
+from bbqrec_jax.train.recommender_stage import run_recommender
 from bbqrec_jax.train.watch import Safeguards
 
 ITEMS, LEVELS, CODES, WIDTH = 30, 3, 4, 5
@@ -295,11 +296,11 @@ def test_the_settings_are_known_before_there_are_semantic_ids(ids, histories, ch
   config.update_from_flattened_dict(changes | sizes)
   features = {name: np.random.default_rng(3).normal(size=(ITEMS, 4)).astype(np.float32) for name in STREAMS[:2]}
   present = {name: np.ones(ITEMS, bool) for name in features}
-  dataset = Dataset("of a test", "nowhere", histories, features, present, ("",) * ITEMS)
   given = dataclasses.replace(ids, content=ids) if needs_semantic_ids(config) else None
-  rows = item_features(config, dataset.store)
+  rows = item_features(config, FeatureStore(features, present))
   _, settings = build_catalogue(config, given, histories, num_items=ITEMS, features=rows)
-  assert expected_settings(config, dataset, given if trained else None) == settings
+  known = given if trained else None
+  assert recommender_settings(config, known, num_items=ITEMS, num_modalities=2, feature_width=8) == settings
 
 
 @pytest.mark.parametrize("backbone", ["causal", "encoder_decoder"])
