@@ -108,8 +108,7 @@ def attention(
       implementation="cudnn" if implementation == "cudnn" else "xla",
     )
   # One query, as in a cached search: many products of a vector and a few rows, for which a sum is the faster form.
-  single = query.shape[1] == 1
-  if single:
+  if query.shape[1] == 1:
     products = query.astype(jnp.float32) * key.astype(jnp.float32)
     scores = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2)[:, :, None]
   else:
@@ -120,11 +119,7 @@ def attention(
   if bias is not None:
     scores = scores + bias.astype(jnp.float32)
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-  weights = weights.astype(value.dtype)
-  if single:
-    each = jnp.swapaxes(weights[:, :, 0], 1, 2)[..., None].astype(jnp.float32) * value.astype(jnp.float32)
-    return jnp.sum(each, axis=1, keepdims=True).astype(value.dtype)
-  return _weighted_sums(weights, value)
+  return _weighted_sums(weights.astype(value.dtype), value)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ STEPS, BLOCKS = 20, 40
 # T5 in TIGER's shape: 4 + 4 layers, d 128, 6 heads of 64, ff 1024, histories of 20 items of four codes each.
 T5 = {"layers": 4, "width": 128, "heads": 6, "head_width": 64, "mlp_width": 1024, "dropout": 0.1}
 ITEMS, HISTORY, TRAIN_BATCH, SEARCH_BATCH, BEAM = 12_101, 20, 64, 16, 20
-USERS = 512  # Of real histories.
+USERS = 256  # Of real histories.
 
 # SASRec with full cross-entropy at every position.
 SASREC = {"batch": 256, "length": 50, "width": 64, "layers": 2, "heads": 2, "mlp_width": 256, "dropout": 0.5}
