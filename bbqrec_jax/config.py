@@ -10,7 +10,8 @@ import ml_collections
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.frozen import CHOICES as TOKENIZER_CHOICES
-from bbqrec_jax.models.heads import HEADS, named
+from bbqrec_jax.models.heads import HEADS
+from bbqrec_jax.models.named import named
 from bbqrec_jax.models.recommender import BACKBONES
 
 
@@ -79,6 +80,8 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.learn_temperature = False
   tokenizer.level_dropout = 0.5  # Share of items that the contrast sees by a prefix of their codewords alone.
   tokenizer.specific_dropout = 0.5  # Share of items decoded from codes alone in a step, so that codes carry content.
+  tokenizer.own_loss = ""  # A loss of your own beside those below, as "module:function"; see `OwnLoss` in
+  # bbqrec_jax/models/tokenizer_loss.py.
   tokenizer.weights = weights = ml_collections.ConfigDict()  # One weight a loss.
   weights.reconstruction = 1.0
   weights.fused_reconstruction = 1.0  # Every modality from the fused codes alone.
@@ -87,6 +90,7 @@ def default_config() -> ml_collections.ConfigDict:
   weights.modality_contrast = 1.0  # The same state against each modality's vector of the next item.
   weights.item_id = 0.05  # Mean squared norm of the item IDs: they say no more than behaviour needs them to.
   weights.disentangle = 0.01  # CLUB bound between each modality's quantized and specific latents; 0 leaves it out.
+  weights.own = 1.0  # What tokenizer.own_loss gives.
   tokenizer.club = club = ml_collections.ConfigDict()
   club.bound = "full"  # Negatives of the bound: "full" (every row of the batch) or "sampled" (one drawn row).
   club.steps = 5  # Likelihood steps of its network on each batch.
@@ -359,6 +363,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise InputError(
       "config field tokenizer.semantic_id = 'item_id' needs learnable item IDs: set tokenizer.item_id to added or"
       " stream, and tokenizer.quantizer to one that learns"
+    )
+  if flat["tokenizer.own_loss"] and flat["tokenizer.quantizer"] == "rq_kmeans":
+    raise InputError(
+      "config field tokenizer.own_loss: nothing learns with tokenizer.quantizer = 'rq_kmeans'; leave it empty, or"
+      " choose another quantizer"
     )
   if flat["tokenizer.content_codes"] and flat["tokenizer.quantizer"] == "rq_kmeans":
     raise InputError(

@@ -16,6 +16,7 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, popularity_metrics
 from bbqrec_jax.input_files import is_given
 from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.models.tokenizer_loss import find_own_loss
 from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.parallel import Partitioner, make_partitioner
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -120,6 +121,8 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_toke
   if not is_given(workdir / "results.json"):  # A finished run needs none of it any more.
     if config.tokenizer.artefact:
       ids = load_ids(config, workdir, figures, num_items=dataset.num_items)
+    elif for_tokenizer or needs_semantic_ids(config):
+      find_own_loss(config.tokenizer.own_loss)
     settings = recommender_settings(
       config,
       ids,

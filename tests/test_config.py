@@ -296,6 +296,10 @@ def test_empty_subsets():
       {"tokenizer.content_codes": True, "tokenizer.quantizer": "rq_kmeans"},
       ("tokenizer.content_codes", "tokenizer.quantizer = 'rq_kmeans'"),
     ),
+    (
+      {"tokenizer.own_loss": "my_losses:short", "tokenizer.quantizer": "rq_kmeans"},
+      ("tokenizer.own_loss", "tokenizer.quantizer = 'rq_kmeans'"),
+    ),
   ],
 )
 def test_fields_that_do_not_fit_together_are_refused(changes, named):

@@ -139,6 +139,7 @@ def tokenizer_problem(*, revival_threshold, steps=STEPS, **choices):
     warmup_steps=1,
     upkeep=CodebookUpkeep(model.settings, revival_threshold, usage_decay=0.5),
     disentangling=Disentangling(critic, optimizer, steps=2, full=True),
+    own_loss=lambda rows: jnp.sum(jnp.square(rows.quantized["fused"]), axis=-1) * (rows.items % 3),
   )
   use = CodebookUse.create(params["codebooks"], moving_average=model.settings.moving_average)
   state = TrainState.create(jax.device_get(params), optimizer, seed=0, codes=jax.device_get(use))

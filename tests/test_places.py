@@ -145,6 +145,14 @@ def test_synthetic_data_is_nowhere(tmp_path):
       {"recommender.head": "json:loads"},
       "config field recommender.head = 'json:loads': expected a function that makes",
     ),
+    (
+      {"tokenizer.own_loss": "nosuch:loss", "tokenizer.quantizer": "rq_vae"},
+      "config field tokenizer.own_loss: expected module:function, got 'nosuch:loss' (No module named 'nosuch')",
+    ),
+    (
+      {"tokenizer.own_loss": "math:pi", "tokenizer.quantizer": "rq_vae"},
+      "config field tokenizer.own_loss: expected a function, got 'math:pi', a float",
+    ),
     ({"recommender.backbone": "copy:copy"}, "config field recommender.backbone = 'copy:copy': expected a function"),
     ({"seed": 2**70}, "config field seed must be at most 4294967295"),
   ],

@@ -1,14 +1,16 @@
-"""The README's example of functions by themselves; its other pieces of code are tested where what they show is."""
+"""The README's pieces of code that are not tested where what they show is."""
 
 import re
 
 import numpy as np
 
+from bbqrec_jax.models.tokenizer_loss import CatalogueRows
+
 
 def test_the_example_of_functions_by_themselves_runs(request, tmp_path, load_file):
   readme = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
   blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-  (code,) = [block for block in blocks if not re.match(r"# (my_heads|serve)\.py\n", block)]
+  (code,) = [block for block in blocks if not re.match(r"# (my_heads|my_losses|serve)\.py\n", block)]
   (tmp_path / "example.py").write_text(code, encoding="utf-8")
   example = load_file(tmp_path / "example.py")
   assert example.codebooks.shape == (4, 256, 32)
@@ -16,3 +18,13 @@ def test_the_example_of_functions_by_themselves_runs(request, tmp_path, load_fil
   error = np.square(example.latents - example.result.quantized).sum(axis=1)
   assert error.mean() < 0.5 * np.square(example.latents).sum(axis=1).mean()
   np.testing.assert_allclose(example.passed, example.result.quantized, atol=1e-5)
+
+
+def test_the_loss_of_ones_own_is_a_number_an_item(request, tmp_path, load_file):
+  readme = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
+  (code,) = re.findall(r"```python\n(# my_losses\.py\n.*?)```", readme, re.DOTALL)
+  (tmp_path / "my_losses.py").write_text(code, encoding="utf-8")
+  latents = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+  rows = CatalogueRows(*({} for _ in CatalogueRows._fields))._replace(latents={"fused": latents})
+  values = load_file(tmp_path / "my_losses.py").short(rows)
+  np.testing.assert_allclose(values, [sum(x * x for x in row) / 3 for row in latents], rtol=1e-6)

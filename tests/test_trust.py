@@ -47,7 +47,7 @@ def offences(source):
 def test_no_source_runs_or_unpickles_what_it_reads():
   found = {str(path.relative_to(ROOT)): [*offences(path.read_text(encoding="utf-8"))] for path in SOURCES}
   # Code by its name from a config, which `load_config` asks for trust in, and nowhere else.
-  assert {name: calls for name, calls in found.items() if calls} == {"bbqrec_jax/models/heads.py": [IMPORT]}
+  assert {name: calls for name, calls in found.items() if calls} == {"bbqrec_jax/models/named.py": [IMPORT]}
   assert [*offences("np.load(p); np.load(p, allow_pickle=x); np.load(p, allow_pickle=False); eval(p)")] == [
     "np.load(p)", "np.load(p, allow_pickle=x)", "eval",
   ]  # fmt: skip
@@ -141,6 +141,13 @@ def test_code_that_a_workdir_names_is_not_run_until_it_is_trusted(tmp_path, monk
   assert (workdir / "mark").exists()
   sys.modules.pop("run.theirs")
   sys.modules.pop("run")
+
+
+def test_a_loss_that_a_workdir_names_is_never_run(tmp_path, monkeypatch):
+  workdir = start(tmp_path / "run", **{"tokenizer.own_loss": "theirs:loss"})
+  (tmp_path / "theirs.py").write_text("raise SystemExit('run')\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  assert load_config(workdir).tokenizer.own_loss == "theirs:loss"
 
 
 def test_a_config_that_is_not_the_runs_is_refused(tmp_path):

@@ -14,7 +14,6 @@ A head is a flax module with
 `items` is an `Items`: the catalogue, and the vectors that the sequence model knows its items by.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +25,7 @@ from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.dense import Dense
 from bbqrec_jax.models.encoder_decoder import DecoderHead
 from bbqrec_jax.models.generative import GenerativeHead
+from bbqrec_jax.models.named import named
 from bbqrec_jax.models.node_scores import OFFSET_UNIT
 from bbqrec_jax.ops.ranking import add_to, without
 from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy, weighted_cross_entropy
@@ -261,18 +261,3 @@ def make_head(settings: RecommenderSettings) -> Any:
   if settings.backbone == "encoder_decoder" and settings.head == "generative":
     return DecoderHead(settings)
   return named(settings.head, HEADS)(settings)
-
-
-def named(name: str, known: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
-  """What a config names: one of `known`, or the function of "module:function".
-
-  Raises:
-    ValueError: if there is no such module or function.
-  """
-  if name in known:
-    return known[name]
-  module, _, function = name.partition(":")
-  try:
-    return getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise ValueError(f"expected one of {', '.join(known)}, or module:function, got {name!r} ({error})") from error

@@ -12,7 +12,8 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.backbones import CausalBackbone
 from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.models.encoder_decoder import Encoder, Memory, encoder_shape
-from bbqrec_jax.models.heads import Items, make_head, named, summed_losses
+from bbqrec_jax.models.heads import Items, make_head, summed_losses
+from bbqrec_jax.models.named import named
 from bbqrec_jax.ops.embedding import summed_embedding
 from bbqrec_jax.ops.ranking import each_once, without
 from bbqrec_jax.ops.reduction import mean_weights

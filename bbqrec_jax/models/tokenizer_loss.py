@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.apply import apply
+from bbqrec_jax.models.named import named
 from bbqrec_jax.models.tokenizer import Tokenizer
 from bbqrec_jax.ops import quantize
 from bbqrec_jax.ops.contrastive import info_nce
@@ -23,6 +25,50 @@ class LossWeights(NamedTuple):
   modality_contrast: float | jax.Array = 1.0
   item_id: float | jax.Array = 0.05
   disentangle: float | jax.Array = 0.01
+  own: float | jax.Array = 1.0
+
+
+class CatalogueRows(NamedTuple):
+  """What a loss of one's own is given: B items of the catalogue, and what the tokenizer makes of them.
+
+  Attributes:
+    items: [B] int.
+    features: modality -> [B, D], standardised; zeros where it is absent.
+    present: stream -> [B] bool; streams are the modalities, "id" where the tokenizer has item IDs, and "fused".
+    latents: stream -> [B, d], what is quantized.
+    quantized: stream -> [B, d], the sum of the codewords, whose gradient is the latent's; in the warm-up, the latent.
+    codes: stream -> [B, L] int.
+    specific: modality -> [B, d].
+  """
+
+  items: jax.Array
+  features: dict[str, jax.Array]
+  present: dict[str, jax.Array]
+  latents: dict[str, jax.Array]
+  quantized: dict[str, jax.Array]
+  codes: dict[str, jax.Array]
+  specific: dict[str, jax.Array]
+
+
+# A loss of one's own: [B], a number an item. Its mean over the items of all devices is what counts.
+OwnLoss = Callable[[CatalogueRows], jax.Array]
+
+
+def find_own_loss(name: str) -> OwnLoss | None:
+  """The function of `tokenizer.own_loss`; None for "".
+
+  Raises:
+    InputError: if there is no such function.
+  """
+  if not name:
+    return None
+  try:
+    found = named(name, {})
+  except ValueError as error:
+    raise InputError(f"config field tokenizer.own_loss: {error}") from error
+  if not callable(found):
+    raise InputError(f"config field tokenizer.own_loss: expected a function, got {name!r}, a {type(found).__name__}")
+  return found
 
 
 class TokenizerOutput(NamedTuple):
@@ -57,6 +103,7 @@ def tokenizer_loss(
   weights: LossWeights,
   quantized: jax.Array | bool = True,
   bound: Bound | None = None,
+  own_loss: OwnLoss | None = None,
   key: jax.Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[jax.Array, TokenizerOutput]:
@@ -73,11 +120,15 @@ def tokenizer_loss(
     weights: the weight of each term.
     quantized: False trains on the latents themselves, before the codebooks exist; may be traced.
     bound: the CLUB bound between quantized and specific latents, its own network held fixed; None leaves it out.
+    own_loss: of `CatalogueRows`, added as `weights.own` says; None is none.
     key: for dropout of activations and of specific latents; None means neither, and no balanced codes.
     axis_name: the mapped axis over which the batch is split, or None.
 
   Returns:
     (loss, `TokenizerOutput`); over several devices the loss is this device's share.
+
+  Raises:
+    InputError: if `own_loss` gives anything else than a number an item.
   """
   s = model.settings
   names, streams, training = s.names, s.streams, key is not None
@@ -143,9 +194,25 @@ def tokenizer_loss(
     "item_id": item_id,
     "disentangle": disentangle,
   }
+  if own_loss is not None:
+    parts = {"present": latents.present, "latents": latents.values, "quantized": passed, "codes": result.codes}
+    by_stream = {name: dict(zip(streams, part, strict=True)) for name, part in parts.items()}
+    rows = CatalogueRows(items=batch["items"], features=batch["features"], specific=specific, **by_stream)
+    terms["own"] = _own(own_loss, rows, axis_name=axis_name)
   loss = sum((getattr(weights, name) * value for name, value in terms.items()), start=jnp.asarray(0.0))
   observed = jax.lax.stop_gradient((result.codes, result.residuals, latents.present, behaviour, specific))
   return loss, TokenizerOutput(terms | {"contrast_accuracy": accuracy}, *observed)
+
+
+def _own(own_loss: OwnLoss, rows: CatalogueRows, *, axis_name: str | None) -> jax.Array:
+  """The mean of a loss of one's own, this device's share."""
+  values, shape = own_loss(rows), rows.items.shape
+  if jnp.shape(values) != shape:
+    raise InputError(
+      f"config field tokenizer.own_loss: expected a number for each of {shape[0]} items, [{shape[0]}], got an array of"
+      f" shape {list(jnp.shape(values))}"
+    )
+  return masked_mean(values, jnp.ones(shape, bool), axis_name=axis_name)
 
 
 def _contrast(run, through_codebook, batch, settings, *, key, axis_name):

@@ -12,7 +12,7 @@ from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.recommender import Catalogue, Recommender
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, by_codebook
-from bbqrec_jax.models.tokenizer_loss import Bound, LossWeights, TokenizerOutput, tokenizer_loss
+from bbqrec_jax.models.tokenizer_loss import Bound, LossWeights, OwnLoss, TokenizerOutput, tokenizer_loss
 from bbqrec_jax.ops.club import club_full, club_sampled, gaussian_log_likelihood
 from bbqrec_jax.ops.codebooks import code_counts, moving_average, perplexity, revive_codes
 from bbqrec_jax.ops.reduction import masked_mean, mean_weights
@@ -188,6 +188,7 @@ def make_tokenizer_step(
   warmup_steps: int,
   upkeep: CodebookUpkeep,
   disentangling: Disentangling | None = None,
+  own_loss: OwnLoss | None = None,
 ) -> StepFunction:
   """The step of stage 1.
 
@@ -199,6 +200,7 @@ def make_tokenizer_step(
     upkeep: of the codewords, from then on.
     disentangling: the CLUB bound; None leaves it out. Its network is fitted to the latents of each batch after the main
       step, so that the next one judges it on rows it has not been fitted to.
+    own_loss: see `tokenizer_loss`.
 
   Returns:
     step(state, shared, batch, *, axis_name) -> (state, metrics); `shared` is unused.
@@ -214,8 +216,9 @@ def make_tokenizer_step(
 
     def loss_function(params):
       return tokenizer_loss(
-        model, params, batch, weights=weights, quantized=quantized, bound=bound, key=key, axis_name=axis_name
-      )
+        model, params, batch, weights=weights, quantized=quantized, bound=bound, own_loss=own_loss, key=key,
+        axis_name=axis_name,
+      )  # fmt: skip
 
     (loss, output), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
     loss, terms, gradients = reduce_shares((loss, output.terms, gradients), axis_name)

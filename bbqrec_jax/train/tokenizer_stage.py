@@ -30,7 +30,7 @@ from bbqrec_jax.models.frozen import (
   id_space,
 )
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
-from bbqrec_jax.models.tokenizer_loss import LossWeights
+from bbqrec_jax.models.tokenizer_loss import LossWeights, find_own_loss
 from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.parallel import Partitioner, StepFunction
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -251,6 +251,7 @@ def tokenizer_training(
     warmup_steps=t.warmup_steps,
     upkeep=CodebookUpkeep(settings, t.revival_threshold, codeword_decay=t.codeword_decay),
     disentangling=disentangling,
+    own_loss=find_own_loss(t.own_loss),
   )
   return Training(model, initial_state, step, batches)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, by_codebook, stream_codebooks
 from bbqrec_jax.models.tokenizer_loss import LossWeights, tokenizer_loss
@@ -34,6 +36,11 @@ ONES = LossWeights(*(1.0 for _ in LossWeights._fields))
 
 def only(name):
   return LossWeights(**{field: float(field == name) for field in LossWeights._fields})
+
+
+def far_from_one(rows):
+  """A loss of one's own."""
+  return jnp.mean(jnp.square(rows.quantized["fused"] - 1.0), axis=-1)
 
 
 def make_batch(*, missing=0.0, seed=0):
@@ -76,7 +83,9 @@ def run(random_params):
   @functools.partial(jax.jit, static_argnames="settings")
   def compiled(params, batch, weights, quantized, settings):
     def loss(params):
-      return tokenizer_loss(Tokenizer(settings), params, batch, weights=weights, quantized=quantized, bound=bound)
+      return tokenizer_loss(
+        Tokenizer(settings), params, batch, weights=weights, quantized=quantized, bound=bound, own_loss=far_from_one
+      )
 
     (value, output), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     return value, output, gradient
@@ -172,12 +181,49 @@ DECODERS = {"decoders_text", "decoders_image"}
     ("contrast", BEHAVIOUR | {"item_embedding", "history", "query"}),
     ("modality_contrast", BEHAVIOUR | {"item_embedding", "history", "query"}),
     ("disentangle", BEHAVIOUR | SPECIFIC),
+    ("own", BEHAVIOUR | {"item_embedding"}),
   ],
 )
 def test_each_loss_moves_its_own_parameters_and_only_quantization_moves_codewords(params, batch, run, name, expected):
   assert set(params) == BEHAVIOUR | SPECIFIC | DECODERS | {"codebooks", "item_embedding", "history", "query"}
   _, _, gradient = run(params, batch, weights=only(name))
   assert moved(gradient) == expected
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_loss_of_ones_own_is_given_what_the_tokenizer_makes_of_the_items(params, batch, quantized):
+  given = []
+  loss, output = tokenizer_loss(
+    Tokenizer(SETTINGS),
+    params,
+    batch,
+    weights=only("own")._replace(own=3.0),
+    quantized=quantized,
+    own_loss=lambda rows: given.append(rows) or jnp.arange(len(SAMPLE), dtype=jnp.float32),
+  )
+  assert_allclose(output.terms["own"], (len(SAMPLE) - 1) / 2)
+  assert_allclose(loss, 3 * (len(SAMPLE) - 1) / 2)
+  (rows,), made = given, latents(params, batch)
+  assert_array_equal(rows.items, SAMPLE)
+  assert_trees_equal(rows.features, batch["features"])
+  specific = call(SETTINGS, "specific", params, batch["features"])
+  codebooks = np.asarray(stream_codebooks(SETTINGS, params["codebooks"]))
+  for index, name in enumerate(SETTINGS.streams):
+    assert_array_equal(rows.present[name], made.present[index])
+    assert_allclose(rows.latents[name], made.values[index], atol=1e-6)
+    assert_array_equal(rows.codes[name], output.codes[index])
+    codewords = sum(codebooks[index, level][rows.codes[name][:, level]] for level in range(LEVELS))
+    assert_allclose(rows.quantized[name], codewords if quantized else made.values[index], atol=1e-5)
+  for name in MODALITIES:
+    assert_allclose(rows.specific[name], specific[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (len(SAMPLE), 2), (3,)])
+def test_a_loss_of_ones_own_that_is_no_number_an_item_is_refused(params, batch, shape):
+  with pytest.raises(
+    InputError, match=rf"own_loss: expected a number for each of 7 items, \[7\], got .* {re.escape(str(list(shape)))}"
+  ):
+    tokenizer_loss(Tokenizer(SETTINGS), params, batch, weights=ONES, own_loss=lambda rows: jnp.zeros(shape))
 
 
 def test_features_of_missing_modalities_change_nothing_whatever_they_hold(params, batch, run):

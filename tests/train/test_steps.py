@@ -65,7 +65,7 @@ def test_the_bound_moves_both_encoders_and_not_its_own_network(
   tokenizer, batch, disentangling, critic_params, random_params
 ):
   params = random_params(tokenizer, batch)
-  only_bound = LossWeights(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+  only_bound = LossWeights(**dict.fromkeys(LossWeights._fields, 0.0))._replace(disentangle=1.0)
 
   def loss(params, critic):
     bound = disentangling.bound(critic, key=jax.random.key(0), axis_name=None)

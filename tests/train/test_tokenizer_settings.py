@@ -17,6 +17,7 @@ from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
 from bbqrec_jax.models.tokenizer_loss import LossWeights
 from bbqrec_jax.ops.kmeans import residual_kmeans
+from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.parallel import SingleDevice
 from bbqrec_jax.train import tokenizer_stage
 from bbqrec_jax.train.steps import CodebookUpkeep, Disentangling
@@ -103,6 +104,9 @@ def test_the_step_is_made_of_the_configs_weights_upkeep_and_bound(dataset, monke
   changes["tokenizer.weights.disentangle"] = 0.0
   made()
   assert given["disentangling"] is None
+  assert given["own_loss"] is None
+  made(**{"tokenizer.own_loss": "bbqrec_jax.ops.reduction:masked_mean"})
+  assert given["own_loss"] is masked_mean
 
 
 def test_the_defaults_of_the_steps_parts_are_those_of_the_config():
