@@ -33,11 +33,11 @@ from bbqrec_jax.benchmarks.limits import PEAKS, measured_limits
 from bbqrec_jax.benchmarks.report import chart, comparison, records_table, table, utilisation
 from bbqrec_jax.benchmarks.timing import measure
 from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags, writing
-from bbqrec_jax.config import validate
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.input_files import check_place, expanded
 from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.validation import validate
 
 
 def device_kind() -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from bbqrec_jax.config import default_config, flatten, validate
+from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.features import feature_widths
 from bbqrec_jax.data.interactions import Split, leave_one_out
@@ -32,6 +32,7 @@ from bbqrec_jax.train.catalogue import (
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.recommender_stage import check_fingerprint, run_recommender, tokenizer_folder
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer
+from bbqrec_jax.validation import validate
 from bbqrec_jax.workdir import (
   REMAKE,
   check_workdir,

@@ -9,13 +9,14 @@ from typing import Any
 
 import ml_collections
 
-from bbqrec_jax.config import CHANGEABLE, default_config, flatten, validate
+from bbqrec_jax.config import CHANGEABLE, default_config, flatten
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY
 from bbqrec_jax.input_files import check_links, check_place, expanded, is_given
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.heads import HEADS
 from bbqrec_jax.models.recommender import BACKBONES
+from bbqrec_jax.validation import validate
 
 PATHS = ("data.path", "tokenizer.artefact")  # Fields that name a folder.
 # Of the figures of `statistics`: what tells one data set from another.

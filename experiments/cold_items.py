@@ -21,7 +21,6 @@ from ml_collections import config_flags
 from bbqrec_jax.assign import assign
 from bbqrec_jax.command_line import define_path, parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
-from bbqrec_jax.config import validate
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, drop_short_users
@@ -35,6 +34,7 @@ from bbqrec_jax.parallel import make_partitioner
 from bbqrec_jax.restoring import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.train.catalogue import needs_semantic_ids
+from bbqrec_jax.validation import validate
 from bbqrec_jax.workdir import with_absolute_paths
 
 

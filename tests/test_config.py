@@ -5,9 +5,10 @@ import pathlib
 
 import pytest
 
-from bbqrec_jax.config import default_config, flatten, validate
+from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.systems import SYSTEMS
+from bbqrec_jax.validation import validate
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 

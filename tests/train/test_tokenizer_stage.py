@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bbqrec_jax import config as config_module
-from bbqrec_jax.config import default_config, flatten, validate
+from bbqrec_jax import validation
+from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.json_files import read_json
@@ -25,6 +25,7 @@ from bbqrec_jax.train import tokenizer_stage
 from bbqrec_jax.train.logging import MetricsLog
 from bbqrec_jax.train.steps import make_tokenizer_step
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer, tokenizer_settings
+from bbqrec_jax.validation import validate
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -74,8 +75,8 @@ def signs(z, codebooks):
 def _own_quantizer():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(QUANTIZERS, "signs", signs)
-    choices = config_module._CHOICES["tokenizer.quantizer"]
-    patch.setitem(config_module._CHOICES, "tokenizer.quantizer", (*choices, "signs"))
+    choices = validation._CHOICES["tokenizer.quantizer"]
+    patch.setitem(validation._CHOICES, "tokenizer.quantizer", (*choices, "signs"))
     yield
 
 
@@ -124,7 +125,7 @@ def trained(data, tmp_path_factory, compile_cache):
 
 def test_the_runs_below_take_every_choice_and_every_switch_both_ways():
   taken = [flatten(make_config(changes)) for changes in ALTERNATIVES.values()]
-  for name, choices in config_module._CHOICES.items():
+  for name, choices in validation._CHOICES.items():
     if name.startswith("tokenizer."):
       assert {run[name] for run in taken} == set(choices), name
   for name, value in flatten(default_config()).items():
