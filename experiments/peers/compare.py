@@ -128,12 +128,17 @@ def main(argv: list[str]) -> None:
   unknown = set(options.only) - set(PEERS)
   if unknown:
     raise SystemExit(f"error: --only: expected some of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
-  names = [name for name in options.only if name != "ranking" or options.sequences]
+  lengths = []
+  if options.sequences:
+    try:
+      lengths = [len(history) for history in real_histories(options.sequences)]
+    except (OSError, ValueError) as error:
+      raise SystemExit(f"error: --sequences={options.sequences}: {error}") from error
+  names = [name for name in options.only if name != "ranking" or lengths]
   rows = [row for name in names for row in measure(name, options.peer_python, options.rounds, options.sequences)]
   about = {"machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(),
            "load": os.getloadavg()[0], "rounds": options.rounds}  # fmt: skip
-  if options.sequences:
-    lengths = [len(history) for history in real_histories(options.sequences)]
+  if lengths:
     about |= {"histories": len(lengths), "mean length": statistics.mean(lengths), "longest": HISTORY}
   if options.output:
     pathlib.Path(options.output).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")

@@ -85,9 +85,8 @@ def recommender(what, sequences):
   "encoder_decoder" is T5 in TIGER's shape, "causal" this project's own, both with the generative head and beam search;
   "sasrec" knows items by number and has a full softmax.
   """
-  from bbqrec_jax.data.interactions import from_lengths, select_users
-  from bbqrec_jax.data.packing import length_groups
-  from bbqrec_jax.data.pipeline import evaluation_batches
+  from bbqrec_jax.data.interactions import from_lengths
+  from bbqrec_jax.evaluation.ranking import evaluate
   from bbqrec_jax.models.apply import apply
   from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
   from bbqrec_jax.models.recommender import Recommender
@@ -171,11 +170,16 @@ def recommender(what, sequences):
 
     def rank():
       valid = []
-      for padded, group in length_groups(lengths, BOUNDS, length):
-        some = select_users(users, group)
-        for batch in evaluation_batches(some, np.zeros(len(group)), batch_size=SEARCH_BATCH, max_length=padded):
-          real = batch.pop("valid")
-          valid.append(np.asarray(search(state[0], catalogue, batch))[real] >= 0)
+
+      def ranker(params, catalogue, batch):
+        found = np.asarray(search(params, catalogue, batch))
+        valid.append(found >= 0)
+        return {"ranks": np.zeros(len(found), np.int32), "top": found}
+
+      evaluate(
+        ranker, state[0], catalogue, users, np.zeros(len(lengths), int), batch_size=SEARCH_BATCH, max_length=length,
+        num_items=ITEMS, bounds=BOUNDS,
+      )  # fmt: skip
       return float(np.mean(np.concatenate(valid)))
 
     tasks["rank"] = rank

@@ -28,10 +28,20 @@ def semantic_ids(seed: int = 0):
 
 
 def real_histories(file: str) -> list[list[int]]:
-  """The last HISTORY items before the last one of USERS users, taken from all over a `sequences.txt`."""
+  """The last HISTORY items before the last one of USERS users, taken from all over a `sequences.txt`.
+
+  Raises:
+    ValueError: if it has fewer users, or items beyond ITEMS.
+  """
   lines = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+  if len(lines) < USERS:
+    raise ValueError(f"expected at least {USERS} users, got {len(lines)}")
   chosen = lines[:: len(lines) // USERS][:USERS]
-  return [[int(item) for item in line.split()[1:-1]][-HISTORY:] for line in chosen]
+  histories = [[int(item) for item in line.split()[1:-1]][-HISTORY:] for line in chosen]
+  largest = max(map(max, histories))
+  if largest >= ITEMS:
+    raise ValueError(f"expected at most {ITEMS} items, got number {largest}")
+  return histories
 
 
 def serve(tasks: dict[str, Callable[[], object]]) -> None:
