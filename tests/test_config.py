@@ -298,7 +298,7 @@ def test_empty_subsets():
       ("tokenizer.content_codes", "tokenizer.quantizer = 'rq_kmeans'"),
     ),
     (
-      {"tokenizer.own_loss": "my_losses:short", "tokenizer.quantizer": "rq_kmeans"},
+      {"tokenizer.own_loss": "my_losses:together", "tokenizer.quantizer": "rq_kmeans"},
       ("tokenizer.own_loss", "tokenizer.quantizer = 'rq_kmeans'"),
     ),
   ],

@@ -24,7 +24,10 @@ def test_the_loss_of_ones_own_is_a_number_an_item(request, tmp_path, load_file):
   readme = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
   (code,) = re.findall(r"```python\n(# my_losses\.py\n.*?)```", readme, re.DOTALL)
   (tmp_path / "my_losses.py").write_text(code, encoding="utf-8")
-  latents = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-  rows = CatalogueRows(*({} for _ in CatalogueRows._fields))._replace(latents={"fused": latents})
-  values = load_file(tmp_path / "my_losses.py").short(rows)
-  np.testing.assert_allclose(values, [sum(x * x for x in row) / 3 for row in latents], rtol=1e-6)
+  latents = dict(zip(("text", "image", "fused"), np.random.default_rng(0).normal(size=(3, 5, 4)), strict=True))
+  rows = CatalogueRows(*({} for _ in CatalogueRows._fields))._replace(latents=latents)
+  values = load_file(tmp_path / "my_losses.py").together(rows)
+  apart = [
+    sum(((latents[name][row] - latents["fused"][row]) ** 2).mean() for name in ("text", "image")) for row in range(5)
+  ]
+  np.testing.assert_allclose(values, apart, rtol=1e-5)
