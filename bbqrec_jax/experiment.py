@@ -16,7 +16,7 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, popularity_metrics
 from bbqrec_jax.input_files import is_given
 from bbqrec_jax.json_files import read_json, write_json
-from bbqrec_jax.models.tokenizer_loss import find_own_loss
+from bbqrec_jax.models.tokenizer_loss import check_own_loss
 from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.parallel import Partitioner, make_partitioner
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -31,7 +31,7 @@ from bbqrec_jax.train.catalogue import (
 )
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.recommender_stage import check_fingerprint, run_recommender, tokenizer_folder
-from bbqrec_jax.train.tokenizer_stage import run_tokenizer
+from bbqrec_jax.train.tokenizer_stage import run_tokenizer, tokenizer_settings
 from bbqrec_jax.validation import validate
 from bbqrec_jax.workdir import (
   REMAKE,
@@ -123,7 +123,8 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_toke
     if config.tokenizer.artefact:
       ids = load_ids(config, workdir, figures, num_items=dataset.num_items)
     elif for_tokenizer or needs_semantic_ids(config):
-      find_own_loss(config.tokenizer.own_loss)
+      t = config.tokenizer
+      check_own_loss(t.own_loss, tokenizer_settings(config, dataset), batch_items=t.batch_items)
     settings = recommender_settings(
       config,
       ids,

@@ -153,6 +153,15 @@ def test_synthetic_data_is_nowhere(tmp_path):
       {"tokenizer.own_loss": "math:pi", "tokenizer.quantizer": "rq_vae"},
       "config field tokenizer.own_loss: expected a function, got 'math:pi', a float",
     ),
+    (
+      {"tokenizer.own_loss": "builtins:len", "tokenizer.quantizer": "rq_vae", "tokenizer.batch_items": 24},
+      "config field tokenizer.own_loss: expected a number for each of 24 items, [24], got an array of shape []",
+    ),
+    (
+      {"tokenizer.own_loss": "builtins:sum", "tokenizer.quantizer": "rq_vae"},
+      "config field tokenizer.own_loss = 'builtins:sum': expected a function of CatalogueRows (see"
+      " bbqrec_jax/models/tokenizer_loss.py), got TypeError: unsupported operand",
+    ),
     ({"recommender.backbone": "copy:copy"}, "config field recommender.backbone = 'copy:copy': expected a function"),
     ({"seed": 2**70}, "config field seed must be at most 4294967295"),
   ],

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.named import named
-from bbqrec_jax.models.tokenizer import Tokenizer
+from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
 from bbqrec_jax.ops import quantize
 from bbqrec_jax.ops.contrastive import info_nce
 from bbqrec_jax.ops.reduction import masked_mean
@@ -69,6 +69,45 @@ def find_own_loss(name: str) -> OwnLoss | None:
   if not callable(found):
     raise InputError(f"config field tokenizer.own_loss: expected a function, got {name!r}, a {type(found).__name__}")
   return found
+
+
+def check_own_loss(name: str, settings: TokenizerSettings, *, batch_items: int) -> None:
+  """Tries the function of `tokenizer.own_loss` on shapes alone, as a step of training would call it.
+
+  Args:
+    name: the field's value; "" is none.
+    settings: of the tokenizer.
+    batch_items: B.
+
+  Raises:
+    InputError: if there is no such function, it fails, or it gives anything else than a number an item.
+  """
+  own_loss = find_own_loss(name)
+  if own_loss is None:
+    return
+
+  def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+    return jax.ShapeDtypeStruct((batch_items, *shape), dtype)
+
+  vectors = dict.fromkeys(settings.streams, array(settings.code_width))
+  rows = CatalogueRows(
+    items=array(dtype=jnp.int32),
+    features={name: array(width) for name, width in settings.modalities},
+    present=dict.fromkeys(settings.streams, array(dtype=jnp.bool_)),
+    latents=vectors,
+    quantized=vectors,
+    codes=dict.fromkeys(settings.streams, array(settings.num_levels, dtype=jnp.int32)),
+    specific=dict.fromkeys(settings.names, array(settings.code_width)),
+  )
+  try:
+    jax.eval_shape(lambda rows: _own(own_loss, rows, axis_name=None), rows)
+  except InputError:
+    raise
+  except Exception as error:  # It may be anybody's code.
+    raise InputError(
+      f"config field tokenizer.own_loss = {name!r}: expected a function of CatalogueRows (see"
+      f" bbqrec_jax/models/tokenizer_loss.py), got {type(error).__name__}: {error}"
+    ) from error
 
 
 class TokenizerOutput(NamedTuple):
