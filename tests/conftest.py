@@ -1,6 +1,7 @@
 """Four CPU devices for every test, set before anything imports JAX, and the real data where a checkout has it."""
 
 import contextlib
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -10,14 +11,20 @@ import numpy as np
 import pytest
 
 _DEVICES = os.environ.get("TEST_DEVICES", "4")
-# Half of the time of the tests is the CPU compiler's; these emitters pay for larger programs. A later version may not
-# know the flag, and would end at once.
-_EMITTERS = " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
+# Half of the time of the tests is the CPU compiler's; these emitters, and parts compiled side by side, pay for larger
+# programs. A later version may not know the flags, and would end at once.
+_SMALL = (
+  " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+  if importlib.metadata.version("jaxlib").startswith("0.10.")
+  else ""
+)
 os.environ["XLA_FLAGS"] = (
-  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_DEVICES}{_EMITTERS}".strip()
+  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_DEVICES}{_SMALL}".strip()
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# A twelfth of the rest is the search for cycles among all that tracing makes, nearly always in vain.
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

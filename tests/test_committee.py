@@ -1,5 +1,7 @@
 """Runs that rank together, against the product of their probabilities by hand."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.apply import apply
+from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.restoring import restore
 from bbqrec_jax.workdir import load_results
 
@@ -69,7 +72,7 @@ def test_the_product_is_that_of_both_runs(script, runs, tmp_path):
   assert np.any(ranks["test"] != ranks["test_without_history"])
 
 
-def test_what_cannot_be_multiplied_is_refused(script, runs, tmp_path):
+def test_what_cannot_be_multiplied_is_refused(script, runs, tmp_path, monkeypatch):
   with pytest.raises(InputError, match="exists already: choose another --output"):
     script.judge(runs, runs[0])
   with pytest.raises(InputError, match="makes its own data; leave --data out"):
@@ -79,7 +82,12 @@ def test_what_cannot_be_multiplied_is_refused(script, runs, tmp_path):
   experiment.run(make_config(**{"data.synthetic.seed": 1}), tmp_path / "other")
   with pytest.raises(InputError, match="is a run of other data than"):
     script.judge([runs[0], tmp_path / "other"], tmp_path / "out")
-  experiment.run(make_config(**{"recommender.head": "generative"}), tmp_path / "generative")
+
+  def with_a_head_that_searches(workdir, **options):
+    run = restore(workdir, **options)
+    return run._replace(model=make_recommender(dataclasses.replace(run.model.settings, head="generative")))
+
+  monkeypatch.setattr(script, "restore", with_a_head_that_searches)
   with pytest.raises(InputError, match="its head searches; give runs whose heads score every item"):
-    script.judge([runs[0], tmp_path / "generative"], tmp_path / "out")
+    script.judge(runs, tmp_path / "out")
   assert not (tmp_path / "out").exists()

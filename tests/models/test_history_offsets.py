@@ -255,10 +255,8 @@ def test_drawn_items_know_of_the_history_too(random_params, catalogue, items):
   settings = dataclasses.replace(DENSE, num_negatives=20_000)
   batch = batch_of(DENSE, items)
   params = with_offsets(random_params(Recommender(DENSE), catalogue, batch), -0.2)
-  model = Recommender(settings)
-  estimate, _ = model.apply(
-    {"params": params}, catalogue, batch, method="loss", deterministic=False, rngs={"dropout": jax.random.key(0)}
-  )
+  rngs = {"dropout": jax.random.key(0)}
+  estimate, _ = call(settings, "loss", params, catalogue, batch, deterministic=False, rngs=rngs)
   assert estimate == pytest.approx(float(loss(DENSE, params, catalogue, batch)), rel=0.02)
   assert estimate != pytest.approx(float(loss(DENSE, with_offsets(params, 0.0), catalogue, batch)), rel=0.02)
 

@@ -463,9 +463,9 @@ def test_the_generative_heads_loss_weighs_in_the_hybrid_what_it_is_told(hybrid_p
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "width"))
-def search(settings, params, catalogue, queries, exclude=None, *, width):
+def search(settings, params, catalogue, queries, exclude=None, *, width, past=None):
   return Recommender(settings).apply(
-    {"params": params}, catalogue, queries, width=width, exclude=exclude, method="search"
+    {"params": params}, catalogue, queries, width=width, exclude=exclude, past=past, method="search"
   )
 
 
@@ -533,21 +533,20 @@ def test_items_that_came_after_training_are_candidates_of_the_hybrid_head(
 ):
   width, known = 4, ITEMS - 3
   settings = dataclasses.replace(HYBRID, num_items=known, rerank="dense", history_offsets=offsets)
-  model = Recommender(settings)
-  own = random_params(model, catalogue, batch)
+  own = random_params(Recommender(settings), catalogue, batch)
   past = jnp.asarray([[0, 1], [ITEMS - 1, 2], [ITEMS - 2, -1]]) if offsets else None
   exclude = jnp.asarray([[0, 5], [ITEMS - 3, -1], [3, ITEMS - 1]])
 
   def of(head):
     parts = {"head": own["head"][head]} if own["head"].get(head) else {}
     rest = {name: value for name, value in own.items() if name != "head"}
-    return Recommender(dataclasses.replace(settings, head=head)), {"params": rest | parts}
+    return dataclasses.replace(settings, head=head), rest | parts
 
-  head, variables = of("generative")
-  beam = head.apply(variables, catalogue, queries, width=width, exclude=exclude, past=past, method="search")
-  head, variables = of("dense")
-  scores = np.asarray(head.apply(variables, catalogue, queries, past, method="scores"), np.float64)
-  found = model.apply({"params": own}, catalogue, queries, width=width, exclude=exclude, past=past, method="search")
+  given = {"width": width, "exclude": exclude, "past": past}
+  beam = search(*of("generative"), catalogue, queries, **given)
+  dense, params = of("dense")
+  scores = np.asarray(call(dense, "scores", params, catalogue, queries, past), np.float64)
+  found = search(settings, own, catalogue, queries, **given)
   for b in range(3):
     candidates = ({*np.asarray(beam.items[b]).tolist(), *range(known, ITEMS)} - {*np.asarray(exclude[b]).tolist()}) - {
       -1

@@ -192,15 +192,19 @@ def test_each_loss_moves_its_own_parameters_and_only_quantization_moves_codeword
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_loss_of_ones_own_is_given_what_the_tokenizer_makes_of_the_items(params, batch, quantized):
-  given = []
-  loss, output = tokenizer_loss(
-    Tokenizer(SETTINGS),
-    params,
-    batch,
-    weights=only("own")._replace(own=3.0),
-    quantized=quantized,
-    own_loss=lambda rows: given.append(rows) or jnp.arange(len(SAMPLE), dtype=jnp.float32),
-  )
+  @jax.jit
+  def run(params, batch):
+    given = []
+
+    def own_loss(rows):
+      given.append(rows)
+      return jnp.arange(len(SAMPLE), dtype=jnp.float32)
+
+    weights = only("own")._replace(own=3.0)
+    result = tokenizer_loss(Tokenizer(SETTINGS), params, batch, weights=weights, quantized=quantized, own_loss=own_loss)
+    return *result, given
+
+  loss, output, given = run(params, batch)
   assert_allclose(output.terms["own"], (len(SAMPLE) - 1) / 2)
   assert_allclose(loss, 3 * (len(SAMPLE) - 1) / 2)
   (rows,), made = given, latents(params, batch)
@@ -220,10 +224,11 @@ def test_a_loss_of_ones_own_is_given_what_the_tokenizer_makes_of_the_items(param
 
 @pytest.mark.parametrize("shape", [(), (len(SAMPLE), 2), (3,)])
 def test_a_loss_of_ones_own_that_is_no_number_an_item_is_refused(params, batch, shape):
+  bound = functools.partial(tokenizer_loss, Tokenizer(SETTINGS), weights=ONES, own_loss=lambda rows: jnp.zeros(shape))
   with pytest.raises(
     InputError, match=rf"own_loss: expected a number for each of 7 items, \[7\], got .* {re.escape(str(list(shape)))}"
   ):
-    tokenizer_loss(Tokenizer(SETTINGS), params, batch, weights=ONES, own_loss=lambda rows: jnp.zeros(shape))
+    jax.eval_shape(bound, params, batch)
 
 
 def test_features_of_missing_modalities_change_nothing_whatever_they_hold(params, batch, run):

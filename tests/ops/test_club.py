@@ -6,7 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from bbqrec_jax.ops.club import club_full, club_sampled, gaussian_log_likelihood
+from bbqrec_jax.ops import club
+from bbqrec_jax.ops.club import gaussian_log_likelihood
+
+club_full = jax.jit(club.club_full, static_argnames="axis_name")
+club_sampled = jax.jit(club.club_sampled, static_argnames="axis_name")
 
 
 def draw(seed, rows, width):

@@ -1,12 +1,17 @@
 """The trie against the sets of prefixes it stands for."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.semantic_ids.trie import build_trie
+from bbqrec_jax.semantic_ids.trie import Trie, build_trie
+
+children, emptied_children, share_of = (
+  jax.jit(method, static_argnames="level") for method in (Trie.children, Trie.emptied, Trie.share)
+)
 
 
 def distinct_codes(seed=0, *, items=40, levels=3, codes=5):
@@ -19,7 +24,7 @@ def prefixes_by_walking(trie):
   """For each level, the prefix of each node, found through `children` alone."""
   levels, known = [], [()]
   for level in range(trie.num_levels):
-    nodes, codes, valid = (np.asarray(x) for x in trie.children(level, jnp.arange(len(known))))
+    nodes, codes, valid = (np.asarray(x) for x in children(trie, level, jnp.arange(len(known))))
     following = {}
     for parent, prefix in enumerate(known):
       for node, code in zip(nodes[parent][valid[parent]], codes[parent][valid[parent]], strict=True):
@@ -60,7 +65,7 @@ def test_children_are_ascending_ranges_of_the_next_level_as_wide_as_the_widest_p
       counts[row[:-1]] = counts.get(row[:-1], 0) + 1
     assert trie.fanouts[level] == max(counts.values())
     assert_array_equal(np.diff(trie.starts[level]), [counts[parent] for parent in sorted(counts)])
-    nodes, codes, valid = map(np.asarray, trie.children(level, jnp.arange(len(counts))))
+    nodes, codes, valid = map(np.asarray, children(trie, level, jnp.arange(len(counts))))
     assert nodes.shape[1] == trie.fanouts[level]
     for parent in range(len(counts)):
       assert (np.diff(codes[parent][valid[parent]]) > 0).all()
@@ -96,8 +101,8 @@ def test_a_node_is_emptied_once_every_item_under_it_is_taken_away():
   for level, prefixes in enumerate(prefixes_by_walking(trie)):
     # All nodes above, in an order of each row's own.
     parents = np.stack([np.random.default_rng(seed).permutation(len(trie.starts[level]) - 1) for seed in (2, 3)])
-    nodes, _, valid = map(np.asarray, trie.children(level, jnp.asarray(parents)))
-    emptied = np.asarray(trie.emptied(level, jnp.asarray(parents), jnp.asarray(excluded)))
+    nodes, _, valid = map(np.asarray, children(trie, level, jnp.asarray(parents)))
+    emptied = np.asarray(emptied_children(trie, level, jnp.asarray(parents), jnp.asarray(excluded)))
     assert emptied.shape == nodes.shape
     for row in range(2):
       left = np.delete(ids, excluded[row][excluded[row] >= 0], axis=0)
@@ -106,7 +111,7 @@ def test_a_node_is_emptied_once_every_item_under_it_is_taken_away():
       expected = [prefixes[node] not in alive for node in nodes[row][valid[row]]]
       assert_array_equal(emptied[row][valid[row]], expected)
     # A few of the parents, and one of them again as what fills a beam: the first of equal ones is answered for.
-    few = np.asarray(trie.emptied(level, jnp.asarray(parents[:, [0, -1, 0]]), jnp.asarray(excluded)))
+    few = np.asarray(emptied_children(trie, level, jnp.asarray(parents[:, [0, -1, 0]]), jnp.asarray(excluded)))
     assert_array_equal(few[:, 0] & valid[:, 0], emptied[:, 0] & valid[:, 0])
     if level:
       assert_array_equal(few[:, 1] & valid[:, -1], emptied[:, -1] & valid[:, -1])
@@ -122,7 +127,7 @@ def test_the_share_of_the_items_under_a_node_is_counted():
   items = np.stack([np.append(draw.choice(len(ids), 9, replace=False), [-1, -1]) for _ in range(2)])
   for level, prefixes in enumerate(prefixes_by_walking(trie)):
     nodes = np.random.default_rng(5).integers(len(prefixes), size=(2, 3, 7))
-    share = np.asarray(trie.share(level, jnp.asarray(nodes), jnp.asarray(items)))
+    share = np.asarray(share_of(trie, level, jnp.asarray(nodes), jnp.asarray(items)))
     for row in range(2):
       some = np.array(prefixes)[nodes[row]]
       under = np.all(ids[None, :, None, : level + 1] == some[:, None], axis=-1)  # [3, N, 7]
@@ -132,10 +137,10 @@ def test_the_share_of_the_items_under_a_node_is_counted():
 def test_children_keep_the_shape_of_the_parents():
   trie = build_trie(distinct_codes())
   parents = jnp.array([[0, 3, 1], [2, 2, 0]])
-  nodes, codes, valid = trie.children(1, parents)
+  nodes, codes, valid = children(trie, 1, parents)
   for part in (nodes, codes, valid):
     assert part.shape == (2, 3, trie.fanouts[1])
-  alone = trie.children(1, jnp.array([2]))
+  alone = children(trie, 1, jnp.array([2]))
   for part, expected in zip((nodes, codes, valid), alone, strict=True):
     assert_array_equal(part[1, 0], expected[0])
     assert_array_equal(part[1, 1], expected[0])
