@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.critic import ClubCritic
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, by_codebook, stream_codebooks
-from bbqrec_jax.models.tokenizer_loss import LossWeights, tokenizer_loss
+from bbqrec_jax.models.tokenizer_loss import LossWeights, check_own_loss, tokenizer_loss
 from bbqrec_jax.ops.club import club_full
 from bbqrec_jax.ops.quantize import QUANTIZERS, balanced_code, residual_quantize
 
@@ -220,6 +220,21 @@ def test_a_loss_of_ones_own_is_given_what_the_tokenizer_makes_of_the_items(param
     assert_allclose(rows.quantized[name], codewords if quantized else made.values[index], atol=1e-5)
   for name in MODALITIES:
     assert_allclose(rows.specific[name], specific[name], atol=1e-6)
+
+
+TRIED_ON = []
+
+
+def watched(rows):
+  TRIED_ON.append(jax.eval_shape(lambda: rows))
+  return jnp.zeros(len(rows.items))
+
+
+def test_a_loss_of_ones_own_is_tried_on_what_it_will_be_given(params, batch):
+  check_own_loss(f"{__name__}:watched", SETTINGS, batch_items=len(SAMPLE))
+  jax.eval_shape(functools.partial(tokenizer_loss, Tokenizer(SETTINGS), weights=ONES, own_loss=watched), params, batch)
+  tried, given = TRIED_ON
+  assert tried == given
 
 
 @pytest.mark.parametrize("shape", [(), (len(SAMPLE), 2), (3,)])
