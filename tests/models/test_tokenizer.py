@@ -222,18 +222,19 @@ def test_a_loss_of_ones_own_is_given_what_the_tokenizer_makes_of_the_items(param
     assert_allclose(rows.specific[name], specific[name], atol=1e-6)
 
 
-TRIED_ON = []
+SHAPES = []
 
 
 def watched(rows):
-  TRIED_ON.append(jax.eval_shape(lambda: rows))
+  SHAPES.append(jax.eval_shape(lambda: rows))
   return jnp.zeros(len(rows.items))
 
 
 def test_a_loss_of_ones_own_is_tried_on_what_it_will_be_given(params, batch):
+  SHAPES.clear()
   check_own_loss(f"{__name__}:watched", SETTINGS, batch_items=len(SAMPLE))
   jax.eval_shape(functools.partial(tokenizer_loss, Tokenizer(SETTINGS), weights=ONES, own_loss=watched), params, batch)
-  tried, given = TRIED_ON
+  tried, given = SHAPES
   assert tried == given
 
 
