@@ -20,6 +20,7 @@ import pathlib
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,31 +72,34 @@ def about(name: str) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def run(config: Any, *, only: tuple[str, ...] = ()) -> dict[str, Any]:
+def run(
+  config: Any, *, only: tuple[str, ...] = (), keep: Callable[[dict[str, Any]], None] = lambda result: None
+) -> dict[str, Any]:
   """Times the cases of a config.
 
   Args:
     config: see `configs/benchmark.py`.
     only: beginnings of the names of those that are wanted; () means all.
+    keep: gets all that is known after each case, so that what ends the program later costs nothing of it.
 
   Returns:
     What the JSON file holds.
   """
   validate(config.run)
-  limits: dict[str, float] = {}
   known = PEAKS.get(jax.devices()[0].device_kind)
   peak = None
   if known is not None:
     peak = {name: value and value * jax.device_count() for name, value in known._asdict().items()}
-  records = []
+  result: dict[str, Any] = {"schema": 1, "about": about(config.name), "limits": {}, "peak": peak, "records": []}
   for case in all_cases(config, only):
-    limits = limits or measured_limits()
+    result["limits"] = result["limits"] or measured_limits()
     record = measure(case, windows=config.windows, window_seconds=config.window_seconds)
-    records.append(record | utilisation(record, limits, peak))
+    result["records"].append(record | utilisation(record, result["limits"], peak))
     print(f"{case.name}: {1e3 * record['median_s']:,.2f} ms", flush=True)
-  if not records:
+    keep(result)
+  if not result["records"]:
     raise InputError(f"--only: no benchmark begins with {' or '.join(only)}")
-  return {"schema": 1, "about": about(config.name), "limits": limits, "peak": peak, "records": records}
+  return result
 
 
 def records(folder: pathlib.Path) -> str:
@@ -133,18 +137,23 @@ def main(argv: list[str]) -> None:
         "--config: expected configs/benchmark.py:small, :paper or :large, or one like it, which holds what is timed"
         " beside the config of a run; or give --compare with two files"
       )
-    if options.output:
-      check_place(options.output.parent, flag="output")
-    result = run(options.config, only=tuple(options.only))
+    output = options.output
+    if output:
+      check_place(output.parent, flag="output")
+
+    def keep(result: dict[str, Any]) -> None:
+      if output:
+        with writing(output):
+          write_json(output, result)
+
+    result = run(options.config, only=tuple(options.only), keep=keep)
   except InputError as error:
     refuse(error)
   print(table(result))
-  output = options.output
   if output is None:
     return
   try:
     with writing(output):
-      write_json(output, result)
       chart(result).savefig(output.with_suffix(".png"), dpi=120)
   except ModuleNotFoundError:
     print("no chart: it needs matplotlib, pip install 'bbqrec_jax[report]'")

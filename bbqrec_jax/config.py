@@ -67,6 +67,8 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.batch_items = 256  # Items of the catalogue sample in a batch.
   tokenizer.batch_rows = 32  # Rows of packed histories in a batch, over all devices.
   tokenizer.row_length = 32  # Items in a row.
+  tokenizer.device_features = 1024  # Features of all items, standardised, stay on each device while they take no more
+  # MiB than this; what is larger is read by the host, a batch at a time.
   tokenizer.evaluate_every = 500  # Steps between two health checks (and checkpoints).
   tokenizer.commitment = 0.25  # beta of the quantization loss.
   tokenizer.temperature = 0.3  # Of the contrast, or where it starts.

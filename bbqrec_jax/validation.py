@@ -39,6 +39,7 @@ _MAY_BE_ZERO = {
   "shard_rows",
   "data.synthetic.seed",
   "tokenizer.warmup_steps",
+  "tokenizer.device_features",
   "tokenizer.optimizer.warmup_steps",
   "recommender.optimizer.warmup_steps",
   "evaluation.validation_users",

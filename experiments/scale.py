@@ -88,6 +88,7 @@ def steps(config: Any, *, items: int) -> Iterator[tuple[str, Any, Any, Any, Any]
   """(name, step, and the shapes of its state, shared data and global batch) of each training step."""
   config = copy.deepcopy(config)
   config.num_items = _FEW
+  config.run.tokenizer.device_features = 0
   dataset = random_dataset(config)
   store, ids = dataset.store, random_ids(config, dataset.modalities)
   settings = tokenizer_settings(config.run, dataset)

@@ -62,6 +62,15 @@ def random_params():
   return make
 
 
+@pytest.fixture
+def four_devices():
+  """Skips the test where there are fewer, as on a machine with one GPU."""
+  import jax
+
+  if jax.local_device_count() < 4:
+    pytest.skip("needs four devices")
+
+
 @contextlib.contextmanager
 def _jax_options(**options):
   import jax

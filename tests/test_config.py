@@ -122,14 +122,12 @@ def test_a_value_of_another_type_cannot_be_set():
       config.update_from_flattened_dict({name: value})
 
 
+FROM_ZERO = (".warmup_steps", "seed", ".validation_users", ".num_negatives", ".time_buckets", "shard_rows",
+             "_tower.width", ".device_features")  # fmt: skip
 INTEGERS_FROM_ONE = [
   name
   for name, value in flatten(default_config()).items()
-  if isinstance(value, int)
-  and not isinstance(value, bool)
-  and not name.endswith(
-    (".warmup_steps", "seed", ".validation_users", ".num_negatives", ".time_buckets", "shard_rows", "_tower.width")
-  )
+  if isinstance(value, int) and not isinstance(value, bool) and not name.endswith(FROM_ZERO)
 ]
 INTEGERS_FROM_ZERO = [
   name

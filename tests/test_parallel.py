@@ -39,12 +39,6 @@ NUM_ITEMS, LEVELS, CODES = 41, 3, 4
 STEPS = 20
 
 
-@pytest.fixture
-def four_devices():
-  if jax.local_device_count() < 4:
-    pytest.skip("needs four devices")
-
-
 # Both sides compute the same sums of float32 numbers in another order: four partial sums against one. With plain SGD a
 # parameter differs by what its gradient does; Adam would divide by it and blow up the rounding of small gradients.
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}

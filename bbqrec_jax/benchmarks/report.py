@@ -76,7 +76,10 @@ def records_table(results: list[dict[str, Any]]) -> str:
   units = {record["name"]: record["unit"] for result in results for record in result["records"]}
   rows = [
     ["a second", *(f"{result['about']['device_count']} x {result['about']['device_kind']}" for result in results)],
-    ["measured matrix product, GFLOP", *(f"{result['limits']['matmul_float32'] / 1e9:,.0f}" for result in results)],
+    *(
+      [f"measured {name} product, GFLOP", *(f"{result['limits'][f'matmul_{name}'] / 1e9:,.0f}" for result in results)]
+      for name in ("float32", "bfloat16")
+    ),
     ["measured copy, GB", *(f"{result['limits']['copy'] / 1e9:,.1f}" for result in results)],
   ]
   for name in names:

@@ -56,6 +56,22 @@ class FeatureStore:
       for part, value in zip(("mean", "deviation"), pair, strict=True)
     }
 
+  @property
+  def nbytes(self) -> int:
+    """What `table` would take."""
+    return sum(4 * array.shape[0] * array.shape[1] + array.shape[0] for array in self.features.values())
+
+  def table(self, *, block: int = 2048) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What `rows` gives of all items in order: modality -> [N, D] float32, and [N] bool; made a block at a time."""
+    features = {name: np.empty(array.shape, np.float32) for name, array in self.features.items()}
+    present = {name: np.empty(len(array), bool) for name, array in self.features.items()}
+    for first in range(0, self.num_items, block):
+      mine = slice(first, first + block)
+      values, here = self.rows(np.arange(first, min(first + block, self.num_items)))
+      for name in features:
+        features[name][mine], present[name][mine] = values[name], here[name]
+    return features, present
+
   def rows(self, items: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(features, present) of `items` [B]: modality -> [B, D] float32, zero where absent, and [B] bool."""
     features, present = {}, {}

@@ -7,6 +7,7 @@ process takes its rows of every global batch: the same batches come out after a 
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -187,13 +188,20 @@ def _round_order(num_items: int, seed: int, number: int) -> np.ndarray:
 
 def tokenizer_batches(
   histories: PackedHistories,
-  store: FeatureStore,
+  store: FeatureStore | None,
   sample: CatalogueSample,
   *,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.IterDataset:
   """Joins packed whole histories with a catalogue sample and with the features of both.
+
+  Args:
+    histories: whole histories.
+    store: of the features; None leaves them out, for steps that have those of all items.
+    sample: of the catalogue.
+    process_index: which process this is.
+    process_count: of how many, each with its rows of the batch.
 
   Returns:
     A dataset of the batches that `tokenizer_loss` takes, prefetched in a thread.
@@ -202,27 +210,36 @@ def tokenizer_batches(
   mine = slice(process_index * share, (process_index + 1) * share)
 
   def join(batch: Batch) -> Batch:
-    items = sample(batch["index"])[mine]
-    features, present = store.rows(items)
-    slots = batch["items"]
-    history_features, history_present = store.rows(slots.reshape(-1))
-    grid = slots.shape
-
-    def unflatten(rows):
-      return {name: value.reshape(*grid, *value.shape[1:]) for name, value in rows.items()}
-
-    return {
-      "items": items,
-      "features": features,
-      "present": present,
-      "history_items": slots,
-      "history_features": unflatten(history_features),
-      "history_present": unflatten(history_present),
+    numbers = {
+      "items": sample(batch["index"])[mine],
+      "history_items": batch["items"],
       "segments": batch["segments"],
       "positions": batch["positions"],
     }
+    return numbers if store is None else numbers | features_of(numbers, store.rows)
 
   return prefetched(histories.map(join))
+
+
+def features_of(batch: Batch, rows: Callable[[Any], tuple[dict[str, Any], dict[str, Any]]]) -> Batch:
+  """The features that a batch of item numbers lacks.
+
+  Args:
+    batch: of `tokenizer_batches`, of NumPy's arrays or traced ones.
+    rows: items [B] -> (features, present) as `FeatureStore.rows` gives them.
+  """
+  grid = batch["history_items"].shape
+  features, present = rows(batch["items"])
+  history_features, history_present = (
+    {name: value.reshape(*grid, *value.shape[1:]) for name, value in part.items()}
+    for part in rows(batch["history_items"].reshape(-1))
+  )
+  return {
+    "features": features,
+    "present": present,
+    "history_features": history_features,
+    "history_present": history_present,
+  }
 
 
 def recommender_batches(histories: EpochBatches) -> grain.IterDataset:

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bbqrec_jax.data.pipeline import features_of
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.critic import ClubCritic
+from bbqrec_jax.models.padding import without_padding
 from bbqrec_jax.models.recommender import Catalogue, Recommender
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, by_codebook
 from bbqrec_jax.models.tokenizer_loss import Bound, LossWeights, OwnLoss, TokenizerOutput, tokenizer_loss
@@ -203,11 +205,14 @@ def make_tokenizer_step(
     own_loss: see `tokenizer_loss`.
 
   Returns:
-    step(state, shared, batch, *, axis_name) -> (state, metrics); `shared` is unused.
+    step(state, shared, batch, *, axis_name) -> (state, metrics); `shared` is a `FeatureStore.table` where batches are
+    made without features, otherwise None.
   """
 
-  def step(state: TrainState, shared: None, batch: Any, *, axis_name: str | None) -> tuple[TrainState, Metrics]:
-    del shared
+  def step(state: TrainState, shared: Any, batch: Any, *, axis_name: str | None) -> tuple[TrainState, Metrics]:
+    if shared is not None:
+      table = without_padding(shared)
+      batch = batch | features_of(batch, lambda items: jax.tree.map(lambda array: array[items], table))
     quantized = state.step >= warmup_steps
     key = step_key(state, axis_name)
     bound = None

@@ -191,12 +191,14 @@ class Training(NamedTuple):
     initial_state: makes the state before the first step.
     step: see `make_tokenizer_step`.
     batches: the input pipeline.
+    shared: what every step is given beside them: the features of all items, where devices are to hold them.
   """
 
   model: Tokenizer
   initial_state: Callable[[], TrainState]
   step: StepFunction
   batches: grain.IterDataset
+  shared: Any
 
 
 def tokenizer_training(
@@ -223,7 +225,8 @@ def tokenizer_training(
     **process,
   )
   sample = CatalogueSample(settings.num_items, t.batch_items, config.seed)
-  batches = tokenizer_batches(rows, store, sample, **process)
+  held = store.nbytes <= t.device_features * 2**20
+  batches = tokenizer_batches(rows, None if held else store, sample, **process)
   optimizer = make_optimizer(t.optimizer, total_steps=t.steps)
   disentangling = None
   if t.weights.disentangle:
@@ -253,7 +256,7 @@ def tokenizer_training(
     disentangling=disentangling,
     own_loss=find_own_loss(t.own_loss),
   )
-  return Training(model, initial_state, step, batches)
+  return Training(model, initial_state, step, batches, store.table() if held else None)
 
 
 def run_tokenizer(
@@ -276,7 +279,7 @@ def run_tokenizer(
   if settings.quantizer == RQ_KMEANS:
     return run_kmeans_tokenizer(config, dataset, split, data_hash=data_hash, workdir=workdir)
   store = dataset.store
-  model, initial_state, step, batches = tokenizer_training(config, settings, split.train, store)
+  model, initial_state, step, batches, shared = tokenizer_training(config, settings, split.train, store)
   encode = CatalogueEncoder(model, store, partitioner=partitioner)
   contrast_recall = ContrastRecall(model, split, partitioner=partitioner)
   inspect = Inspection(model, store, seed=config.seed, partitioner=partitioner)
@@ -328,7 +331,7 @@ def run_tokenizer(
   state, progress = fit(
     plan,
     partitioner.create(initial_state),
-    None,
+    partitioner.place(shared),
     step,
     batches,
     partitioner=partitioner,

@@ -57,7 +57,13 @@ def test_some_names_make_no_other_cases(config):
 
 def test_a_result_can_be_written_compared_and_drawn(config, monkeypatch):
   monkeypatch.setattr(benchmark, "measured_limits", lambda: limits.measured_limits(size=64))
-  result = benchmark.run(config, only=("tokenizer/tokenization", "tokenizer/input", "attention/einsum"))
+  kept = []
+  result = benchmark.run(
+    config,
+    only=("tokenizer/tokenization", "tokenizer/input", "attention/einsum"),
+    keep=lambda result: kept.append(len(result["records"])),
+  )
+  assert kept == [1, 2, 3]
   names = [record["name"] for record in result["records"]]
   assert names == ["tokenizer/tokenization", "tokenizer/input pipeline", "attention/einsum"]
   for record in result["records"]:
@@ -75,7 +81,7 @@ def test_a_result_can_be_written_compared_and_drawn(config, monkeypatch):
 def stored(device, config, rates):
   """A result as --output writes it, of records "a/b" and on."""
   records = [{"name": name, "rate": rate, "unit": "items", "of_matmul": share} for name, (rate, share) in rates.items()]
-  limits = {"matmul_float32": 2e11, "copy": 1.5e10}
+  limits = {"matmul_float32": 2e11, "matmul_bfloat16": 5e10, "copy": 1.5e10}
   return {"schema": 1, "about": {"config": config, "device_kind": device, "device_count": 1}, "limits": limits,
           "records": records}  # fmt: skip
 
@@ -92,7 +98,8 @@ def test_records_of_many_machines_stand_in_one_table_for_each_config(tmp_path):
   lines = [line for line in small.splitlines() if line.startswith("| ")]
   assert lines == [
     "| a second | 1 x cpu | 1 x H100 |",
-    "| measured matrix product, GFLOP | 200 | 200 |",
+    "| measured float32 product, GFLOP | 200 | 200 |",
+    "| measured bfloat16 product, GFLOP | 50 | 50 |",
     "| measured copy, GB | 15.0 | 15.0 |",
     "| a/b, items | 1,234 (50%) | 99,999 (25%) |",
     "| a/c, items | 10 |  |",

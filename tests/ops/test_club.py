@@ -103,6 +103,7 @@ def test_bound_goes_negative_and_keeps_its_gradient_when_q_is_wrong():
   assert float(jnp.max(jnp.abs(jax.grad(bound)(y)))) > 0
 
 
+@pytest.mark.usefixtures("four_devices")
 def test_full_bound_over_four_devices_equals_one_in_value_and_gradient():
   mean, log_variance, y = draw(5, 16, 4)
   valid = jnp.asarray(np.random.default_rng(6).random(16) < 0.6)

@@ -112,6 +112,7 @@ def test_info_nce_of_no_valid_row_is_zero():
   assert aux["accuracy"] == 0
 
 
+@pytest.mark.usefixtures("four_devices")
 def test_info_nce_over_four_devices_equals_one_in_value_and_gradient():
   queries, targets, ids, valid = map(jnp.asarray, batch())
   rng = np.random.default_rng(9)
@@ -169,6 +170,7 @@ def test_masked_mean_equals_the_mean_of_valid_entries_and_is_zero_without_any():
   assert masked_mean(jnp.asarray(values), jnp.zeros((2, 3), bool)) == 0
 
 
+@pytest.mark.usefixtures("four_devices")
 def test_shares_of_masked_mean_sum_to_the_global_mean_however_uneven_the_devices():
   values = np.random.default_rng(2).normal(size=(DEVICES, 3)).astype(np.float32)
   valid = np.array([[1, 1, 1], [0, 0, 0], [0, 1, 0], [1, 0, 1]], bool)

@@ -143,7 +143,9 @@ def test_training_is_planned_and_guarded_as_the_config_says(prepare):
     "log_every": 7, "keep_checkpoints": 5, "on_nonfinite": "skip", "max_skipped": 4, "spike_factor": 9.0,
     "tokenizer.evaluate_every": 11,
   })  # fmt: skip
-  anywhere = types.SimpleNamespace(compile_map=lambda function: function, create=lambda function: None)
+  anywhere = types.SimpleNamespace(
+    compile_map=lambda function: function, create=lambda function: None, place=lambda tree: tree
+  )
   plan, _ = prepare(config, anywhere)
   assert (plan.name, plan.steps, plan.log_every, plan.evaluate_every) == ("tokenizer", 20, 7, 11)
   assert plan.select is None

@@ -243,6 +243,11 @@ def test_the_step_is_compiled_once(data, trained, tmp_path, monkeypatch):
   assert traces == [None]
 
 
+def test_features_that_stay_on_the_device_are_those_that_the_host_reads(data, trained, tmp_path):
+  read = train(*data, tmp_path, {"tokenizer.device_features": 0})
+  assert read.fingerprint == trained("default")[0].fingerprint
+
+
 def test_the_defaults_of_the_functions_are_those_of_the_config():
   t = default_config().tokenizer
   assert LossWeights() == LossWeights(**t.weights)
