@@ -6,7 +6,9 @@
 trains every variant with every seed (`--variants`, `--seeds`), then the config's recommender on its IDs
 (`--norecommender`: none), and prints the tables. What a recommender knows of items beside the variant is what the
 config's `recommender.item_inputs` say. `--ids_alone` trains another recommender that knows items by their IDs
-and by nothing else, with a full softmax: what the IDs themselves tell of behaviour. What is done already is not done
+and by nothing else, with a full softmax: what the IDs themselves tell of behaviour. `--sequence_recall` trains the
+history transformer of the contrast alone on what each tokenizer's codes stand for, frozen: a sequence-to-item Recall@10
+that all tokenizers can be asked for, written to `sequence_recall.json` beside each. What is done already is not done
 again, tokenizers are shared by the heads, and the work can be split over processes by seed or variant; `--report`
 prints the tables of whatever is there. Semantic IDs published for the data set, `sid_*.npy` in its folder, are measured
 by the same code.
@@ -25,10 +27,11 @@ from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.tokenizer import cohesion
-from bbqrec_jax.experiment import of_any_recommender, read_data, run, tokenize
+from bbqrec_jax.experiment import load_ids, of_any_recommender, read_data, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
-from bbqrec_jax.json_files import read_json
+from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.health import codebook_health
+from bbqrec_jax.train.history_probe import id_vectors, train_probe
 from bbqrec_jax.workdir import load_results, with_absolute_paths
 
 # Each changes what it names and nothing else, but for "fragmented": each modality is quantized on its own, with
@@ -59,6 +62,7 @@ IDS_ALONE = {
   "recommender.item_dropout": 0.0,
   "recommender.similarity": (),
 }
+SEQUENCE_RECALL = "sequence_recall.json"
 HEADS = ("generative", "dense", "ids_alone")
 
 
@@ -69,9 +73,20 @@ def change(config: Any, changes: dict[str, Any]) -> Any:
   return changed
 
 
+def probe(config: Any, folder: pathlib.Path) -> None:
+  """Writes the sequence-to-item Recall@10 of the frozen tokenizer in a folder, if it is not there yet."""
+  output = folder / SEQUENCE_RECALL
+  if output.exists():
+    return
+  dataset, split, figures = read_data(config, for_tokenizer=True)
+  ids = load_ids(config, folder, figures, num_items=dataset.num_items)
+  write_json(output, train_probe(config, id_vectors(ids), split)._asdict())
+
+
 def do(
-  config: Any, workdir: pathlib.Path, *, variants: list[str], seeds: list[int], recommender: bool, ids_alone: bool
-) -> None:
+  config: Any, workdir: pathlib.Path, *, variants: list[str], seeds: list[int], recommender: bool, ids_alone: bool,
+  sequence_recall: bool = False,
+) -> None:  # fmt: skip
   """Trains what is asked for and not there yet."""
   for seed in seeds:
     for variant in variants:
@@ -80,6 +95,8 @@ def do(
       own.recommender.item_inputs = (*(name for name in config.recommender.item_inputs if name != "content"), *content)
       folder = workdir / variant / str(seed)
       tokenize(of_any_recommender(own), folder)
+      if sequence_recall:
+        probe(of_any_recommender(own), folder)
       artefact = {"tokenizer.artefact": str(folder / "tokenizer")}
       if recommender:
         run(change(own, artefact), folder / own.recommender.head)
@@ -106,6 +123,12 @@ def table(rows: list[list[str]]) -> str:
   return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+def read_health(folder: pathlib.Path) -> dict[str, Any]:
+  """The health report of the tokenizer in a folder, with `frozen`, what the probe has found, where it is there."""
+  health, found = read_json(folder / "tokenizer" / "health.json"), folder / SEQUENCE_RECALL
+  return health | ({"frozen": read_json(found)} if found.exists() else {})
+
+
 def health_row(name: str, healths: list[dict[str, Any]]) -> list[str]:
   """A line of the first table."""
 
@@ -124,6 +147,8 @@ def health_row(name: str, healths: list[dict[str, Any]]) -> list[str]:
     column(lambda h: 100 * h["cohesion"]["level2"], ".2f"),
     column(lambda h: h["cohesion"]["level2"] / h["cohesion"]["floor2"], ".1f"),
     column(lambda h: h.get("contrast_recall@10"), ".4f"),
+    column(lambda h: h.get("frozen", {}).get("validation"), ".4f"),
+    column(lambda h: h.get("frozen", {}).get("test"), ".4f"),
     column(lambda h: np.mean(list(h["specific_r2"].values())) if "specific_r2" in h else None, ".3f"),
   ]
 
@@ -133,14 +158,15 @@ def report(config: Any, workdir: pathlib.Path) -> str:
   dataset, split, figures = read_data(config)
   healths = [
     ["tokenizer", "seeds", "least usage %", "perplexity, level 1", "collisions %", "cohesion 1 %", "times chance",
-     "in training %", "cohesion 2 %", "times chance", "S2I Recall@10", "probe R²"]
+     "in training %", "cohesion 2 %", "times chance", "S2I Recall@10", "S2I Recall@10, frozen", "on test",
+     "probe R²"]
   ]  # fmt: skip
   metrics = [["tokenizer", "head", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10"]]
   for variant in VARIANTS:
     # An unfinished tokenizer has a health report too, but no artefact.
     done = sorted((workdir / variant).glob("*/tokenizer/semantic_ids.json"))
     if done:
-      healths.append(health_row(variant, [read_json(path.with_name("health.json")) for path in done]))
+      healths.append(health_row(variant, [read_health(path.parents[1]) for path in done]))
     for head in HEADS:
       results = [load_results(path.parent) for path in sorted((workdir / variant).glob(f"*/{head}/results.json"))]
       if results:
@@ -177,7 +203,7 @@ def main(argv: list[str]) -> None:
       do(
         config, workdir,
         variants=options.variants, seeds=[int(seed) for seed in options.seeds], recommender=options.recommender,
-        ids_alone=options.ids_alone,
+        ids_alone=options.ids_alone, sequence_recall=options.sequence_recall,
       )  # fmt: skip
     print(report(config, workdir))
 
@@ -189,6 +215,7 @@ if __name__ == "__main__":
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of everything random.")
   flags.DEFINE_bool("recommender", True, "Whether to train the config's recommender on each tokenizer's IDs.")
   flags.DEFINE_bool("ids_alone", False, "Whether to train a recommender that knows items by their IDs alone.")
+  flags.DEFINE_bool("sequence_recall", False, "Whether to train a history transformer on frozen quantized vectors.")
   flags.DEFINE_bool("report", False, "Train nothing; print the tables of what is there.")
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main, flags_parser=parse_flags)

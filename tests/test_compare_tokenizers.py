@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import Split, from_lengths
 from bbqrec_jax.json_files import read_json
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.train import history_probe
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +47,44 @@ def test_each_seed_gets_a_tokenizer_and_a_recommender_and_the_report_means_over_
   assert health[5] == f"{np.mean(cohesion):.1f} ± {np.std(cohesion, ddof=1):.1f}"
   in_training = [100 * health["cohesion"]["training1"] for health in healths]
   assert health[7] == f"{np.mean(in_training):.1f} ± {np.std(in_training, ddof=1):.1f}"
-  assert health[10] == health[11] == "", "no sequence model, no specific encoders"
+  assert health[10:] == [""] * 4, "no sequence model, no probe of one, no specific encoders"
   ndcg = [result["test"]["ndcg@10"] for result in results]
   assert metrics[6] == f"{np.mean(ndcg):.4f} ± {np.std(ndcg, ddof=1):.4f}"
   assert len(metrics) == 7
+
+
+@pytest.mark.usefixtures("compile_cache")
+def test_every_tokenizer_can_be_probed_and_the_report_means_over_them(script, config, tmp_path, monkeypatch):
+  asked = []
+
+  def train_probe(config, vectors, split):
+    asked.append((config.seed, vectors))
+    return history_probe.train_probe(config, vectors, split, steps=4, evaluate_every=2)
+
+  monkeypatch.setattr(script, "train_probe", train_probe)
+
+  def do(seed, *, sequence_recall):
+    variants, others = ["rq_kmeans"], {"recommender": False, "ids_alone": False}
+    script.do(config, tmp_path, variants=variants, seeds=[seed], sequence_recall=sequence_recall, **others)
+    report = script.report(config, tmp_path)
+    head, row = [line.split("|")[1:-1] for line in report.splitlines() if line.startswith(("| tokenizer", "| rq"))]
+    return dict(zip(map(str.strip, head), map(str.strip, row), strict=True))
+
+  folders = [tmp_path / "rq_kmeans" / seed for seed in ("0", "1")]
+  do(0, sequence_recall=True)
+  assert not list(tmp_path.glob("*/*/*/results.json")), "no recommender was asked for"
+  row = do(1, sequence_recall=False)
+  assert (row["seeds"], row["S2I Recall@10, frozen"], row["on test"]) == ("2", "", ""), "one of two is not there yet"
+  do(0, sequence_recall=True)
+  row = do(1, sequence_recall=True)
+  assert [seed for seed, _ in asked] == [0, 1], "done already"
+  for folder, (_, vectors) in zip(folders, asked, strict=True):
+    assert_array_equal(vectors, SemanticIds.load(folder / "tokenizer").vectors("fused"))
+  found = [read_json(folder / "sequence_recall.json") for folder in folders]
+  for part, column in (("validation", "S2I Recall@10, frozen"), ("test", "on test")):
+    values = [one[part] for one in found]
+    assert row[column] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+  assert {one["step"] for one in found} <= {2, 4}
 
 
 def test_content_is_known_to_its_own_variant_alone(script, config, tmp_path, monkeypatch):

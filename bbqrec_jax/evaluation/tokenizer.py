@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.data.feature_store import FeatureStore
-from bbqrec_jax.data.interactions import Split
+from bbqrec_jax.data.interactions import Interactions, Split
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.frozen import encode_blocks
@@ -101,12 +102,12 @@ class Inspection:
     return result
 
 
-class ContrastRecall:
-  """Sequence-to-item Recall@10 on validation: how well the tokenizer's own history states find the next item."""
+class SequenceRecall:
+  """Sequence-to-item Recall@10: how often the state of a history ranks the next item among the first ten, by cosine."""
 
-  def __init__(self, model: Tokenizer, split: Split, *, partitioner: Partitioner, users: int = 4096):
-    """Judges the first `users` users."""
-    self._split, self._users, self._settings, self._partitioner = split, users, model.settings, partitioner
+  def __init__(self, model: nn.Module, *, max_length: int, partitioner: Partitioner):
+    """`model` has the method `history_states` of a `Tokenizer`, and sees the last `max_length` items."""
+    self._max_length, self._partitioner = max_length, partitioner
 
     def rank(params, vectors, batch):
       vectors = without_padding(vectors)
@@ -125,6 +126,37 @@ class ContrastRecall:
 
     self._rank = partitioner.compile_map(rank)
 
+  def __call__(
+    self, params: Any, vectors: Any, histories: Interactions, targets: np.ndarray, *, users: int | None = None
+  ) -> float:
+    """Recall@10 of the items with vectors [N, d].
+
+    Args:
+      params: of the model.
+      vectors: what histories are made of and what is ranked.
+      histories: the inputs, in user order.
+      targets: [U] int, the next item of each.
+      users: how many are judged, from the first, but for whole batches; None: all.
+    """
+    vectors = self._partitioner.place(vectors)
+    ranks, seen = [], 0
+    for batch in evaluation_batches(histories, targets, batch_size=256, max_length=self._max_length):
+      valid = batch.pop("valid")
+      ranks.append(np.asarray(self._rank(params, vectors, batch))[valid])
+      seen += int(valid.sum())
+      if users is not None and seen >= users:
+        break
+    return float(np.mean(np.concatenate(ranks) < 10))
+
+
+class ContrastRecall:
+  """`SequenceRecall` on validation of the tokenizer's own history states."""
+
+  def __init__(self, model: Tokenizer, split: Split, *, partitioner: Partitioner, users: int = 4096):
+    """Judges the first `users` users."""
+    self._split, self._users, self._settings, self._partitioner = split, users, model.settings, partitioner
+    self._recall = SequenceRecall(model, max_length=model.settings.max_length, partitioner=partitioner)
+
   def __call__(self, params: Any, latents: np.ndarray, codes: np.ndarray) -> float:
     """Recall@10 for latents [S, N, d] and the fused stream's codes [N, L]."""
     settings = self._settings
@@ -132,17 +164,7 @@ class ContrastRecall:
     vectors = sum(codebooks[level][codes[:, level]] for level in range(len(codebooks)))
     if "id" in settings.streams:
       vectors = vectors + latents[settings.streams.index("id")]
-    vectors = self._partitioner.place(vectors)
-    ranks, seen = [], 0
-    for batch in evaluation_batches(
-      self._split.train, self._split.validation_target, batch_size=256, max_length=settings.max_length
-    ):
-      valid = batch.pop("valid")
-      ranks.append(np.asarray(self._rank(params, vectors, batch))[valid])
-      seen += int(valid.sum())
-      if seen >= self._users:
-        break
-    return float(np.mean(np.concatenate(ranks) < 10))
+    return self._recall(params, vectors, self._split.train, self._split.validation_target, users=self._users)
 
 
 def tokenizer_health(settings: TokenizerSettings, codes: np.ndarray, split: Split) -> dict[str, Any]:

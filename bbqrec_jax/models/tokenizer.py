@@ -129,6 +129,13 @@ def _identity(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) 
   return jnp.eye(shape[0], shape[1], dtype=dtype)
 
 
+def history_reader(s: TokenizerSettings) -> tuple[CausalBackbone, nn.Dense]:
+  """The small causal transformer of the contrast and what points its states at items, for a module's `setup`."""
+  history = CausalBackbone(s.history_layers, s.history_heads, 4 * s.code_width, s.max_length, s.dropout, name="history")
+  # The identity at first: a history points at items like its own, and items that follow one another come together.
+  return history, Dense(s.code_width, kernel_init=_identity, name="query")
+
+
 class Tokenizer(nn.Module):
   """Dual encoders a modality, a learnable item ID, one residual codebook shared by all streams (the paper's part 1-3).
 
@@ -153,11 +160,7 @@ class Tokenizer(nn.Module):
     self.codebooks = self.param("codebooks", nn.initializers.normal(s.code_width**-0.5), s.codebook_shape)
     if s.learn_temperature:
       self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(s.temperature)), ())
-    self.history = CausalBackbone(
-      s.history_layers, s.history_heads, 4 * s.code_width, s.max_length, s.dropout, name="history"
-    )
-    # The identity at first: a history points at items like its own, and items that follow one another come together.
-    self.query = Dense(s.code_width, kernel_init=_identity, name="query")
+    self.history, self.query = history_reader(s)
 
   def latents(self, items: jax.Array, features: dict[str, jax.Array], present: dict[str, jax.Array]) -> Latents:
     """The latents of every stream: b_m of each modality, z_id, and z = mean of the present b_m + z_id.

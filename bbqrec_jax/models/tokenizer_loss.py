@@ -11,7 +11,7 @@ from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.named import named
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
 from bbqrec_jax.ops import quantize
-from bbqrec_jax.ops.contrastive import info_nce
+from bbqrec_jax.ops.contrastive import following, info_nce
 from bbqrec_jax.ops.reduction import masked_mean
 
 
@@ -282,20 +282,14 @@ def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
     deterministic=key is None,
   ).reshape(rows * columns, -1)
 
-  # Position t's target stands at t + 1 where that is the same history.
-  following = jnp.roll(jnp.arange(rows * columns).reshape(rows, columns), -1, axis=1).reshape(-1)
-  segments = batch["segments"]
-  has_target = ((segments > 0) & (segments == jnp.roll(segments, -1, axis=1))).at[:, -1].set(False).reshape(-1)
-
+  target, has_target = following(batch["segments"])
   contrast, aux = info_nce(
-    states, vectors[following], items[following], has_target, temperature=temperature, axis_name=axis_name
+    states, vectors[target], items[target], has_target, temperature=temperature, axis_name=axis_name
   )
   modality = jnp.asarray(0.0)
   for name in names:
-    known = has_target & present[name][following]
+    known = has_target & present[name][target]
     stream = passed[streams.index(name)]
-    value, _ = info_nce(
-      states, stream[following], items[following], known, temperature=temperature, axis_name=axis_name
-    )
+    value, _ = info_nce(states, stream[target], items[target], known, temperature=temperature, axis_name=axis_name)
     modality += value / len(names)
   return contrast, modality, aux["accuracy"]

@@ -14,6 +14,20 @@ def normalize(x: jax.Array) -> jax.Array:
   return x * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
+def following(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Where the next item of each position of packed histories stands.
+
+  Args:
+    segments: [R, C] int, which history of its row a position belongs to; 0 is padding.
+
+  Returns:
+    (place, known), each [R C]: the next item's place among all positions, int, and whether it is the same history's.
+  """
+  place = jnp.roll(jnp.arange(segments.size).reshape(segments.shape), -1, axis=1)
+  known = (segments > 0) & (segments == jnp.roll(segments, -1, axis=1))
+  return place.reshape(-1), known.at[:, -1].set(False).reshape(-1)
+
+
 def info_nce(
   queries: jax.Array,
   targets: jax.Array,

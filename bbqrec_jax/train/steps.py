@@ -24,9 +24,10 @@ from bbqrec_jax.train.state import CodebookUse, TrainState, step_key
 Metrics = dict[str, jax.Array]
 
 
-def _updated(
+def updated(
   state: TrainState, optimizer: optax.GradientTransformation, gradients: Any, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
+  """The state after a step of an optimiser, and the metrics with the norm of the gradients."""
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
@@ -230,7 +231,7 @@ def make_tokenizer_step(
     metrics = {"loss": loss, **terms}
     # A number that no device has, so that no device's dropout draws from this key.
     upkeep_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**32 - 1)
-    state, metrics = _updated(state, optimizer, gradients, metrics)
+    state, metrics = updated(state, optimizer, gradients, metrics)
     if disentangling is not None:
       critic, critic_opt_state, likelihood = disentangling.update(
         state.critic,
@@ -287,7 +288,7 @@ def make_recommender_step(
       nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(shares, *jax.tree.map(lambda leaf: leaf[0], parts)))
       total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, shares(*part)), None), nothing, parts)
     (loss, terms), gradients = reduce_shares(total, axis_name)
-    return _updated(state, optimizer, gradients, {"loss": loss, **terms})
+    return updated(state, optimizer, gradients, {"loss": loss, **terms})
 
   return step
 

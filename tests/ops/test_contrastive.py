@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.ops.contrastive import info_nce, normalize
+from bbqrec_jax.ops.contrastive import following, info_nce, normalize
 from bbqrec_jax.ops.reduction import masked_mean
 
 DEVICES = 4
@@ -38,6 +38,13 @@ def oracle(queries, targets, ids, valid, temperature=0.07):
     losses.append(np.log(np.exp(scores - scores[0]).sum()))
     hits.append((scores[1:] < scores[0]).all())
   return np.mean(losses), np.mean(hits)
+
+
+def test_the_next_item_stands_one_place_on_where_that_is_the_same_history():
+  segments = np.array([[1, 1, 2, 2], [2, 3, 0, 0], [1, 0, 0, 1]])
+  place, known = following(jnp.asarray(segments))
+  assert np.flatnonzero(known).tolist() == [0, 2], "no row's end leads on, to its own start or to the next row's"
+  assert_array_equal(place[known], [1, 3])
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
