@@ -15,7 +15,7 @@ from bbqrec_jax.models.frozen import encode_blocks
 from bbqrec_jax.models.padding import without_padding
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings, stream_codebooks
 from bbqrec_jax.ops.contrastive import normalize
-from bbqrec_jax.ops.ranking import target_ranks
+from bbqrec_jax.ops.ranking import expected_hits
 from bbqrec_jax.parallel import Partitioner
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, linear_r2
 
@@ -103,13 +103,16 @@ class Inspection:
 
 
 class SequenceRecall:
-  """Sequence-to-item Recall@10: how often the state of a history ranks the next item among the first ten, by cosine."""
+  """Sequence-to-item Recall@10: how often the state of a history ranks the next item among the first ten, by cosine.
+
+  Items of equal vectors, which share their codes, stand in random order among themselves.
+  """
 
   def __init__(self, model: nn.Module, *, max_length: int, partitioner: Partitioner):
     """`model` has the method `history_states` of a `Tokenizer`, and sees the last `max_length` items."""
     self._max_length, self._partitioner = max_length, partitioner
 
-    def rank(params, vectors, batch):
+    def count(params, vectors, batch):
       vectors = without_padding(vectors)
       states = apply(
         model,
@@ -122,9 +125,10 @@ class SequenceRecall:
       )
       last = jnp.maximum(jnp.sum(batch["segments"], axis=1) - 1, 0)
       state = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
-      return target_ranks(normalize(state) @ normalize(vectors).T, batch["targets"])
+      # Equal vectors may round differently at the edges of a product.
+      return expected_hits(normalize(state) @ normalize(vectors).T, batch["targets"], k=10, tolerance=1e-6)
 
-    self._rank = partitioner.compile_map(rank)
+    self._hits = partitioner.compile_map(count)
 
   def __call__(
     self, params: Any, vectors: Any, histories: Interactions, targets: np.ndarray, *, users: int | None = None
@@ -139,14 +143,14 @@ class SequenceRecall:
       users: how many are judged, from the first, but for whole batches; None: all.
     """
     vectors = self._partitioner.place(vectors)
-    ranks, seen = [], 0
+    hits, seen = [], 0
     for batch in evaluation_batches(histories, targets, batch_size=256, max_length=self._max_length):
       valid = batch.pop("valid")
-      ranks.append(np.asarray(self._rank(params, vectors, batch))[valid])
+      hits.append(np.asarray(self._hits(params, vectors, batch))[valid])
       seen += int(valid.sum())
       if users is not None and seen >= users:
         break
-    return float(np.mean(np.concatenate(ranks) < 10))
+    return float(np.mean(np.concatenate(hits), dtype=np.float64))
 
 
 class ContrastRecall:

@@ -24,6 +24,26 @@ def target_ranks(scores: jax.Array, targets: jax.Array) -> jax.Array:
   return scores.shape[1] - 1 - jnp.sum(scores < own, axis=1, dtype=jnp.int32)
 
 
+def expected_hits(scores: jax.Array, targets: jax.Array, *, k: int, tolerance: float = 0.0) -> jax.Array:
+  """How often the target is among the first k where ties stand in random order.
+
+  For comparing representations, where some cannot tell items apart that others can; NaN counts against the target.
+
+  Args:
+    scores: [B, N] float, higher is better.
+    targets: [B] int.
+    k: length of the list.
+    tolerance: scores that differ by no more are tied.
+
+  Returns:
+    [B] float32 in 0..1.
+  """
+  own = jnp.take_along_axis(scores, targets[:, None], axis=1)
+  before = jnp.sum(~(scores <= own + tolerance), axis=1)
+  tied = jnp.sum(jnp.abs(scores - own) <= tolerance, axis=1)
+  return jnp.clip((k - before) / jnp.maximum(tied, 1), 0.0, 1.0)
+
+
 def ranks_in_list(items: jax.Array, scores: jax.Array, targets: jax.Array) -> jax.Array:
   """Rank of each target in a list of distinct items.
 

@@ -126,10 +126,13 @@ def test_recall_is_of_the_last_state_of_a_history_against_codewords_and_the_id(r
   def recall(vectors, *, places):
     states = history_states(params, vectors[grid])
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    hits = 0
+    hits = 0.0
     for user, target in enumerate(split.validation_target):
-      scores = unit @ np.asarray(states)[user, places[user]]
-      hits += np.sum(np.delete(scores, target) >= scores[target]) < 10
+      state = np.asarray(states)[user, places[user]]
+      scores = unit @ state / np.linalg.norm(state)
+      tied = np.all(vectors == vectors[target], axis=1)  # In random order.
+      before = np.sum(scores[~tied] > scores[target])
+      hits += np.mean(before + np.arange(tied.sum()) < 10)
     return hits / users
 
   last = segments.sum(axis=1) - 1

@@ -10,6 +10,7 @@ from bbqrec_jax.ops.ranking import (
   RECALL_CUTOFFS,
   add_to,
   each_once,
+  expected_hits,
   ndcg_at,
   ranking_metrics,
   ranks_in_list,
@@ -20,6 +21,25 @@ from bbqrec_jax.ops.ranking import (
 )
 
 MISS = np.iinfo(np.int32).max
+
+
+def test_hits_of_ties_in_random_order_are_the_mean_over_their_places():
+  rng = np.random.default_rng(8)
+  scores = rng.integers(4, size=(40, 15)).astype(np.float32)
+  targets = rng.integers(15, size=40)
+  own = scores[np.arange(40), targets][:, None]
+  before, tied = np.sum(scores > own, axis=1), np.sum(scores == own, axis=1)
+  for k in (1, 5, 15):
+    expected = [np.mean(b + np.arange(t) < k) for b, t in zip(before, tied, strict=True)]
+    assert_allclose(expected_hits(jnp.asarray(scores), jnp.asarray(targets), k=k), expected, rtol=1e-6)
+    near = scores + rng.uniform(-0.1, 0.1, size=scores.shape).astype(np.float32)
+    found = expected_hits(jnp.asarray(near), jnp.asarray(targets), k=k, tolerance=0.3)
+    assert_allclose(found, expected, rtol=1e-6)
+  broken = np.where(np.arange(15) == targets[:, None], np.nan, scores)
+  assert_array_equal(expected_hits(jnp.asarray(broken), jnp.asarray(targets), k=5), np.zeros(40))
+  others = np.where(np.arange(15) == targets[:, None], 9.0, np.nan)
+  assert_array_equal(expected_hits(jnp.asarray(others), jnp.asarray(targets), k=14), np.zeros(40))
+  assert_array_equal(expected_hits(jnp.asarray(others), jnp.asarray(targets), k=15), np.ones(40))
 
 
 def test_ranks_equal_a_count_of_the_items_not_below_the_target():

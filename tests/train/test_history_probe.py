@@ -53,7 +53,7 @@ def test_what_follows_what_is_learned_as_far_as_the_vectors_tell_items_apart(vec
   told = train_probe(make_config(), vectors, split_of(circle), steps=100, evaluate_every=50)
   assert min(told.validation, told.test) > 3 * chance
   same = train_probe(make_config(), np.ones_like(vectors), split_of(circle), steps=20, evaluate_every=20)
-  assert same == ProbedRecall(0.0, 0.0, 20), "a tie is no hit"
+  assert (same.validation, same.test) == pytest.approx((chance, chance)), "ties stand in random order"
   disorder = np.random.default_rng(2).integers(ITEMS, size=circle.shape)
   untold = train_probe(make_config(), vectors, split_of(disorder), steps=60, evaluate_every=60)
   assert max(untold.validation, untold.test) < 2 * chance
