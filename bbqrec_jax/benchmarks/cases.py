@@ -123,7 +123,7 @@ def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
   # Past the warm-up, so that everything of a step is done.
   step = jnp.asarray(run.tokenizer.warmup_steps, jnp.int32)
   state = functools.cache(jax.jit(lambda: training.initial_state().replace(step=step)))  # type: ignore[attr-defined]
-  yield _step_case("tokenizer/train step", rows, "items", partitioner, training.step, state, training.shared, batch)
+  yield _step_case("tokenizer/train step", rows, "items", partitioner, training.step, state, training.shared(), batch)
 
   count = min(config.tokenized, config.num_items)
   features, present = store.rows(np.arange(count))

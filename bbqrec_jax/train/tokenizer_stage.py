@@ -191,14 +191,15 @@ class Training(NamedTuple):
     initial_state: makes the state before the first step.
     step: see `make_tokenizer_step`.
     batches: the input pipeline.
-    shared: what every step is given beside them: the features of all items, where devices are to hold them.
+    shared: makes what every step is given beside them: the features of all items where devices are to hold them,
+      otherwise None.
   """
 
   model: Tokenizer
   initial_state: Callable[[], TrainState]
   step: StepFunction
   batches: grain.IterDataset
-  shared: Any
+  shared: Callable[[], Any]
 
 
 def tokenizer_training(
@@ -256,7 +257,7 @@ def tokenizer_training(
     disentangling=disentangling,
     own_loss=find_own_loss(t.own_loss),
   )
-  return Training(model, initial_state, step, batches, store.table() if held else None)
+  return Training(model, initial_state, step, batches, store.table if held else lambda: None)
 
 
 def run_tokenizer(
@@ -331,7 +332,7 @@ def run_tokenizer(
   state, progress = fit(
     plan,
     partitioner.create(initial_state),
-    partitioner.place(shared),
+    partitioner.place(shared()),
     step,
     batches,
     partitioner=partitioner,

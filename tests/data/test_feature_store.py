@@ -37,6 +37,19 @@ def test_feature_store_gives_rows_in_the_order_asked_for():
     np.testing.assert_array_equal(present[name], here[name][chosen])
 
 
+def test_the_table_is_the_rows_of_all_items_however_it_is_made():
+  rng = np.random.default_rng(3)
+  features = {"text": rng.normal(size=(7, 3)).astype(np.float16), "image": rng.normal(size=(7, 2))}
+  store = FeatureStore(features, {"text": np.ones(7, bool), "image": np.arange(7) != 4})
+  values, present = store.rows(np.arange(7))
+  for block in (1, 3, 7, 100):
+    table = store.table(block=block)
+    for name in features:
+      np.testing.assert_array_equal(table[0][name], values[name])
+      np.testing.assert_array_equal(table[1][name], present[name])
+  assert store.nbytes == sum(array.nbytes for part in table for array in part.values())
+
+
 def test_features_that_no_known_item_can_have_are_told_of():
   rng = np.random.default_rng(4)
   statistics = {}

@@ -69,6 +69,21 @@ def test_settings_that_the_data_or_another_field_decides(dataset):
   assert settings.num_items == ITEMS
 
 
+def test_features_stay_on_the_device_as_long_as_they_are_not_too_large(dataset):
+  store = FeatureStore(
+    dataset.features | {"text": np.zeros((ITEMS, 2**20 // (4 * ITEMS)), np.float32)}, dataset.present
+  )
+  assert 2**20 < store.nbytes < 2 * 2**20
+  for mebibytes, held in ((0, False), (1, False), (2, True)):
+    config = make_config(**{"tokenizer.device_features": mebibytes})
+    made = tokenizer_training(
+      config, tokenizer_settings(config, dataset), leave_one_out(dataset.interactions).train, store
+    )
+    assert (made.shared() is not None) == held
+    batch = next(iter(made.batches))
+    assert ("features" in batch) != held
+
+
 def test_the_step_is_made_of_the_configs_weights_upkeep_and_bound(dataset, monkeypatch):
   given = {}
 
