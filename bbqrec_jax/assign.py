@@ -9,9 +9,11 @@ from absl import app, flags
 
 from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags, writing
 from bbqrec_jax.compilation import keep_compiled
+from bbqrec_jax.data.directory import read_new_items
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
-from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.errors import InputError, printable, refuse
 from bbqrec_jax.input_files import check_new
 from bbqrec_jax.models.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
 from bbqrec_jax.models.tokenizer import TokenizerSettings
@@ -21,7 +23,12 @@ from bbqrec_jax.train.logging import warn
 
 
 def assign(
-  ids: SemanticIds, features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray], *, block: int = 2048
+  ids: SemanticIds,
+  features: Mapping[str, np.ndarray],
+  present: Mapping[str, np.ndarray],
+  *,
+  item_ids: ItemIds | None = None,
+  block: int = 2048,
 ) -> SemanticIds:
   """Quantizes unseen items with a tokenizer that no longer learns; no item that has an ID changes it.
 
@@ -32,15 +39,19 @@ def assign(
     ids: of the N known items.
     features: modality -> [n, D] of the new items, memory-mapped or not.
     present: modality -> [n] bool.
+    item_ids: what the data calls the N known and the n new items; None where those of the known ones are 0..N - 1, and
+      the new ones count on.
     block: items that are quantized at once.
 
   Returns:
     The IDs of N + n items, the new ones at the end.
 
   Raises:
-    InputError: if the modalities or their widths are not the tokenizer's, the IDs do not suffice, or the tokenizer's
-      arrays and settings do not fit one another.
+    InputError: if the new items have no ids and cannot count on, the modalities or their widths are not the
+      tokenizer's, the IDs do not suffice, or the tokenizer's arrays and settings do not fit one another.
   """
+  if item_ids is None:
+    item_ids = ids.item_ids.extended(None, len(next(iter(present.values()))), where="the new items")
   settings, latents, here, codes = _quantized(ids, features, present, block=block)
   repair = ids.settings.get("repair")
   levels = len(settings.id_streams) * settings.num_levels + (repair == "suffix")
@@ -54,10 +65,10 @@ def assign(
     own = suffix_collisions(raw, num_codes=ids.num_codes, taken=ids.codes)
   else:
     own = reassign_collisions(raw, id_latents, id_codebooks, taken=ids.codes)
-  extended = _extended(ids, own, codes, here)
+  extended = _extended(ids, own, codes, here, item_ids)
   if ids.content is not None:
     _, _, here, codes = _quantized(ids.content, features, present, block=block)
-    extended = dataclasses.replace(extended, content=_extended(ids.content, codes[-1], codes, here))
+    extended = dataclasses.replace(extended, content=_extended(ids.content, codes[-1], codes, here, item_ids))
   return extended
 
 
@@ -80,10 +91,13 @@ def _quantized(
   return settings, latents, here, codes
 
 
-def _extended(ids: SemanticIds, own: np.ndarray, codes: np.ndarray, present: np.ndarray) -> SemanticIds:
+def _extended(
+  ids: SemanticIds, own: np.ndarray, codes: np.ndarray, present: np.ndarray, item_ids: ItemIds
+) -> SemanticIds:
   """The IDs with those of new items after them: own [n, L'], codes [S, n, L], present [S, n]."""
   return dataclasses.replace(
     ids,
+    item_ids=item_ids,
     codes=np.concatenate([ids.codes, own]),
     stream_codes=np.concatenate([ids.stream_codes, codes], axis=1),
     present=np.concatenate([ids.present, present], axis=1),
@@ -101,7 +115,9 @@ def main(argv: list[str]) -> None:
     ids = SemanticIds.load(options.tokenizer)
     settings = settings_from_json(ids.settings)
     features, present = load_new_items(options.features, dict(settings.modalities))
-    extended = assign(ids, features, present)
+    count = len(next(iter(present.values())))
+    item_ids, _ = read_new_items(options.features, ids.item_ids, count=count)
+    extended = assign(ids, features, present, item_ids=item_ids)
     warnings = far_features(FeatureStore(features, present, ids.encoder), num_known=settings.num_items)
   except InputError as error:
     refuse(error)
@@ -112,13 +128,14 @@ def main(argv: list[str]) -> None:
   for warning in warnings:
     warn(warning)
   known, new = len(ids.codes), len(extended.codes) - len(ids.codes)
-  print(f"{new} new items after {known} known ones, in {output}, fingerprint {extended.fingerprint}")
+  called = printable(f"{item_ids[known]} to {item_ids[known + new - 1]}")
+  print(f"{new} new items after {known} known ones, {called}, in {output}, fingerprint {extended.fingerprint}")
   print(f"collisions of the new items after repair: {collision_rate(extended.codes[known:]):.1%}")
 
 
 if __name__ == "__main__":
   define_path("tokenizer", "The tokenizer/ folder of a run.")
-  define_path("features", "Folder with <modality>_features.npy, a row for each new item.")
+  define_path("features", "Folder with <modality>_features.npy, a row for each new item, and items.jsonl, their ids.")
   define_path("output", "Folder for the IDs of the known and the new items together.")
   flags.mark_flags_as_required(["tokenizer", "features", "output"])
   app.run(main, flags_parser=parse_flags)

@@ -39,6 +39,7 @@ from bbqrec_jax.workdir import (
   claim,
   format_results,
   load_results,
+  note_ids,
   tokenizer_figure,
   with_absolute_paths,
 )
@@ -121,7 +122,7 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_toke
   ids = None
   if not is_given(workdir / "results.json"):  # A finished run needs none of it any more.
     if config.tokenizer.artefact:
-      ids = load_ids(config, workdir, figures, num_items=dataset.num_items)
+      ids = load_ids(config, workdir, dataset, figures)
     elif for_tokenizer or needs_semantic_ids(config):
       t = config.tokenizer
       check_own_loss(t.own_loss, tokenizer_settings(config, dataset), batch_items=t.batch_items)
@@ -136,6 +137,7 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_toke
     if needs_semantic_ids(config):
       check_compared(config, ids, dataset.present, split.train)
   claim(workdir, config, figures)
+  note_ids(workdir, dataset)
   say(format_statistics(figures))
   return _Run(config, workdir, partitioner, dataset, split, figures, ids)
 
@@ -146,16 +148,16 @@ def _data_hash(figures: dict[str, Any]) -> str:
 
 
 def load_ids(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, figures: dict[str, Any], *, num_items: int
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, dataset: Dataset, figures: dict[str, Any]
 ) -> SemanticIds:
-  """The semantic IDs of a run.
+  """The semantic IDs of a run on a data set, whose `statistics` are the figures.
 
   Raises:
     InputError: if they are not there, are of other data, or lack the content codes that the recommender reads.
   """
   folder = tokenizer_folder(config, workdir)
   ids = SemanticIds.load(folder)
-  ids.check_data(_data_hash(figures), num_items=num_items, where=folder)
+  ids.check_data(_data_hash(figures), item_ids=dataset.item_ids, where=folder)
   check_content(config, ids)
   return ids
 
@@ -164,7 +166,7 @@ def _semantic_ids(run: _Run, log: MetricsLog) -> SemanticIds:
   """The semantic IDs that the run's config names, or those of its own tokenizer, trained if it is not yet."""
   folder = tokenizer_folder(run.config, run.workdir)
   if run.config.tokenizer.artefact or SemanticIds.exists(folder):
-    ids = run.ids or load_ids(run.config, run.workdir, run.figures, num_items=run.dataset.num_items)
+    ids = run.ids or load_ids(run.config, run.workdir, run.dataset, run.figures)
     say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
     return ids
   return run_tokenizer(

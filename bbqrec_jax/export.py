@@ -1,8 +1,9 @@
 """A finished run as a function for JAX alone: `python -m bbqrec_jax.export --workdir=DIR --output=FOLDER`.
 
 The folder holds `function.bin`, the compiled program's source in StableHLO, for any number of histories at once and for
-several kinds of devices; `arrays.npz`, the parameters and the catalogue that it takes; and `export.json`, which says
-what it takes and gives. Whoever calls it needs JAX and flatbuffers, and nothing of this package.
+several kinds of devices; `arrays.npz`, the parameters and the catalogue that it takes; `item_ids.json`, what the data
+calls the items whose numbers it takes and gives; and `export.json`, which says what these are. Whoever calls it needs
+JAX and flatbuffers, and nothing of this package.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from absl import app, flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.compilation import keep_compiled
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.input_files import check_file, check_new, read_archive
 from bbqrec_jax.json_files import read_json, write_json
@@ -96,6 +98,7 @@ def write_export(
   top: int,
   beam_width: int,
   platforms: Iterable[str],
+  item_ids: ItemIds,
   fingerprint: str | None = None,
 ) -> dict[str, Any]:
   """Makes the folder, whole or not at all, of what `export_recommender` gives.
@@ -108,6 +111,7 @@ def write_export(
     top: see there.
     beam_width: see there.
     platforms: see there.
+    item_ids: what the data calls the items, for `item_ids.json`.
     fingerprint: of the semantic IDs.
 
   Returns:
@@ -129,6 +133,7 @@ def write_export(
   unfinished.mkdir(parents=True, exist_ok=True)
   (unfinished / "function.bin").write_bytes(function)
   np.savez(unfinished / "arrays.npz", **arrays)  # type: ignore[arg-type]
+  write_json(unfinished / "item_ids.json", {"items": item_ids.to_json()})
   write_json(unfinished / "export.json", note)
   os.rename(unfinished, folder)
   return note
@@ -141,6 +146,8 @@ def _require_flatbuffers() -> None:
 
 def load_export(folder: pathlib.Path) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """The function of an exported folder, its arrays given: (histories, exclude[, times]) -> (items, scores).
+
+  All of items by number, from 0; the folder's `item_ids.json` has what the data calls them, in that order.
 
   Raises:
     InputError: if the folder holds no export, or one that was changed, or flatbuffers is missing.
@@ -192,6 +199,7 @@ def main(argv: list[str]) -> None:
       top=options.top,
       beam_width=restored.config.evaluation.beam_width,
       platforms=options.platforms,
+      item_ids=restored.dataset.item_ids,
       fingerprint=None if restored.ids is None else restored.ids.fingerprint,
     )
     size = (output / "arrays.npz").stat().st_size / 2**20

@@ -38,6 +38,15 @@ def is_plain_name(name: str) -> bool:
   return printable and 0 < len(name.encode()) <= 128
 
 
+def is_whole(text: str) -> bool:
+  """Whether the text can be written: JSON can escape half of a surrogate pair, which is no character."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
 def check_links(folder: Path) -> None:
   """Refuses a folder with links that lead out of it: what is written through one would land anywhere.
 

@@ -10,8 +10,8 @@ from bbqrec_jax import processes
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.input_files import check_file
 
-# Bytes of a file that is read; the largest that the programs write holds a number an item.
-LARGEST = 2**28
+# Bytes of a file that is read; the largest that the programs write holds the ids of all items and users.
+LARGEST = 2**30
 
 # Levels of lists and objects; what walks through a value may do so by recursion.
 DEEPEST = 20

@@ -1,8 +1,10 @@
 """Recommends from a finished run: `python -m bbqrec_jax.recommend --workdir=DIR --history=3,17,256`.
 
-`--histories=FILE --output=FILE` in place of `--history` does so for every line of a file.
+Items go in and come out by the ids of the run's data. `--user=ID` takes the history of one of its users, and
+`--histories=FILE --output=FILE` does so for every line of a file.
 """
 
+import csv
 import dataclasses
 import functools
 import json
@@ -17,10 +19,12 @@ from absl import app, flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.compilation import keep_compiled
-from bbqrec_jax.data.directory import read_sequences, read_timestamps
-from bbqrec_jax.data.interactions import Interactions, from_lengths
+from bbqrec_jax.data.directory import read_timestamps
+from bbqrec_jax.data.histories import read_histories
+from bbqrec_jax.data.interactions import Interactions, from_lengths, select_users
+from bbqrec_jax.data.item_ids import ItemIds, nearest, split_ids
 from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
-from bbqrec_jax.errors import InputError, printable, refuse
+from bbqrec_jax.errors import InputError, printable, refuse, shown
 from bbqrec_jax.input_files import check_new
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
@@ -28,20 +32,30 @@ from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.restoring import restore
 
 
-def parse_history(text: str, *, num_items: int) -> np.ndarray:
-  """Item numbers [n] int32 from "3,17,256".
+def parse_history(text: str, item_ids: ItemIds) -> np.ndarray:
+  """Item rows [n] int32 from ids as "3,17,256"; see `split_ids`.
 
   Raises:
-    InputError: if an entry is not the number of an item.
+    InputError: if an entry is not the id of an item.
   """
-  items = []
-  for place, entry in enumerate(text.split(",")):
-    if not entry.strip().isdecimal() or int(entry) >= num_items:
-      raise InputError(
-        f"--history entry {place + 1}: expected an item number from 0 to {num_items - 1}, got {entry.strip()!r}"
-      )
-    items.append(int(entry))
-  return np.array(items, np.int32)
+  try:
+    entries = split_ids(text)
+  except csv.Error as error:
+    raise InputError(f"--history: expected ids separated by commas, got {shown(text)} ({error})") from None
+  return item_ids.require(entries, where=lambda place: f"--history entry {place + 1}")
+
+
+def history_of(user: str, interactions: Interactions) -> Interactions:
+  """The whole history of one user.
+
+  Raises:
+    InputError: if there is no such user; names those that are nearest.
+  """
+  found = np.flatnonzero(interactions.users == user)
+  if not len(found):
+    hint = nearest(user, interactions.users.tolist())
+    raise InputError(f"--user: expected the id of a user of the run's data, got {shown(user)}; {hint}")
+  return select_users(interactions, found)
 
 
 def parse_times(text: str | None, *, count: int) -> np.ndarray | None:
@@ -134,8 +148,12 @@ def recommend_all(
       yield str(histories.users[user]), items[items >= 0], scores[items >= 0]
 
 
-def write_recommendations(found: Iterator[tuple[str, np.ndarray, np.ndarray]], path: pathlib.Path) -> int:
+def write_recommendations(
+  found: Iterator[tuple[str, np.ndarray, np.ndarray]], path: pathlib.Path, item_ids: ItemIds
+) -> int:
   """Writes what `recommend_all` yields as lines of JSON, `{"user", "items", "scores"}`; the file is whole or not there.
+
+  Items are written by their ids.
 
   Returns:
     How many lines there are.
@@ -144,7 +162,7 @@ def write_recommendations(found: Iterator[tuple[str, np.ndarray, np.ndarray]], p
   with open(unfinished, "w", encoding="utf-8") as file:
     for user, items, scores in found:
       rounded = [round(score, 4) for score in scores.tolist()]
-      file.write(json.dumps({"user": user, "items": items.tolist(), "scores": rounded}) + "\n")
+      file.write(json.dumps({"user": user, "items": [item_ids[item] for item in items], "scores": rounded}) + "\n")
       count += 1
   os.replace(unfinished, path)
   return count
@@ -158,13 +176,16 @@ def check_options(options: Any) -> None:
   """
   if options.top < 1:
     raise InputError(f"--top must be at least 1, got {options.top}")
-  if (options.history is None) == (options.histories is None):
-    raise InputError("give either --history=3,17,256 or --histories=FILE, a line 'user item item ...' each")
+  if sum(value is not None for value in (options.history, options.user, options.histories)) != 1:
+    raise InputError(
+      "give one of --history=3,17,256, --user=ID (of the run's data) and --histories=FILE, a line 'user item item ...'"
+      " each"
+    )
   if (options.histories is None) != (options.output is None):
     raise InputError("--output=FILE goes with --histories=FILE: what is recommended for a file is written to a file")
-  other = "times" if options.history is None else "timestamps"
-  if getattr(options, other) is not None:
-    raise InputError(f"--{other}: --times goes with --history, --timestamps with --histories")
+  for name, with_name in (("times", "history"), ("timestamps", "histories")):
+    if getattr(options, name) is not None and getattr(options, with_name) is None:
+      raise InputError(f"--{name}: --times goes with --history, --timestamps with --histories")
   if options.output is not None:
     check_new(options.output)
     if not options.output.parent.is_dir():
@@ -187,14 +208,14 @@ def main(argv: list[str]) -> None:
     )
     many = options.histories is not None
     if many:
-      histories = read_sequences(options.histories, num_items=dataset.num_items)
-      if not histories.num_users:
-        raise InputError(f"{options.histories}: expected a line a user, 'user item item ...', got an empty file")
+      histories = read_histories(options.histories, dataset.item_ids)
       if options.timestamps is not None:
         seconds = read_timestamps(options.timestamps, histories)
         histories = dataclasses.replace(histories, times=seconds)
+    elif options.user is not None:
+      histories = history_of(options.user, dataset.interactions)
     else:
-      history = parse_history(options.history, num_items=dataset.num_items)
+      history = parse_history(options.history, dataset.item_ids)
       times = parse_times(options.times, count=len(history))
       histories = from_lengths(history, np.array([len(history)]), np.array(["history"]), times)
     if model.settings.time_buckets and histories.times is None:
@@ -214,25 +235,26 @@ def main(argv: list[str]) -> None:
   )
   if many:
     with writing(options.output):
-      count = write_recommendations(found, options.output)
+      count = write_recommendations(found, options.output, dataset.item_ids)
     print(f"recommendations for {count} users, in {options.output}")
     return
   ((_, items, scores),) = found
 
   def line(item):
     code = "" if ids is None else " ".join(f"{value:3d}" for value in ids.codes[item]) + "  "
-    return f"{item:6d}  {code}{printable(dataset.titles[item])}"
+    return f"{printable(str(dataset.item_ids[item])):>6s}  {code}{printable(dataset.titles[item])}"
 
-  print("history:", *(" " * 16 + line(item) for item in history), sep="\n")
+  print("history:", *(" " * 16 + line(item) for item in histories.items), sep="\n")
   rows = enumerate(zip(items, scores, strict=True), 1)
   print("recommended:", *(f"{rank:4d}  {score:8.3f}  {line(item)}" for rank, (item, score) in rows), sep="\n")
 
 
 if __name__ == "__main__":
   define_run_flags()
-  flags.DEFINE_string("history", None, "Item numbers in time order, separated by commas.")
+  flags.DEFINE_string("history", None, "Ids of items in time order, separated by commas; 'a,\"b,c\"' as in CSV.")
+  flags.DEFINE_string("user", None, "In place of --history: the id of a user of the run's data, with all of its items.")
   flags.DEFINE_string("times", None, "The second of each interaction, for a recommender with time buckets.")
-  define_path("histories", "A file in place of --history: a line a user, 'user item item ...'.")
+  define_path("histories", "A file in place of --history: a line a user, 'user item item ...', or JSON (.jsonl).")
   define_path("timestamps", "A file with the second of each interaction in place of its item.")
   define_path("output", "The file for what is recommended for --histories: a JSON object a line.")
   define_path("tokenizer", "Semantic IDs that bbqrec_jax.assign extended by new items.")

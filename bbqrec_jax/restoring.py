@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.directory import has_items, read_new_items
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.errors import InputError
@@ -84,19 +85,18 @@ def restore(
       )
   ids = None
   if needs_semantic_ids(config):
-    ids = load_ids(config, workdir, figures, num_items=dataset.num_items)
+    ids = load_ids(config, workdir, dataset, figures)
     check_fingerprint(workdir, ids, trained=True)
   known = dataset.store
   rows = item_features(config, known)
   model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=rows)
   like = _like(config, model, catalogue)
   if tokenizer is not None or features is not None:
-    ids, new, count = _extended(workdir, config, known, ids, tokenizer, features)
+    ids, new, dataset = _extended(workdir, config, dataset, ids, tokenizer, features)
     more = None if new is None else item_features(config, new)
     if rows is not None and more is not None:
       rows = np.concatenate([rows, more])
-    _, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items + count, features=rows)
-    dataset = dataclasses.replace(dataset, titles=dataset.titles + ("",) * count)
+    _, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=rows)
   state = restore_state(workdir / "checkpoints" / "recommender", best, like, strict=not config.shard_rows)
   return Restored(dataset, ids, model, state.params, catalogue, config)
 
@@ -116,12 +116,12 @@ def _new_items(known: FeatureStore, folder: pathlib.Path) -> FeatureStore:
 def _extended(
   workdir: pathlib.Path,
   config: ml_collections.ConfigDict,
-  known: FeatureStore,
+  dataset: Dataset,
   ids: SemanticIds | None,
   tokenizer: pathlib.Path | None,
   folder: pathlib.Path | None,
-) -> tuple[SemanticIds | None, FeatureStore | None, int]:
-  """What a recommender is told of new items: IDs of all items, the new ones' features, and how many they are.
+) -> tuple[SemanticIds | None, FeatureStore | None, Dataset]:
+  """What a recommender is told of new items: IDs of all items, the new ones' features, and their ids and titles.
 
   Raises:
     InputError: if that is not what this recommender reads of an item.
@@ -138,16 +138,19 @@ def _extended(
     )
   if reads_features and folder is None:
     raise InputError(f"{workdir}: its recommender reads features: give those of the new items too (--features)")
-  new = _new_items(known, folder) if folder is not None else None
-  counts = [] if new is None else [new.num_items]
+  extended, new = None, _new_items(dataset.store, folder) if folder is not None else None
   if ids is not None and tokenizer is not None:
     extended = SemanticIds.load(tokenizer)
     extended.check_extension(ids, where=tokenizer)
-    ids = extended
-    counts.append(len(ids.codes) - known.num_items)
-  if len(set(counts)) > 1:
-    raise InputError(f"{folder}: expected features of the {counts[1]} new items of {tokenizer}, got {counts[0]} rows")
-  return ids, new, counts[0]
+    ids, count = extended, len(extended.codes) - dataset.num_items
+    if new is not None and new.num_items != count:
+      raise InputError(f"{folder}: expected features of the {count} new items of {tokenizer}, got {new.num_items} rows")
+    item_ids, titles = extended.item_ids, ("",) * count
+  if folder is not None and new is not None and (extended is None or has_items(folder)):
+    item_ids, titles = read_new_items(folder, dataset.item_ids, count=new.num_items)
+    if extended is not None:
+      extended.check_items(item_ids, where=tokenizer, mend=f"give --features the folder that {tokenizer} was made from")
+  return ids, new, dataclasses.replace(dataset, item_ids=item_ids, titles=dataset.titles + titles)
 
 
 def _point_to_data(config: ml_collections.ConfigDict, workdir: pathlib.Path, data: pathlib.Path | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from bbqrec_jax.config import CHANGEABLE, default_config, flatten
+from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY
 from bbqrec_jax.input_files import check_links, check_place, expanded, is_given
@@ -20,7 +21,7 @@ from bbqrec_jax.validation import validate
 
 PATHS = ("data.path", "tokenizer.artefact")  # Fields that name a folder.
 # Of the figures of `statistics`: what tells one data set from another.
-HASHES = ("split_hash", "features_hash", "times_hash")
+HASHES = ("split_hash", "features_hash", "ids_hash", "times_hash")
 _LARGEST = 2**63  # Of numbers in the files of a workdir; JSON itself knows no bounds.
 REMAKE = "delete its folder, and the run's own command makes it again from the checkpoint"
 PARTS = tuple(part + suffix for suffix in ("", WITHOUT_HISTORY) for part in ("popularity", "validation", "test"))
@@ -88,9 +89,24 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dic
       raise
     raise InputError(f"--workdir={workdir} cannot be made: {error.strerror}; use another") from error
   for file, value in ((workdir / "config.json", config.to_dict()), (path, mine)):
-    mend = "delete it, and the same command makes it again"
-    if not is_given(file) or read_json(file, mend=mend) != json.loads(json.dumps(value)):
-      write_json(file, value)
+    _keep_json(file, value)
+
+
+def note_ids(workdir: pathlib.Path, dataset: Dataset) -> None:
+  """Writes `ids.json`: what the data calls the items and the users, in the order that everything else has them in.
+
+  Raises:
+    InputError: if the file is there, and damaged.
+  """
+  ids = {"items": dataset.item_ids.to_json(), "users": dataset.interactions.users.tolist()}
+  _keep_json(workdir / "ids.json", ids)
+
+
+def _keep_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+  """Writes a file that is not there, or holds something else."""
+  mend = "delete it, and the same command makes it again"
+  if not is_given(path) or read_json(path, mend=mend) != json.loads(json.dumps(value)):
+    write_json(path, value)
 
 
 def format_results(results: dict[str, Any]) -> str:

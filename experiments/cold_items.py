@@ -22,6 +22,7 @@ from bbqrec_jax.assign import assign
 from bbqrec_jax.command_line import define_path, parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.directory import read_new_items
 from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, drop_short_users
 from bbqrec_jax.data.sources import load
@@ -71,13 +72,16 @@ def part(interactions: Interactions, cold: np.ndarray) -> tuple[Interactions, In
 
 
 def save(dataset: Dataset, keep: np.ndarray, folder: pathlib.Path, interactions: Interactions | None = None) -> None:
-  """Writes the chosen items of a data set, and histories of them, in the format of `--config.data.source=directory`."""
+  """Writes the chosen items of a data set, and histories of them, in the format of `--config.data.source=directory`.
+
+  Their rows are others there, their ids the same.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   for name, array in dataset.features.items():
     np.save(folder / f"{name}_features.npy", array[keep])
     np.save(folder / f"has_{name}.npy", dataset.present[name][keep])
-  titles = [title for title, here in zip(dataset.titles, keep, strict=True) if here]
-  (folder / "items.jsonl").write_text("".join(json.dumps({"title": title}) + "\n" for title in titles))
+  records = ({"id": str(dataset.item_ids[item]), "title": dataset.titles[item]} for item in np.flatnonzero(keep))
+  (folder / "items.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
   if interactions is None:
     return
   for name, values in (("sequences", interactions.items), ("timestamps", interactions.times)):
@@ -112,7 +116,7 @@ def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None
   if not len(targets):
     raise InputError(f"no user's last item is among the {cold.sum()} held out: raise --share")
   data, new, note = workdir / "data", workdir / "new_items", workdir / "held_out.json"
-  held_out = {"data": dataset.name, "items": np.flatnonzero(cold).tolist()}
+  held_out = {"data": dataset.name, "items": dataset.item_ids.keep(cold).to_json()}
   if not note.exists():
     save(dataset, cold, new)
     save(dataset, ~cold, data, warm)
@@ -129,7 +133,8 @@ def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None
   extended = folder / "extended"
   if not SemanticIds.exists(extended):
     ids = SemanticIds.load(folder / "tokenizer")
-    assign(ids, *load_new_items(new, feature_widths(dataset.features))).save(extended)
+    item_ids, _ = read_new_items(new, ids.item_ids, count=int(cold.sum()))
+    assign(ids, *load_new_items(new, feature_widths(dataset.features)), item_ids=item_ids).save(extended)
   name = config.recommender.head if name is None else name
   folder = workdir / name
   results = run(config, folder)

@@ -29,6 +29,7 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.tokenizer import cohesion
 from bbqrec_jax.experiment import load_ids, of_any_recommender, read_data, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
+from bbqrec_jax.input_files import read_array
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.health import codebook_health
 from bbqrec_jax.train.history_probe import id_vectors, train_probe
@@ -79,7 +80,7 @@ def probe(config: Any, folder: pathlib.Path) -> None:
   if output.exists():
     return
   dataset, split, figures = read_data(config, for_tokenizer=True)
-  ids = load_ids(config, folder, figures, num_items=dataset.num_items)
+  ids = load_ids(config, folder, dataset, figures)
   write_json(output, train_probe(config, id_vectors(ids), split)._asdict())
 
 
@@ -177,7 +178,10 @@ def report(config: Any, workdir: pathlib.Path) -> str:
         ]
         metrics.append([variant, head, str(len(results)), *cells])
   for path in sorted(pathlib.Path(dataset.source).glob("sid_*.npy")):
-    healths.append(health_row(f"published: {path.stem}", [measure(np.load(path, allow_pickle=False), split)]))
+    codes = read_array(path)
+    if len(codes) != dataset.num_items:
+      raise InputError(f"{path}: expected the codes of {dataset.num_items} items, got {len(codes)}; move it elsewhere")
+    healths.append(health_row(f"published: {path.stem}", [measure(codes, split)]))
   head = (
     f"{figures['name']}: {figures['users']:,} users, {figures['items']:,} items, {figures['interactions']:,}"
     f" interactions, split {figures['split_hash']}; cohesion over {len(split.validation_target):,} held-out pairs"

@@ -50,6 +50,7 @@ from bbqrec_jax.config import CHANGEABLE, default_config, flatten
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import load_new_items
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import write_json
@@ -472,11 +473,18 @@ def modalities(files: Files, num_items: int | None, names: tuple[str, ...] = ("i
 
 def expect_directory(files: Files) -> Any:
   """What a folder of the project's own format holds."""
-  titles = []
+  titles, own_ids = [], []
   (items,) = (name for name in files if name.startswith("items"))
   for row, line in enumerate(text_lines(files, items)):
     record = json.loads(line)
-    if not isinstance(record, dict) or record.get("id", row) != row:
+    if not isinstance(record, dict):
+      raise Bad
+    own = record.get("id")
+    own_ids.append(own if isinstance(own, str) else row)
+    if isinstance(own, str):
+      if not 0 < len(own.encode("utf-8")) <= TOKEN or "\n" in own:
+        raise Bad
+    elif own is not None and (type(own) is not int or own != row):
       raise Bad
     title = "" if record.get("title") is None else record["title"]
     if not isinstance(title, str) or title.encode("utf-8", "ignore").decode() != title:
@@ -502,7 +510,9 @@ def expect_directory(files: Files) -> Any:
       if label != user or len(own) != len(history) or own != sorted(own):
         raise Bad
       times.extend(own)
-  return histories, times, titles, modalities(files, len(titles))
+  if len({type(own) for own in own_ids}) > 1 or len(set(own_ids)) < len(own_ids):
+    raise Bad
+  return histories, times, own_ids, titles, modalities(files, len(titles))
 
 
 def split_table(files: Files, name: str) -> tuple[dict[str, str], list[dict[str, str]]]:
@@ -522,7 +532,7 @@ def expect_items(files: Files) -> tuple[dict[str, int], list[str], dict[str, Any
   """What a RecBole table of items holds: numbers by name, titles and modalities."""
   kinds, rows = split_table(files, "tiny.item")
   items = {row["item_id"]: place for place, row in enumerate(rows)}
-  if not rows or len(items) < len(rows):
+  if not rows or len(items) < len(rows) or any(len(item.encode()) > TOKEN for item in items):
     raise Bad
   column = next((name for name in ("title", "item_name", "movie_title", "name") if name in kinds), None)
   titles = [row[column] if column else "" for row in rows]
@@ -568,6 +578,7 @@ def expect_recbole(files: Files) -> Any:
   return (
     [(user, [item for _, item in own]) for user, own in ordered.items()],
     times,
+    list(items),
     titles,
     dict(sorted(tables.items())),
   )
@@ -588,7 +599,7 @@ def read_dataset(dataset: Dataset) -> Any:
   histories = [(str(user), interactions.history(row).tolist()) for row, user in enumerate(interactions.users)]
   times = None if interactions.times is None else interactions.times.tolist()
   arrays = {name: (plain(array), dataset.present[name].tolist()) for name, array in dataset.features.items()}
-  return histories, times, list(dataset.titles), arrays
+  return histories, times, dataset.item_ids.to_json(), list(dataset.titles), arrays
 
 
 def read_new_items(folder: pathlib.Path) -> Any:
@@ -649,6 +660,7 @@ def semantic_ids() -> SemanticIds:
     present=rng.random((4, 6)) < 0.6,
     codebooks=rng.normal(size=(1, 3, 5, 2)).astype(np.float32),
     data_hash="0123abcd 4567cdef",
+    item_ids=ItemIds([f"sku-{item}" for item in range(6)]),
     settings=dataclasses.asdict(SETTINGS) | {"repair": "reassign"},
     encoder={
       "item_id": rng.normal(size=2).astype(np.float32),
@@ -677,7 +689,7 @@ def folder_of(save: Callable[[pathlib.Path], None]) -> Files:
     return {path.name: path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir())}
 
 
-FIGURES = {"split_hash": "0123abcd", "features_hash": "4567cdef", "times_hash": None}
+FIGURES = {"split_hash": "0123abcd", "features_hash": "4567cdef", "ids_hash": "89ab", "times_hash": None}
 RESULTS: dict[str, Any] = {
   "model": "dense head",
   "data": {
@@ -774,7 +786,8 @@ def parse_ids(files: Files) -> SemanticIds:
   with zipfile.ZipFile(io.BytesIO(files["encoder.npz"])) as archive:
     encoder = {info.filename.removesuffix(".npy"): whole_array(archive.read(info)) for info in archive.infolist()}
   streams, data_hash, settings = (about[name] for name in ("streams", "data_hash", "settings"))
-  return SemanticIds(streams, data_hash=data_hash, settings=settings, encoder=encoder, **arrays)
+  item_ids = ItemIds(document(files, "item_ids.json")["items"])
+  return SemanticIds(streams, data_hash=data_hash, item_ids=item_ids, settings=settings, encoder=encoder, **arrays)
 
 
 def expect_ids(files: Files) -> Any:

@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from bbqrec_jax.assign import assign, main
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import load_new_items
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.frozen import (
   FrozenTokenizer,
@@ -70,9 +71,8 @@ def make_ids(random_params, *, repair="reassign", **choices):
   else:
     repaired = reassign_collisions(raw, id_latents, id_codebooks)
   settings = dataclasses.asdict(settings) | {"repair": repair}
-  return SemanticIds(
-    tuple(settings_from_json(settings).streams), repaired, codes, here, codebooks, "hash", settings, encoder
-  )
+  streams, item_ids = tuple(settings_from_json(settings).streams), ItemIds.numbered(ITEMS)
+  return SemanticIds(streams, repaired, codes, here, codebooks, "hash", item_ids, settings, encoder)
 
 
 CHOICES = [

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -104,12 +105,14 @@ def test_a_small_run_ranks_the_cold_items_among_all(script, tmp_path, capsys):
   assert "warning" not in capsys.readouterr().out
   shifted = tmp_path / "shifted"
   shifted.mkdir()
+  shutil.copy(tmp_path / "new_items" / "items.jsonl", shifted)
   for name in left.modalities:
     np.save(shifted / f"{name}_features.npy", whole.features[name][cold] + (1e3 if name == "text" else 0.0))
   restore(tmp_path / "plain", features=shifted)
   assert "warning: text features of 12 of 12 new items are like no known item's" in capsys.readouterr().out
   lacking = tmp_path / "lacking"
   lacking.mkdir()
+  shutil.copy(tmp_path / "new_items" / "items.jsonl", lacking)
   np.save(lacking / "text_features.npy", whole.features["text"][cold])
   with pytest.raises(InputError, match=r"image_features\.npy: .*found nothing; .* write zeros of shape \[items, 96\]"):
     restore(tmp_path / "plain", features=lacking)

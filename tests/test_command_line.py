@@ -172,8 +172,9 @@ def test_recommending_from_no_run_is_one_line(tmp_path):
   ("given", "said"),
   [
     ({"history": "1", "top": 0}, "--top must be at least 1, got 0"),
-    ({}, "give either --history=3,17,256 or --histories=FILE"),
-    ({"history": "1", "histories": "h"}, "give either --history=3,17,256 or --histories=FILE"),
+    ({}, "give one of --history=3,17,256, --user=ID"),
+    ({"history": "1", "user": "u"}, "give one of --history=3,17,256, --user=ID"),
+    ({"history": "1", "histories": "h"}, "give one of --history=3,17,256, --user=ID"),
     ({"histories": "h"}, "--output=FILE goes with --histories=FILE"),
     ({"history": "1", "output": "o"}, "--output=FILE goes with --histories=FILE"),
     ({"history": "1", "timestamps": "t"}, "--timestamps: --times goes with --history"),
@@ -183,7 +184,7 @@ def test_recommending_from_no_run_is_one_line(tmp_path):
   ],
 )
 def test_flags_of_recommend_that_do_not_go_together(given, said):
-  nothing = dict.fromkeys(("history", "histories", "times", "timestamps", "output"))
+  nothing = dict.fromkeys(("history", "user", "histories", "times", "timestamps", "output"))
   given = {name: pathlib.Path(value) if name == "output" else value for name, value in given.items()}
   with pytest.raises(InputError, match=re.escape(said)):
     recommend.check_options(types.SimpleNamespace(**({"top": 10} | nothing | given)))

@@ -18,6 +18,7 @@ from bbqrec_jax.assign import assign
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.directory import read_sequences
 from bbqrec_jax.data.interactions import leave_one_out, select_users
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import popularity_metrics
@@ -425,7 +426,7 @@ def test_a_file_of_histories_is_answered_as_each_history_by_itself(finished, tmp
   lines.write_text("anna 5 9 70 2\nbo 7\n\u00e7a 1 1 2 3 4 5 6 7 8 9 10 11 12\n", encoding="utf-8")
   histories = read_sequences(lines, num_items=NUM_ITEMS)
   found = recommend_all(model, params, catalogue, histories, top=10, beam_width=20, batch_size=2)
-  assert write_recommendations(found, tmp_path / "found.jsonl") == 3
+  assert write_recommendations(found, tmp_path / "found.jsonl", ItemIds.numbered(NUM_ITEMS)) == 3
   assert {path.name for path in tmp_path.iterdir()} == {"histories.txt", "found.jsonl"}
   records = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
   assert [record["user"] for record in records] == ["anna", "bo", "\u00e7a"]
@@ -609,8 +610,10 @@ def test_figures_without_the_history_are_those_of_what_is_recommended(finished):
 
 
 def test_parse_history():
-  np.testing.assert_array_equal(parse_history("3, 17,0", num_items=18), [3, 17, 0])
-  assert parse_history("3", num_items=4).dtype == np.int32
+  np.testing.assert_array_equal(parse_history("3, 17,0", ItemIds.numbered(18)), [3, 17, 0])
+  assert parse_history("3", ItemIds.numbered(4)).dtype == np.int32
+  named = ItemIds(["sku-1", "a,b", 'say "x"'])
+  np.testing.assert_array_equal(parse_history('"a,b", sku-1,"say ""x"""', named), [1, 0, 2])
 
 
 @pytest.mark.parametrize(
@@ -627,8 +630,9 @@ def test_parse_history():
 )
 def test_bad_history_entries_are_refused(text, entry, shown):
   with pytest.raises(InputError) as error:
-    parse_history(text, num_items=NUM_ITEMS)
-  assert str(error.value) == f"--history entry {entry}: expected an item number from 0 to 79, got {shown}"
+    parse_history(text, ItemIds.numbered(NUM_ITEMS))
+  assert str(error.value).startswith(f"--history entry {entry}: expected the id of an item, got {shown}; ")
+  assert "from 0 to 79" in str(error.value)
 
 
 def test_a_workdir_without_a_run_is_refused(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.data.interactions import from_lengths
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.export import export_recommender, load_export, write_export
 from bbqrec_jax.json_files import read_json, write_json
@@ -102,7 +103,9 @@ def exported(random_params, tmp_path_factory):
   """A folder as the program writes it."""
   model, params, catalogue = make(random_params)
   folder = tmp_path_factory.mktemp("made") / "export"
-  note = write_export(folder, model, params, catalogue, top=99, beam_width=8, platforms=["cpu", "tpu"])
+  note = write_export(
+    folder, model, params, catalogue, top=99, beam_width=8, platforms=["cpu", "tpu"], item_ids=ItemIds.numbered(ITEMS)
+  )
   assert (note["top"], note["max_length"], note["inputs"]) == (ITEMS, LENGTH, ["histories", "exclude"])
   assert [path.name for path in folder.parent.iterdir()] == ["export"]
   return folder

@@ -87,6 +87,7 @@ def test_a_run_is_restored_and_goes_on_wherever_its_data_is(tmp_path, monkeypatc
   options = dict.fromkeys(("history", "times", "timestamps", "tokenizer", "features", "data"))
   options |= {
     "workdir": workdir,
+    "user": None,
     "histories": empty,
     "output": tmp_path / "out",
     "top": 3,
@@ -195,7 +196,7 @@ def test_an_artefact_serves_from_any_folder_whoever_claims_the_workdir(artefact,
   monkeypatch.chdir(tmp_path)
   assert load_config(workdir).tokenizer.artefact == str(artefact[0])
   with pytest.raises(InputError, match=r"holds another run, which differs in .*tokenizer\.artefact"):
-    claim(workdir, make_config(), {"split_hash": "", "features_hash": "", "times_hash": ""})
+    claim(workdir, make_config(), {"split_hash": "", "features_hash": "", "ids_hash": "", "times_hash": ""})
 
 
 def test_a_workdir_that_can_be_none_or_is_what_is_read_is_refused(artefact, tmp_path):
@@ -224,7 +225,7 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
 
   monkeypatch.setattr(pathlib.Path, "mkdir", fail)
   with pytest.raises(InputError, match=r"--workdir=.*/run cannot be made: No such file or directory; use another"):
-    claim(tmp_path / "run", make_config(), {"split_hash": "", "features_hash": "", "times_hash": ""})
+    claim(tmp_path / "run", make_config(), {"split_hash": "", "features_hash": "", "ids_hash": "", "times_hash": ""})
 
 
 def test_paths_of_a_config_are_made_absolute_and_empty_ones_are_left(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ from bbqrec_jax.benchmarks.counting import cost
 from bbqrec_jax.benchmarks.timing import Case
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import Interactions, from_lengths
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.evaluation.ranking import make_ranker
 from bbqrec_jax.models.apply import apply
@@ -55,6 +56,7 @@ def random_dataset(config: Any) -> Dataset:
     ),
     features=features,
     present={name: np.ones(config.num_items, bool) for name in features},
+    item_ids=ItemIds.numbered(config.num_items),
     titles=("",) * config.num_items,
   )
 
@@ -73,6 +75,7 @@ def random_ids(config: Any, modalities: tuple[str, ...]) -> SemanticIds:
     present=np.ones((len(streams), config.num_items), bool),
     codebooks=rng.normal(size=(1, t.num_levels, t.num_codes, t.code_width)).astype(np.float32),
     data_hash="random",
+    item_ids=ItemIds.numbered(config.num_items),
   )
 
 

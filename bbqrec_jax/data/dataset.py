@@ -11,6 +11,7 @@ import numpy as np
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import features_hash
 from bbqrec_jax.data.interactions import Interactions, Split
+from bbqrec_jax.data.item_ids import ItemIds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,6 +24,7 @@ class Dataset:
     interactions: the whole histories, before any split.
     features: [N, D] float by modality, of which there may be none; row k is item k.
     present: [N] bool by modality, whether an item has it.
+    item_ids: what the source calls the N items; what it calls the users is in `interactions`.
     titles: N titles; "" where the source has none.
     notes: sentences on how the source was read, for whoever looks at the statistics.
   """
@@ -32,13 +34,14 @@ class Dataset:
   interactions: Interactions
   features: dict[str, np.ndarray]
   present: dict[str, np.ndarray]
+  item_ids: ItemIds
   titles: tuple[str, ...]
   notes: tuple[str, ...] = ()
 
   @property
   def num_items(self) -> int:
     """N."""
-    return len(self.titles)
+    return len(self.item_ids)
 
   @property
   def modalities(self) -> tuple[str, ...]:
@@ -57,8 +60,8 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
   Returns:
     name, source, users, items, interactions; history_length (mean, median, min, max); density, interactions / (users x
     items); head_share, the share of interactions that the most popular 10 % of items hold; unseen_items, how many are
-    in no training history; modalities (width and coverage of each); notes; split_hash, features_hash and
-    times_hash (None without times).
+    in no training history; modalities (width and coverage of each); notes; split_hash, features_hash, ids_hash (of the
+    items' and the users' ids) and times_hash (None without times).
   """
   interactions = dataset.interactions
   lengths = interactions.lengths
@@ -86,6 +89,7 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
     "notes": list(dataset.notes),
     "split_hash": split.split_hash,
     "features_hash": features_hash(dataset.features, dataset.present),
+    "ids_hash": hashlib.sha256("\n".join([dataset.item_ids.digest, *interactions.users]).encode()).hexdigest()[:16],
     "times_hash": None if interactions.times is None else hashlib.sha256(interactions.times.tobytes()).hexdigest()[:16],
   }
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,8 +12,11 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import load_modalities, unused_files
 from bbqrec_jax.data.files import check_label, read_lines, require_folder
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, shown
-from bbqrec_jax.input_files import is_given
+from bbqrec_jax.input_files import is_given, is_whole
+
+_ITEM_FILES = ("items.jsonl.gz", "items.jsonl")
 
 
 def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_short_users: bool = False) -> Dataset:
@@ -21,8 +24,8 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
 
   - `sequences.txt`: a line a user, `user item item ...`, separated by blanks; ids from 0, in time order.
   - `timestamps.txt`, optional: the same lines with the second of each interaction in place of its item.
-  - `items.jsonl.gz` or `items.jsonl`: line k is the JSON object of item k; its `title` is used, and its `id`, if there
-    is one, must be k. The number of lines is N.
+  - `items.jsonl.gz` or `items.jsonl`: line k is the JSON object of item k; its `title` is used, and its `id`: a string
+    of its own, in every line, or k. The number of lines is N.
   - `<modality>_features.npy` [N, D] float, row k is item k, and optionally `has_<modality>.npy` [N], see
     `features.load_modality`.
 
@@ -39,7 +42,7 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
   if not is_given(sequences):
     hint = "; --config.data.source=recbole reads the .inter file there" if any(folder.glob("*.inter")) else ""
     raise InputError(f"{folder}: expected sequences.txt ('user item item ...' lines), found no such file{hint}")
-  titles = read_titles(folder)
+  item_ids, titles = read_items(folder)
   whole = read_sequences(sequences, num_items=len(titles))
   times = folder / "timestamps.txt"
   if is_given(times):
@@ -47,21 +50,35 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
   interactions = check_history_lengths(whole, path=sequences, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(titles))
   notes = (order_note(interactions), *unused_files(folder, features, (sequences.name, times.name)))
-  return Dataset(folder.resolve().name, str(path), interactions, features, present, titles, notes)
+  item_ids = item_ids or ItemIds.numbered(len(titles))
+  return Dataset(folder.resolve().name, str(path), interactions, features, present, item_ids, titles, notes)
 
 
-def read_titles(folder: Path) -> tuple[str, ...]:
-  """The titles of the items of `items.jsonl.gz` or `items.jsonl`, "" where there is none.
+def has_items(folder: Path) -> bool:
+  """Whether there is an `items.jsonl.gz` or `items.jsonl`."""
+  return any(is_given(folder / name) for name in _ITEM_FILES)
+
+
+def read_items(folder: Path, *, first: int = 0) -> tuple[ItemIds | None, tuple[str, ...]]:
+  """What `items.jsonl.gz` or `items.jsonl` says of the items.
+
+  Args:
+    folder: where it is.
+    first: the number of the item in its first line.
+
+  Returns:
+    Their own ids, None where the lines have none (or only say the number of their item), and their titles, "" where
+    there is none.
 
   Raises:
     InputError: if neither file is there, or both, or none holds an item, or a line is not what it should be.
   """
-  names = ("items.jsonl.gz", "items.jsonl")
-  found = [folder / name for name in names if is_given(folder / name)]
+  found = [folder / name for name in _ITEM_FILES if is_given(folder / name)]
   if len(found) != 1:
     came = "both; remove one" if found else "neither; write a line for each item, {} is enough"
-    raise InputError(f"{folder}: expected one of {' and '.join(names)} (line k describes item k), found {came}")
+    raise InputError(f"{folder}: expected one of {' and '.join(_ITEM_FILES)} (line k describes item k), found {came}")
   (path,) = found
+  ids: dict[str, int] = {}
   titles = []
   for row, line in enumerate(read_lines(path)):
     place = f"{path} line {row + 1}"
@@ -71,13 +88,22 @@ def read_titles(folder: Path) -> tuple[str, ...]:
       raise InputError(f"{place}: expected a JSON object, got {shown(line)}; write one object a line") from None
     if not isinstance(record, dict):
       raise InputError(f"{place}: expected a JSON object, got {shown(line)}; write one object a line")
-    if record.get("id", row) != row:
+    own = record.get("id")
+    if isinstance(own, str):
+      _check_own_id(own, ids, place=place)
+      ids[own] = row
+    elif own is not None and (type(own) is not int or own != first + row):
       raise InputError(
-        f"{place} field 'id': expected {row}, the item of this line, got {_shown_json(record['id'])}; sort the file by"
-        " id, or leave the field out"
+        f"{place} field 'id': expected {first + row}, the item of this line, or a string, got {_shown_json(own)}; write"
+        " ids of your own as strings, sort the file by id, or leave the field out"
+      )
+    if len(ids) not in (0, row + 1):
+      raise InputError(
+        f"{place} field 'id': expected an id of their own for all items or for none, got {_shown_json(own)} here and"
+        " another kind before it; write each as a string"
       )
     title = "" if record.get("title") is None else record["title"]
-    if not isinstance(title, str) or not _is_whole(title):
+    if not isinstance(title, str) or not is_whole(title):
       raise InputError(
         f"{place} field 'title': expected a string of whole characters, got {_shown_json(title)}; correct it or leave"
         " it out"
@@ -85,21 +111,83 @@ def read_titles(folder: Path) -> tuple[str, ...]:
     titles.append(title)
   if not titles:
     raise InputError(f"{path}: expected at least one item, got an empty file; write one JSON object for each item")
-  return tuple(titles)
+  return ItemIds(list(ids)) if ids else None, tuple(titles)
 
 
-def _is_whole(text: str) -> bool:
-  """Whether the text can be written: JSON can escape half of a surrogate pair, which is no character."""
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
+def read_new_items(folder: Path, known: ItemIds, *, count: int) -> tuple[ItemIds, tuple[str, ...]]:
+  """What the optional `items.jsonl` beside the features of new items says of them.
+
+  Args:
+    folder: of the new items' features.
+    known: the ids of the known items.
+    count: of new items.
+
+  Returns:
+    The ids of the known and the new items, which count on where they are numbers; and the new ones' titles.
+
+  Raises:
+    InputError: as `read_items` and `ItemIds.extended`, or if it is of more or fewer items.
+  """
+  new, titles = read_items(folder, first=len(known)) if has_items(folder) else (None, ("",) * count)
+  if len(titles) != count:
+    raise InputError(f"{folder}: expected items.jsonl to have {count} lines, one for each row, got {len(titles)}")
+  return known.extended(new, count, where=folder), titles
+
+
+def _check_own_id(own: str, known: Mapping[str, int], *, place: str) -> None:
+  """Refuses the id of an item that another has, or that could not stand in a line of text.
+
+  Raises:
+    InputError: if that is so.
+  """
+  if not own or not is_whole(own) or "\n" in own:
+    raise InputError(
+      f"{place} field 'id': expected whole characters on one line, got {_shown_json(own)}; write it as in your own data"
+    )
+  check_label(own.encode(), where=f"{place} field 'id'")
+  if own in known:
+    raise InputError(
+      f"{place} field 'id': expected each item once, got {shown(own)} again (first on line"
+      f" {known[own] + 1}); remove one"
+    )
 
 
 def _shown_json(value: Any) -> str:
   """A JSON value as an error message quotes it; of a list or object, which may be nested without end, only the kind."""
   return type(value).__name__ if isinstance(value, list | dict) else shown(json.dumps(value))
+
+
+def read_users(path: Path) -> tuple[np.ndarray, list[bytes], np.ndarray]:
+  """The lines 'user item item ...' of a file.
+
+  Returns:
+    The users' labels [U] str, and of each the rest of the line and how many items that has, [U] int64.
+
+  Raises:
+    InputError: if a line is empty, lacks its user or items, or repeats a user, or a user's label is longer than 256
+      bytes.
+  """
+  lines = read_lines(path)
+  labels: dict[bytes, int] = {}
+  tails = []
+  lengths = np.empty(len(lines), np.int64)
+  for row, line in enumerate(lines):
+    fields = line.split()
+    if len(fields) < 2 or not line.startswith(fields[0]):
+      raise InputError(
+        f"{path} line {row + 1}: expected 'user item item ...', got {shown(line)}; "
+        + ("give the user items or remove the line" if fields else "remove the line")
+      )
+    label = fields[0]
+    check_label(label, where=f"{path} line {row + 1} field 1")
+    if labels.setdefault(label, row) != row:
+      raise InputError(
+        f"{path} line {row + 1} field 1: expected each user on one line, got {shown(label)} again (first on line"
+        f" {labels[label] + 1}); join the two lines in time order"
+      )
+    tails.append(line[len(label) :])
+    lengths[row] = len(fields) - 1
+  return np.array([label.decode() for label in labels], str), tails, lengths
 
 
 def read_sequences(path: Path, *, num_items: int) -> Interactions:
@@ -110,41 +198,17 @@ def read_sequences(path: Path, *, num_items: int) -> Interactions:
     num_items: N.
 
   Raises:
-    InputError: if a line is empty, lacks its user or items, or repeats a user, a user's label is longer than 256 bytes,
-      or an item is not an integer in 0..N-1.
+    InputError: as `read_users`, or if an item is not an integer in 0..N-1.
   """
-  lines = read_lines(path)
-  labels, tails = [], []
-  lengths = np.empty(len(lines), np.int64)
-  for row, line in enumerate(lines):
-    fields = line.split()
-    if len(fields) < 2 or not line.startswith(fields[0]):
-      raise InputError(
-        f"{path} line {row + 1}: expected 'user item item ...', got {shown(line)}; "
-        + ("give the user items or remove the line" if fields else "remove the line")
-      )
-    labels.append(fields[0])
-    tails.append(line[len(fields[0]) :])
-    lengths[row] = len(fields) - 1
+  users, tails, lengths = read_users(path)
   tail = b"".join(tails)
   # Nothing but digits and blanks is left, so the fast parser can neither stop early nor read a sign or a fraction.
   if tail.translate(None, b"0123456789 \t\r\v\f"):
-    _refuse_items(path, lines, num_items)
+    _refuse_items(path, tails, num_items)
   items = np.fromstring(tail.decode("ascii"), dtype=np.int64, sep=" ")
   if np.any(items >= num_items):
-    _refuse_items(path, lines, num_items)
-  if labels:
-    longest = max(range(len(labels)), key=lambda row: len(labels[row]))
-    check_label(labels[longest], where=f"{path} line {longest + 1} field 1")
-  if len(set(labels)) < len(labels):
-    first: dict[bytes, int] = {}
-    for row, label in enumerate(labels):
-      if first.setdefault(label, row) != row:
-        raise InputError(
-          f"{path} line {row + 1} field 1: expected each user on one line, got {shown(label)} again (first on line"
-          f" {first[label] + 1}); join the two lines in time order"
-        )
-  return from_lengths(items, lengths, np.array([label.decode() for label in labels], str))
+    _refuse_items(path, tails, num_items)
+  return from_lengths(items, lengths, users)
 
 
 def read_timestamps(path: Path, interactions: Interactions) -> np.ndarray:
@@ -188,9 +252,9 @@ def read_timestamps(path: Path, interactions: Interactions) -> np.ndarray:
   return times
 
 
-def _refuse_items(path: Path, lines: list[bytes], num_items: int) -> NoReturn:
-  for row, line in enumerate(lines):
-    for field, token in enumerate(line.split()[1:], start=2):
+def _refuse_items(path: Path, tails: list[bytes], num_items: int) -> NoReturn:
+  for row, tail in enumerate(tails):
+    for field, token in enumerate(tail.split(), start=2):
       digits = token.lstrip(b"0") or b"0"
       if not token.isdigit():
         mend = "number the items from 0 and separate them by blanks, or use --config.data.source=recbole"

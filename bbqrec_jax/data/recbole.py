@@ -10,6 +10,7 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import LARGEST, load_modalities, unused_files
 from bbqrec_jax.data.files import check_growth, check_label, read_lines, read_text, require_folder
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, printable, shown
 
 TITLE_COLUMNS = ("title", "item_name", "movie_title", "name")
@@ -21,10 +22,10 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   - `*.inter`: `user_id:token`, `item_id:token` and optionally `timestamp:float`. A user's interactions are ordered by
     timestamp, equal ones as in the file; without timestamps, as in the file, and a note warns of a column that seems to
     be one by another name. Repeated interactions are kept.
-  - `*.item`, optional: `item_id:token`; item k is the table's row k. A column `title`, `item_name`, `movie_title` or
-    `name` gives the titles; every `float_seq` column is a modality, named without a trailing `_features`, `_feature` or
-    `_emb`; an empty cell means that the item lacks it. Without the table, items are numbered as they first appear in
-    `.inter`.
+  - `*.item`, optional: `item_id:token`; item k is the table's row k, and its id the token. A column `title`,
+    `item_name`, `movie_title` or `name` gives the titles; every `float_seq` column is a modality, named without a
+    trailing `_features`, `_feature` or `_emb`; an empty cell means that the item lacks it. Without the table, items
+    have the order in which they first appear in `.inter`.
   - Either table may be compressed: `.inter.gz`, `.item.gz`.
   - `<modality>_features.npy` and `has_<modality>.npy`, rows in that order, see `features.load_modality`.
 
@@ -53,7 +54,8 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   features, present = load_modalities(folder, modalities, num_items=len(tokens), in_tables=tables)
   name = inter_path.name.removesuffix(".gz").removesuffix(".inter")
   notes += unused_files(folder, features)
-  return Dataset(name, str(path), interactions, features, present, titles or ("",) * len(tokens), notes)
+  item_ids = ItemIds([token.decode() for token in tokens])
+  return Dataset(name, str(path), interactions, features, present, item_ids, titles or ("",) * len(tokens), notes)
 
 
 def _only_file(folder: Path, suffix: str) -> Path | None:
@@ -225,6 +227,7 @@ def _read_items(path: Path) -> tuple[list[bytes], tuple[str, ...], dict[str, np.
   for number, token in enumerate(tokens):
     if not token:
       raise InputError(f"{path} line {number + 2} field 'item_id': expected a token, got an empty field; fill it in")
+    check_label(token, where=f"{path} line {number + 2} field 'item_id'")
     if first.setdefault(token, number) != number:
       raise InputError(
         f"{path} line {number + 2} field 'item_id': expected each item on one line, got {shown(token)} again (first on"

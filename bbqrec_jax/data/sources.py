@@ -26,7 +26,7 @@ __all__ = [
 
 
 def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
-  """The data set without the items that lack a modality, the others renumbered in their order, and their interactions.
+  """The data set without the items that lack a modality and their interactions; the others keep their order and ids.
 
   Args:
     dataset: a data set of N items, with at least one modality.
@@ -57,6 +57,7 @@ def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
     interactions=drop_short_users(interactions),
     features={name: array[keep] for name, array in dataset.features.items()},
     present={name: mask[keep] for name, mask in dataset.present.items()},
+    item_ids=dataset.item_ids.keep(keep),
     titles=tuple(title for title, here in zip(dataset.titles, keep, strict=True) if here),
   )
 

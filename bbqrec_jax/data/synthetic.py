@@ -9,6 +9,7 @@ import numpy as np
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import BLOCK
 from bbqrec_jax.data.interactions import from_lengths
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 
 GROUPS, SUBGROUPS = 8, 8
@@ -62,6 +63,7 @@ def make_synthetic(*, num_users: int = 2_000, num_items: int = 600, seed: int = 
     ),
     features=features,
     present=present,
+    item_ids=ItemIds.numbered(num_items),
     titles=tuple(
       f"item {item} (taste {taste // SUBGROUPS}.{taste % SUBGROUPS})" for item, taste in enumerate(subgroup)
     ),

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.input_files import read_archive, read_array
 from bbqrec_jax.json_files import read_json, write_json
 
@@ -33,6 +34,7 @@ class SemanticIds:
     present: [S, N] bool, False where an item lacks the modality.
     codebooks: [G, L, K, d] float32; G is 1 where all streams share them, S where each has its own.
     data_hash: of the features and histories that all this was learned from.
+    item_ids: what the data calls the N items.
     settings: what the tokenizer was built from, the fields of `models.tokenizer.TokenizerSettings` and `repair`.
     encoder: what quantizes an item that was not there: parameters and feature statistics, arrays by name.
     content: codes of the same items by their features alone, one set a modality and one of all together, for
@@ -45,6 +47,7 @@ class SemanticIds:
   present: np.ndarray
   codebooks: np.ndarray
   data_hash: str
+  item_ids: ItemIds
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   encoder: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   content: "SemanticIds | None" = None
@@ -59,22 +62,30 @@ class SemanticIds:
     """The streams that are modalities."""
     return tuple(name for name in self.streams if name not in ("id", "fused"))
 
-  def check_data(self, data_hash: str, *, num_items: int, where: object) -> None:
+  def check_data(self, data_hash: str, *, item_ids: ItemIds, where: object) -> None:
     """Refuses IDs that were learned from other data.
 
     Raises:
-      InputError: if `data_hash` is not theirs (names both), or they are of more or fewer than `num_items` items.
+      InputError: if `data_hash` is not theirs (names both), or they are of other items than `item_ids`.
     """
     if data_hash != self.data_hash:
       raise InputError(
         f"{where} holds semantic IDs of other data: they were learned from {self.data_hash}, this run's split and"
         f" features are {data_hash}; train a tokenizer on this data"
       )
-    if num_items != len(self.codes):
+    if len(item_ids) != len(self.codes):
       raise InputError(
-        f"{where} holds semantic IDs of {len(self.codes)} items, this run's data has {num_items}; train a tokenizer on"
-        " this data"
+        f"{where} holds semantic IDs of {len(self.codes)} items, this run's data has {len(item_ids)}; train a tokenizer"
+        " on this data"
       )
+    self.check_items(item_ids, where=where, mend="train a tokenizer on this data")
+
+  def check_items(self, known: ItemIds, *, where: object, mend: str) -> None:
+    """Refuses other items than `known`, which there are no more of than here; as text, so that 3 is "3"."""
+    ours, theirs = self.item_ids.to_json()[: len(known)], known.to_json()
+    for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+      if str(mine) != str(other):
+        raise InputError(f"{where}: row {row} is item {shown(str(mine))}, expected {shown(str(other))}; {mend}")
 
   def check_extension(self, known: "SemanticIds", *, where: object) -> None:
     """Refuses IDs that are not another artefact's with new items after the known ones.
@@ -94,6 +105,7 @@ class SemanticIds:
         f"{where} does not extend the semantic IDs that the recommender was trained on (fingerprint"
         f" {known.fingerprint}): make it from them with python -m bbqrec_jax.assign"
       )
+    self.check_items(known.item_ids, where=where, mend="make it from the run's own with python -m bbqrec_jax.assign")
     if (self.content is None) != (known.content is None):
       here, there = ("no", "some") if self.content is None else ("some", "no")
       raise InputError(f"{where} has {here} content codes, what the recommender was trained on has {there}")
@@ -103,7 +115,7 @@ class SemanticIds:
   @property
   def fingerprint(self) -> str:
     """16 hexadecimal digits that change with any code, codeword, setting, parameter or statistic, or with the data."""
-    about: list[Any] = [self.streams, self.data_hash, dict(self.settings)]
+    about: list[Any] = [self.streams, self.data_hash, self.item_ids.digest, dict(self.settings)]
     if self.content is not None:
       about.append(self.content.fingerprint)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
@@ -127,15 +139,17 @@ class SemanticIds:
     return np.where(self.present[index][:, None], total, 0.0).astype(np.float32)
 
   def save(self, folder: pathlib.Path) -> None:
-    """Writes `codes.npy` and the other arrays, the encoder as `encoder.npz`, and last `semantic_ids.json`.
+    """Writes `codes.npy` and the other arrays, `item_ids.json`, which says whose their rows are, and `encoder.npz`.
 
-    Its presence says that all is there. Content codes go into a folder `content` of the same kind, before all else.
+    Last comes `semantic_ids.json`; its presence says that all is there. Content codes go into a folder `content` of the
+    same kind, before all else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if self.content is not None:
       self.content.save(folder / "content")
     for name in _ARRAYS:
       np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
+    write_json(folder / "item_ids.json", {"items": self.item_ids.to_json()})
     np.savez(folder / "encoder.npz", **self.encoder)  # type: ignore[arg-type]
     about = {
       "streams": self.streams,
@@ -170,6 +184,7 @@ class SemanticIds:
     try:
       about = read_json(folder / "semantic_ids.json")
       arrays: dict[str, Any] = {name: read_array(folder / f"{name}.npy") for name in _ARRAYS}
+      arrays["item_ids"] = ItemIds.from_json(read_json(folder / "item_ids.json").get("items"))
       arrays["encoder"] = read_archive(folder / "encoder.npz")
       streams, data_hash, settings = about["streams"], about["data_hash"], about["settings"]
       fingerprint = about["fingerprint"]
@@ -214,6 +229,8 @@ class SemanticIds:
     if self.stream_codes.shape != expected or self.present.shape != expected[:2] or sets not in (1, len(names)):
       shapes = {name: list(getattr(self, name).shape) for name in _ARRAYS}
       raise ValueError(f"expected arrays of {len(names)} streams, {items} items and {levels} levels, got {shapes}")
+    if len(self.item_ids) != items:
+      raise ValueError(f"item_ids: expected the ids of {items} items, got {len(self.item_ids)}")
     for name in ("codes", "stream_codes"):
       codes = getattr(self, name)
       if codes.min() < 0 or codes.max() >= num_codes:
@@ -222,7 +239,7 @@ class SemanticIds:
       raise ValueError("codebooks: expected finite numbers, got others")
     other = self.content
     if other is not None:
-      theirs = (other.data_hash, other.modalities, len(other.codes), other.num_codes)
-      expected_of_them = (self.data_hash, self.modalities, items, num_codes)
+      theirs = (other.data_hash, other.modalities, len(other.codes), other.item_ids.digest, other.num_codes)
+      expected_of_them = (self.data_hash, self.modalities, items, self.item_ids.digest, num_codes)
       if theirs != expected_of_them:
         raise ValueError(f"content: expected codes of {expected_of_them}, got {theirs}")

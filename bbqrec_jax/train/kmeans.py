@@ -79,6 +79,7 @@ def content_codes(config: Any, dataset: Dataset, *, data_hash: str) -> SemanticI
     present=present,
     codebooks=codebooks,
     data_hash=data_hash,
+    item_ids=dataset.item_ids,
     settings=dataclasses.asdict(settings),
     encoder=store.arrays(),
   )

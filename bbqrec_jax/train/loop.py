@@ -12,6 +12,7 @@ from typing import Any
 import grain
 
 from bbqrec_jax import processes
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.interruption import Interrupted, heard_at_once, noted
 from bbqrec_jax.parallel import Partitioner, StepFunction
 from bbqrec_jax.train.checkpointing import Checkpointer, restore_state
@@ -34,6 +35,7 @@ class Plan:
     select: the metric whose highest value is the best model; None takes the last state.
     patience: evaluations without a better one after which training stops.
     before_step: (step, state) -> state, run before that step; for what happens once, on the host.
+    item_ids: what messages call the items of a batch; their rows, if it is None.
     safeguards: against what may befall the run.
   """
 
@@ -45,6 +47,7 @@ class Plan:
   select: str | None = None
   patience: int = 0
   before_step: Callable[[int, TrainState], TrainState] = lambda step, state: state
+  item_ids: ItemIds | None = None
   safeguards: Safeguards = dataclasses.field(default_factory=Safeguards)
 
   def due(self, step: int) -> bool:
@@ -110,7 +113,7 @@ def fit(
     if plan.safeguards.on_nonfinite == "skip":
       step_function = skip_nonfinite(step_function)
     step = partitioner.compile_step(step_function)
-    watch = Watch(plan.name, plan.safeguards, log)
+    watch = Watch(plan.name, plan.safeguards, log, plan.item_ids)
     recent: list[Any] = []  # Metrics of the steps since they were last looked at, and what their batches held.
     bar = Progress(plan.name, total=plan.steps, done=progress["step"])
     stack.callback(bar.close)

@@ -145,6 +145,7 @@ def run_recommender(
     evaluate=lambda state: rank(state.params, some_histories, split.validation_target[some]).metrics,
     select="ndcg@10",
     patience=r.patience,
+    item_ids=dataset.item_ids,
     safeguards=Safeguards.of(config),
   )
   optimizer = make_optimizer(r.optimizer, total_steps=r.steps)

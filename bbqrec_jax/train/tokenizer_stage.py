@@ -17,6 +17,7 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import feature_widths
 from bbqrec_jax.data.interactions import Interactions, Split
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.pipeline import CatalogueSample, PackedHistories, tokenizer_batches
 from bbqrec_jax.evaluation.tokenizer import CatalogueEncoder, ContrastRecall, Inspection, tokenizer_health
 from bbqrec_jax.json_files import write_json
@@ -120,6 +121,7 @@ def build_semantic_ids(
   encoder: dict[str, np.ndarray],
   *,
   data_hash: str,
+  item_ids: ItemIds,
 ) -> tuple[SemanticIds, np.ndarray]:
   """Repairs collisions: (the artefact, the IDs before repair [N, P L])."""
   raw, id_latents, id_codebooks = id_space(settings, latents, codes, codebooks)
@@ -134,6 +136,7 @@ def build_semantic_ids(
     present=present,
     codebooks=codebooks,
     data_hash=data_hash,
+    item_ids=item_ids,
     settings=dataclasses.asdict(settings) | {"repair": config.tokenizer.repair},
     encoder=encoder,
   )
@@ -169,7 +172,9 @@ def run_kmeans_tokenizer(
   codebooks, encoder = kmeans_codebooks(config, settings, store), store.arrays()
   frozen = FrozenTokenizer(settings, encoder, codebooks)
   latents, present, codes = encode_blocks(lambda items: frozen(*store.rows(items)), dataset.num_items, block=2048)
-  ids, raw = build_semantic_ids(config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash)
+  ids, raw = build_semantic_ids(
+    config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
+  )
   health = tokenizer_health(settings, raw, split)
   health |= {"reconstruction": {}, "reconstruction_from_codes": {}, "contrast_recall@10": None}
   fused = ids.vectors("fused")
@@ -327,6 +332,7 @@ def run_tokenizer(
     evaluate_every=t.evaluate_every,
     evaluate=evaluate,
     before_step=before_step,
+    item_ids=dataset.item_ids,
     safeguards=Safeguards.of(config),
   )
   state, progress = fit(
@@ -343,7 +349,9 @@ def run_tokenizer(
   params = partitioner.fetch(state.params)
   codebooks = artefact_codebooks(settings, params["codebooks"])
   encoder = frozen_parameters(settings, params) | store.arrays()
-  ids, raw = build_semantic_ids(config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash)
+  ids, raw = build_semantic_ids(
+    config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
+  )
   if t.content_codes:
     ids = dataclasses.replace(ids, content=content_codes(config, dataset, data_hash=data_hash))
   health["seconds"] = sum(progress[f"{kind}_seconds"] for kind in ("training", "evaluation", "checkpoint"))

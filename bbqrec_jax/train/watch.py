@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import Diverged
 from bbqrec_jax.processes import several
 from bbqrec_jax.train.logging import MetricsLog, warn
@@ -66,9 +67,9 @@ class Watch:
   What it remembers is part of the run's progress, so that a run that goes on judges as if it had never stopped.
   """
 
-  def __init__(self, name: str, safeguards: Safeguards, log: MetricsLog):
-    """For the stage called `name`."""
-    self._name, self._safeguards, self._log = name, safeguards, log
+  def __init__(self, name: str, safeguards: Safeguards, log: MetricsLog, item_ids: ItemIds | None = None):
+    """For the stage called `name`; what it says of items, it says by their ids."""
+    self._name, self._safeguards, self._log, self._item_ids = name, safeguards, log, item_ids
 
   @staticmethod
   def fresh() -> dict[str, Any]:
@@ -114,7 +115,8 @@ class Watch:
       warn(f"{self._name}: the loss of step {number} is {ratio:.1f} times the median of those before it{others}")
     return memory | {"losses": losses}, latest
 
-  def _not_finite(self, step: int, broken: dict[str, float], items: list[int], memory: Mapping[str, Any]) -> None:
+  def _not_finite(self, step: int, broken: dict[str, float], rows: list[int], memory: Mapping[str, Any]) -> None:
+    items: list[Any] = rows if self._item_ids is None else [self._item_ids[row] for row in rows]
     # The terms that broke, not the sums and norms that follow from them, where there are such.
     terms = {name: value for name, value in broken.items() if name not in ("loss", "gradient_norm")} or broken
     what = ", ".join(f"{name} is {value}" for name, value in terms.items())

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from bbqrec_jax.data.directory import read_new_items
 from bbqrec_jax.data.interactions import leave_one_out
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.sources import complete_items, format_statistics, load, load_directory, statistics
 from bbqrec_jax.errors import InputError
 
@@ -86,6 +88,49 @@ def test_items_may_be_plain_with_other_fields_and_without_title_or_id(folder):
   lines = ['{"asin": "x"}', '{"title": null}', '{"title": "T", "id": 2}', "{}"]
   (folder / "items.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
   assert load_directory(folder).titles == ("", "", "T", "")
+
+
+def test_items_may_have_ids_of_their_own(folder):
+  (folder / "items.jsonl.gz").unlink()
+  names = ["B00x7", "a b", "0", "Ж"]
+  (folder / "items.jsonl").write_text("".join(json.dumps({"id": name}) + "\n" for name in names))
+  dataset = load_directory(folder)
+  assert dataset.item_ids.to_json() == names
+  assert histories(dataset)["bob"] == [3, 2, 1, 0], "sequences.txt has the lines of the items"
+
+
+@pytest.mark.parametrize(
+  ("ids", "parts"),
+  [
+    (["a", "b", "a", "c"], ["line 3 field 'id'", "got 'a' again (first on line 1)"]),
+    (["a", "b", 2, "c"], ["line 3 field 'id'", "for all items or for none"]),
+    ([0, "b", "c", "d"], ["line 2 field 'id'", "for all items or for none"]),
+    (["a", "b", None, "d"], ["line 3 field 'id'", "for all items or for none"]),
+    ([0, 2, 1, 3], ["line 2 field 'id'", "expected 1", "write ids of your own as strings"]),
+    ([0, 1.0, 2, 3], ["line 2 field 'id'", "got '1.0'"]),
+    ([False, 1, 2, 3], ["line 1 field 'id'", "got 'false'"]),
+    (["a", "", "c", "d"], ["line 2 field 'id'", "whole characters on one line"]),
+    (["a", "b\nc", "c", "d"], ["line 2 field 'id'", "whole characters on one line"]),
+    (["a", "\ud800", "c", "d"], ["line 2 field 'id'", "whole characters on one line"]),
+    (["a", "b" * 257, "c", "d"], ["line 2 field 'id'", "at most 256 bytes"]),
+  ],
+)
+def test_wrong_ids_of_items(folder, ids, parts):
+  (folder / "items.jsonl.gz").unlink()
+  (folder / "items.jsonl").write_text("".join(json.dumps({"id": one}) + "\n" for one in ids))
+  refusal(folder, "items.jsonl", *parts)
+
+
+def test_new_items_count_on_or_have_ids_of_their_own(tmp_path):
+  known = ItemIds.numbered(3)
+  assert read_new_items(tmp_path, known, count=2)[0].to_json() == [0, 1, 2, 3, 4]
+  (tmp_path / "items.jsonl").write_text('{"id": 3, "title": "T"}\n{}\n')
+  item_ids, titles = read_new_items(tmp_path, known, count=2)
+  assert (item_ids.to_json(), titles) == ([0, 1, 2, 3, 4], ("T", ""))
+  (tmp_path / "items.jsonl").write_text('{"id": "x"}\n{"id": "y"}\n')
+  assert read_new_items(tmp_path, known, count=2)[0].to_json() == ["0", "1", "2", "x", "y"]
+  with pytest.raises(InputError, match=r"expected items\.jsonl to have 3 lines, one for each row, got 2"):
+    read_new_items(tmp_path, known, count=3)
 
 
 def test_user_labels_may_be_any_utf8(folder):
@@ -245,6 +290,7 @@ def test_incomplete_items_and_what_was_done_with_them_are_dropped(folder):
   dataset = load(settings)  # Item 1 has no image; ann is left with two interactions.
   assert histories(dataset) == {"bob": [2, 1, 0], "cy": [1, 1, 2]}
   assert dataset.titles == ("A", "Ć", "D")
+  assert dataset.item_ids.to_json() == [0, 2, 3]
   np.testing.assert_array_equal(dataset.features["text"], TEXT[[0, 2, 3]])
   np.testing.assert_array_equal(dataset.features["image"], IMAGE[[0, 2, 3]])
   assert all(mask.all() for mask in dataset.present.values())
@@ -270,6 +316,7 @@ def test_statistics_against_counts_by_hand(folder):
   figures = statistics(dataset, split)
   assert figures["split_hash"] == split.split_hash
   assert len(figures.pop("features_hash")) == 16
+  assert len(figures.pop("ids_hash")) == 16
   del figures["split_hash"]
   assert figures == {
     "name": folder.name,

@@ -57,6 +57,7 @@ def test_a_folder_is_read_as_written(folder):
   np.testing.assert_array_equal(dataset.present["audio"], [False, True, True])
   assert dataset.features["text"].dtype == np.float32
   assert (dataset.name, dataset.source) == ("tiny", str(folder))
+  assert dataset.item_ids.to_json() == ["a", "b", "c"]
 
 
 def test_without_timestamps_the_order_is_the_files(folder):

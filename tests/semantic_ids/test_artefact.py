@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -25,6 +26,7 @@ def make():
     present=rng.random((4, 6)) < 0.6,
     codebooks=rng.normal(size=(1, 3, 5, 2)).astype(np.float32),
     data_hash="0123abcd",
+    item_ids=ItemIds([f"sku-{item}" for item in range(6)]),
     settings={"num_levels": 3, "hidden": [8], "repair": "reassign"},
     encoder={"mean/text": np.arange(3.0), "params/a/kernel": np.eye(2, dtype=np.float32)},
     content=make_content(),
@@ -40,6 +42,7 @@ def make_content(*, items=6):
     present=np.ones((3, items), bool),
     codebooks=rng.normal(size=(3, 2, 5, 4)).astype(np.float32),
     data_hash="0123abcd",
+    item_ids=ItemIds([f"sku-{item}" for item in range(items)]),
   )
 
 
@@ -54,6 +57,7 @@ def test_loading_gives_back_what_was_saved(folder):
   assert (loaded.streams, loaded.data_hash, loaded.fingerprint) == (ids.streams, ids.data_hash, ids.fingerprint)
   for name in ARRAYS:
     assert_array_equal(getattr(loaded, name), getattr(ids, name), strict=True)
+  assert loaded.item_ids.to_json() == ids.item_ids.to_json()
   assert loaded.settings == ids.settings
   assert loaded.encoder.keys() == ids.encoder.keys()
   for name, array in ids.encoder.items():
@@ -72,6 +76,7 @@ def test_every_array_is_readable_without_pickle(folder):
   assert {path.name for path in folder.iterdir()} == {f"{name}.npy" for name in ARRAYS} | {
     "semantic_ids.json",
     "encoder.npz",
+    "item_ids.json",
     "content",
   }
   for name in ARRAYS:
@@ -209,7 +214,9 @@ def test_a_folder_of_anything_else_is_refused_and_not_to_be_deleted(tmp_path):
     (lambda ids: {"streams": ("text", "text", "id", "fused")}, "streams: expected different names"),
     (lambda ids: {"streams": ("text", "image", "fused", "id")}, "the last of them fused"),
     (lambda ids: {"streams": ("image", "id", "fused")}, "expected arrays of 3 streams"),
-    (lambda ids: {"content": make_content(items=5)}, "content: expected codes of .* 6, 5"),
+    (lambda ids: {"item_ids": ItemIds.numbered(5)}, "item_ids: expected the ids of 6 items, got 5"),
+    (lambda ids: {"content": make_content(items=5)}, "content: expected codes of .* 6, "),
+    (lambda ids: {"content": dataclasses.replace(ids.content, item_ids=ItemIds.numbered(6))}, "content: expected"),
     (lambda ids: {"content": dataclasses.replace(ids.content, data_hash="other")}, "content: expected codes of"),
     (lambda ids: {"content": dataclasses.replace(ids.content, streams=("a", "b", "fused"))}, "content: expected"),
     (lambda ids: {"content": dataclasses.replace(ids.content, codebooks=ids.content.codebooks[:, :, :, :, None])},
@@ -262,13 +269,26 @@ def test_a_description_of_other_types_is_refused(folder):
     refusal(folder)
 
 
-def test_other_data_or_another_number_of_items_is_refused():
+def test_other_data_or_other_items_are_refused():
   ids = make()
-  ids.check_data("0123abcd", num_items=6, where="there")
+  ids.check_data("0123abcd", item_ids=ids.item_ids, where="there")
   with pytest.raises(InputError, match="learned from 0123abcd, this run's split and features are 4567cdef"):
-    ids.check_data("4567cdef", num_items=6, where="there")
+    ids.check_data("4567cdef", item_ids=ids.item_ids, where="there")
   with pytest.raises(InputError, match="there holds semantic IDs of 6 items, this run's data has 7"):
-    ids.check_data("0123abcd", num_items=7, where="there")
+    ids.check_data("0123abcd", item_ids=ItemIds.numbered(7), where="there")
+  swapped = ItemIds(["sku-0", "sku-2", "sku-1", "sku-3", "sku-4", "sku-5"])
+  with pytest.raises(InputError, match="there: row 1 is item 'sku-1', expected 'sku-2'"):
+    ids.check_data("0123abcd", item_ids=swapped, where="there")
+
+
+def test_an_id_that_was_changed_is_no_longer_the_artefacts(tmp_path):
+  folder = tmp_path / "alone"
+  dataclasses.replace(make(), content=None).save(folder)
+  names = read_json(folder / "item_ids.json")["items"]
+  write_json(folder / "item_ids.json", {"items": [*names[1:], names[0]]})
+  assert "fingerprint" in refusal(folder)
+  write_json(folder / "item_ids.json", {"items": names[:-1] + names[:1]})
+  assert "item ids that differ" in refusal(folder)
 
 
 class Payload:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 
 
@@ -39,4 +40,5 @@ def ids():
     present=present,
     codebooks=rng.normal(size=(1, levels, num_codes, 5)).astype(np.float32),
     data_hash="of a test",
+    item_ids=ItemIds.numbered(num_items),
   )

@@ -10,6 +10,7 @@ import pytest
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.train import recommender_stage
 from bbqrec_jax.train.recommender_stage import run_recommender
 from bbqrec_jax.train.watch import Safeguards
@@ -41,7 +42,9 @@ def prepare(ids, monkeypatch, tmp_path):
     anywhere = types.SimpleNamespace(
       compile_map=lambda function: function, place=lambda tree: tree, create=lambda function: None
     )
-    dataset = Dataset("of a test", "", split.train, {}, {"text": np.ones(ITEMS, bool)}, ("",) * ITEMS)
+    dataset = Dataset(
+      "of a test", "", split.train, {}, {"text": np.ones(ITEMS, bool)}, ItemIds.numbered(ITEMS), ("",) * ITEMS
+    )
     with pytest.raises(Enough) as stopped:
       run_recommender(config, ids, split, dataset, workdir=tmp_path, partitioner=anywhere, log=None)
     return stopped.value.args

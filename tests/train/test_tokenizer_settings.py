@@ -13,6 +13,7 @@ from bbqrec_jax.config import default_config
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
 from bbqrec_jax.models.tokenizer_loss import LossWeights
@@ -46,7 +47,7 @@ def dataset():
   interactions = from_lengths(rng.integers(ITEMS, size=lengths.sum()), lengths, np.arange(USERS).astype(str))
   features = {name: rng.normal(size=(ITEMS, width)).astype(np.float32) for name, width in (("text", 7), ("image", 5))}
   present = {"text": np.arange(ITEMS) % 5 != 2, "image": np.ones(ITEMS, bool)}
-  return Dataset("of a test", "", interactions, features, present, ("",) * ITEMS)
+  return Dataset("of a test", "", interactions, features, present, ItemIds.numbered(ITEMS), ("",) * ITEMS)
 
 
 # What the data says, and what the config says in other words.
