@@ -19,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from bbqrec_jax import processes
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError, StorageError
+from bbqrec_jax.input_files import plain_path
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.train.logging import warn
 
@@ -97,14 +98,15 @@ def restore_state(directory: pathlib.Path, step: int, like: Any, *, strict: bool
       f"{problem}: checkpoint {step} cannot be used; restore it from a copy, or remove the workdir's results.json and"
       " start the run again, which trains anew what is lost, to the same numbers"
     )
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(folder / "state", _restoring(like), strict=strict)
-  except (ValueError, KeyError) as error:
-    reason = str(error)[:200]
-    raise InputError(
-      f"{folder}: expected a checkpoint that fits the config, found none ({reason}); restore it"
-    ) from error
+  with plain_path(folder) as plain:
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(plain / "state", _restoring(like), strict=strict)
+    except (ValueError, KeyError) as error:
+      reason = str(error)[:200]
+      raise InputError(
+        f"{folder}: expected a checkpoint that fits the config, found none ({reason}); restore it"
+      ) from error
 
 
 class Checkpointer:
@@ -124,9 +126,10 @@ class Checkpointer:
     self._directory = directory.absolute()
     self._policy = _NewestAndTheirBest(keep)
     self._saving, self._strict = -1, strict
-    with self._storing("open the folder of checkpoints"):
+    with self._storing("open the folder of checkpoints"), contextlib.ExitStack() as stack:
+      self._directory.mkdir(parents=True, exist_ok=True)
       self._manager = ocp.CheckpointManager(
-        self._directory,
+        stack.enter_context(plain_path(self._directory)),
         options=ocp.CheckpointManagerOptions(
           preservation_policy=self._policy,
           cleanup_tmp_directories=True,
@@ -138,6 +141,7 @@ class Checkpointer:
           "progress": ocp.JsonCheckpointHandler(),
         },
       )
+      self._stack = stack.pop_all()
 
   def _seal(self) -> None:
     """Called in the thread that saves, when every process has written and before the folder gets its final name."""
@@ -250,5 +254,5 @@ class Checkpointer:
     Raises:
       StorageError: as `wait`.
     """
-    with self._storing(f"write checkpoint {self._saving}"):
+    with self._storing(f"write checkpoint {self._saving}"), self._stack:
       self._manager.close()
