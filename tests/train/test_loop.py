@@ -489,6 +489,50 @@ def test_a_disk_that_takes_no_more_is_one_error_and_the_run_goes_on_later(straig
   assert checkpoints(tmp_path) == {"8", "10"}, "what the failed save left is gone"
 
 
+# Threads of tensorstore answer an event loop that orbax has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("lost", ["state/manifest.ocdbt", "state/d/*", "state"])
+def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_once(
+  straight_and_cut, tmp_path, monkeypatch, capsys, lost
+):
+  _, expected, _ = straight_and_cut
+  written = checkpointing._write_digests
+
+  def without(folder):
+    for path in folder.glob(lost):
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+    written(folder)
+
+  monkeypatch.setattr(checkpointing, "_write_digests", without)
+  toy = Toy(tmp_path, step=noisy_step)
+  with pytest.raises(
+    StorageError, match=r"checkpoints/4 was written and cannot be read back .*; use another --workdir"
+  ):
+    toy.fit()
+  assert toy.evaluated == [4]
+  monkeypatch.undo()
+  again = Toy(tmp_path, step=noisy_step)
+  state, _ = again.fit()
+  assert "warning: checkpoint 4 is passed over" in capsys.readouterr().out
+  assert again.prepared[0] == 0
+  np.testing.assert_array_equal(state.params["w"], expected.params["w"])
+
+
+def test_the_best_is_read_back_before_the_run_is_done_even_if_it_is_the_last(tmp_path, monkeypatch):
+  wait = Checkpointer.wait
+
+  def wait_and_lose(self):
+    wait(self)
+    if (tmp_path / "checkpoints" / "10").exists():
+      DAMAGES["cut off"](tmp_path / "checkpoints" / "10")
+
+  toy = Toy(tmp_path, select="score")
+  toy.values = {10: 1.0}
+  monkeypatch.setattr(Checkpointer, "wait", wait_and_lose)
+  with pytest.raises(InputError, match=r"checkpoints/10/state/.* was changed or cut off"):
+    toy.fit()
+
+
 # What orbax and tensorstore would take for patterns, buckets and other separators, and what cannot be printed.
 ODD = ["[a]", "a*", "a?", "**", "logs:", "a\\b", "a\nb\x1b\u2028", "\udcff", "e\u0301 '\"%20#$|. "]
 
