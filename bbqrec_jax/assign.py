@@ -14,7 +14,7 @@ from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, printable, refuse
-from bbqrec_jax.input_files import check_new
+from bbqrec_jax.input_files import check_new, unfinished
 from bbqrec_jax.models.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
 from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -121,10 +121,9 @@ def main(argv: list[str]) -> None:
     warnings = far_features(FeatureStore(features, present, ids.encoder), num_known=settings.num_items)
   except InputError as error:
     refuse(error)
-  unfinished = output.with_name(output.name + ".unfinished")
   with writing(output):
-    extended.save(unfinished)
-    os.rename(unfinished, output)  # Whole or not there.
+    extended.save(unfinished(output))
+    os.rename(unfinished(output), output)  # Whole or not there.
   for warning in warnings:
     warn(warning)
   known, new = len(ids.codes), len(extended.codes) - len(ids.codes)

@@ -36,7 +36,7 @@ from bbqrec_jax.benchmarks.timing import measure
 from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags, writing
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.host_memory import keep_memory
-from bbqrec_jax.input_files import check_place, expanded
+from bbqrec_jax.input_files import check_output, local_path
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.validation import validate
 
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> None:
     if options.compare:
       if len(options.compare) != 2:
         raise InputError(f"--compare: expected two files, got {len(options.compare)}")
-      print(comparison(*(_read(expanded(name)) for name in options.compare)))
+      print(comparison(*(_read(local_path(name, flag="compare")) for name in options.compare)))
       return
     if options.records:
       print(records(options.records))
@@ -138,8 +138,6 @@ def main(argv: list[str]) -> None:
         " beside the config of a run; or give --compare with two files"
       )
     output = options.output
-    if output:
-      check_place(output.parent, flag="output")
 
     def keep(result: dict[str, Any]) -> None:
       if output:
@@ -171,7 +169,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "configs/benchmark.py:small, :paper or :large.")
-  define_path("output", "The JSON file; a chart of the same name stands beside it.")
+  define_path("output", "The JSON file; a chart of the same name stands beside it.", check=check_output)
   flags.DEFINE_list("only", [], "Beginnings of the names of what to time.")
   flags.DEFINE_list("compare", [], "Two files to compare instead.")
   define_path("records", "A folder of such files, to print one table of instead.")

@@ -2,20 +2,22 @@
 
 import contextlib
 import difflib
+import io
 import itertools
+import os
 import pathlib
 import re
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from absl import flags, logging
 
 from bbqrec_jax.errors import STORAGE_ERRORS, Diverged, InputError, StorageError, refuse
-from bbqrec_jax.input_files import check_file, expanded
+from bbqrec_jax.input_files import check_file, local_path
 from bbqrec_jax.interruption import Interrupted, heard_at_once, impatient
 
 # The flags that functions here define belong to the programs that call them, whose --help shows them.
@@ -90,9 +92,15 @@ def writing(output: pathlib.Path) -> Iterator[None]:
     refuse(StorageError(f"{output} could not be written: {error.strerror}"), status=1)
 
 
-def define_path(name: str, help_text: str) -> None:
-  """Defines a flag whose value is a path; "~" is the home folder, as shells leave it alone after "="."""
-  flags.DEFINE(_PathParser(), name, None, help_text, serializer=flags.ArgumentSerializer())
+def define_path(name: str, help_text: str, *, check: Callable[..., None] | None = None) -> None:
+  """Defines a flag whose value is a path; "~" is the home folder, as shells leave it alone after "=".
+
+  Args:
+    name: of the flag.
+    help_text: of the flag.
+    check: called with the path and flag=name; refuses, with an `InputError`, what the program could not use.
+  """
+  flags.DEFINE(_PathParser(name, check), name, None, help_text, serializer=flags.ArgumentSerializer())
 
 
 def define_run_flags() -> None:
@@ -104,15 +112,20 @@ def define_run_flags() -> None:
 
 
 class _PathParser(flags.ArgumentParser):
-  """An empty path would be the current folder."""
+  """Paths that this machine can have, as `local_path` knows them."""
 
   syntactic_help = "a path"
 
+  def __init__(self, name: str, check: Callable[..., None] | None):
+    """See `define_path`."""
+    self._name, self._check = name, check
+
   def parse(self, argument: Any) -> pathlib.Path:
     """The path with its "~" expanded."""
-    if not str(argument):
-      raise ValueError("expected a path")
-    return expanded(argument)
+    path = local_path(argument, flag=self._name)
+    if self._check is not None:
+      self._check(path, flag=self._name)
+    return path
 
 
 def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
@@ -125,22 +138,26 @@ def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
   Returns:
     The name of the program: nothing but flags may follow it.
   """
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")  # Paths and titles may hold what the terminal's encoding lacks.
   for argument in argv[1:] if known else ():
     field = re.match(r"--?config\.([^=]+)", argument)
     if field and field[1] not in known:
       close = difflib.get_close_matches(field[1], known, 1)
       meant = f"did you mean {close[0]}? " if close else ""
       refuse(InputError(f"config field {field[1]} is unknown: {meant}all fields are in bbqrec_jax/config.py"))
-  argv = [re.sub(r"^(--?config=)(~.*)", lambda found: f"{found[1]}{expanded(found[2])}", word) for word in argv]
+  argv = [re.sub("^(--?config=)(?=~)(.*)", _with_home, word, flags=re.DOTALL) for word in argv]
   given = _given_config(argv) if "config" in flags.FLAGS else ""
   try:
     if given:
-      check_file(pathlib.Path(given.partition(":")[0]), what="a config file")
+      file, _, choice = str(local_path(given.rstrip(":"), flag="config")).partition(":")
+      where = " before the first ':', which begins its choice" if "/" in choice else ""
+      check_file(pathlib.Path(file), what=f"a config file{where}")
     rest = flags.FLAGS(argv)
     if given:
       flags.FLAGS.config.items()  # What is no config is only missed when it is used.
   except flags.Error as error:
-    refuse(InputError(_of_config(error, given) if f"flag --config={given}: " in str(error) else _of_flag(error)))
+    refuse(InputError(_of_config(error, given) if f"flag --config={given}: " in str(error) else flag_error(error)))
   except InputError as error:
     refuse(error)
   except Exception as error:  # A config file is a program, which can fail in any way.
@@ -150,17 +167,23 @@ def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
   return rest
 
 
+def _with_home(found: re.Match[str]) -> str:
+  return found[1] + os.path.expanduser(found[2])
+
+
 def _given_config(argv: list[str]) -> str:
   """What `--config` names, FILE or FILE:CHOICE; "" where it is not there."""
   for word, following in itertools.pairwise([*argv, ""]):
-    found = re.match(r"--?config(?:=(.*))?$", word)
+    found = re.fullmatch(r"--?config(?:=(.*))?", word, re.DOTALL)
     if found:
       return following if found[1] is None else found[1]
   return ""
 
 
-def _of_flag(error: flags.Error) -> str:
+def flag_error(error: flags.Error) -> str:
   """What is wrong with a flag."""
+  if isinstance(error.__context__, InputError):
+    return str(error.__context__)
   text = re.sub(r"flag (--\w+)=None: Flag --\w+ must have a value other than None\.", r"\1 is needed", str(error))
   given = re.match(r"flag (--([^=]+)=.*?): ", text, re.DOTALL)
   if given:

@@ -14,7 +14,7 @@ from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, popularity_metrics
-from bbqrec_jax.input_files import is_given
+from bbqrec_jax.input_files import is_given, local_path
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.tokenizer_loss import check_own_loss
 from bbqrec_jax.models.two_towers import make_recommender
@@ -106,9 +106,10 @@ class _Run(NamedTuple):
   ids: SemanticIds | None
 
 
-def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_tokenizer: bool = False) -> _Run:
+def _begin(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, for_tokenizer: bool = False) -> _Run:
   """Checks everything that can be checked before anything is computed, and shows the data."""
   validate(config)
+  workdir = local_path(workdir, flag="workdir")
   config = with_absolute_paths(config)
   check_workdir(workdir, config)
   partitioner = make_partitioner(config)
@@ -180,7 +181,7 @@ def _semantic_ids(run: _Run, log: MetricsLog) -> SemanticIds:
   )
 
 
-def tokenize(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def tokenize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   """Stage 1 alone: trains the tokenizer of a run, or goes on with it. `run` on the same workdir then does the rest.
 
   Returns:
@@ -190,12 +191,12 @@ def tokenize(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
     InputError: as `run`.
   """
   prepared = _begin(config, workdir, for_tokenizer=True)
-  log = MetricsLog(workdir)
+  log = MetricsLog(prepared.workdir)
   try:
     _semantic_ids(prepared, log)
   finally:
     log.close()
-  return read_json(tokenizer_folder(prepared.config, workdir) / "health.json", mend=REMAKE)
+  return read_json(tokenizer_folder(prepared.config, prepared.workdir) / "health.json", mend=REMAKE)
 
 
 def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -205,7 +206,7 @@ def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.Conf
   return neutral
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   """Runs, or goes on with, what `config` describes.
 
   Args:
@@ -220,7 +221,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     Interrupted, Diverged, StorageError: as `train.loop.fit`.
   """
   prepared = _begin(config, workdir)
-  config, dataset, split, figures = prepared.config, prepared.dataset, prepared.split, prepared.figures
+  config, workdir, dataset, split = prepared.config, prepared.workdir, prepared.dataset, prepared.split
   finished = workdir / "results.json"
   if is_given(finished):
     results = load_results(workdir)
@@ -255,7 +256,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   }
   results = {
     "model": f"{config.recommender.head} head",
-    "data": {name: figures[name] for name in ("name", "source", "users", "items", "interactions", "split_hash")},
+    "data": {
+      name: prepared.figures[name] for name in ("name", "source", "users", "items", "interactions", "split_hash")
+    },
     **popularity,
     **metrics,
     "best_step": progress["best_step"],

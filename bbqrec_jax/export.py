@@ -22,7 +22,7 @@ from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, 
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.input_files import check_file, check_new, read_archive
+from bbqrec_jax.input_files import check_file, check_new, read_archive, unfinished
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
@@ -129,13 +129,13 @@ def write_export(
     "semantic_ids": fingerprint,
     "arrays": list(arrays),
   }
-  unfinished = folder.with_name(folder.name + ".unfinished")
-  unfinished.mkdir(parents=True, exist_ok=True)
-  (unfinished / "function.bin").write_bytes(function)
-  np.savez(unfinished / "arrays.npz", **arrays)  # type: ignore[arg-type]
-  write_json(unfinished / "item_ids.json", {"items": item_ids.to_json()})
-  write_json(unfinished / "export.json", note)
-  os.rename(unfinished, folder)
+  partial = unfinished(folder)
+  partial.mkdir(parents=True, exist_ok=True)
+  (partial / "function.bin").write_bytes(function)
+  np.savez(partial / "arrays.npz", **arrays)  # type: ignore[arg-type]
+  write_json(partial / "item_ids.json", {"items": item_ids.to_json()})
+  write_json(partial / "export.json", note)
+  os.rename(partial, folder)
   return note
 
 

@@ -1,14 +1,19 @@
-"""Files from anywhere: what they declare is held against their size before memory is taken, and none of it is run.
+"""Paths and files from anywhere: a path can be held to the end, and a file holds what it declares; none of it is run.
 
 Arrays are read without pickle, from a header that may declare no more than the file holds.
 """
 
+import contextlib
 import io
 import math
 import os
+import re
 import stat
+import tempfile
+import urllib.parse
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +23,101 @@ from bbqrec_jax.errors import InputError
 # numpy reads no longer header than 10,000 characters; no more is ever read in search of one.
 _LONGEST_HEADER = 2**14
 
+# Bytes of one name in a path, and of a path: the usual 4,096 without what a run adds to its workdir's.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096 - 256
 
-def expanded(path: str | Path) -> Path:
-  """The path with a "~" at its beginning as the home folder; as shells do, one of nobody's stays what it is."""
-  return Path(os.path.expanduser(path))
+# A path may hold these too, if it is absolute; at its beginning they are meant for a URL, or for another machine.
+_REMOTE = re.compile(r"(file|gs|hdfs|https?|s3):|[^/]*:(?:/|$)", re.IGNORECASE)
+
+# Absolute paths that orbax and tensorstore take as they are. They read [ ] * ? as patterns, "gs:/" anywhere and a first
+# folder gs, s3, az or hf as a bucket, a backslash as a slash, and fail at two slashes first and at bytes of no UTF-8.
+_PLAIN = re.compile(r"(?!//|/(az|gs|hf|s3)(/|$))[\w/ .,=+@~-]*", re.ASCII)
+
+
+def local_path(path: str | Path, *, flag: str) -> Path:
+  """The path that a flag, a config field or a caller gives, a "~" at its beginning being the home folder.
+
+  As shells do, a "~" of nobody's stays what it is.
+
+  Args:
+    path: as it was given.
+    flag: that gives it, for the message.
+
+  Raises:
+    InputError: if it is empty or a URL, or no file system could have it: it holds a zero byte or half of a character,
+      is too long, or begins in a current folder that is gone.
+  """
+  text = os.fsdecode(path)
+  given = f"--{flag}={text if len(text) <= 200 else text[:200] + '...'}"
+  if not text:
+    raise InputError(f"{given}: expected a path, got nothing")
+  try:
+    held = "\0" not in text and bool(os.fsencode(text))
+  except UnicodeEncodeError:
+    held = False
+  if not held:
+    raise InputError(f"{given}: expected a path, got a character that none can hold; rename it, or use another")
+  local = Path(os.path.expanduser(text))
+  remote = _REMOTE.match(str(local))
+  if remote and (remote[1] or "").lower() == "file":
+    plain = urllib.parse.unquote(re.sub("^file:(//)?(localhost(?=/))?", "", text, flags=re.IGNORECASE))
+    raise InputError(f"{given}: expected a path, got a URL; give the path alone, --{flag}={plain}")
+  if remote:
+    raise InputError(
+      f"{given}: expected a path, got a URL, and only mounted file systems are read and written; mount the bucket, as"
+      " experiments/launch does at /mnt/bbqrec (see its README.md), and give the folder there. If there really is a"
+      " folder of such a name, give its absolute path"
+    )
+  try:
+    absolute = os.fsencode(local.absolute())
+  except FileNotFoundError:
+    raise InputError(
+      f"{given}: the current folder, which this path begins in, is gone; start in one that is there, or give an"
+      " absolute path"
+    ) from None
+  longest = max(map(len, absolute.split(b"/")))
+  if longest > _LONGEST_NAME or len(absolute) > _LONGEST_PATH:
+    raise InputError(
+      f"{given}: expected a path of at most {_LONGEST_PATH} bytes, {_LONGEST_NAME} a name, got {len(absolute)} and"
+      f" {longest}; use a shorter one"
+    )
+  return local
+
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+  """A path of a folder for libraries that take some characters for something else.
+
+  Args:
+    folder: an absolute path; it need not be there yet.
+
+  Yields:
+    The folder; or, if its path holds such characters, a link to it, which is gone afterwards.
+
+  Raises:
+    InputError: if there is no place for the link.
+  """
+  if _PLAIN.fullmatch(str(folder)):
+    yield folder
+    return
+  with contextlib.ExitStack() as stack:
+    try:
+      link = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bbqrec_")), "folder")
+      link.symlink_to(folder)
+    except OSError as error:
+      raise InputError(f"{_needs_a_link(folder)}, and none can be made: {error}") from error
+    if not _PLAIN.fullmatch(str(link)):
+      raise InputError(f"{_needs_a_link(folder)}, and that of {link.parent} is none; set TMPDIR=/tmp")
+    yield link
+
+
+def _needs_a_link(folder: Path) -> str:
+  return f"{folder}: checkpoints in a folder of this name need a link in a temporary folder of a plain one"
+
+
+def unfinished(path: Path) -> Path:
+  """What a file or folder is called until it is whole."""
+  return path.with_name(path.name + ".unfinished")
 
 
 def is_given(path: Path) -> bool:
@@ -64,7 +160,7 @@ def check_links(folder: Path) -> None:
 
 
 def check_place(folder: Path, *, flag: str) -> None:
-  """Refuses a folder that cannot be: it, or something on the way to it, is there and is none.
+  """Refuses a folder that cannot be written to: it, or something on the way to it, is there and is none, or read-only.
 
   Args:
     folder: that is there or is to be made.
@@ -73,9 +169,15 @@ def check_place(folder: Path, *, flag: str) -> None:
   Raises:
     InputError: if that is so.
   """
+  _check_place(folder, given=f"--{flag}={folder}")
+
+
+def _check_place(folder: Path, *, given: str) -> None:
   nearest = next(path for path in (folder, *folder.parents) if is_given(path))
-  if not nearest.is_dir():
-    raise InputError(f"--{flag}={folder}: expected a folder, or a place for one, but {nearest} is none; use another")
+  if not os.path.isdir(nearest):
+    raise InputError(f"{given}: expected a folder, or a place for one, but {nearest} is none; use another")
+  if not os.access(nearest, os.W_OK | os.X_OK):
+    raise InputError(f"{given}: {nearest} cannot be written to; mend its rights, or use another")
 
 
 def check_new(output: Path) -> None:
@@ -86,7 +188,26 @@ def check_new(output: Path) -> None:
   """
   if is_given(output):
     raise InputError(f"{output} exists already: choose another --output")
-  check_place(output, flag="output")
+  check_output(output)
+
+
+def check_output(output: Path, *, flag: str = "output") -> None:
+  """Refuses an output that cannot be made; a file that is there is replaced.
+
+  Args:
+    output: the file or folder.
+    flag: that names it, for the message.
+
+  Raises:
+    InputError: if that is so.
+  """
+  given = f"--{flag}={output}"
+  if output.name in ("", "..") or os.path.isdir(output):
+    raise InputError(f"{given}: expected the name of what is to be made, got a folder that is there")
+  if len(os.fsencode(unfinished(output).name)) > _LONGEST_NAME:
+    most = _LONGEST_NAME - len(unfinished(Path("x")).name) + 1
+    raise InputError(f"{given}: expected a name of at most {most} bytes, as it is longer until it is whole; shorten it")
+  _check_place(output.parent, given=given)
 
 
 def check_file(path: Path, *, what: str = "a file", most: int | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bbqrec_jax import processes
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.input_files import check_file
+from bbqrec_jax.input_files import check_file, unfinished
 
 # Bytes of a file that is read; the largest that the programs write holds the ids of all items and users.
 LARGEST = 2**30
@@ -29,13 +29,12 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
   if not processes.is_first():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(path.name + ".unfinished")
   value = json.loads(json.dumps(value))
-  with open(unfinished, "w", encoding="utf-8") as file:
+  with open(unfinished(path), "w", encoding="utf-8") as file:
     file.write(json.dumps(value | {"checksum": checksum(value)}, indent=2) + "\n")
     file.flush()
     os.fsync(file.fileno())  # Or a power cut might leave the new name with nothing behind it.
-  os.replace(unfinished, path)
+  os.replace(unfinished(path), path)
 
 
 def read_json(path: pathlib.Path, *, mend: str = "restore it from a copy, or use another folder") -> dict[str, Any]:

@@ -25,7 +25,7 @@ from bbqrec_jax.data.interactions import Interactions, from_lengths, select_user
 from bbqrec_jax.data.item_ids import ItemIds, nearest, split_ids
 from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
 from bbqrec_jax.errors import InputError, printable, refuse, shown
-from bbqrec_jax.input_files import check_new
+from bbqrec_jax.input_files import check_new, unfinished
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
@@ -158,13 +158,13 @@ def write_recommendations(
   Returns:
     How many lines there are.
   """
-  unfinished, count = path.with_name(path.name + ".unfinished"), 0
-  with open(unfinished, "w", encoding="utf-8") as file:
+  count = 0
+  with open(unfinished(path), "w", encoding="utf-8") as file:
     for user, items, scores in found:
       rounded = [round(score, 4) for score in scores.tolist()]
       file.write(json.dumps({"user": user, "items": [item_ids[item] for item in items], "scores": rounded}) + "\n")
       count += 1
-  os.replace(unfinished, path)
+  os.replace(unfinished(path), path)
   return count
 
 

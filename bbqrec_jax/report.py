@@ -11,6 +11,7 @@ from absl import app
 
 from bbqrec_jax.command_line import define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.input_files import check_place
 from bbqrec_jax.restoring import restore
 from bbqrec_jax.train.catalogue import similarity_streams
 
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> None:
   options = quiet_flags()
   workdir = options.workdir
   try:
+    check_place(workdir, flag="workdir")
     run = restore(workdir, data=options.data, trusted=options.trust)
     if not run.model.settings.num_streams:
       raise InputError(

@@ -1,6 +1,7 @@
 """A finished run, read back to rank with: its best model, of its own items or of more."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import load_ids, read_data
-from bbqrec_jax.input_files import check_links, is_given
+from bbqrec_jax.input_files import check_links, is_given, local_path
 from bbqrec_jax.json_files import read_json
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
@@ -49,11 +50,11 @@ class Restored(NamedTuple):
 
 
 def restore(
-  workdir: pathlib.Path,
+  workdir: str | pathlib.Path,
   *,
-  data: pathlib.Path | None = None,
-  tokenizer: pathlib.Path | None = None,
-  features: pathlib.Path | None = None,
+  data: str | pathlib.Path | None = None,
+  tokenizer: str | pathlib.Path | None = None,
+  features: str | pathlib.Path | None = None,
   trusted: Collection[str] = (),
 ) -> Restored:
   """The best model of a finished workdir, of the items it was trained on or of more; none of its files is run.
@@ -69,6 +70,11 @@ def restore(
     InputError: if the run is not finished or its files do not fit one another, the data is not what it was trained on,
       the new items do not fit, or the config names code that is not trusted.
   """
+  workdir = local_path(workdir, flag="workdir")
+  data, tokenizer, features = (
+    None if path is None else local_path(path, flag=flag)
+    for flag, path in (("data", data), ("tokenizer", tokenizer), ("features", features))
+  )
   config = load_config(workdir, trusted=trusted)
   check_links(workdir)
   if not is_given(workdir / "results.json"):
@@ -165,7 +171,7 @@ def _point_to_data(config: ml_collections.ConfigDict, workdir: pathlib.Path, dat
     return
   if data is not None:
     config.data.path = str(data)
-  if not pathlib.Path(config.data.path).is_dir():
+  if not os.path.isdir(config.data.path):
     raise InputError(
       f"{config.data.path}: expected the data of the run in {workdir}, found no such folder; say where it is now with"
       " --data=DIR"

@@ -13,7 +13,7 @@ from bbqrec_jax.config import CHANGEABLE, default_config, flatten
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY
-from bbqrec_jax.input_files import check_links, check_place, expanded, is_given
+from bbqrec_jax.input_files import check_links, check_place, is_given, local_path, plain_path
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.heads import HEADS
 from bbqrec_jax.models.recommender import BACKBONES
@@ -29,20 +29,30 @@ SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", 
 
 
 def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """A copy of a config whose folders are the same from whatever folder it is used; "~" is the home folder."""
+  """A copy of a config whose folders are the same from whatever folder it is used; "~" is the home folder.
+
+  Raises:
+    InputError: if one is no path (see `local_path`).
+  """
   placed = copy.deepcopy(config)
   given = {name: path for name, path in flatten(config).items() if name in PATHS and path}
-  placed.update_from_flattened_dict({name: str(expanded(path).absolute()) for name, path in given.items()})
+  found = {name: local_path(path, flag=f"config.{name}").absolute() for name, path in given.items()}
+  placed.update_from_flattened_dict({name: str(path) for name, path in found.items()})
   return placed
 
 
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """Refuses a workdir that can be no folder, or is one that the run reads.
+  """Refuses a workdir that can be no folder, cannot be written to though it is to be, or is one that the run reads.
 
   Raises:
     InputError: if that is so.
   """
-  check_place(workdir, flag="workdir")
+  if os.path.realpath(workdir) == os.path.sep:
+    raise InputError(f"--workdir={workdir}: expected a folder for the run alone, got the root of all; use another")
+  if not is_given(workdir / "results.json"):
+    check_place(workdir, flag="workdir")
+  with plain_path(workdir.absolute()):
+    pass  # If checkpoints cannot be kept there, that comes to light now.
   for name, path in flatten(config).items():
     if name in PATHS and path and os.path.realpath(path) == os.path.realpath(workdir):
       raise InputError(f"--workdir={workdir} is the folder of config field {name}, which a run only reads; use another")

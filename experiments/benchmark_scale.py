@@ -16,9 +16,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from bbqrec_jax.command_line import define_path
+from bbqrec_jax.command_line import define_path, parse_flags
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.feature_store import FeatureStore
+from bbqrec_jax.input_files import check_place
 from bbqrec_jax.models.frozen import FrozenTokenizer, encode_blocks, frozen_parameters
 from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions
@@ -102,8 +103,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  define_path("folder", "Where the features are written.")
+  define_path("folder", "Where the features are written.", check=check_place)
   flags.DEFINE_integer("items", 1_000_000, "Items of the catalogue.")
   flags.DEFINE_bool("repair", False, "Whether to repair collisions too.")
   flags.mark_flags_as_required(["folder"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

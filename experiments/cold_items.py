@@ -30,6 +30,7 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
 from bbqrec_jax.experiment import of_any_recommender, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
+from bbqrec_jax.input_files import check_place
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.parallel import make_partitioner
 from bbqrec_jax.restoring import restore
@@ -169,7 +170,7 @@ def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "The config to run on what is left.")
-  define_path("workdir", "Gets the two data sets, the run and the IDs.")
+  define_path("workdir", "Gets the two data sets, the run and the IDs.", check=check_place)
   flags.DEFINE_string("name", None, "Of this recommender's folder and figures; its head, if not given.")
   flags.DEFINE_float("share", 0.05, "Of the items, to hold out.")
   flags.mark_flags_as_required(["config", "workdir"])

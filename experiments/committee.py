@@ -20,7 +20,7 @@ from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, evaluate, rank_scores
-from bbqrec_jax.input_files import check_new, expanded
+from bbqrec_jax.input_files import check_new, local_path
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.restoring import restore
@@ -87,7 +87,8 @@ def main(argv: list[str]) -> None:
   options = quiet_flags()
   keep_compiled()
   try:
-    print(judge([expanded(folder) for folder in options.workdirs], options.output, data=options.data))
+    workdirs = [local_path(folder, flag="workdirs") for folder in options.workdirs]
+    print(judge(workdirs, options.output, data=options.data))
   except InputError as error:
     refuse(error)
 

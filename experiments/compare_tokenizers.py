@@ -195,8 +195,9 @@ def main(argv: list[str]) -> None:
   keep_memory()
   keep_compiled()
   options = flags.FLAGS
-  config, workdir = with_absolute_paths(options.config), options.workdir
+  workdir = options.workdir
   with training(workdir):
+    config = with_absolute_paths(options.config)
     for name in options.variants:
       if name not in VARIANTS:
         raise InputError(f"--variants: expected some of {', '.join(VARIANTS)}, got {name!r}")

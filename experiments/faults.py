@@ -39,8 +39,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
-from bbqrec_jax.command_line import define_path
+from bbqrec_jax.command_line import define_path, parse_flags
 from bbqrec_jax.data.synthetic import make_synthetic
+from bbqrec_jax.input_files import check_output
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 
@@ -566,9 +567,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  define_path("output", "The JSON file.")
+  define_path("output", "The JSON file.", check=check_output)
   flags.DEFINE_bool("short", False, "A few faults on one run.")
   flags.DEFINE_integer("count", 50, "Kills of the long form; the other faults are in proportion.")
   flags.DEFINE_integer("seed", 0, "Of the moments and places.")
   flags.mark_flags_as_required(["output"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

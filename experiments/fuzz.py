@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from bbqrec_jax.command_line import define_path
+from bbqrec_jax.command_line import define_path, parse_flags
 from bbqrec_jax.config import CHANGEABLE, default_config, flatten
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
@@ -53,6 +53,7 @@ from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.input_files import check_output
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.frozen import check_arrays, settings_from_json
 from bbqrec_jax.models.heads import HEADS
@@ -1115,8 +1116,7 @@ def fuzz(name: str, cases: int) -> tuple[dict[str, Any], list[str]]:
 
 def main(argv: list[str]) -> None:
   """Prints a line a reader and what was wrong, and writes the rows."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  del argv
   options = flags.FLAGS
   rows = []
   for name in options.readers or readers():
@@ -1133,5 +1133,5 @@ if __name__ == "__main__":
   flags.DEFINE_integer("cases", 1000, "Cases of each reader.", lower_bound=1)
   flags.DEFINE_list("readers", [], "Some of the readers alone, by name.")
   flags.DEFINE_integer("show", 20, "Lines about wrong cases, of each reader.")
-  define_path("output", "The JSON file.")
-  app.run(main)
+  define_path("output", "The JSON file.", check=check_output)
+  app.run(main, flags_parser=parse_flags)

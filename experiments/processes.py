@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from bbqrec_jax.command_line import define_path
+from bbqrec_jax.command_line import define_path, flag_error
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.input_files import read_archive
+from bbqrec_jax.input_files import check_output, read_archive
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.restoring import restore
 
@@ -117,7 +117,7 @@ def parse(argv: list[str]) -> list[str]:
   try:
     return list(flags.FLAGS(argv, known_only=True))
   except flags.Error as error:
-    refuse(InputError(str(error)))
+    refuse(InputError(flag_error(error)))
 
 
 def main(argv: list[str]) -> None:
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  define_path("output", "The JSON file.")
+  define_path("output", "The JSON file.", check=check_output)
   flags.DEFINE_string("config_file", "configs/quickstart.py", "The config of the run.")
   flags.DEFINE_list("ways", list(WAYS), "Which partitioners.")
   flags.register_validator("ways", lambda ways: set(ways) <= WAYS.keys(), f"expected some of {', '.join(WAYS)}")

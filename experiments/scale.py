@@ -31,7 +31,8 @@ from absl import app, flags
 from jax.experimental import topologies
 
 from bbqrec_jax.benchmarks.cases import random_dataset, random_ids
-from bbqrec_jax.command_line import define_path
+from bbqrec_jax.command_line import define_path, parse_flags
+from bbqrec_jax.input_files import check_output
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
@@ -242,9 +243,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  define_path("output", "Where the JSON goes.")
+  define_path("output", "Where the JSON goes.", check=check_output)
   flags.DEFINE_list("items", ["1e5", "1e6", "1e7", "1e8"], "Sizes of catalogues.")
   flags.DEFINE_integer("devices", 8, "Host devices, where no topology is named.")
   flags.DEFINE_string("topology", "", "Of TPUs to compile for, as v5e:2x4; needs libtpu.")
   flags.mark_flags_as_required(["output"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -1,5 +1,6 @@
 """The programs as a shell meets them: bad input is one line on stderr, a status that is not 0, and nothing written."""
 
+import io
 import os
 import pathlib
 import re
@@ -13,9 +14,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from bbqrec_jax import recommend
-from bbqrec_jax.command_line import define_run_flags, parse_flags, training, writing
+from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, training, writing
 from bbqrec_jax.errors import Diverged, InputError, StorageError
+from bbqrec_jax.input_files import check_output
 from bbqrec_jax.interruption import Interrupted
+from bbqrec_jax.train.logging import say
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -63,6 +66,7 @@ def parse():
     define_run_flags()
     flags.DEFINE_integer("top", 10, "A number.")
     flags.DEFINE_bool("repeat", False, "A choice.")
+    define_path("output", "A file.", check=check_output)
     assert parse_flags(argv) == ["program"]
     return flags.FLAGS
 
@@ -88,7 +92,12 @@ def get_config():
     (["--workdir=x", "--repeat=abc"], "--repeat=abc: expected true or false; --help lists the flags"),
     (["--workdir=x", "--tpo=3"], "Unknown command line flag 'tpo'. Did you mean: top; --help lists the flags"),
     (["--workdir=x", "y"], "unexpected argument 'y': every argument is a flag, --name=value; --help lists them"),
-    (["--workdir="], "--workdir=: expected a path; --help lists the flags"),
+    (["--workdir="], "--workdir=: expected a path, got nothing"),
+    (
+      ["--workdir=x", "--data=file:///a"],
+      "--data=file:///a: expected a path, got a URL; give the path alone, --data=/a",
+    ),
+    (["--workdir=x", "--output=/"], "--output=/: expected the name of what is to be made, got a folder that is there"),
     ([], "--workdir is needed; --help lists the flags"),
   ],
 )
@@ -114,6 +123,8 @@ def test_a_wrong_flag_is_one_line(parse, capsys, arguments, said):
     ("configs/quickstart.py", ["--config.recommender.dropout=abc"], ".recommender.dropout=abc: expected a number; all"),
     ("configs/quickstart.py", ["--config.recommender.cross_pairs=abc"], ".recommender.cross_pairs=abc: expected true"),
     ("configs/nosuch.py", [], "configs/nosuch.py: expected a config file, found nothing; check the path"),
+    ("configs:x/y.py", [], "configs: expected a config file before the first ':', which begins its choice, found a fo"),
+    ("gs://configs/x.py:dense", [], "{}: expected a path, got a URL, and only mounted file systems are read"),
     ("configs", [], "configs: expected a config file, found a folder; put a regular file there"),
     ("\nimport nosuch", [], "{} cannot be used: ModuleNotFoundError: No module named 'nosuch' (line 2)"),
     ("def get_config(:", [], "{} cannot be used: SyntaxError: invalid syntax (own.py, line 1)"),
@@ -127,7 +138,7 @@ def test_a_wrong_flag_is_one_line(parse, capsys, arguments, said):
   ],
 )
 def test_a_config_that_cannot_be_used_is_one_line(parse, capsys, monkeypatch, tmp_path, config, fields, said):
-  if not config.startswith("configs"):
+  if "configs" not in config:
     (tmp_path / "own.py").write_text(config)
     config = tmp_path / "own.py"
   monkeypatch.chdir(ROOT)
@@ -147,6 +158,18 @@ def test_flags_that_are_right_are_parsed_and_paths_may_begin_at_home(parse, monk
   assert options.workdir == tmp_path / "run"
   assert (options.data, options.top, options.repeat) == (None, 3, False)
   assert (options.config.recommender.head, options.config.recommender.steps) == ("dense", 7)
+
+
+def test_odd_names_are_parsed_and_shown(parse, monkeypatch, tmp_path):
+  folder = tmp_path / "[a]*\n\udcff"
+  folder.mkdir()
+  (folder / "o n'.py").write_text((ROOT / "configs" / "directory.py").read_text())
+  out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+  monkeypatch.setattr(sys, "stdout", out)
+  options = parse(f"--workdir={folder}", f"--config={folder}/o n'.py:dense", f"--config.data.path={folder}")
+  assert (options.workdir, options.config.data.path) == (folder, str(folder))
+  say(f"{options.workdir} \u00e9")
+  assert out.buffer.getvalue() == f"{tmp_path}/[a]*\n\\udcff \\xe9\n".encode()
 
 
 def test_an_unknown_config_field_is_named(tmp_path):

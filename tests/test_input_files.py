@@ -5,6 +5,7 @@ import functools
 import gzip
 import json
 import os
+import pathlib
 import struct
 import tracemalloc
 import zipfile
@@ -17,7 +18,18 @@ from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import load_modality, load_new_items
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.input_files import check_file, check_links, open_array, read_archive, read_array
+from bbqrec_jax.input_files import (
+  check_file,
+  check_links,
+  check_new,
+  check_output,
+  check_place,
+  local_path,
+  open_array,
+  plain_path,
+  read_archive,
+  read_array,
+)
 from bbqrec_jax.json_files import read_json, write_json
 
 ARRAYS = {
@@ -274,6 +286,100 @@ def test_links_that_lead_out_of_a_workdir_are_refused(tmp_path):
     (workdir / "checkpoints" / "out").unlink()
   (tmp_path / "linked").symlink_to("run")
   check_links(tmp_path / "linked")
+
+
+@pytest.mark.parametrize(
+  "url",
+  ["gs://b/x", "GS://b/x", "gs:/b/x", "gs:b", "gs:", "s3://b", "s3a://b", "hdfs:///x", "https://h/x", "abfss://c@h/x",
+   "dbfs:/x", "me@host:/x", "host:", "C:/x", " gs://b", "./gs://b", pathlib.Path("gs://b/x"), "gs://" + "x" * 5000],
+)  # fmt: skip
+def test_a_url_is_no_path(url):
+  refusal(lambda: local_path(url, flag="data"), f"--data={url}"[:200], "got a URL", "/mnt/bbqrec", "absolute path")
+
+
+@pytest.mark.parametrize(
+  ("url", "plain"),
+  [("file:///a/b", "/a/b"), ("FILE:/a/b", "/a/b"), ("file://localhost/a", "/a"), ("file:///a%20b", "/a b"),
+   ("file:a/b", "a/b"), ("file://a/b", "a/b")],
+)  # fmt: skip
+def test_of_a_file_url_the_plain_path_is_told(url, plain):
+  with pytest.raises(InputError) as error:
+    local_path(url, flag="data")
+  assert str(error.value) == f"--data={url}: expected a path, got a URL; give the path alone, --data={plain}"
+
+
+@pytest.mark.parametrize(
+  ("path", "said"),
+  [("", "got nothing"), ("a\0b", "none can hold"), ("a\ud800", "none can hold"), ("a/" + "x" * 256, "255 a name"),
+   ("\u00e9" * 128, "255 a name"), ("/x" * 2000, "at most 3840 bytes")],
+)  # fmt: skip
+def test_what_no_file_system_can_hold_is_no_path(path, said):
+  refusal(lambda: local_path(path, flag="data"), "--data=", said)
+
+
+@pytest.mark.parametrize(
+  "path",
+  ["/gs:/x", "/a/gs://b", "a:b", "a/b:/c", "-a", "a b ", "a.", "$HOME", "[a]*?", "a\nb", "\udcff", "%20#", "x" * 255,
+   "..", pathlib.Path("a/b"), b"a\xff"],
+)  # fmt: skip
+def test_any_other_path_is_taken_as_it_is(path):
+  assert local_path(path, flag="data") == pathlib.Path(os.fsdecode(path))
+
+
+def test_a_relative_path_needs_a_current_folder(tmp_path, monkeypatch):
+  (tmp_path / "gone").mkdir()
+  monkeypatch.chdir(tmp_path / "gone")
+  (tmp_path / "gone").rmdir()
+  refusal(lambda: local_path("x", flag="data"), "--data=x", "the current folder", "is gone", "absolute path")
+  assert local_path("/x", flag="data") == pathlib.Path("/x")
+  monkeypatch.setenv("HOME", "/home/me")
+  assert local_path("~/x", flag="data") == pathlib.Path("/home/me/x")
+
+
+@pytest.mark.parametrize("path", ["/a/b c/d.e_f-g,h=i@j+k~", "/gsx/a", "/a/gs/s3"])
+def test_a_plain_path_stays_what_it_is(path):
+  with plain_path(pathlib.Path(path)) as plain:
+    assert plain == pathlib.Path(path)
+
+
+@pytest.mark.parametrize(
+  "path", ["/gs/b", "/s3", "//tmp/x", "/a/[b]", "/a/logs:/b", "/a\\b", "/\u00e9", "/a\n", "/\udcff"]
+)
+def test_another_path_has_a_link_for_as_long_as_it_is_needed(path):
+  with plain_path(pathlib.Path(path)) as plain:
+    assert plain != pathlib.Path(path)
+    assert os.readlink(plain) == path
+  assert not plain.parent.exists()
+
+
+def test_a_link_needs_a_plain_place_of_its_own(tmp_path, monkeypatch):
+  def link():
+    with plain_path(pathlib.Path("/a[b]")):
+      pass
+
+  (tmp_path / "[x]").mkdir()
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "[x]"))
+  refusal(link, "/a[b]", "link", "set TMPDIR=/tmp")
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+  refusal(link, "/a[b]", "none can be made", "No such file")
+  assert not list((tmp_path / "[x]").iterdir())
+
+
+def test_an_output_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+  file = tmp_path / "file"
+  file.touch()
+  for path, said in (
+    (tmp_path, "a folder that is there"), (tmp_path / "new" / "..", "a folder that is there"),
+    (tmp_path / ("x" * 250), "at most 244 bytes"), (file / "x.json", f"{file} is none"),
+  ):  # fmt: skip
+    refusal(functools.partial(check_output, path), f"--output={path}"[:200], said)
+  check_output(tmp_path / "new" / ("x" * 244))
+  check_output(file)
+  refusal(lambda: check_new(file), file, "exists already")
+  monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # Root may write anywhere.
+  for path in (tmp_path, tmp_path / "new" / "er"):
+    refusal(functools.partial(check_place, path, flag="workdir"), f"--workdir={path}: {tmp_path} cannot be written to")
+  refusal(lambda: check_output(file), f"--output={file}: {tmp_path} cannot be written to")
 
 
 def test_messages_are_one_short_line_that_a_terminal_shows_as_it_is():

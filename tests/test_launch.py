@@ -259,6 +259,16 @@ def test_arguments_arrive_unchanged_on_every_worker_of_a_tpu(launch, stand_ins, 
   assert f"--working-directory={tmp_path}/bbqrec_jax" in service[:start]
 
 
+def test_a_job_in_a_workdir_of_the_home_folder_is_seen_to_be_done(launch, stand_ins, tmp_path):
+  batch = 'while [[ $1 != *.sh ]]; do shift; done; SLURM_JOB_ID=7 exec bash "$@"'
+  calls = stand_ins(sbatch=batch, mkdir="", srun=f"touch {tmp_path}/results.json", scontrol="")
+  own, environment = ("slurm", "--nodes=1", "--gpus-per-node=1", "--yes"), {"HOME": str(tmp_path.parent)}
+  flags = ("--config=c", f"--workdir=~/{tmp_path.name}")
+  result = launch(*own, flags=flags, path=stand_ins.path, environment=environment)
+  assert result.returncode == 0, result.stderr
+  assert [call[0] for call in calls()] == ["mkdir", "sbatch", "srun"]
+
+
 def test_arguments_arrive_unchanged_at_every_task_of_slurm(launch, stand_ins, tmp_path):
   # The script and what follows it, as Slurm would start them.
   batch = 'while [[ $1 != *.sh ]]; do shift; done; SLURM_JOB_ID=7 SLURM_CPUS_PER_TASK=3 exec bash "$@"'
@@ -414,7 +424,8 @@ SLURM = ("slurm", "--nodes=2", "--gpus-per-node=4")
     ((*TPU, "run"), (), "--config is missing: give the program's flags after --"),
     ((*TPU, "run"), ("--config=c",), "--workdir is missing"),
     ((*TPU, "run"), ("--config=c", "--workdir=runs/x"), "--workdir=runs/x: expected a folder below /mnt/bbqrec"),
-    ((*TPU, "run"), ("--config=c", "--workdir", "gs://b/x"), "--workdir=gs://b/x: expected a folder below /mnt/bbqrec"),
+    ((*TPU, "run"), ("--config=c", "--workdir", "gs://b/x"), "--workdir=gs://b/x: expected a path, got a URL"),
+    ((*TPU, "run"), (*FLAGS, "--config.data.path=gs:/b"), "--config.data.path=gs:/b: expected a path, got a URL"),
     ((*TPU, "run"), ("--config=c", "--workdir=/mnt/bbqrec/../x"), "expected a folder below"),
     ((*TPU, "run"), (*FLAGS, "--config.data.path=/home/me/data"), "--config.data.path=/home/me/data: expected"),
     ((*TPU, "install"), (), "needs one of --bucket and --disk"),
@@ -423,7 +434,8 @@ SLURM = ("slurm", "--nodes=2", "--gpus-per-node=4")
     ((*CREATE, "--accelerator-type=v6e-16", "--disk=d", "--project=p"), (), "v6e-16 has several hosts"),
     ((*SLURM[:2], "--gpus-per-node=0"), FLAGS, "--gpus-per-node: expected a number from 1 on, got 0"),
     (SLURM, (), "--config is missing"),
-    (SLURM, ("--config=c", "--workdir=gs://b/x"), "expected a folder on storage that every node has mounted"),
+    (SLURM, ("--config=c", "--workdir=S3://b/x"), "--workdir=S3://b/x: expected a path, got a URL"),
+    (SLURM, ("--config=file:///c", "--workdir=x"), "give the path alone, --config=/c"),
     (SLURM, ("--config=c", "--workdir=/tmp/x"), "every node has a /tmp of its own"),
     ((*JOBSET, *GPUS), ("--config=c", "--workdir=runs/x"), "expected a folder below /mnt/bbqrec"),
     ((*JOBSET, *GPUS, "--bucket=b"), FLAGS, "needs one of --bucket and --claim"),

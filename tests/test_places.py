@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from bbqrec_jax import benchmark, experiment, export, recommend, restoring
+from bbqrec_jax import benchmark, experiment, export, recommend, report, restoring
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import read_json, write_json
@@ -118,8 +118,8 @@ def test_other_wrong_places_of_programs_are_one_line(monkeypatch, tmp_path, load
   assert_refused(monkeypatch, benchmark, wrong, "--config: expected configs/benchmark.py:small, :paper or :large")
   file = tmp_path / "file"
   file.touch()
-  right = options | {"config": load_file("configs/benchmark.py").get_config(), "output": file / "x.json"}
-  assert_refused(monkeypatch, benchmark, right, f"--output={file}: expected a folder, or a place for one, but {file}")
+  elsewhere = options | {"compare": ["gs://b/x.json", "y.json"]}
+  assert_refused(monkeypatch, benchmark, elsewhere, "--compare=gs://b/x.json: expected a path, got a URL")
   exported = {"output": file / "x", "top": 1, "platforms": ["cpu"]}
   assert_refused(monkeypatch, export, exported, f"--output={file}/x: expected a folder, or a place for one, but {file}")
 
@@ -197,6 +197,54 @@ def test_an_artefact_serves_from_any_folder_whoever_claims_the_workdir(artefact,
   assert load_config(workdir).tokenizer.artefact == str(artefact[0])
   with pytest.raises(InputError, match=r"holds another run, which differs in .*tokenizer\.artefact"):
     claim(workdir, make_config(), {"split_hash": "", "features_hash": "", "ids_hash": "", "times_hash": ""})
+
+
+def test_a_run_lives_in_folders_of_any_name_whoever_starts_it(tmp_path, monkeypatch):
+  folder = tmp_path / "a[b] *\\\udcff" / "logs:\n"
+  folder.parent.mkdir()
+  make_data(folder)
+  monkeypatch.chdir(folder)
+  config = make_config(**SASREC, **{"data.path": "."})
+  results = experiment.run(config, "run")
+  assert experiment.run(config, pathlib.Path("run")) == results
+  restored = restoring.restore("run", data=str(folder))
+  assert restored.dataset.source == str(folder)
+  (folder / "run" / "results.json").unlink()
+  again = experiment.run(config, str(folder / "run"))
+  assert again | {"seconds": None} == results | {"seconds": None}
+  assert sorted(os.listdir(folder)) == sorted(["run", "sequences.txt", "items.jsonl", "text_features.npy"])
+
+
+@pytest.mark.parametrize("url", ["gs://b/x", "s3:/b/x", "file:///x"])
+def test_a_url_is_refused_whoever_gives_it(tmp_path, monkeypatch, url):
+  monkeypatch.chdir(tmp_path)
+  config = make_config(**{"data.source": "synthetic"})
+  with pytest.raises(InputError, match=f"--workdir={url}: expected a path, got a URL"):
+    experiment.run(config, url)
+  for field in ("data.path", "tokenizer.artefact"):
+    with pytest.raises(InputError, match=rf"--config\.{field}={url}: expected a path, got a URL"):
+      experiment.tokenize(make_config(**{field: url}), "run")
+  for flag in ("workdir", "data", "tokenizer", "features"):
+    with pytest.raises(InputError, match=f"--{flag}={url}: expected a path, got a URL"):
+      restoring.restore(**({"workdir": "run"} | {flag: url}))
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_that_cannot_be_written_to_is_refused_unless_its_run_is_done(tmp_path, monkeypatch):
+  config = make_config(**SASREC, **{"data.path": str(make_data(tmp_path / "data"))})
+  results = experiment.run(config, tmp_path / "run")
+  monkeypatch.setattr(os, "access", lambda path, mode: False)  # Root may write anywhere.
+  with pytest.raises(InputError, match=f"--workdir={tmp_path}/new: {tmp_path} cannot be written to"):
+    experiment.run(config, tmp_path / "new")
+  assert experiment.run(config, tmp_path / "run") == results
+  assert_refused(monkeypatch, report, {"workdir": tmp_path / "run"}, f"--workdir={tmp_path}/run: {tmp_path}/run cannot")
+
+
+def test_the_root_of_all_is_no_workdir(tmp_path):
+  (tmp_path / "root").symlink_to("/")
+  for workdir in ("/", "/..", tmp_path / "root"):
+    with pytest.raises(InputError, match=f"--workdir={workdir}: expected a folder for the run alone"):
+      experiment.run(make_config(**{"data.source": "synthetic"}), workdir)
 
 
 def test_a_workdir_that_can_be_none_or_is_what_is_read_is_refused(artefact, tmp_path):

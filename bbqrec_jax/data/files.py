@@ -2,11 +2,12 @@
 
 import gzip
 import io
+import os
 import zlib
 from pathlib import Path
 
 from bbqrec_jax.errors import InputError, shown
-from bbqrec_jax.input_files import check_file
+from bbqrec_jax.input_files import check_file, local_path
 
 # Bytes of a text file, ten times those of half a billion interactions.
 LARGEST = 2**36
@@ -26,9 +27,9 @@ def require_folder(path: str | Path) -> Path:
   """
   if not str(path):
     raise InputError("no data folder was given: set --config.data.path=DIR, or use --config.data.source=synthetic")
-  folder = Path(path)
-  if not folder.is_dir():
-    came = "a file" if folder.exists() else "nothing"
+  folder = local_path(path, flag="config.data.path")
+  if not os.path.isdir(folder):
+    came = "a file" if os.path.exists(folder) else "nothing"
     raise InputError(f"{path}: expected a folder of data, found {came}; set --config.data.path=DIR")
   return folder
 

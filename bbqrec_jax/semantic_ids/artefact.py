@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -163,7 +164,7 @@ class SemanticIds:
   @classmethod
   def exists(cls, folder: pathlib.Path) -> bool:
     """Whether `folder` holds a whole artefact."""
-    return (folder / "semantic_ids.json").exists()
+    return os.path.exists(folder / "semantic_ids.json")
 
   @classmethod
   def load(cls, folder: pathlib.Path, *, with_content: bool = True) -> "SemanticIds":

@@ -19,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from bbqrec_jax import processes
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError, StorageError
+from bbqrec_jax.input_files import plain_path
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.train.logging import warn
 
@@ -97,14 +98,15 @@ def restore_state(directory: pathlib.Path, step: int, like: Any, *, strict: bool
       f"{problem}: checkpoint {step} cannot be used; restore it from a copy, or remove the workdir's results.json and"
       " start the run again, which trains anew what is lost, to the same numbers"
     )
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(folder / "state", _restoring(like), strict=strict)
-  except (ValueError, KeyError) as error:
-    reason = str(error)[:200]
-    raise InputError(
-      f"{folder}: expected a checkpoint that fits the config, found none ({reason}); restore it"
-    ) from error
+  with plain_path(folder) as plain:
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(plain / "state", _restoring(like), strict=strict)
+    except (ValueError, KeyError) as error:
+      reason = str(error)[:200]
+      raise InputError(
+        f"{folder}: expected a checkpoint that fits the config, found none ({reason}); restore it"
+      ) from error
 
 
 class Checkpointer:
@@ -123,10 +125,11 @@ class Checkpointer:
     """
     self._directory = directory.absolute()
     self._policy = _NewestAndTheirBest(keep)
-    self._saving, self._strict = -1, strict
-    with self._storing("open the folder of checkpoints"):
+    self._saving, self._read_back, self._strict = -1, -1, strict
+    with self._storing("open the folder of checkpoints"), contextlib.ExitStack() as stack:
+      self._directory.mkdir(parents=True, exist_ok=True)
       self._manager = ocp.CheckpointManager(
-        self._directory,
+        stack.enter_context(plain_path(self._directory)),
         options=ocp.CheckpointManagerOptions(
           preservation_policy=self._policy,
           cleanup_tmp_directories=True,
@@ -138,6 +141,7 @@ class Checkpointer:
           "progress": ocp.JsonCheckpointHandler(),
         },
       )
+      self._stack = stack.pop_all()
 
   def _seal(self) -> None:
     """Called in the thread that saves, when every process has written and before the folder gets its final name."""
@@ -160,7 +164,7 @@ class Checkpointer:
       ) from error
 
   def save(self, step: int, state: Any, data: grain.DatasetIterator, progress: dict[str, Any]) -> None:
-    """Saves in the background; does nothing if this step is saved already.
+    """Saves in the background, all but the first time; does nothing if this step is saved already.
 
     Args:
       step: steps taken.
@@ -169,13 +173,13 @@ class Checkpointer:
       progress: where the run stands; the checkpoint of its `best_step` is kept as long as this one.
 
     Raises:
-      StorageError: if this checkpoint, or the one before it in the background, could not be written.
+      StorageError: if this checkpoint, or the one before it in the background, could not be written or read back.
     """
     self.wait()
     if step in self._manager.all_steps():
       return
     self._policy.best[step] = progress["best_step"]
-    self._saving = step
+    first, self._saving = self._saving == -1, step
     with self._storing(f"write checkpoint {step}"):
       self._manager.save(
         step,
@@ -187,6 +191,8 @@ class Checkpointer:
           progress=ocp.args.JsonSave(dict(progress)),
         ),
       )
+    if first:
+      self.wait()  # What is written here and cannot be read is to be found out now, and not hours later.
 
   def restore_latest(self, like: Any, data: grain.DatasetIterator) -> tuple[Any, dict[str, Any]] | None:
     """(state, progress) of the latest whole checkpoint, `data` being moved to its place; None if there is none.
@@ -198,7 +204,9 @@ class Checkpointer:
       data: the input pipeline's iterator.
     """
     processes.wait_for_all("the checkpoints are looked at")
-    damages = {step: damage(self._directory / str(step)) for step in sorted(self._manager.all_steps())}
+    damages = {
+      step: damage(self._directory / str(step)) or self._unreadable(step) for step in sorted(self._manager.all_steps())
+    }
     progress = {step: self._progress(step) for step, problem in damages.items() if not problem}
     processes.wait_for_all("the checkpoints have been looked at")
     for step in reversed(damages):
@@ -222,6 +230,15 @@ class Checkpointer:
     data.set_state(restored["data"])
     return restored["state"], progress[step]
 
+  def _unreadable(self, step: int) -> str:
+    """Why the arrays of a checkpoint cannot be opened, though its files are as they were written; "" if they can."""
+    try:
+      self._manager.item_metadata(step)["state"]
+    except (OSError, ValueError, KeyError) as error:
+      reason = " ".join(str(error).split())[:300]
+      return f"{self._directory / str(step)} was written and cannot be read back ({type(error).__name__}: {reason})"
+    return ""
+
   def _progress(self, step: int) -> dict[str, Any]:
     return self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
 
@@ -236,13 +253,19 @@ class Checkpointer:
       self._manager.reload()
 
   def wait(self) -> None:
-    """Waits for the save in flight.
+    """Waits for the save in flight, and opens every array of what it wrote.
 
     Raises:
-      StorageError: if it failed.
+      StorageError: if it failed, or left what cannot be read.
     """
     with self._storing(f"write checkpoint {self._saving}"):
       self._manager.wait_until_finished()
+    if self._read_back == self._saving or not processes.is_first():
+      return
+    problem = self._unreadable(self._saving)
+    if problem:
+      raise StorageError(f"{problem}; use another --workdir, or mend what it lies on and give the same command again")
+    self._read_back = self._saving
 
   def close(self) -> None:
     """Waits for the save in flight, and closes.
@@ -250,5 +273,5 @@ class Checkpointer:
     Raises:
       StorageError: as `wait`.
     """
-    with self._storing(f"write checkpoint {self._saving}"):
+    with self._storing(f"write checkpoint {self._saving}"), self._stack:
       self._manager.close()

@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from bbqrec_jax import processes
+from bbqrec_jax.input_files import unfinished
 
 
 def say(message: str) -> None:
@@ -87,9 +88,8 @@ class MetricsLog:
     if broken:
       warn(f"{self._path}: dropped {broken} of {len(lines)} lines that are no whole records")
     if len(kept) < len(lines):
-      unfinished = self._path.with_name(self._path.name + ".unfinished")
-      unfinished.write_bytes(b"".join(kept))
-      os.replace(unfinished, self._path)
+      unfinished(self._path).write_bytes(b"".join(kept))
+      os.replace(unfinished(self._path), self._path)
 
   def write(self, stage: str, kind: str, step: int, values: Mapping[str, Any]) -> None:
     """One record; its numbers go to TensorBoard too.

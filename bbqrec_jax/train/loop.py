@@ -175,7 +175,8 @@ def fit(
       raise Interrupted(caught[0])
     checkpointer.wait()
     spent("checkpoint")
-    if plan.select is not None and progress["best_step"] != progress["step"]:
+    if plan.select is not None:
+      # Read back even if it is the last: a run is done when what others will restore is there.
       like = partitioner.to_checkpoint(state)
       best = restore_state(directory, progress["best_step"], like, strict=not partitioner.fills_rows)
       state = partitioner.from_checkpoint(best, state)

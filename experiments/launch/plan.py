@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.input_files import local_path
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Where this folder is in a checkout, and so in a copy of one.
@@ -73,7 +74,7 @@ class Program(NamedTuple):
 
   Attributes:
     arguments: of Python.
-    workdir: as the flags name it.
+    workdir: that the flags name, a "~" expanded: the scripts look into it.
     data: where the flags say that the data lies, None where they do not.
   """
 
@@ -86,7 +87,7 @@ def read_program(flags: Sequence[str]) -> Program:
   """The program with the flags that stand after `--`.
 
   Raises:
-    InputError: if the config or the workdir is missing.
+    InputError: if the config or the workdir is missing, or one of them or the data's folder is no path of a host.
   """
   parser = Parser(prog="the program's flags", allow_abbrev=False, add_help=False)
   for flag in ("config", "workdir", "config.data.path"):
@@ -95,8 +96,9 @@ def read_program(flags: Sequence[str]) -> Program:
   for flag in ("config", "workdir"):
     if not known[flag]:
       raise InputError(f"--{flag} is missing: give the program's flags after --, as {EXAMPLE}")
+  paths = {flag: str(local_path(path, flag=flag)) for flag, path in known.items() if path}
   arguments = ("-m", "bbqrec_jax.main", "--distributed=on", *flags)
-  return Program(arguments, known["workdir"], known["config.data.path"])
+  return Program(arguments, paths["workdir"], paths.get("config.data.path"))
 
 
 def require_mount(program: Program) -> None:

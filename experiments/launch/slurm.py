@@ -52,8 +52,6 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
     InputError: if the nodes cannot share the workdir.
   """
   program = read_program(flags)
-  if "://" in program.workdir:
-    raise InputError(f"--workdir={program.workdir}: expected a folder on storage that every node has mounted")
   if args.nodes > 1:
     mounts = pathlib.Path("/proc/mounts")
     warning = check_shared(ROOT / program.workdir, mounts.read_text() if mounts.exists() else "")

@@ -313,11 +313,12 @@ def test_a_checkpoint_holds_what_it_was_given_even_if_that_moves_on(tmp_path, mo
 
   data = iter(make_batches())
   checkpointer = Checkpointer(tmp_path / "checkpoints")
-  progress = {"step": 1, "best_step": -1}
+  progress = {"step": 2, "best_step": -1}
   state = {"w": jnp.ones(3)}
+  checkpointer.save(1, state, data, {"step": 1, "best_step": -1})  # The first one is waited for.
   monkeypatch.setattr(json, "dumps", slow)
-  checkpointer.save(1, state, data, progress)
-  progress["step"] = 2
+  checkpointer.save(2, state, data, progress)
+  progress["step"] = 3
   next(data)
   checkpointer.close()
   monkeypatch.undo()
@@ -325,7 +326,7 @@ def test_a_checkpoint_holds_what_it_was_given_even_if_that_moves_on(tmp_path, mo
   checkpointer = Checkpointer(tmp_path / "checkpoints")
   restored, saved_progress = checkpointer.restore_latest(state, fresh)
   checkpointer.close()
-  assert saved_progress == {"step": 1, "best_step": -1}
+  assert saved_progress == {"step": 2, "best_step": -1}
   np.testing.assert_array_equal(restored["w"], np.ones(3))
   np.testing.assert_array_equal(next(fresh)["items"], np.zeros(4))
 
@@ -486,6 +487,77 @@ def test_a_disk_that_takes_no_more_is_one_error_and_the_run_goes_on_later(straig
   assert again.prepared[0] == 4
   np.testing.assert_array_equal(state.params["w"], expected.params["w"])
   assert checkpoints(tmp_path) == {"8", "10"}, "what the failed save left is gone"
+
+
+# Threads of tensorstore answer an event loop that orbax has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("lost", ["state/manifest.ocdbt", "state/d/*", "state"])
+def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_once(
+  straight_and_cut, tmp_path, monkeypatch, capsys, lost
+):
+  _, expected, _ = straight_and_cut
+  written = checkpointing._write_digests
+
+  def without(folder):
+    for path in folder.glob(lost):
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+    written(folder)
+
+  monkeypatch.setattr(checkpointing, "_write_digests", without)
+  toy = Toy(tmp_path, step=noisy_step)
+  with pytest.raises(
+    StorageError, match=r"checkpoints/4 was written and cannot be read back .*; use another --workdir"
+  ):
+    toy.fit()
+  assert toy.evaluated == [4]
+  monkeypatch.undo()
+  again = Toy(tmp_path, step=noisy_step)
+  state, _ = again.fit()
+  assert "warning: checkpoint 4 is passed over" in capsys.readouterr().out
+  assert again.prepared[0] == 0
+  np.testing.assert_array_equal(state.params["w"], expected.params["w"])
+
+
+def test_the_best_is_read_back_before_the_run_is_done_even_if_it_is_the_last(tmp_path, monkeypatch):
+  wait = Checkpointer.wait
+
+  def wait_and_lose(self):
+    wait(self)
+    if (tmp_path / "checkpoints" / "10").exists():
+      DAMAGES["cut off"](tmp_path / "checkpoints" / "10")
+
+  toy = Toy(tmp_path, select="score")
+  toy.values = {10: 1.0}
+  monkeypatch.setattr(Checkpointer, "wait", wait_and_lose)
+  with pytest.raises(InputError, match=r"checkpoints/10/state/.* was changed or cut off"):
+    toy.fit()
+
+
+# What orbax and tensorstore would take for patterns, buckets and other separators, and what cannot be printed.
+ODD = ["[a]", "a*", "a?", "**", "logs:", "a\\b", "a\nb\x1b\u2028", "\udcff", "e\u0301 '\"%20#$|. "]
+
+
+def test_checkpoints_are_kept_in_folders_of_any_name(tmp_path, straight_and_cut):
+  _, expected, _ = straight_and_cut
+  folder = tmp_path.joinpath(*ODD)
+  first = Toy(folder, step=noisy_step)
+  first.hook = interrupt_at("step", 5)
+  with pytest.raises(Interrupted):
+    first.fit()
+  state, _ = Toy(folder, step=noisy_step).fit()
+  np.testing.assert_array_equal(state.params["w"], expected.params["w"])
+  restored = restore_state(folder / "checkpoints", 10, Toy(folder).first_state())
+  np.testing.assert_array_equal(restored.params["w"], expected.params["w"])
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_checkpoint_in_a_folder_of_an_odd_name_is_its_own(tmp_path, name):
+  for folder, value in ((tmp_path / "ab", 1.0), (tmp_path / "a", 2.0), (tmp_path / name, 3.0)):
+    checkpointer = Checkpointer(folder)
+    checkpointer.save(1, {"w": jnp.full(2, value)}, iter(make_batches()), {"best_step": -1})
+    checkpointer.close()
+  assert restore_state(tmp_path / name, 1, {"w": jnp.ones(2)})["w"].tolist() == [3.0, 3.0]
+  assert sorted(os.listdir(tmp_path)) == sorted(["ab", "a", name])
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
