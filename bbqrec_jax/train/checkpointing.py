@@ -4,6 +4,7 @@ Every checkpoint holds the SHA-256 digests of its files, written after them and 
 whose files are not those is passed over.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -24,6 +25,38 @@ from bbqrec_jax.train.logging import warn
 
 _DIGESTS = "digests.json"
 _TIMES = "_CHECKPOINT_METADATA"  # When the save began and ended: orbax writes it once more after the digests.
+
+
+_GRACE = 60.0  # Seconds that what was begun may take to end.
+
+
+class _FinishingLoop(asyncio.SelectorEventLoop):
+  """An event loop that closes when what it has begun is over.
+
+  orbax closes its own as soon as one array of many fails; those of the others that tensorstore still answers then, and
+  those that never began, would each tell of it on standard error.
+  """
+
+  def close(self) -> None:
+    """Waits for the tasks that are left, whose results nobody wants."""
+    pending = set() if self.is_closed() else asyncio.all_tasks(self)
+    if pending:
+      done, _ = self.run_until_complete(asyncio.wait(pending, timeout=_GRACE))
+      for task in done:
+        task.cancelled() or task.exception()  # Or asyncio would tell that nobody has looked at it.
+    super().close()
+
+
+@contextlib.contextmanager
+def _finishing_loops() -> Iterator[None]:
+  """Makes every event loop that is made meanwhile, in whatever thread, one that finishes."""
+  policy = asyncio.get_event_loop_policy()
+  before = policy.new_event_loop
+  policy.new_event_loop = _FinishingLoop  # type: ignore[method-assign]
+  try:
+    yield
+  finally:
+    policy.new_event_loop = before  # type: ignore[method-assign]
 
 
 class _NewestAndTheirBest(checkpoint_managers.PreservationPolicy):
@@ -98,7 +131,7 @@ def restore_state(directory: pathlib.Path, step: int, like: Any, *, strict: bool
       " start the run again, which trains anew what is lost, to the same numbers"
     )
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _finishing_loops(), ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(folder / "state", _restoring(like), strict=strict)
   except (ValueError, KeyError) as error:
     reason = str(error)[:200]
@@ -138,6 +171,8 @@ class Checkpointer:
           "progress": ocp.JsonCheckpointHandler(),
         },
       )
+    self._loops = contextlib.ExitStack()
+    self._loops.enter_context(_finishing_loops())
 
   def _seal(self) -> None:
     """Called in the thread that saves, when every process has written and before the folder gets its final name."""
@@ -250,5 +285,5 @@ class Checkpointer:
     Raises:
       StorageError: as `wait`.
     """
-    with self._storing(f"write checkpoint {self._saving}"):
+    with self._loops, self._storing(f"write checkpoint {self._saving}"):
       self._manager.close()

@@ -1,10 +1,13 @@
 """The training loop on a toy problem whose every parameter can be written down."""
 
+import asyncio
+import gc
 import itertools
 import json
 import os
 import shutil
 import signal
+import sys
 import time
 
 import grain
@@ -486,6 +489,36 @@ def test_a_disk_that_takes_no_more_is_one_error_and_the_run_goes_on_later(straig
   assert again.prepared[0] == 4
   np.testing.assert_array_equal(state.params["w"], expected.params["w"])
   assert checkpoints(tmp_path) == {"8", "10"}, "what the failed save left is gone"
+
+
+def test_a_save_that_fails_ends_what_it_has_begun(monkeypatch):
+  told, ended = [], []
+  monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+  async def writes(seconds):
+    await asyncio.sleep(seconds)
+    if not seconds:
+      raise OSError("disk full")
+    ended.append(seconds)
+    raise OSError("disk full still")
+
+  async def save():
+    await asyncio.gather(writes(0), *(writes(seconds) for seconds in (0.01, 0.02)))
+
+  with checkpointing._finishing_loops():
+    loop = asyncio.new_event_loop()
+  loop.set_exception_handler(lambda loop, context: told.append(context))
+  with pytest.raises(OSError, match=r"full$"):
+    loop.run_until_complete(save())
+  assert not ended
+  loop.close()
+  loop.close()
+  gc.collect()
+  assert (ended, told) == ([0.01, 0.02], [])
+  assert loop.is_closed()
+  other = asyncio.new_event_loop()
+  other.close()
+  assert type(other) is not type(loop)
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
