@@ -15,11 +15,11 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from bbqrec_jax.assign import assign
-from bbqrec_jax.command_line import define_path, parse_flags, training
+from bbqrec_jax.command_line import define_path, start, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import feature_widths, load_new_items
@@ -168,4 +168,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("name", None, "Of this recommender's folder and figures; its head, if not given.")
   flags.DEFINE_float("share", 0.05, "Of the items, to hold out.")
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

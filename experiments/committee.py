@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags
+from bbqrec_jax.command_line import define_path, quiet_flags, start
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.errors import InputError, refuse
@@ -97,4 +97,4 @@ if __name__ == "__main__":
   define_path("output", "The folder for what they make together.")
   define_path("data", "The folder of their data, where that has moved since.")
   flags.mark_flags_as_required(["workdirs", "output"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

@@ -14,10 +14,10 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from compare_tokenizers import change, mean, table
 
-from bbqrec_jax.command_line import define_path, parse_flags, training
+from bbqrec_jax.command_line import define_path, start, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import of_any_recommender, run, tokenize
@@ -148,4 +148,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("reference", "sasrec", "The system that the others are compared with.")
   flags.DEFINE_bool("report", False, "Train nothing; print the tables of what is there.")
   flags.mark_flags_as_required(["workdir"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

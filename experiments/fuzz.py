@@ -43,9 +43,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from bbqrec_jax.command_line import define_path
+from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.config import CHANGEABLE, default_config, flatten
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
@@ -1102,8 +1102,7 @@ def fuzz(name: str, cases: int) -> tuple[dict[str, Any], list[str]]:
 
 def main(argv: list[str]) -> None:
   """Prints a line a reader and what was wrong, and writes the rows."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  del argv
   options = flags.FLAGS
   rows = []
   for name in options.readers or readers():
@@ -1121,4 +1120,4 @@ if __name__ == "__main__":
   flags.DEFINE_list("readers", [], "Some of the readers alone, by name.")
   flags.DEFINE_integer("show", 20, "Lines about wrong cases, of each reader.")
   define_path("output", "The JSON file.")
-  app.run(main)
+  start(main)

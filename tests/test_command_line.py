@@ -256,17 +256,12 @@ class Faulty:
     raise ValueError("bug")
 
 
-async def abandoned():
-  pass
-
-
 def test_what_python_tells_of_dropped_objects_is_left_out_where_it_is_dealt_with(parsed, capsys, monkeypatch):
   monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
   def work():
     with training(pathlib.Path("runs/x")):
       Finaliser()
-      abandoned()
 
   with pytest.raises(SystemExit) as end:
     work()
