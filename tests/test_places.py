@@ -1,18 +1,22 @@
 """Folders of a run: data that moves, paths from anywhere, and what is refused before anything is written into one."""
 
+import errno
 import os
 import pathlib
 import shutil
+import sys
 import types
 
 import numpy as np
 import pytest
 
 from bbqrec_jax import benchmark, experiment, export, recommend, restoring
+from bbqrec_jax import workdir as workdir_notes
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import read_json, write_json
-from bbqrec_jax.workdir import claim, load_config, with_absolute_paths
+from bbqrec_jax.lock import locked
+from bbqrec_jax.workdir import check_encoding, check_workdir, claim, claimed, load_config, with_absolute_paths
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -55,6 +59,12 @@ def test_a_run_is_restored_and_goes_on_wherever_its_data_is(tmp_path, monkeypatc
   monkeypatch.chdir(tmp_path)
   make_data(tmp_path / "data")
   workdir, moved = tmp_path / "run", tmp_path / "moved"
+  workdir.mkdir()
+  with locked(workdir):
+    for start in (experiment.run, experiment.tokenize):
+      with pytest.raises(InputError, match=rf"{workdir} is taken: process {os.getpid()} on "):
+        start(make_config(**SASREC, **{"data.path": "data"}), workdir)
+    assert os.listdir(workdir) == ["lock"]
   results = experiment.run(make_config(**SASREC, **{"data.path": "data"}), workdir)
   assert read_json(workdir / "config.json")["data"]["path"] == str(tmp_path / "data")
   (tmp_path / "elsewhere").mkdir()
@@ -78,9 +88,11 @@ def test_a_run_is_restored_and_goes_on_wherever_its_data_is(tmp_path, monkeypatc
   assert experiment.run(make_config(**SASREC, **{"data.path": "~/moved"}), workdir) == results
   assert read_json(workdir / "config.json")["data"]["path"] == str(moved)
   before = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
-  restoring.restore(workdir)
-  experiment.run(make_config(**SASREC, **{"data.path": str(moved)}), workdir)
-  assert {path: path.stat().st_mtime_ns for path in workdir.iterdir()} == before, "nothing is written that is there"
+  with locked(workdir):  # Whoever reads asks for no lock.
+    before[workdir / "lock"] = (workdir / "lock").stat().st_mtime_ns
+    restoring.restore(workdir)
+    experiment.run(make_config(**SASREC, **{"data.path": str(moved)}), workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.iterdir()} == before, "nothing is written that is there"
 
   empty = tmp_path / "histories.txt"
   empty.touch()
@@ -97,6 +109,32 @@ def test_a_run_is_restored_and_goes_on_wherever_its_data_is(tmp_path, monkeypatc
     monkeypatch, recommend, options, f"{empty}: expected a line a user, 'user item item ...', got an empty"
   )
   assert not list(tmp_path.glob("out*"))
+
+
+def test_a_finished_tokenizer_needs_no_lock(artefact):
+  folder, data = artefact
+  before = sorted(os.walk(folder.parent))
+  with locked(folder.parent):
+    health = experiment.tokenize(make_config(**{"data.path": str(data)}), folder.parent)
+  assert health == read_json(folder / "health.json")
+  assert sorted(os.walk(folder.parent)) == before
+
+
+def test_what_is_finished_may_lie_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+  figures = {"split_hash": "", "features_hash": "", "times_hash": ""}
+  claim(tmp_path / "run", make_config(), figures)
+  changed = make_config(**{"data.path": "/moved"})
+
+  def fail(*arguments):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  monkeypatch.setattr(workdir_notes, "write_json", fail)
+  with claimed(tmp_path / "run", make_config(), figures, done=True):
+    assert not capsys.readouterr().out
+  with claimed(tmp_path / "run", changed, figures, done=True):
+    assert "Read-only file system" in capsys.readouterr().out
+  with pytest.raises(OSError, match="Read-only"), claimed(tmp_path / "run", changed, figures, done=False):
+    pass
 
 
 def assert_refused(monkeypatch, program, options, said):
@@ -216,6 +254,17 @@ def test_a_workdir_that_can_be_none_or_is_what_is_read_is_refused(artefact, tmp_
       experiment.run(config, workdir)
     assert str(error.value).startswith(said)
     assert sorted(os.walk(workdir)) == before
+
+
+def test_a_workdir_whose_name_is_no_utf_8_is_refused(tmp_path, monkeypatch):
+  for name in ("run\udcff", "\ud800"):  # A byte that is none of UTF-8's, or of a locale without it; half a character.
+    for call in (check_encoding, lambda workdir: check_workdir(workdir, make_config())):
+      with pytest.raises(InputError, match=r"expected a path that is UTF-8.*set PYTHONUTF8=1, or use a path of ASCII"):
+        call(tmp_path / name)
+  check_encoding(tmp_path / "прогон")
+  monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "latin-1")
+  with pytest.raises(InputError, match=r"expected a path that is UTF-8.*locale's latin-1"):
+    check_encoding(tmp_path / "prüfung")
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, monkeypatch):

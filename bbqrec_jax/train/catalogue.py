@@ -22,6 +22,11 @@ def needs_semantic_ids(config: Any) -> bool:
   return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or bool(codes)
 
 
+def trains_tokenizer(config: Any) -> bool:
+  """Whether a run makes semantic IDs of its own."""
+  return needs_semantic_ids(config) and not config.tokenizer.artefact
+
+
 def needs_features(config: Any) -> bool:
   """Whether a run reads what is known of items' content: for semantic IDs, or in the recommender itself."""
   return needs_semantic_ids(config) or "features" in config.recommender.item_inputs
