@@ -70,7 +70,8 @@ def _quantized(
   widths = feature_widths(features)
   if widths != dict(settings.modalities):
     raise InputError(
-      f"the tokenizer was trained on modalities {dict(settings.modalities)} (name: width), the new items have {widths}"
+      f"the tokenizer was trained on modalities {dict(settings.modalities)} (name: width), the new items have {widths};"
+      " make theirs in the same way"
     )
   ordered = {name: features[name] for name in settings.names}
   store = FeatureStore(ordered, present, ids.encoder)

@@ -12,7 +12,7 @@ import ml_collections
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.features import feature_widths
-from bbqrec_jax.data.interactions import Split, leave_one_out
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, popularity_metrics
@@ -59,13 +59,23 @@ def read_data(
     for_tokenizer: whether a tokenizer is to be trained on it, whatever the recommender reads.
 
   Raises:
-    InputError: if the data is missing or wrong, or lacks features or timestamps that the config reads.
+    InputError: if the data is missing or wrong, has no history to learn from, or lacks features or timestamps that the
+      config reads.
   """
   dataset = load(config.data)
+  if dataset.interactions.lengths.max() <= MINIMUM_LENGTH:
+    file = {"directory": "sequences.txt", "recbole": f"{dataset.name}.inter"}.get(config.data.source, "")
+    left = ", without the incomplete items," if config.data.drop_incomplete_items else ""
+    raise InputError(
+      f"{pathlib.Path(dataset.source, file)}: the histories{left} are too short to learn from: none has more than"
+      f" {MINIMUM_LENGTH} items, two of which are to validate and to test on, and nothing follows a single one; give"
+      f" some users {MINIMUM_LENGTH + 1} or more"
+    )
   if (for_tokenizer or needs_features(config)) and not dataset.modalities:
+    without = "" if for_tokenizer else ", or take --config=configs/sasrec.py, which needs none"
     raise InputError(
       f"{dataset.source}: this config reads items' features, found none: give NAME_features.npy of shape [items, width]"
-      " or a NAME:float_seq column of the .item file (recbole), or take --config=configs/sasrec.py, which needs none"
+      f" or a NAME:float_seq column of the .item file (recbole){without}"
     )
   if config.recommender.time_buckets and dataset.interactions.times is None:
     raise InputError(
@@ -94,17 +104,18 @@ def _check_stages(
       check_varied(dataset)
     else:
       check_own_loss(t.own_loss, tokenizer_settings(config, dataset), batch_items=t.batch_items)
-      batches += [("tokenizer.batch_items", t.batch_items), ("tokenizer.batch_rows", t.batch_rows)]
+      batches += [("tokenizer.batch_items", t.batch_items, 1), ("tokenizer.batch_rows", t.batch_rows, 1)]
   if not tokenizer_alone:
-    batches += [("recommender.batch_rows", r.batch_rows), ("evaluation.batch_size", config.evaluation.batch_size)]
-  for name, rows in batches:
-    if rows % num_devices:
-      raise InputError(f"config field {name} = {rows} must be a multiple of the {num_devices} devices")
-  if not tokenizer_alone and r.batch_rows % (num_devices * r.accumulation):
-    raise InputError(
-      f"config field recommender.batch_rows = {r.batch_rows} must be a multiple of the {num_devices} devices times"
-      f" recommender.accumulation = {r.accumulation}"
-    )
+    batches.append(("recommender.batch_rows", r.batch_rows, r.accumulation))
+    batches.append(("evaluation.batch_size", config.evaluation.batch_size, 1))
+  wrong = [
+    f"{name} = {rows} must be a multiple of the {num_devices} devices"
+    + (f" times recommender.accumulation = {parts}" if parts > 1 else "")
+    for name, rows, parts in batches
+    if rows % (num_devices * parts)
+  ]
+  if wrong:
+    raise InputError(f"config field {', '.join(wrong)}; set it so, or use fewer devices (partitioner = 'single')")
 
 
 class _Run(NamedTuple):

@@ -98,6 +98,9 @@ def _check_choices(flat: dict[str, Any]) -> None:
   for name, choices in _SUBSETS.items():
     if not set(flat[name]) <= set(choices) or len(set(flat[name])) < len(flat[name]):
       raise InputError(f"config field {name} may hold each of {', '.join(choices)} once, got {flat[name]!r}")
+  names = flat["data.modalities"]
+  if not all(isinstance(name, str) for name in names):
+    raise InputError(f"config field data.modalities must be names, got {names!r}: put each in quotes, as ('2024',)")
   if not flat["recommender.item_inputs"]:
     raise InputError(
       f"config field recommender.item_inputs is empty: name some of {', '.join(_SUBSETS['recommender.item_inputs'])}"
@@ -179,6 +182,11 @@ def _check_recommender(flat: dict[str, Any]) -> None:
     )
   if flat["recommender.time_buckets"] and flat["recommender.backbone"] == "encoder_decoder":
     raise InputError("config field recommender.time_buckets works with the causal backbone: set it to 0")
+  if flat["recommender.similarity"] and flat["recommender.max_length"] == 1:
+    raise InputError(
+      "config field recommender.max_length = 1 leaves no two items to compare: set it to at least 2, or"
+      " recommender.similarity to ()"
+    )
   by_items = [f"recommender.{name}" for name in ("node_scores", "history_offsets") if flat[f"recommender.{name}"]]
   if by_items and flat["recommender.softmax_over"] == "all":
     raise InputError(
@@ -215,15 +223,15 @@ def _check_tokenizer(flat: dict[str, Any]) -> None:
       "config field tokenizer.own_loss: nothing learns with tokenizer.quantizer = 'rq_kmeans'; leave it empty, or"
       " choose another quantizer"
     )
+  if "content" in flat["recommender.item_inputs"] and flat["tokenizer.quantizer"] == "rq_kmeans":
+    raise InputError(
+      "config field recommender.item_inputs has content, but the codes of tokenizer.quantizer = 'rq_kmeans' are those"
+      " of the content already: put fused in its place, and set tokenizer.content_codes to False"
+    )
   if flat["tokenizer.content_codes"] and flat["tokenizer.quantizer"] == "rq_kmeans":
     raise InputError(
       "config field tokenizer.content_codes: the codes of tokenizer.quantizer = 'rq_kmeans' are those of the content"
       " already; set it to False"
-    )
-  if "content" in flat["recommender.item_inputs"] and flat["tokenizer.quantizer"] == "rq_kmeans":
-    raise InputError(
-      "config field recommender.item_inputs has content, but the codes of tokenizer.quantizer = 'rq_kmeans' are those"
-      " of the content already: put fused in its place"
     )
   if "content" in flat["recommender.item_inputs"] and not flat["tokenizer.content_codes"]:
     raise InputError(
@@ -240,13 +248,13 @@ def _check_tokenizer(flat: dict[str, Any]) -> None:
 
 def _check_sizes(flat: dict[str, Any]) -> None:
   """Refuses sizes that do not divide one another, or do not hold one another."""
+  # Fewer rows than a stack of codebooks may have: those stay whole.
+  if 0 < flat["shard_rows"] < _FEWEST_ROWS:
+    raise InputError(f"config field shard_rows must be 0 or at least {_FEWEST_ROWS}, got {flat['shard_rows']}")
   if flat["shard_rows"] and flat["partitioner"] != "mesh":
     raise InputError(
       f"config field shard_rows = {flat['shard_rows']} works with partitioner = 'mesh': set it so, or shard_rows to 0"
     )
-  # Fewer rows than a stack of codebooks may have: those stay whole.
-  if 0 < flat["shard_rows"] < _FEWEST_ROWS:
-    raise InputError(f"config field shard_rows must be 0 or at least {_FEWEST_ROWS}, got {flat['shard_rows']}")
   for width, heads in (
     ("recommender.width", "recommender.num_heads"),
     ("recommender.dense_tower.width", "recommender.num_heads"),

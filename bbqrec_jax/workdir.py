@@ -189,7 +189,10 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
   written = flatten(read_json(path))
   unknown = written.keys() ^ fields.keys()
   if unknown:
-    raise InputError(f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only")
+    raise InputError(
+      f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only; use the version that wrote"
+      " it, or run its command again in another workdir"
+    )
   for name, default in fields.items():
     if not _has_type_of(written[name], default):
       raise InputError(f"{path} field {name}: expected a {type(default).__name__}, got {written[name]!r}; restore it")

@@ -133,7 +133,12 @@ def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None
   name = config.recommender.head if name is None else name
   folder = workdir / name
   results = run(config, folder)
-  restored = restore(folder, tokenizer=extended if needs_semantic_ids(config) else None, features=new)
+  restored = restore(
+    folder,
+    tokenizer=extended if needs_semantic_ids(config) else None,
+    features=new,
+    trusted=[own.partition(":")[0] for own in (config.recommender.head, config.recommender.backbone)],
+  )
   partitioner = make_partitioner(config)
   metrics = evaluate(
     partitioner.compile_map(make_ranker(restored.model, beam_width=config.evaluation.beam_width)),

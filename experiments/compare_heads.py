@@ -117,10 +117,10 @@ def main(argv: list[str]) -> None:
   options = flags.FLAGS
   workdir = options.workdir
   with training(workdir):
-    for names, known in ((options.systems, SYSTEMS), ([options.reference], SHOWN)):
+    for flag, names, known in (("systems", options.systems, SYSTEMS), ("reference", [options.reference], SHOWN)):
       for name in names:
         if name not in known:
-          raise InputError(f"expected some of {', '.join(known)}, got {name!r}")
+          raise InputError(f"--{flag}: expected some of {', '.join(known)}, got {name!r}")
     for seed in options.seeds:
       if not seed.isdecimal():
         raise InputError(f"--seeds: expected whole numbers from 0, got {seed!r}")
@@ -128,6 +128,8 @@ def main(argv: list[str]) -> None:
       for name in ("config_file", "path"):
         if options[name].value is None:
           raise InputError(f"--{name} is needed for what is to be trained; --report alone does without")
+      if not options.path.is_dir():
+        raise InputError(f"--path={options.path}: expected a folder of data, found none; check the path")
       for seed in map(int, options.seeds):
         do(
           {

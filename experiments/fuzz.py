@@ -398,7 +398,9 @@ def text_lines(files: Files, name: str) -> list[str]:
   if "\0" in text:
     raise Bad
   lines = text.split("\n")
-  return lines if lines[-1] else lines[:-1]
+  while lines and not lines[-1].strip(" \t\r\v\f"):
+    lines.pop()
+  return lines
 
 
 def split_blanks(text: str) -> list[str]:

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import sys
 import types
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import pytest
 from bbqrec_jax import benchmark, experiment, export, recommend, restoring
 from bbqrec_jax import workdir as workdir_notes
 from bbqrec_jax.config import default_config
+from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.lock import locked
+from bbqrec_jax.systems import SYSTEMS, system_config
+from bbqrec_jax.train.kmeans import check_varied
 from bbqrec_jax.workdir import check_encoding, check_workdir, claim, claimed, load_config, with_absolute_paths
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -214,6 +218,77 @@ def test_what_a_run_needs_is_looked_at_before_its_workdir_is_claimed(artefact, t
   with pytest.raises(InputError) as error:
     experiment.run(make_config(**given), tmp_path / "run")
   assert str(error.value).startswith(said)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("source", ["directory", "recbole"])
+@pytest.mark.parametrize("system", [*SYSTEMS, "tiger"])
+def test_three_items_each_are_too_few_to_learn_from_whatever_the_system(tmp_path, load_file, system, source):
+  config = load_file("configs/tiger.py").get_config() if system == "tiger" else system_config(system)
+  config.data.path, config.data.source = str(make_data(tmp_path / "data")), source
+  rows = [(f"u{user}", user % ITEMS, (user + 1) % ITEMS, 0) for user in range(20)]
+  if source == "directory":
+    file = tmp_path / "data" / "sequences.txt"
+    file.write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
+  else:
+    file = tmp_path / "data" / "shop.inter"
+    lines = (f"{user}\t{item}\n" for user, *items in rows for item in items)
+    file.write_text("user_id:token\titem_id:token\n" + "".join(lines))
+  for call in (experiment.run, experiment.tokenize):
+    with pytest.raises(InputError) as error:
+      call(config, tmp_path / "run")
+    message = str(error.value)
+    assert message.startswith(f"{file}: ")
+    assert "too short to learn from" in message
+    assert "4 or more" in message
+  assert not (tmp_path / "run").exists()
+
+
+def test_features_that_are_all_the_same_are_nothing_to_quantize(tmp_path):
+  data = make_data(tmp_path / "data")
+  alike = np.full((ITEMS, 3), 0.1, np.float32)
+  alike[5] = 0  # Of an item that lacks them.
+  np.save(data / "image_features.npy", alike)
+  config = make_config(**{"data.path": str(data)})
+  for call in (experiment.run, experiment.tokenize):
+    with pytest.raises(InputError) as error:
+      call(config, tmp_path / "run")
+    for part in (f"{data}: the image features of all 11 items", "nothing to quantize", "--config.data.modalities=text"):
+      assert part in str(error.value)
+  (data / "text_features.npy").unlink()
+  with pytest.raises(InputError, match=r"nothing to quantize.*--config=configs/sasrec\.py"):
+    experiment.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  alike[7, 1] = 0.2
+  np.save(data / "image_features.npy", alike)
+  check_varied(load(config.data), block=4)
+
+
+class Devices(NamedTuple):
+  num_devices: int
+
+
+def test_batches_are_looked_at_where_they_are_used(tmp_path, monkeypatch):
+  monkeypatch.setattr(experiment, "make_partitioner", lambda config: Devices(7))
+  data = {"data.path": str(make_data(tmp_path / "data")), "evaluation.batch_size": 14}
+
+  def refusal(call, **changes):
+    with pytest.raises(InputError) as error:
+      call(make_config(**data, **changes), tmp_path / "run")
+    return str(error.value)
+
+  said = refusal(experiment.run, **{"recommender.batch_rows": 21, "recommender.accumulation": 2})
+  assert said.startswith(
+    "config field recommender.batch_rows = 21 must be a multiple of the 7 devices times recommender."
+  )
+  assert "tokenizer" not in said, "residual k-means has no batches"
+  said = refusal(experiment.run, **{"tokenizer.quantizer": "rq_vae"})
+  for name in ("tokenizer.batch_items = 256", "tokenizer.batch_rows = 32", "recommender.batch_rows = 32"):
+    assert name in said, "all at once"
+  said = refusal(experiment.run, **SASREC, **{"tokenizer.quantizer": "rq_vae"})
+  assert "tokenizer" not in said
+  said = refusal(experiment.tokenize, **{"tokenizer.quantizer": "rq_vae", "tokenizer.batch_items": 28})
+  assert said.startswith("config field tokenizer.batch_rows = 32 must be a multiple of the 7 devices;")
   assert not (tmp_path / "run").exists()
 
 

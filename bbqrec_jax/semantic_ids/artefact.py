@@ -68,12 +68,12 @@ class SemanticIds:
     if data_hash != self.data_hash:
       raise InputError(
         f"{where} holds semantic IDs of other data: they were learned from {self.data_hash}, this run's split and"
-        f" features are {data_hash}; train a tokenizer on this data"
+        f" features are {data_hash}; leave tokenizer.artefact empty to train one on this data, in another workdir"
       )
     if num_items != len(self.codes):
       raise InputError(
-        f"{where} holds semantic IDs of {len(self.codes)} items, this run's data has {num_items}; train a tokenizer on"
-        " this data"
+        f"{where} holds semantic IDs of {len(self.codes)} items, this run's data has {num_items}; leave"
+        " tokenizer.artefact empty to train a tokenizer on this data"
       )
 
   def check_extension(self, known: "SemanticIds", *, where: object) -> None:
@@ -96,7 +96,10 @@ class SemanticIds:
       )
     if (self.content is None) != (known.content is None):
       here, there = ("no", "some") if self.content is None else ("some", "no")
-      raise InputError(f"{where} has {here} content codes, what the recommender was trained on has {there}")
+      raise InputError(
+        f"{where} has {here} content codes, what the recommender was trained on has {there}: make it from that with"
+        " python -m bbqrec_jax.assign"
+      )
     if self.content is not None and known.content is not None:
       self.content.check_extension(known.content, where=f"{where}/content")
 

@@ -147,10 +147,13 @@ def _some_of_each(
   samples = sampled_similarities(vectors, histories, pairs, max_length=config.recommender.max_length, seed=config.seed)
   for pair, sample in zip(pairs, samples, strict=True):
     if not len(sample):
-      names = " and ".join(dict.fromkeys(streams[index] for index in pair))
+      names = list(dict.fromkeys(streams[index] for index in pair))
+      others = [name for name in streams if name not in (names[-1], "fused")]
+      ways = [f"leave {names[-1]} out (data.modalities={','.join(others)})"] if others else []
+      ways += ["set recommender.cross_pairs=False"] if len(names) > 1 else []
       raise InputError(
-        f"no training history holds two items that both have {names}, so their similarity has no buckets; leave the"
-        " modality out (data.modalities) or set recommender.similarity=()"
+        f"no training history holds two items that both have {' and '.join(names)}, so their similarity has no buckets;"
+        f" {', '.join([*ways, 'set recommender.similarity=()'])} or choose another recommender.similarity_kind"
       )
   return samples
 
