@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags, writing
+from bbqrec_jax.command_line import define_path, quiet_flags, start, writing
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.directory import read_new_items
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
@@ -81,7 +81,8 @@ def _quantized(
   widths = feature_widths(features)
   if widths != dict(settings.modalities):
     raise InputError(
-      f"the tokenizer was trained on modalities {dict(settings.modalities)} (name: width), the new items have {widths}"
+      f"the tokenizer was trained on modalities {dict(settings.modalities)} (name: width), the new items have {widths};"
+      " make theirs in the same way"
     )
   ordered = {name: features[name] for name in settings.names}
   store = FeatureStore(ordered, present, ids.encoder)
@@ -137,4 +138,4 @@ if __name__ == "__main__":
   define_path("features", "Folder with <modality>_features.npy, a row for each new item, and items.jsonl, their ids.")
   define_path("output", "Folder for the IDs of the known and the new items together.")
   flags.mark_flags_as_required(["tokenizer", "features", "output"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

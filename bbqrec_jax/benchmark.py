@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 import bbqrec_jax
@@ -33,7 +33,7 @@ from bbqrec_jax.benchmarks.cases import all_cases
 from bbqrec_jax.benchmarks.limits import PEAKS, measured_limits
 from bbqrec_jax.benchmarks.report import chart, comparison, records_table, table, utilisation
 from bbqrec_jax.benchmarks.timing import measure
-from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags, writing
+from bbqrec_jax.command_line import define_path, quiet_flags, start, writing
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.input_files import check_output, local_path
@@ -173,4 +173,4 @@ if __name__ == "__main__":
   flags.DEFINE_list("only", [], "Beginnings of the names of what to time.")
   flags.DEFINE_list("compare", [], "Two files to compare instead.")
   define_path("records", "A folder of such files, to print one table of instead.")
-  app.run(main, flags_parser=parse_flags)
+  start(main)

@@ -1,5 +1,6 @@
 """What the programs share: flags as absl parses them, and one line instead of a traceback."""
 
+import ast
 import contextlib
 import difflib
 import io
@@ -10,30 +11,69 @@ import re
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from absl import flags, logging
+from absl import app, flags, logging
+from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from bbqrec_jax.errors import STORAGE_ERRORS, Diverged, InputError, StorageError, refuse
 from bbqrec_jax.input_files import check_file, local_path
 from bbqrec_jax.interruption import Interrupted, heard_at_once, impatient
+from bbqrec_jax.standard_streams import lasting_streams
 
 # The flags that functions here define belong to the programs that call them, whose --help shows them.
 flags.disclaim_key_flags()
 
 
 def _drop_echoes(unraisable: Any) -> None:
-  """Leaves out of what Python tells of errors that nobody can catch those that are dealt with elsewhere.
+  """Leaves out of what Python tells of errors that nobody can catch the signals that are heard all the same.
 
-  When a save fails, orbax closes an event loop that threads of tensorstore still answer, and each would tell so. A
-  signal that finds Python collecting garbage is heard as soon as that is over (see `heard_at_once`).
+  One that finds Python collecting garbage is heard as soon as that is over (see `heard_at_once`).
   """
-  error = unraisable.exc_value
-  closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-  if not closed and not isinstance(error, Interrupted):
+  if not isinstance(unraisable.exc_value, Interrupted):
     sys.__unraisablehook__(unraisable)
+
+
+class _SeveralParser(tuple_parser.TupleParser):
+  """The values of a config field that holds several: `text,image` as well as `('text', 'image')`; nothing is none."""
+
+  syntactic_help = "names or numbers, separated by commas"
+
+  def parse(self, argument: Any) -> tuple[Any, ...]:
+    """The values; what are no Python literals are names, with or without quotes and brackets."""
+    if not isinstance(argument, str):
+      return super().parse(argument)
+    try:
+      value = ast.literal_eval(argument.strip())
+    except (ValueError, SyntaxError):
+      inner = re.sub(r"^\s*(?:\((.*)\)|\[(.*)\])\s*$", r"\1\2", argument)
+      value = [word for word in (part.strip().strip("'\"") for part in inner.split(",")) if word]
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(one, str | int | float) for one in values):
+      raise ValueError(f"expected {self.syntactic_help}")
+    return values
+
+
+config_flags.register_flag_parser_for_type(tuple, _SeveralParser())
+
+
+def start(
+  main: Callable[[list[str]], None],
+  *,
+  flags_parser: Callable[[list[str]], list[str]] | None = None,
+  prints: bool = True,
+) -> None:
+  """Runs a program: its flags, then `main`, whatever its standard streams are (see `lasting_streams`).
+
+  Args:
+    main: is given the command line without its flags.
+    flags_parser: parses them; `parse_flags` if it is None.
+    prints: whether what it prints is what it is for; otherwise its files are.
+  """
+  with lasting_streams(needed=prints):
+    app.run(main, flags_parser=flags_parser or parse_flags)
 
 
 def quiet_flags() -> Any:
@@ -56,8 +96,6 @@ def training(workdir: pathlib.Path) -> Iterator[None]:
     # orbax tells of every file it writes; what fails there it also raises.
     logging.set_verbosity(logging.FATAL)
   sys.unraisablehook = _drop_echoes
-  # Of writes that orbax gives up when one fails.
-  warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
   try:
     with impatient(), heard_at_once():
       yield

@@ -1,8 +1,10 @@
 """A run from config to results: data, tokenizer, recommender, evaluation, each picked up where it was."""
 
+import contextlib
 import copy
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -10,12 +12,13 @@ import ml_collections
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.features import feature_widths
-from bbqrec_jax.data.interactions import Split, leave_one_out
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, popularity_metrics
 from bbqrec_jax.input_files import is_given, local_path
 from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.models.frozen import RQ_KMEANS
 from bbqrec_jax.models.tokenizer_loss import check_own_loss
 from bbqrec_jax.models.two_towers import make_recommender
 from bbqrec_jax.parallel import Partitioner, make_partitioner
@@ -28,7 +31,9 @@ from bbqrec_jax.train.catalogue import (
   needs_features,
   needs_semantic_ids,
   recommender_settings,
+  trains_tokenizer,
 )
+from bbqrec_jax.train.kmeans import check_varied
 from bbqrec_jax.train.logging import MetricsLog, say
 from bbqrec_jax.train.recommender_stage import check_fingerprint, run_recommender, tokenizer_folder
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer, tokenizer_settings
@@ -36,10 +41,9 @@ from bbqrec_jax.validation import validate
 from bbqrec_jax.workdir import (
   REMAKE,
   check_workdir,
-  claim,
+  claimed,
   format_results,
   load_results,
-  note_ids,
   tokenizer_figure,
   with_absolute_paths,
 )
@@ -55,13 +59,23 @@ def read_data(
     for_tokenizer: whether a tokenizer is to be trained on it, whatever the recommender reads.
 
   Raises:
-    InputError: if the data is missing or wrong, or lacks features or timestamps that the config reads.
+    InputError: if the data is missing or wrong, has no history to learn from, or lacks features or timestamps that the
+      config reads.
   """
   dataset = load(config.data)
+  if dataset.interactions.lengths.max() <= MINIMUM_LENGTH:
+    file = {"directory": "sequences.txt", "recbole": f"{dataset.name}.inter"}.get(config.data.source, "")
+    left = ", without the incomplete items," if config.data.drop_incomplete_items else ""
+    raise InputError(
+      f"{pathlib.Path(dataset.source, file)}: the histories{left} are too short to learn from: none has more than"
+      f" {MINIMUM_LENGTH} items, two of which are to validate and to test on, and nothing follows a single one; give"
+      f" some users {MINIMUM_LENGTH + 1} or more"
+    )
   if (for_tokenizer or needs_features(config)) and not dataset.modalities:
+    without = "" if for_tokenizer else ", or take --config=configs/sasrec.py, which needs none"
     raise InputError(
       f"{dataset.source}: this config reads items' features, found none: give NAME_features.npy of shape [items, width]"
-      " or a NAME:float_seq column of the .item file (recbole), or take --config=configs/sasrec.py, which needs none"
+      f" or a NAME:float_seq column of the .item file (recbole){without}"
     )
   if config.recommender.time_buckets and dataset.interactions.times is None:
     raise InputError(
@@ -74,24 +88,34 @@ def read_data(
   return dataset, split, statistics(dataset, split)
 
 
-def _check_sizes(config: ml_collections.ConfigDict, *, num_items: int, num_modalities: int, num_devices: int) -> None:
-  """Refuses what would only come to light hours into the run.
+def _check_stages(
+  config: ml_collections.ConfigDict, dataset: Dataset, split: Split, *, num_devices: int, tokenizer_alone: bool
+) -> None:
+  """Refuses, of the stages that are to be trained, what would only come to light hours into the run.
 
   Raises:
-    InputError: if the items outnumber the semantic IDs, or a batch cannot be spread evenly over the devices.
+    InputError: if the items outnumber the semantic IDs, there is nothing to tell them apart by, a loss of one's own is
+      none, or a batch cannot be spread evenly over the devices.
   """
-  if needs_semantic_ids(config) and not config.tokenizer.artefact:
-    check_capacity(num_items, id_length(config, num_modalities), config.tokenizer.num_codes)
-  flat = flatten(config)
-  for name in ("tokenizer.batch_items", "tokenizer.batch_rows", "recommender.batch_rows", "evaluation.batch_size"):
-    if flat[name] % num_devices:
-      raise InputError(f"config field {name} = {flat[name]} must be a multiple of the {num_devices} devices")
-  r = config.recommender
-  if r.batch_rows % (num_devices * r.accumulation):
-    raise InputError(
-      f"config field recommender.batch_rows = {r.batch_rows} must be a multiple of the {num_devices} devices times"
-      f" recommender.accumulation = {r.accumulation}"
-    )
+  t, r, batches = config.tokenizer, config.recommender, []
+  if tokenizer_alone or trains_tokenizer(config):
+    check_capacity(dataset.num_items, id_length(config, len(dataset.modalities)), t.num_codes)
+    if t.quantizer == RQ_KMEANS:
+      check_varied(dataset)
+    else:
+      check_own_loss(t.own_loss, tokenizer_settings(config, dataset), batch_items=t.batch_items)
+      batches += [("tokenizer.batch_items", t.batch_items, 1), ("tokenizer.batch_rows", t.batch_rows, 1)]
+  if not tokenizer_alone:
+    batches.append(("recommender.batch_rows", r.batch_rows, r.accumulation))
+    batches.append(("evaluation.batch_size", config.evaluation.batch_size, 1))
+  wrong = [
+    f"{name} = {rows} must be a multiple of the {num_devices} devices"
+    + (f" times recommender.accumulation = {parts}" if parts > 1 else "")
+    for name, rows, parts in batches
+    if rows % (num_devices * parts)
+  ]
+  if wrong:
+    raise InputError(f"config field {', '.join(wrong)}; set it so, or use fewer devices (partitioner = 'single')")
 
 
 class _Run(NamedTuple):
@@ -106,41 +130,37 @@ class _Run(NamedTuple):
   ids: SemanticIds | None
 
 
-def _begin(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, for_tokenizer: bool = False) -> _Run:
-  """Checks everything that can be checked before anything is computed, and shows the data."""
-  validate(config)
+@contextlib.contextmanager
+def _begun(
+  config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, tokenizer_alone: bool = False
+) -> Iterator[_Run]:
+  """Checks everything that can be checked before anything is computed, takes the workdir, and shows the data."""
+  validate(config, tokenizer_alone=tokenizer_alone)
   workdir = local_path(workdir, flag="workdir")
   config = with_absolute_paths(config)
   check_workdir(workdir, config)
   partitioner = make_partitioner(config)
-  dataset, split, figures = read_data(config, for_tokenizer=for_tokenizer)
-  _check_sizes(
-    config,
-    num_items=dataset.num_items,
-    num_modalities=len(dataset.modalities),
-    num_devices=partitioner.num_devices,
-  )
+  dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone)
   ids = None
-  if not is_given(workdir / "results.json"):  # A finished run needs none of it any more.
+  done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
+  if not done:  # What is done needs none of it any more.
+    _check_stages(config, dataset, split, num_devices=partitioner.num_devices, tokenizer_alone=tokenizer_alone)
     if config.tokenizer.artefact:
       ids = load_ids(config, workdir, dataset, figures)
-    elif for_tokenizer or needs_semantic_ids(config):
-      t = config.tokenizer
-      check_own_loss(t.own_loss, tokenizer_settings(config, dataset), batch_items=t.batch_items)
-    settings = recommender_settings(
-      config,
-      ids,
-      num_items=dataset.num_items,
-      num_modalities=len(dataset.modalities),
-      feature_width=sum(feature_widths(dataset.features).values()),
-    )
-    make_recommender(settings)
-    if needs_semantic_ids(config):
-      check_compared(config, ids, dataset.present, split.train)
-  claim(workdir, config, figures)
-  note_ids(workdir, dataset)
-  say(format_statistics(figures))
-  return _Run(config, workdir, partitioner, dataset, split, figures, ids)
+    if not tokenizer_alone:
+      settings = recommender_settings(
+        config,
+        ids,
+        num_items=dataset.num_items,
+        num_modalities=len(dataset.modalities),
+        feature_width=sum(feature_widths(dataset.features).values()),
+      )
+      make_recommender(settings)
+      if needs_semantic_ids(config):
+        check_compared(config, ids, dataset.present, split.train)
+  with claimed(workdir, config, figures, dataset, done=done):
+    say(format_statistics(figures))
+    yield _Run(config, workdir, partitioner, dataset, split, figures, ids)
 
 
 def _data_hash(figures: dict[str, Any]) -> str:
@@ -163,22 +183,23 @@ def load_ids(
   return ids
 
 
-def _semantic_ids(run: _Run, log: MetricsLog) -> SemanticIds:
+def _semantic_ids(run: _Run) -> SemanticIds:
   """The semantic IDs that the run's config names, or those of its own tokenizer, trained if it is not yet."""
   folder = tokenizer_folder(run.config, run.workdir)
   if run.config.tokenizer.artefact or SemanticIds.exists(folder):
     ids = run.ids or load_ids(run.config, run.workdir, run.dataset, run.figures)
     say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
     return ids
-  return run_tokenizer(
-    run.config,
-    run.dataset,
-    run.split,
-    data_hash=_data_hash(run.figures),
-    workdir=run.workdir,
-    partitioner=run.partitioner,
-    log=log,
-  )
+  with contextlib.closing(MetricsLog(run.workdir)) as log:
+    return run_tokenizer(
+      run.config,
+      run.dataset,
+      run.split,
+      data_hash=_data_hash(run.figures),
+      workdir=run.workdir,
+      partitioner=run.partitioner,
+      log=log,
+    )
 
 
 def tokenize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -190,13 +211,9 @@ def tokenize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> 
   Raises:
     InputError: as `run`.
   """
-  prepared = _begin(config, workdir, for_tokenizer=True)
-  log = MetricsLog(prepared.workdir)
-  try:
-    _semantic_ids(prepared, log)
-  finally:
-    log.close()
-  return read_json(tokenizer_folder(prepared.config, prepared.workdir) / "health.json", mend=REMAKE)
+  with _begun(config, workdir, tokenizer_alone=True) as prepared:
+    _semantic_ids(prepared)
+    return read_json(tokenizer_folder(prepared.config, prepared.workdir) / "health.json", mend=REMAKE)
 
 
 def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -220,45 +237,46 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     InputError: for anything wrong with the config, the data or the workdir, before anything is computed.
     Interrupted, Diverged, StorageError: as `train.loop.fit`.
   """
-  prepared = _begin(config, workdir)
-  config, workdir, dataset, split = prepared.config, prepared.workdir, prepared.dataset, prepared.split
-  finished = workdir / "results.json"
-  if is_given(finished):
-    results = load_results(workdir)
-    say(f"{finished} is there already: this run is done")
+  with _begun(config, workdir) as prepared:
+    finished = prepared.workdir / "results.json"
+    if is_given(finished):
+      results = load_results(prepared.workdir)
+      say(f"{finished} is there already: this run is done")
+    else:
+      results = _train(prepared)
+      write_json(finished, results)
     say(format_results(results))
     return results
 
-  log = MetricsLog(workdir)
+
+def _train(run: _Run) -> dict[str, Any]:
+  """Trains what is not trained yet, and evaluates: what `results.json` is to hold."""
+  config, workdir, dataset, split = run.config, run.workdir, run.dataset, run.split
   ids, seconds, skipped = None, 0.0, 0.0
-  try:
-    if needs_semantic_ids(config):
-      ids = _semantic_ids(prepared, log)
-      check_fingerprint(workdir, ids)
-      if not config.tokenizer.artefact:
-        seconds, skipped = (tokenizer_figure(workdir / "tokenizer", name) for name in ("seconds", "skipped_steps"))
+  if needs_semantic_ids(config):
+    ids = _semantic_ids(run)
+    check_fingerprint(workdir, ids)
+    if not config.tokenizer.artefact:
+      seconds, skipped = (tokenizer_figure(workdir / "tokenizer", name) for name in ("seconds", "skipped_steps"))
+  with contextlib.closing(MetricsLog(workdir)) as log:
     metrics, progress = run_recommender(
       config,
       ids,
       split,
       dataset,
       workdir=workdir,
-      partitioner=prepared.partitioner,
+      partitioner=run.partitioner,
       log=log,
     )
-  finally:
-    log.close()
   popularity = {
     "popularity" + suffix: popularity_metrics(
       split, split.test_target, num_items=dataset.num_items, histories=split.history("test") if suffix else None
     )
     for suffix in ("", WITHOUT_HISTORY)
   }
-  results = {
+  return {
     "model": f"{config.recommender.head} head",
-    "data": {
-      name: prepared.figures[name] for name in ("name", "source", "users", "items", "interactions", "split_hash")
-    },
+    "data": {name: run.figures[name] for name in ("name", "source", "users", "items", "interactions", "split_hash")},
     **popularity,
     **metrics,
     "best_step": progress["best_step"],
@@ -271,6 +289,3 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
       "checkpoints": progress["checkpoint_seconds"],
     },
   }
-  write_json(finished, results)
-  say(format_results(results))
-  return results

@@ -16,9 +16,9 @@ import jax
 import jax.export  # Not a part of what `import jax` brings.
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, quiet_flags, writing
+from bbqrec_jax.command_line import define_path, define_run_flags, quiet_flags, start, writing
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, refuse
@@ -217,4 +217,4 @@ if __name__ == "__main__":
   define_path("tokenizer", "Semantic IDs that bbqrec_jax.assign extended by new items.")
   define_path("features", "The new items' features, for a recommender that reads features.")
   flags.mark_flag_as_required("output")
-  app.run(main, flags_parser=parse_flags)
+  start(main)

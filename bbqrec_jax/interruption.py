@@ -113,7 +113,8 @@ def impatient() -> Iterator[None]:
     first = True
     while number := os.read(reader, 1):
       if number[0] == signal.SIGINT and not first:
-        os.write(2, b"stopped at once; the same command goes on from the last checkpoint\n")
+        with contextlib.suppress(OSError):
+          os.write(2, b"stopped at once; the same command goes on from the last checkpoint\n")
         os._exit(128 + signal.SIGINT)
       first = first and number[0] not in _SIGNALS
 

@@ -3,11 +3,11 @@
 import functools
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from bbqrec_jax import processes
-from bbqrec_jax.command_line import define_path, parse_flags, training
+from bbqrec_jax.command_line import define_path, parse_flags, start, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.experiment import run
@@ -44,4 +44,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, likewise.")
   flags.mark_flags_as_required(["config", "workdir"])
   jax.config.config_with_absl()
-  app.run(main, flags_parser=functools.partial(parse_flags, known=flatten(default_config())))
+  start(main, flags_parser=functools.partial(parse_flags, known=flatten(default_config())), prints=False)

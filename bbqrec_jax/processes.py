@@ -83,6 +83,13 @@ def of_the_first(array: np.ndarray) -> np.ndarray:
   return np.asarray(multihost_utils.broadcast_one_to_all(array)) if several() else array
 
 
+def text_of_the_first(text: str) -> str:
+  """What the first process says, in all of them; of at most 4,096 characters."""
+  said = np.zeros(4096, np.int32)
+  said[: len(text)] = list(map(ord, text))
+  return "".join(map(chr, of_the_first(said))).rstrip("\0") if several() else text
+
+
 _turns = itertools.count()
 
 

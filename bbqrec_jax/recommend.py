@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, quiet_flags, writing
+from bbqrec_jax.command_line import define_path, define_run_flags, quiet_flags, start, writing
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.directory import read_timestamps
 from bbqrec_jax.data.histories import read_histories
@@ -261,4 +261,4 @@ if __name__ == "__main__":
   define_path("features", "The new items' features, for a recommender that reads features.")
   flags.DEFINE_integer("top", 10, "How many items to recommend.")
   flags.DEFINE_bool("repeat", False, "Whether items of the history may be recommended again.")
-  app.run(main, flags_parser=parse_flags)
+  start(main)

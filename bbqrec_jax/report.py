@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import app
 
-from bbqrec_jax.command_line import define_run_flags, parse_flags, quiet_flags, writing
+from bbqrec_jax.command_line import define_run_flags, quiet_flags, start, writing
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.input_files import check_place
 from bbqrec_jax.restoring import restore
@@ -94,4 +93,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   define_run_flags()
-  app.run(main, flags_parser=parse_flags)
+  start(main)

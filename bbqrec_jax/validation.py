@@ -11,6 +11,7 @@ from bbqrec_jax.models.frozen import CHOICES as TOKENIZER_CHOICES
 from bbqrec_jax.models.heads import HEADS
 from bbqrec_jax.models.named import named
 from bbqrec_jax.models.recommender import BACKBONES
+from bbqrec_jax.train.catalogue import trains_tokenizer
 
 _CHOICES = {
   **{f"tokenizer.{name}": choices for name, choices in TOKENIZER_CHOICES.items()},
@@ -64,8 +65,12 @@ _AT_MOST = {
 }
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
+def validate(config: ml_collections.ConfigDict, *, tokenizer_alone: bool = False) -> None:
   """Refuses what no run could use, in one line.
+
+  Args:
+    config: of the run. Fields of a tokenizer that it trains none of may hold anything.
+    tokenizer_alone: whether a tokenizer is to be trained whatever the recommender reads.
 
   Raises:
     InputError: for an unknown or missing field, a value out of its range or choices, or widths that do not divide.
@@ -74,21 +79,28 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for name in flat.keys() ^ known.keys():
     what = "unknown" if name in flat else "missing"
     raise InputError(f"config field {name} is {what}: the fields and their meaning are in bbqrec_jax/config.py")
+  makes_ids = tokenizer_alone or trains_tokenizer(config)
+  if not makes_ids:
+    flat = {name: value for name, value in flat.items() if not name.startswith("tokenizer.")}
   _check_choices(flat)
   _check_ranges(flat)
   _check_recommender(flat)
-  _check_tokenizer(flat)
+  if makes_ids:
+    _check_tokenizer(flat)
   _check_sizes(flat)
 
 
 def _check_choices(flat: dict[str, Any]) -> None:
   """Refuses what is none of a field's choices."""
   for name, choices in _CHOICES.items():
-    if flat[name] not in choices:
+    if name in flat and flat[name] not in choices:
       raise InputError(f"config field {name} must be one of {', '.join(choices)}, got {flat[name]!r}")
   for name, choices in _SUBSETS.items():
     if not set(flat[name]) <= set(choices) or len(set(flat[name])) < len(flat[name]):
       raise InputError(f"config field {name} may hold each of {', '.join(choices)} once, got {flat[name]!r}")
+  names = flat["data.modalities"]
+  if not all(isinstance(name, str) for name in names):
+    raise InputError(f"config field data.modalities must be names, got {names!r}: put each in quotes, as ('2024',)")
   if not flat["recommender.item_inputs"]:
     raise InputError(
       f"config field recommender.item_inputs is empty: name some of {', '.join(_SUBSETS['recommender.item_inputs'])}"
@@ -102,12 +114,6 @@ def _check_choices(flat: dict[str, Any]) -> None:
 
 def _check_ranges(flat: dict[str, Any]) -> None:
   """Refuses numbers out of their range."""
-  if not flat["tokenizer.hidden"] or not all(
-    isinstance(width, int) and width > 0 for width in flat["tokenizer.hidden"]
-  ):
-    raise InputError(f"config field tokenizer.hidden must be widths of at least 1, got {flat['tokenizer.hidden']!r}")
-  if flat["tokenizer.max_length"] == 1:
-    raise InputError("config field tokenizer.max_length must be at least 2: the contrast needs an item and the next")
   for name, value in flat.items():
     if isinstance(value, bool) or not isinstance(value, int | float):
       continue
@@ -115,7 +121,7 @@ def _check_ranges(flat: dict[str, Any]) -> None:
     if not value >= lowest or value == float("inf"):
       raise InputError(f"config field {name} must be at least {lowest} and finite, got {value}")
   for name, highest in _AT_MOST.items():
-    if flat[name] > highest:
+    if name in flat and flat[name] > highest:
       raise InputError(f"config field {name} must be at most {highest}, got {flat[name]}")
   for name in (
     "tokenizer.dropout",
@@ -125,7 +131,7 @@ def _check_ranges(flat: dict[str, Any]) -> None:
     "recommender.item_dropout",
     "recommender.dense_tower.dropout",
   ):
-    if flat[name] >= 1:
+    if name in flat and flat[name] >= 1:
       raise InputError(f"config field {name} must be less than 1, got {flat[name]}")
   for name in (
     "spike_factor",
@@ -133,10 +139,10 @@ def _check_ranges(flat: dict[str, Any]) -> None:
     "tokenizer.optimizer.clip_norm",
     "recommender.optimizer.clip_norm",
   ):
-    if flat[name] <= 0:
+    if name in flat and flat[name] <= 0:
       raise InputError(f"config field {name} must be greater than 0, got {flat[name]}")
   for name in ("tokenizer.specific_dropout", "tokenizer.level_dropout"):
-    if flat[name] > 1:
+    if name in flat and flat[name] > 1:
       raise InputError(f"config field {name} must be at most 1, got {flat[name]}")
 
 
@@ -176,6 +182,11 @@ def _check_recommender(flat: dict[str, Any]) -> None:
     )
   if flat["recommender.time_buckets"] and flat["recommender.backbone"] == "encoder_decoder":
     raise InputError("config field recommender.time_buckets works with the causal backbone: set it to 0")
+  if flat["recommender.similarity"] and flat["recommender.max_length"] == 1:
+    raise InputError(
+      "config field recommender.max_length = 1 leaves no two items to compare: set it to at least 2, or"
+      " recommender.similarity to ()"
+    )
   by_items = [f"recommender.{name}" for name in ("node_scores", "history_offsets") if flat[f"recommender.{name}"]]
   if by_items and flat["recommender.softmax_over"] == "all":
     raise InputError(
@@ -195,6 +206,11 @@ def _check_recommender(flat: dict[str, Any]) -> None:
 
 def _check_tokenizer(flat: dict[str, Any]) -> None:
   """Refuses fields of the tokenizer, and what is asked of it, that do not fit one another."""
+  hidden = flat["tokenizer.hidden"]
+  if not hidden or not all(isinstance(width, int) and width > 0 for width in hidden):
+    raise InputError(f"config field tokenizer.hidden must be widths of at least 1, as 512,256, got {hidden!r}")
+  if flat["tokenizer.max_length"] == 1:
+    raise InputError("config field tokenizer.max_length must be at least 2: the contrast needs an item and the next")
   if flat["tokenizer.semantic_id"] == "item_id" and (
     flat["tokenizer.item_id"] == "none" or flat["tokenizer.quantizer"] == "rq_kmeans"
   ):
@@ -207,16 +223,24 @@ def _check_tokenizer(flat: dict[str, Any]) -> None:
       "config field tokenizer.own_loss: nothing learns with tokenizer.quantizer = 'rq_kmeans'; leave it empty, or"
       " choose another quantizer"
     )
+  if "content" in flat["recommender.item_inputs"] and flat["tokenizer.quantizer"] == "rq_kmeans":
+    raise InputError(
+      "config field recommender.item_inputs has content, but the codes of tokenizer.quantizer = 'rq_kmeans' are those"
+      " of the content already: put fused in its place, and set tokenizer.content_codes to False"
+    )
   if flat["tokenizer.content_codes"] and flat["tokenizer.quantizer"] == "rq_kmeans":
     raise InputError(
       "config field tokenizer.content_codes: the codes of tokenizer.quantizer = 'rq_kmeans' are those of the content"
       " already; set it to False"
     )
-  if "content" in flat["recommender.item_inputs"] and not (
-    flat["tokenizer.content_codes"] or flat["tokenizer.artefact"]
-  ):
+  if "content" in flat["recommender.item_inputs"] and not flat["tokenizer.content_codes"]:
     raise InputError(
       "config field recommender.item_inputs has content, which a tokenizer makes with tokenizer.content_codes = True"
+    )
+  if flat["tokenizer.warmup_steps"] >= flat["tokenizer.steps"]:
+    raise InputError(
+      f"config field tokenizer.warmup_steps = {flat['tokenizer.warmup_steps']} must be less than tokenizer.steps ="
+      f" {flat['tokenizer.steps']}: the codebooks are fitted when the warm-up ends"
     )
   if flat["tokenizer.balanced_last"] and flat["tokenizer.quantizer"] != "rq_vae":
     raise InputError("config field tokenizer.balanced_last works with tokenizer.quantizer = 'rq_vae' alone")
@@ -224,29 +248,24 @@ def _check_tokenizer(flat: dict[str, Any]) -> None:
 
 def _check_sizes(flat: dict[str, Any]) -> None:
   """Refuses sizes that do not divide one another, or do not hold one another."""
+  # Fewer rows than a stack of codebooks may have: those stay whole.
+  if 0 < flat["shard_rows"] < _FEWEST_ROWS:
+    raise InputError(f"config field shard_rows must be 0 or at least {_FEWEST_ROWS}, got {flat['shard_rows']}")
   if flat["shard_rows"] and flat["partitioner"] != "mesh":
     raise InputError(
       f"config field shard_rows = {flat['shard_rows']} works with partitioner = 'mesh': set it so, or shard_rows to 0"
     )
-  # Fewer rows than a stack of codebooks may have: those stay whole.
-  if 0 < flat["shard_rows"] < _FEWEST_ROWS:
-    raise InputError(f"config field shard_rows must be 0 or at least {_FEWEST_ROWS}, got {flat['shard_rows']}")
   for width, heads in (
     ("recommender.width", "recommender.num_heads"),
     ("recommender.dense_tower.width", "recommender.num_heads"),
     ("tokenizer.code_width", "tokenizer.history_heads"),
   ):
     own_width = width == "recommender.width" and flat["recommender.backbone"] == "encoder_decoder"
-    if flat[width] % flat[heads] and not own_width:
+    if width in flat and flat[width] % flat[heads] and not own_width:
       raise InputError(f"config field {width} = {flat[width]} must be a multiple of {heads} = {flat[heads]}")
   for stage in ("tokenizer", "recommender"):
-    if flat[f"{stage}.row_length"] < flat[f"{stage}.max_length"]:
+    if f"{stage}.row_length" in flat and flat[f"{stage}.row_length"] < flat[f"{stage}.max_length"]:
       raise InputError(
         f"config field {stage}.row_length = {flat[f'{stage}.row_length']} must be at least {stage}.max_length ="
         f" {flat[f'{stage}.max_length']}: a full history must fit into a row"
       )
-  if flat["tokenizer.warmup_steps"] >= flat["tokenizer.steps"]:
-    raise InputError(
-      f"config field tokenizer.warmup_steps = {flat['tokenizer.warmup_steps']} must be less than tokenizer.steps ="
-      f" {flat['tokenizer.steps']}: the codebooks are fitted when the warm-up ends"
-    )

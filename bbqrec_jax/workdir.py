@@ -1,10 +1,12 @@
 """What a workdir holds besides tensors: whose run it is, its config and its results; written, read back and checked."""
 
+import contextlib
 import copy
 import json
 import os
 import pathlib
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import ml_collections
@@ -15,8 +17,10 @@ from bbqrec_jax.errors import STORAGE_ERRORS, InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY
 from bbqrec_jax.input_files import check_links, check_place, is_given, local_path, plain_path
 from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.lock import locked
 from bbqrec_jax.models.heads import HEADS
 from bbqrec_jax.models.recommender import BACKBONES
+from bbqrec_jax.train.logging import warn
 from bbqrec_jax.validation import validate
 
 PATHS = ("data.path", "tokenizer.artefact")  # Fields that name a folder.
@@ -41,12 +45,27 @@ def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.Con
   return placed
 
 
+def check_encoding(workdir: pathlib.Path) -> None:
+  """Refuses a workdir that checkpoints would not be found in: tensorstore knows paths in UTF-8 alone.
+
+  Raises:
+    InputError: if the path is something else to this process.
+  """
+  path, encoding = str(workdir.absolute()), sys.getfilesystemencoding()
+  if path.encode(encoding, "backslashreplace") != path.encode("utf-8", "replace"):
+    raise InputError(
+      f"--workdir={workdir}: expected a path that is UTF-8, got one that is not, by the locale's {encoding}; set"
+      " PYTHONUTF8=1, or use a path of ASCII characters"
+    )
+
+
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Refuses a workdir that can be no folder, cannot be written to though it is to be, or is one that the run reads.
 
   Raises:
-    InputError: if that is so.
+    InputError: if that is so, or as `check_encoding`.
   """
+  check_encoding(workdir)
   if os.path.realpath(workdir) == os.path.sep:
     raise InputError(f"--workdir={workdir}: expected a folder for the run alone, got the root of all; use another")
   if not is_given(workdir / "results.json"):
@@ -74,6 +93,36 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
   return sorted(name for name in one.keys() | other.keys() if name not in both or one[name] != other[name])
 
 
+@contextlib.contextmanager
+def claimed(
+  workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dict[str, Any], dataset: Dataset, *, done: bool
+) -> Iterator[None]:
+  """Holds a workdir for a run that `claim` has written into it, against other starts of the same command.
+
+  Args:
+    workdir: of the run.
+    config: of the run.
+    figures: of its data.
+    dataset: its data.
+    done: whether nothing is left to do there. Then nobody is kept out, and it need not be possible to write there.
+
+  Raises:
+    InputError: as `claim`, or if another process holds the workdir (see `locked`). Nothing is written then.
+  """
+  _check_run(workdir, _run(config, figures))
+  if not done:
+    _make(workdir)
+  with contextlib.nullcontext() if done else locked(workdir):
+    try:
+      claim(workdir, config, figures)
+      note_ids(workdir, dataset)
+    except OSError as error:
+      if not done:
+        raise
+      warn(f"{workdir}: what has changed of the config could not be noted there: {error.strerror}")
+    yield
+
+
 def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dict[str, Any]) -> None:
   """Writes what this run is into the workdir, or makes sure that the run found there is this one.
 
@@ -83,23 +132,36 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dic
     InputError: if the workdir belongs to a run with another config or other data; names the fields that differ. Or if
       a link in it leads out of it, or it cannot be made.
   """
-  mine = _identity(flatten(config)) | {f"data {name}": figures[name] for name in HASHES}
-  path = workdir / "run.json"
+  mine = _run(config, figures)
+  _check_run(workdir, mine)
+  _make(workdir)
+  for file, value in ((workdir / "config.json", config.to_dict()), (workdir / "run.json", mine)):
+    _keep_json(file, value)
+
+
+def _run(config: ml_collections.ConfigDict, figures: dict[str, Any]) -> dict[str, Any]:
+  """What `run.json` holds: the config and the data that tell one run from another."""
+  return _identity(flatten(config)) | {f"data {name}": figures[name] for name in HASHES}
+
+
+def _check_run(workdir: pathlib.Path, mine: dict[str, Any]) -> None:
+  """Makes sure that a workdir holds nothing, or the run that `mine` tells of."""
   check_links(workdir)
-  if is_given(path):
-    theirs = _identity(read_json(path))
+  if is_given(workdir / "run.json"):
+    theirs = _identity(read_json(workdir / "run.json"))
     differing = differences(theirs, mine)
     if differing:
       shown = ", ".join(f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})" for name in differing)
       raise InputError(f"{workdir} holds another run, which differs in {shown}; use another --workdir")
+
+
+def _make(workdir: pathlib.Path) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     if error.errno in STORAGE_ERRORS and not isinstance(error, PermissionError):
       raise
     raise InputError(f"--workdir={workdir} cannot be made: {error.strerror}; use another") from error
-  for file, value in ((workdir / "config.json", config.to_dict()), (path, mine)):
-    _keep_json(file, value)
 
 
 def note_ids(workdir: pathlib.Path, dataset: Dataset) -> None:
@@ -155,7 +217,10 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
   written = flatten(read_json(path))
   unknown = written.keys() ^ fields.keys()
   if unknown:
-    raise InputError(f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only")
+    raise InputError(
+      f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only; use the version that wrote"
+      " it, or run its command again in another workdir"
+    )
   for name, default in fields.items():
     if not _has_type_of(written[name], default):
       raise InputError(f"{path} field {name}: expected a {type(default).__name__}, got {written[name]!r}; restore it")

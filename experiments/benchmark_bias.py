@@ -10,11 +10,11 @@ import statistics
 import time
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from bbqrec_jax.benchmarks.cases import random_dataset, random_ids, recommender_cases
-from bbqrec_jax.command_line import parse_flags
+from bbqrec_jax.command_line import start
 from bbqrec_jax.host_memory import keep_memory
 
 ROUNDS = 15
@@ -44,4 +44,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "configs/benchmark.py:small, :paper or :large.")
   flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=parse_flags)
+  start(main)

@@ -14,9 +14,9 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from bbqrec_jax.command_line import define_path, parse_flags
+from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.input_files import check_place
@@ -107,4 +107,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("items", 1_000_000, "Items of the catalogue.")
   flags.DEFINE_bool("repair", False, "Whether to repair collisions too.")
   flags.mark_flags_as_required(["folder"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

@@ -16,8 +16,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from bbqrec_jax.command_line import start
 from bbqrec_jax.semantic_ids.beam import beam_search
 from bbqrec_jax.semantic_ids.trie import Trie, build_trie
 
@@ -103,4 +104,4 @@ if __name__ == "__main__":
   flags.DEFINE_list("items", ["10000", "1000000", "10000000"], "Numbers of items.")
   flags.DEFINE_integer("batch", 16, "Users at once.")
   flags.DEFINE_integer("beam_width", 20, "Beams of each.")
-  app.run(main)
+  start(main)

@@ -15,11 +15,11 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from bbqrec_jax.assign import assign
-from bbqrec_jax.command_line import define_path, parse_flags, training
+from bbqrec_jax.command_line import define_path, start, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import read_new_items
@@ -139,7 +139,12 @@ def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None
   name = config.recommender.head if name is None else name
   folder = workdir / name
   results = run(config, folder)
-  restored = restore(folder, tokenizer=extended if needs_semantic_ids(config) else None, features=new)
+  restored = restore(
+    folder,
+    tokenizer=extended if needs_semantic_ids(config) else None,
+    features=new,
+    trusted=[own.partition(":")[0] for own in (config.recommender.head, config.recommender.backbone)],
+  )
   partitioner = make_partitioner(config)
   metrics = evaluate(
     partitioner.compile_map(make_ranker(restored.model, beam_width=config.evaluation.beam_width)),
@@ -174,4 +179,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("name", None, "Of this recommender's folder and figures; its head, if not given.")
   flags.DEFINE_float("share", 0.05, "Of the items, to hold out.")
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

@@ -8,14 +8,15 @@ second model by itself is worth, where a recommender has two towers.
 """
 
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags
+from bbqrec_jax.command_line import define_path, quiet_flags, start
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.errors import InputError, refuse
@@ -27,19 +28,22 @@ from bbqrec_jax.restoring import restore
 from bbqrec_jax.workdir import format_results, load_results
 
 
-def judge(workdirs: list[pathlib.Path], output: pathlib.Path, *, data: pathlib.Path | None = None) -> str:
+def judge(
+  workdirs: list[pathlib.Path], output: pathlib.Path, *, data: pathlib.Path | None = None, trusted: Collection[str] = ()
+) -> str:
   """Ranks every user's validation and test item by all runs together; the table.
 
   Args:
     workdirs: of the runs.
     output: the folder for what they make together.
     data: the folder of their data, where that has moved since.
+    trusted: Python modules outside this project that their configs may name heads and backbones from.
 
   Raises:
     InputError: if a run is not finished, searches, or is of other data than the first, or the output is there already.
   """
   check_new(output)
-  runs = [restore(workdir, data=data) for workdir in workdirs]
+  runs = [restore(workdir, data=data, trusted=trusted) for workdir in workdirs]
   results = [load_results(workdir) for workdir in workdirs]
   for workdir, run, result in zip(workdirs, runs, results, strict=True):
     if not run.model.exact:
@@ -88,7 +92,7 @@ def main(argv: list[str]) -> None:
   keep_compiled()
   try:
     workdirs = [local_path(folder, flag="workdirs") for folder in options.workdirs]
-    print(judge(workdirs, options.output, data=options.data))
+    print(judge(workdirs, options.output, data=options.data, trusted=options.trust))
   except InputError as error:
     refuse(error)
 
@@ -97,5 +101,6 @@ if __name__ == "__main__":
   flags.DEFINE_list("workdirs", None, "The workdirs of finished runs.")
   define_path("output", "The folder for what they make together.")
   define_path("data", "The folder of their data, where that has moved since.")
+  flags.DEFINE_list("trust", [], "Python modules of yours that the runs' configs may name heads or backbones from.")
   flags.mark_flags_as_required(["workdirs", "output"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

@@ -14,10 +14,10 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from compare_tokenizers import change, mean, table
 
-from bbqrec_jax.command_line import define_path, parse_flags, training
+from bbqrec_jax.command_line import define_path, start, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import of_any_recommender, run, tokenize
@@ -117,10 +117,10 @@ def main(argv: list[str]) -> None:
   options = flags.FLAGS
   workdir = options.workdir
   with training(workdir):
-    for names, known in ((options.systems, SYSTEMS), ([options.reference], SHOWN)):
+    for flag, names, known in (("systems", options.systems, SYSTEMS), ("reference", [options.reference], SHOWN)):
       for name in names:
         if name not in known:
-          raise InputError(f"expected some of {', '.join(known)}, got {name!r}")
+          raise InputError(f"--{flag}: expected some of {', '.join(known)}, got {name!r}")
     for seed in options.seeds:
       if not seed.isdecimal():
         raise InputError(f"--seeds: expected whole numbers from 0, got {seed!r}")
@@ -128,6 +128,8 @@ def main(argv: list[str]) -> None:
       for name in ("config_file", "path"):
         if options[name].value is None:
           raise InputError(f"--{name} is needed for what is to be trained; --report alone does without")
+      if not options.path.is_dir():
+        raise InputError(f"--path={options.path}: expected a folder of data, found none; check the path")
       for seed in map(int, options.seeds):
         do(
           {
@@ -148,4 +150,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("reference", "sasrec", "The system that the others are compared with.")
   flags.DEFINE_bool("report", False, "Train nothing; print the tables of what is there.")
   flags.mark_flags_as_required(["workdir"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

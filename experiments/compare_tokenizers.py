@@ -19,10 +19,10 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from bbqrec_jax.command_line import define_path, parse_flags, training
+from bbqrec_jax.command_line import define_path, start, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
@@ -223,4 +223,4 @@ if __name__ == "__main__":
   flags.DEFINE_bool("sequence_recall", False, "Whether to train a history transformer on frozen quantized vectors.")
   flags.DEFINE_bool("report", False, "Train nothing; print the tables of what is there.")
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

@@ -37,9 +37,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags, logging
 
-from bbqrec_jax.command_line import define_path, parse_flags
+from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.data.synthetic import make_synthetic
 from bbqrec_jax.input_files import check_output
 from bbqrec_jax.json_files import read_json, write_json
@@ -572,4 +572,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("count", 50, "Kills of the long form; the other faults are in proportion.")
   flags.DEFINE_integer("seed", 0, "Of the moments and places.")
   flags.mark_flags_as_required(["output"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

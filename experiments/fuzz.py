@@ -43,9 +43,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from bbqrec_jax.command_line import define_path, parse_flags
+from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.config import CHANGEABLE, default_config, flatten
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
@@ -400,7 +400,9 @@ def text_lines(files: Files, name: str) -> list[str]:
   if "\0" in text:
     raise Bad
   lines = text.split("\n")
-  return lines if lines[-1] else lines[:-1]
+  while lines and not lines[-1].strip(" \t\r\v\f"):
+    lines.pop()
+  return lines
 
 
 def split_blanks(text: str) -> list[str]:
@@ -1134,4 +1136,4 @@ if __name__ == "__main__":
   flags.DEFINE_list("readers", [], "Some of the readers alone, by name.")
   flags.DEFINE_integer("show", 20, "Lines about wrong cases, of each reader.")
   define_path("output", "The JSON file.", check=check_output)
-  app.run(main, flags_parser=parse_flags)
+  start(main)

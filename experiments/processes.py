@@ -20,9 +20,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
-from bbqrec_jax.command_line import define_path, flag_error
+from bbqrec_jax.command_line import define_path, flag_error, start
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.input_files import check_output, read_archive
 from bbqrec_jax.json_files import write_json
@@ -145,4 +145,4 @@ if __name__ == "__main__":
   flags.DEFINE_list("ways", list(WAYS), "Which partitioners.")
   flags.register_validator("ways", lambda ways: set(ways) <= WAYS.keys(), f"expected some of {', '.join(WAYS)}")
   flags.mark_flags_as_required(["output"])
-  app.run(main, flags_parser=parse)
+  start(main, flags_parser=parse)

@@ -27,11 +27,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
 
 from bbqrec_jax.benchmarks.cases import random_dataset, random_ids
-from bbqrec_jax.command_line import define_path, parse_flags
+from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.input_files import check_output
 from bbqrec_jax.json_files import write_json
 from bbqrec_jax.models.catalogue import Catalogue
@@ -248,4 +248,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("devices", 8, "Host devices, where no topology is named.")
   flags.DEFINE_string("topology", "", "Of TPUs to compile for, as v5e:2x4; needs libtpu.")
   flags.mark_flags_as_required(["output"])
-  app.run(main, flags_parser=parse_flags)
+  start(main)

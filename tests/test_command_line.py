@@ -151,6 +151,60 @@ def test_a_config_that_cannot_be_used_is_one_line(parse, capsys, monkeypatch, tm
   assert err.startswith("error: " + ("--config" if said[0] in ".{" else "") + said.format(f"={config}")), err
 
 
+@pytest.mark.parametrize(
+  ("written", "names"),
+  [
+    ("text", ("text",)),
+    ("text,image", ("text", "image")),
+    (" text, image ", ("text", "image")),
+    ("text,", ("text",)),
+    ("", ()),
+    ("()", ()),
+    ("[]", ()),
+    ("(text,image)", ("text", "image")),
+    ("[text, image]", ("text", "image")),
+    ("('text','image')", ("text", "image")),
+    ('["text", "image"]', ("text", "image")),
+    ("('text',)", ("text",)),
+    ("'text'", ("text",)),
+    ("'text',image", ("text", "image")),
+    ("('a, b',)", ("a, b",)),
+    ("long name", ("long name",)),
+    ("a-b/c", ("a-b/c",)),
+    ("a(b)", ("a(b)",)),
+    ("текст,1st", ("текст", "1st")),
+  ],
+)
+def test_a_field_of_several_names_takes_them_as_people_write_them(parse, monkeypatch, written, names):
+  monkeypatch.chdir(ROOT)
+  options = parse("--workdir=x", "--config=configs/directory.py", f"--config.data.modalities={written}")
+  assert options.config.data.modalities == names
+
+
+def test_a_field_of_several_takes_numbers_repeats_and_words_of_their_own(parse, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  options = parse(
+    "--workdir=x", "--config=configs/directory.py", "--config.tokenizer.hidden=64,32",
+    "--config.recommender.length_buckets", "5,10", "--config.recommender.similarity=fused",
+    "--config.recommender.similarity=modalities", "--config.recommender.item_inputs=item,features",
+  )  # fmt: skip
+  config = options.config
+  assert (config.tokenizer.hidden, config.recommender.length_buckets) == ((64, 32), (5, 10))
+  assert config.recommender.similarity == ("fused", "modalities")
+  assert config.recommender.item_inputs == ("item", "features")
+
+
+@pytest.mark.parametrize("written", ["{'a': 1}", "(['a'],)", "None", "(1, None)"])
+def test_a_field_of_several_refuses_what_is_neither_name_nor_number(parse, monkeypatch, capsys, written):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(SystemExit) as end:
+    parse("--workdir=x", "--config=configs/directory.py", f"--config.tokenizer.hidden={written}")
+  assert end.value.code == 2
+  err = capsys.readouterr().err
+  assert "--config.tokenizer.hidden=" in err
+  assert "expected names or numbers, separated by commas" in err
+
+
 def test_flags_that_are_right_are_parsed_and_paths_may_begin_at_home(parse, monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path))
   (tmp_path / "own.py").write_text((ROOT / "configs" / "directory.py").read_text())
@@ -280,17 +334,12 @@ class Faulty:
     raise ValueError("bug")
 
 
-async def abandoned():
-  pass
-
-
 def test_what_python_tells_of_dropped_objects_is_left_out_where_it_is_dealt_with(parsed, capsys, monkeypatch):
   monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
   def work():
     with training(pathlib.Path("runs/x")):
       Finaliser()
-      abandoned()
 
   with pytest.raises(SystemExit) as end:
     work()

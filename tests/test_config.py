@@ -7,7 +7,7 @@ import pytest
 
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.systems import SYSTEMS
+from bbqrec_jax.systems import SYSTEMS, system_config
 from bbqrec_jax.validation import validate
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -23,6 +23,51 @@ def refusal(config):
 
 def test_the_default_config_is_valid():
   validate(default_config())
+
+
+WRONG_TOKENIZER = {
+  "tokenizer.quantizer": "nosuch", "tokenizer.steps": 5, "tokenizer.hidden": (), "tokenizer.history_heads": 3,
+  "tokenizer.max_length": 1, "tokenizer.row_length": 3, "tokenizer.num_levels": 1000, "tokenizer.temperature": 0.0,
+  "tokenizer.dropout": 2.0, "tokenizer.level_dropout": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_TOKENIZER)
+def test_a_tokenizer_is_looked_at_where_one_is_trained(name):
+  sasrec, learned = system_config("sasrec"), system_config("generative")
+  for config in (sasrec, learned):
+    config.update_from_flattened_dict({name: WRONG_TOKENIZER[name]})
+  assert "tokenizer." in refusal(learned)
+  learned.tokenizer.artefact = "elsewhere"
+  for config in (sasrec, learned):
+    validate(config)
+    with pytest.raises(InputError, match=r"tokenizer\."):
+      validate(config, tokenizer_alone=True)
+
+
+def test_what_is_advised_about_content_codes_is_taken():
+  config = default_config()
+  config.tokenizer.quantizer, config.tokenizer.content_codes = "rq_kmeans", True
+  config.recommender.item_inputs = ("content", "item")
+  message = refusal(config)
+  assert "put fused in its place, and set tokenizer.content_codes to False" in message
+  config.recommender.item_inputs = ("fused", "item")
+  config.tokenizer.content_codes = False
+  validate(config)
+
+
+def test_histories_of_one_item_have_nothing_to_compare():
+  config = default_config()
+  config.recommender.max_length = 1
+  assert "recommender.similarity to ()" in refusal(config)
+  config.recommender.similarity = ()
+  validate(config)
+
+
+def test_modalities_have_names():
+  config = default_config()
+  config.data.modalities = (2024,)
+  assert "data.modalities must be names, got (2024,)" in refusal(config)
 
 
 def test_configs_do_not_share_state():

@@ -1,18 +1,26 @@
 """Folders of a run: data that moves, paths from anywhere, and what is refused before anything is written into one."""
 
+import errno
 import os
 import pathlib
 import shutil
+import sys
 import types
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from bbqrec_jax import benchmark, experiment, export, recommend, report, restoring
+from bbqrec_jax import workdir as workdir_notes
 from bbqrec_jax.config import default_config
+from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.json_files import read_json, write_json
-from bbqrec_jax.workdir import claim, load_config, with_absolute_paths
+from bbqrec_jax.lock import locked
+from bbqrec_jax.systems import SYSTEMS, system_config
+from bbqrec_jax.train.kmeans import check_varied
+from bbqrec_jax.workdir import check_encoding, check_workdir, claim, claimed, load_config, with_absolute_paths
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -55,6 +63,12 @@ def test_a_run_is_restored_and_goes_on_wherever_its_data_is(tmp_path, monkeypatc
   monkeypatch.chdir(tmp_path)
   make_data(tmp_path / "data")
   workdir, moved = tmp_path / "run", tmp_path / "moved"
+  workdir.mkdir()
+  with locked(workdir):
+    for start in (experiment.run, experiment.tokenize):
+      with pytest.raises(InputError, match=rf"{workdir} is taken: process {os.getpid()} on "):
+        start(make_config(**SASREC, **{"data.path": "data"}), workdir)
+    assert os.listdir(workdir) == ["lock"]
   results = experiment.run(make_config(**SASREC, **{"data.path": "data"}), workdir)
   assert read_json(workdir / "config.json")["data"]["path"] == str(tmp_path / "data")
   (tmp_path / "elsewhere").mkdir()
@@ -78,9 +92,11 @@ def test_a_run_is_restored_and_goes_on_wherever_its_data_is(tmp_path, monkeypatc
   assert experiment.run(make_config(**SASREC, **{"data.path": "~/moved"}), workdir) == results
   assert read_json(workdir / "config.json")["data"]["path"] == str(moved)
   before = {path: path.stat().st_mtime_ns for path in workdir.iterdir()}
-  restoring.restore(workdir)
-  experiment.run(make_config(**SASREC, **{"data.path": str(moved)}), workdir)
-  assert {path: path.stat().st_mtime_ns for path in workdir.iterdir()} == before, "nothing is written that is there"
+  with locked(workdir):  # Whoever reads asks for no lock.
+    before[workdir / "lock"] = (workdir / "lock").stat().st_mtime_ns
+    restoring.restore(workdir)
+    experiment.run(make_config(**SASREC, **{"data.path": str(moved)}), workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.iterdir()} == before, "nothing is written that is there"
 
   empty = tmp_path / "histories.txt"
   empty.touch()
@@ -98,6 +114,32 @@ def test_a_run_is_restored_and_goes_on_wherever_its_data_is(tmp_path, monkeypatc
     monkeypatch, recommend, options, f"{empty}: expected a line a user, 'user item item ...', got an empty"
   )
   assert not list(tmp_path.glob("out*"))
+
+
+def test_a_finished_tokenizer_needs_no_lock(artefact):
+  folder, data = artefact
+  before = sorted(os.walk(folder.parent))
+  with locked(folder.parent):
+    health = experiment.tokenize(make_config(**{"data.path": str(data)}), folder.parent)
+  assert health == read_json(folder / "health.json")
+  assert sorted(os.walk(folder.parent)) == before
+
+
+def test_what_is_finished_may_lie_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+  figures = {"split_hash": "", "features_hash": "", "times_hash": ""}
+  claim(tmp_path / "run", make_config(), figures)
+  changed = make_config(**{"data.path": "/moved"})
+
+  def fail(*arguments):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  monkeypatch.setattr(workdir_notes, "write_json", fail)
+  with claimed(tmp_path / "run", make_config(), figures, done=True):
+    assert not capsys.readouterr().out
+  with claimed(tmp_path / "run", changed, figures, done=True):
+    assert "Read-only file system" in capsys.readouterr().out
+  with pytest.raises(OSError, match="Read-only"), claimed(tmp_path / "run", changed, figures, done=False):
+    pass
 
 
 def assert_refused(monkeypatch, program, options, said):
@@ -177,6 +219,77 @@ def test_what_a_run_needs_is_looked_at_before_its_workdir_is_claimed(artefact, t
   with pytest.raises(InputError) as error:
     experiment.run(make_config(**given), tmp_path / "run")
   assert str(error.value).startswith(said)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("source", ["directory", "recbole"])
+@pytest.mark.parametrize("system", [*SYSTEMS, "tiger"])
+def test_three_items_each_are_too_few_to_learn_from_whatever_the_system(tmp_path, load_file, system, source):
+  config = load_file("configs/tiger.py").get_config() if system == "tiger" else system_config(system)
+  config.data.path, config.data.source = str(make_data(tmp_path / "data")), source
+  rows = [(f"u{user}", user % ITEMS, (user + 1) % ITEMS, 0) for user in range(20)]
+  if source == "directory":
+    file = tmp_path / "data" / "sequences.txt"
+    file.write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
+  else:
+    file = tmp_path / "data" / "shop.inter"
+    lines = (f"{user}\t{item}\n" for user, *items in rows for item in items)
+    file.write_text("user_id:token\titem_id:token\n" + "".join(lines))
+  for call in (experiment.run, experiment.tokenize):
+    with pytest.raises(InputError) as error:
+      call(config, tmp_path / "run")
+    message = str(error.value)
+    assert message.startswith(f"{file}: ")
+    assert "too short to learn from" in message
+    assert "4 or more" in message
+  assert not (tmp_path / "run").exists()
+
+
+def test_features_that_are_all_the_same_are_nothing_to_quantize(tmp_path):
+  data = make_data(tmp_path / "data")
+  alike = np.full((ITEMS, 3), 0.1, np.float32)
+  alike[5] = 0  # Of an item that lacks them.
+  np.save(data / "image_features.npy", alike)
+  config = make_config(**{"data.path": str(data)})
+  for call in (experiment.run, experiment.tokenize):
+    with pytest.raises(InputError) as error:
+      call(config, tmp_path / "run")
+    for part in (f"{data}: the image features of all 11 items", "nothing to quantize", "--config.data.modalities=text"):
+      assert part in str(error.value)
+  (data / "text_features.npy").unlink()
+  with pytest.raises(InputError, match=r"nothing to quantize.*--config=configs/sasrec\.py"):
+    experiment.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  alike[7, 1] = 0.2
+  np.save(data / "image_features.npy", alike)
+  check_varied(load(config.data), block=4)
+
+
+class Devices(NamedTuple):
+  num_devices: int
+
+
+def test_batches_are_looked_at_where_they_are_used(tmp_path, monkeypatch):
+  monkeypatch.setattr(experiment, "make_partitioner", lambda config: Devices(7))
+  data = {"data.path": str(make_data(tmp_path / "data")), "evaluation.batch_size": 14}
+
+  def refusal(call, **changes):
+    with pytest.raises(InputError) as error:
+      call(make_config(**data, **changes), tmp_path / "run")
+    return str(error.value)
+
+  said = refusal(experiment.run, **{"recommender.batch_rows": 21, "recommender.accumulation": 2})
+  assert said.startswith(
+    "config field recommender.batch_rows = 21 must be a multiple of the 7 devices times recommender."
+  )
+  assert "tokenizer" not in said, "residual k-means has no batches"
+  said = refusal(experiment.run, **{"tokenizer.quantizer": "rq_vae"})
+  for name in ("tokenizer.batch_items = 256", "tokenizer.batch_rows = 32", "recommender.batch_rows = 32"):
+    assert name in said, "all at once"
+  said = refusal(experiment.run, **SASREC, **{"tokenizer.quantizer": "rq_vae"})
+  assert "tokenizer" not in said
+  said = refusal(experiment.tokenize, **{"tokenizer.quantizer": "rq_vae", "tokenizer.batch_items": 28})
+  assert said.startswith("config field tokenizer.batch_rows = 32 must be a multiple of the 7 devices;")
   assert not (tmp_path / "run").exists()
 
 
@@ -265,6 +378,17 @@ def test_a_workdir_that_can_be_none_or_is_what_is_read_is_refused(artefact, tmp_
       experiment.run(config, workdir)
     assert str(error.value).startswith(said)
     assert sorted(os.walk(workdir)) == before
+
+
+def test_a_workdir_whose_name_is_no_utf_8_is_refused(tmp_path, monkeypatch):
+  for name in ("run\udcff", "\ud800"):  # A byte that is none of UTF-8's, or of a locale without it; half a character.
+    for call in (check_encoding, lambda workdir: check_workdir(workdir, make_config())):
+      with pytest.raises(InputError, match=r"expected a path that is UTF-8.*set PYTHONUTF8=1, or use a path of ASCII"):
+        call(tmp_path / name)
+  check_encoding(tmp_path / "прогон")
+  monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "latin-1")
+  with pytest.raises(InputError, match=r"expected a path that is UTF-8.*locale's latin-1"):
+    check_encoding(tmp_path / "prüfung")
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, monkeypatch):

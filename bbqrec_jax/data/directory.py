@@ -10,7 +10,7 @@ import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import load_modalities, unused_files
-from bbqrec_jax.data.files import check_label, read_lines, require_folder
+from bbqrec_jax.data.files import check_label, read_lines, require_folder, separator_of
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, shown
@@ -40,10 +40,10 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
   folder = require_folder(path)
   sequences = folder / "sequences.txt"
   if not is_given(sequences):
-    hint = "; --config.data.source=recbole reads the .inter file there" if any(folder.glob("*.inter")) else ""
+    hint = "; --config.data.source=recbole reads the .inter file there" if any(folder.glob("*.inter*")) else ""
     raise InputError(f"{folder}: expected sequences.txt ('user item item ...' lines), found no such file{hint}")
   item_ids, titles = read_items(folder)
-  whole = read_sequences(sequences, num_items=len(titles))
+  whole = read_sequences(sequences, num_items=len(titles), of_folder=True)
   times = folder / "timestamps.txt"
   if is_given(times):
     whole = dataclasses.replace(whole, times=read_timestamps(times, whole))
@@ -174,10 +174,10 @@ def read_users(path: Path) -> tuple[np.ndarray, list[bytes], np.ndarray]:
   for row, line in enumerate(lines):
     fields = line.split()
     if len(fields) < 2 or not line.startswith(fields[0]):
-      raise InputError(
-        f"{path} line {row + 1}: expected 'user item item ...', got {shown(line)}; "
-        + ("give the user items or remove the line" if fields else "remove the line")
-      )
+      separator = separator_of(line.replace(b"\t", b" "), expected="blanks")
+      mend = "give the user items or remove the line" if fields else "remove the line"
+      mend = f"separate them by blanks instead of {separator}" if separator else mend
+      raise InputError(f"{path} line {row + 1}: expected 'user item item ...', got {shown(line)}; {mend}")
     label = fields[0]
     check_label(label, where=f"{path} line {row + 1} field 1")
     if labels.setdefault(label, row) != row:
@@ -190,12 +190,13 @@ def read_users(path: Path) -> tuple[np.ndarray, list[bytes], np.ndarray]:
   return np.array([label.decode() for label in labels], str), tails, lengths
 
 
-def read_sequences(path: Path, *, num_items: int) -> Interactions:
+def read_sequences(path: Path, *, num_items: int, of_folder: bool = False) -> Interactions:
   """The histories of `sequences.txt`.
 
   Args:
     path: the file.
     num_items: N.
+    of_folder: whether it is that of a data set, which could have been given in another way.
 
   Raises:
     InputError: as `read_users`, or if an item is not an integer in 0..N-1.
@@ -204,10 +205,10 @@ def read_sequences(path: Path, *, num_items: int) -> Interactions:
   tail = b"".join(tails)
   # Nothing but digits and blanks is left, so the fast parser can neither stop early nor read a sign or a fraction.
   if tail.translate(None, b"0123456789 \t\r\v\f"):
-    _refuse_items(path, tails, num_items)
+    _refuse_items(path, tails, num_items, of_folder=of_folder)
   items = np.fromstring(tail.decode("ascii"), dtype=np.int64, sep=" ")
   if np.any(items >= num_items):
-    _refuse_items(path, tails, num_items)
+    _refuse_items(path, tails, num_items, of_folder=of_folder)
   return from_lengths(items, lengths, users)
 
 
@@ -228,8 +229,8 @@ def read_timestamps(path: Path, interactions: Interactions) -> np.ndarray:
   lines = read_lines(path)
   if len(lines) != interactions.num_users:
     raise InputError(
-      f"{path}: expected {interactions.num_users} lines, one for each of sequences.txt, got {len(lines)}; write the"
-      " same users in the same order"
+      f"{path}: expected {interactions.num_users} lines, one for each user's history, got {len(lines)}; write the same"
+      " users in the same order"
     )
   times = np.empty(interactions.num_interactions, np.float64)
   for row, line in enumerate(lines):
@@ -237,7 +238,7 @@ def read_timestamps(path: Path, interactions: Interactions) -> np.ndarray:
     place, user = f"{path} line {row + 1}", str(interactions.users[row])
     if label.decode(errors="replace") != user:
       raise InputError(
-        f"{place} field 1: expected user {user!r} as in sequences.txt, got {shown(label)}; keep its order"
+        f"{place} field 1: expected user {user!r} as in the histories, got {shown(label)}; keep their order"
       )
     first, last = interactions.offsets[row : row + 2]
     if len(fields) != last - first:
@@ -252,14 +253,16 @@ def read_timestamps(path: Path, interactions: Interactions) -> np.ndarray:
   return times
 
 
-def _refuse_items(path: Path, tails: list[bytes], num_items: int) -> NoReturn:
+def _refuse_items(path: Path, tails: list[bytes], num_items: int, *, of_folder: bool) -> NoReturn:
   for row, tail in enumerate(tails):
     for field, token in enumerate(tail.split(), start=2):
       digits = token.lstrip(b"0") or b"0"
       if not token.isdigit():
-        mend = "number the items from 0 and separate them by blanks, or use --config.data.source=recbole"
+        other = ", or use --config.data.source=recbole" if of_folder else ""
+        mend = f"number the items from 0 and separate them by blanks{other}"
       elif len(digits) > 18 or int(digits) >= num_items:
-        mend = "number the items from 0, or add the item to the items file"
+        other = ", or add the item to the items file" if of_folder else ""
+        mend = f"number the items from 0{other}"
       else:
         continue
       raise InputError(

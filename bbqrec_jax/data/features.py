@@ -138,8 +138,8 @@ def choose_modalities(found: Iterable[str], modalities: Iterable[str], *, path: 
   for name in chosen:
     if name not in found:
       raise InputError(
-        f"{path}: expected --config.data.modalities to name some of those found, {', '.join(found) or 'none'}, got"
-        f" {name!r}; correct it, or add {name}_features.npy"
+        f"{path}: expected --config.data.modalities to name some of those found, {', '.join(found) or 'none'},"
+        f" separated by commas, got {name!r}; correct it, or add {name}_features.npy"
       )
   if len(set(chosen)) < len(chosen):
     raise InputError(f"--config.data.modalities: expected different names, got {', '.join(chosen)}; name each once")

@@ -15,6 +15,9 @@ LARGEST = 2**36
 # What a file may grow to in memory, compressed text or a sparse table: this many times its size, or FLOOR bytes.
 GROWTH, FLOOR = 100, 2**26
 
+# Separators of tables from elsewhere, the likeliest first.
+_SEPARATORS = {b"\t": "tabs", b",": "commas", b";": "semicolons", b"|": "vertical bars", b" ": "blanks"}
+
 # Bytes of a user's or an item's label. One longer one would make all labels of an array as long.
 LONGEST_LABEL = 256
 
@@ -37,8 +40,8 @@ def require_folder(path: str | Path) -> Path:
 def read_text(path: Path) -> bytes:
   r"""The content of a UTF-8 text file, decompressed if its name ends in `.gz`.
 
-  A byte-order mark is dropped, CRLF becomes LF, and a last line without a line end gets one. The text stays bytes:
-  large files are split and parsed several times faster so, and in less memory.
+  A byte-order mark and blank lines at the end are dropped, CRLF becomes LF, and a last line without a line end gets
+  one. The text stays bytes: large files are split and parsed several times faster so, and in less memory.
 
   Returns:
     The bytes, valid UTF-8, empty or ending in a line feed.
@@ -65,7 +68,13 @@ def read_text(path: Path) -> bytes:
     line = content.count(b"\n", 0, bad) + 1
     raise InputError(f"{path} line {line}: expected UTF-8 text, got byte {content[bad]:#04x}; save the file as UTF-8")
   content = content.replace(b"\r\n", b"\n")
-  return content if not content or content.endswith(b"\n") else content + b"\n"
+  end = len(content)
+  while end and content[end - 1] in b" \t\r\n\v\f":
+    end -= 1
+  if not end:
+    return b""
+  line_end = content.find(b"\n", end)  # The last line keeps its own blanks: they may separate empty fields.
+  return content + b"\n" if line_end < 0 else content[: line_end + 1]
 
 
 def _decompress(path: Path, content: bytes) -> bytes:
@@ -80,6 +89,12 @@ def _decompress(path: Path, content: bytes) -> bytes:
   except (OSError, EOFError, zlib.error):
     raise InputError(f"{path}: expected gzip, got corrupt or cut-off data; copy or compress the file again") from None
   return b"".join(pieces)
+
+
+def separator_of(line: bytes, *, expected: str) -> str:
+  """What separates the fields of a line instead of what was expected, in words; "" if that does, or nothing."""
+  found = [name for sign, name in _SEPARATORS.items() if sign in line]
+  return "" if expected in found or not found else found[0]
 
 
 def check_growth(path: Path, size: int, grown: int) -> None:

@@ -109,12 +109,15 @@ def check_history_lengths(
     )
   if drop_short:
     return drop_short_users(interactions)
+  mend = "--config.data.drop_short_users=True drops them"
+  if interactions.lengths.max() <= MINIMUM_LENGTH:
+    mend = "give longer histories: those of the others leave nothing to learn from"
   first = int(short[0])
   line = first + 1 if lines is None else int(lines[first])
   raise InputError(
     f"{path}: {len(short)} of {interactions.num_users} users have fewer than {MINIMUM_LENGTH} interactions (expected"
     f" one each to learn from, validate on and test on), first: user {str(interactions.users[first])!r} on line {line}"
-    f" with {int(interactions.lengths[first])}; --config.data.drop_short_users=True drops them"
+    f" with {int(interactions.lengths[first])}; {mend}"
   )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import LARGEST, load_modalities, unused_files
-from bbqrec_jax.data.files import check_growth, check_label, read_lines, read_text, require_folder
+from bbqrec_jax.data.files import check_growth, check_label, read_lines, read_text, require_folder, separator_of
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, printable, shown
@@ -71,12 +71,18 @@ def _only_file(folder: Path, suffix: str) -> Path | None:
 def _read_header(path: Path, header: bytes, required: Iterable[str]) -> dict[str, str]:
   """The types of the columns by name, in order."""
   columns: dict[str, str] = {}
+  separator = separator_of(header, expected="tabs")
+  if separator:
+    raise InputError(
+      f"{path} line 1: expected columns name:type separated by tabs, got {separator} in {shown(header)}; write tabs"
+      " between the fields of all lines, and a header as user_id:token, item_id:token (RecBole's atomic files)"
+    )
   for field, column in enumerate(header.decode().split("\t"), start=1):
     name, _, kind = column.partition(":")
     if not name or not kind:
       raise InputError(
-        f"{path} line 1 field {field}: expected a tab-separated header of name:type, got {shown(column)}; see RecBole's"
-        " atomic files"
+        f"{path} line 1 field {field}: expected a tab-separated header of name:type, got {shown(column)}; give each"
+        " column its type, as user_id:token, item_id:token, timestamp:float (RecBole's atomic files)"
       )
     if name in columns:
       raise InputError(f"{path} line 1 field {field}: expected each column once, got {shown(name)} again; remove one")
@@ -87,9 +93,11 @@ def _read_header(path: Path, header: bytes, required: Iterable[str]) -> dict[str
   return columns
 
 
-def _refuse_field_count(path: Path, line: int, expected: int, got: int) -> InputError:
+def _refuse_field_count(path: Path, line: int, expected: int, got: int, text: bytes = b"") -> InputError:
+  separator = separator_of(text, expected="tabs")
+  came = f"{got}, and {separator} in {shown(text)}" if separator else str(got)
   return InputError(
-    f"{path} line {line}: expected {expected} tab-separated fields as in the header, got {got}; correct the line"
+    f"{path} line {line}: expected {expected} tab-separated fields as in the header, got {came}; correct the line"
   )
 
 
@@ -154,7 +162,8 @@ def _locate_fields(path: Path, content: bytes, num_fields: int) -> tuple[np.ndar
   counts = np.diff(row_ends, prepend=-1)
   if np.any(counts != num_fields):
     row = int(np.argmax(counts != num_fields))
-    raise _refuse_field_count(path, row + 2, num_fields, int(counts[row]))
+    text = data[separators[row_ends[row - 1]] + 1 if row else 0 : separators[row_ends[row]]].tobytes()
+    raise _refuse_field_count(path, row + 2, num_fields, int(counts[row]), text)
   ends = separators + body
   starts = np.append(body, ends + 1)[: len(ends)]
   return starts.reshape(-1, num_fields), ends.reshape(-1, num_fields)

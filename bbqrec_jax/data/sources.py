@@ -48,9 +48,12 @@ def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
   interactions = choose(renumbered, kept, lengths, old.users)
   short = int(np.sum(lengths < MINIMUM_LENGTH))
   if short == len(lengths) or (short and not drop_short):
+    mend = "--config.data.drop_short_users=True drops them"
+    if lengths.max() <= MINIMUM_LENGTH:  # Nothing to learn from would be left.
+      mend = "leave a modality out (data.modalities) or set data.drop_incomplete_items=False"
     raise InputError(
       f"{dataset.source}: without the {np.sum(~keep)} items that lack a modality, {short} of {len(lengths)} users have"
-      f" fewer than {MINIMUM_LENGTH} interactions; --config.data.drop_short_users=True drops them"
+      f" fewer than {MINIMUM_LENGTH} interactions; {mend}"
     )
   return dataclasses.replace(
     dataset,

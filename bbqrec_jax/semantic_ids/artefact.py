@@ -72,14 +72,14 @@ class SemanticIds:
     if data_hash != self.data_hash:
       raise InputError(
         f"{where} holds semantic IDs of other data: they were learned from {self.data_hash}, this run's split and"
-        f" features are {data_hash}; train a tokenizer on this data"
+        f" features are {data_hash}; leave tokenizer.artefact empty to train one on this data, in another workdir"
       )
     if len(item_ids) != len(self.codes):
       raise InputError(
-        f"{where} holds semantic IDs of {len(self.codes)} items, this run's data has {len(item_ids)}; train a tokenizer"
-        " on this data"
+        f"{where} holds semantic IDs of {len(self.codes)} items, this run's data has {len(item_ids)}; leave"
+        " tokenizer.artefact empty to train a tokenizer on this data"
       )
-    self.check_items(item_ids, where=where, mend="train a tokenizer on this data")
+    self.check_items(item_ids, where=where, mend="leave tokenizer.artefact empty to train one on this data")
 
   def check_items(self, known: ItemIds, *, where: object, mend: str) -> None:
     """Refuses other items than `known`, which there are no more of than here; as text, so that 3 is "3"."""
@@ -109,7 +109,10 @@ class SemanticIds:
     self.check_items(known.item_ids, where=where, mend="make it from the run's own with python -m bbqrec_jax.assign")
     if (self.content is None) != (known.content is None):
       here, there = ("no", "some") if self.content is None else ("some", "no")
-      raise InputError(f"{where} has {here} content codes, what the recommender was trained on has {there}")
+      raise InputError(
+        f"{where} has {here} content codes, what the recommender was trained on has {there}: make it from that with"
+        " python -m bbqrec_jax.assign"
+      )
     if self.content is not None and known.content is not None:
       self.content.check_extension(known.content, where=f"{where}/content")
 

@@ -19,7 +19,7 @@ def check_capacity(num_items: int, num_levels: int, num_codes: int) -> None:
   if num_items > num_codes**num_levels:
     raise InputError(
       f"{num_items} items cannot each have their own semantic ID: {num_levels} levels of {num_codes} codes make"
-      f" {num_codes**num_levels}; raise tokenizer.num_levels or tokenizer.num_codes"
+      f" {num_codes**num_levels}; train a tokenizer with a higher tokenizer.num_levels or tokenizer.num_codes"
     )
 
 
@@ -156,6 +156,7 @@ def suffix_collisions(codes: np.ndarray, *, num_codes: int, taken: np.ndarray | 
   if len(suffix) and suffix.max() >= num_codes:
     raise InputError(
       f"{int(suffix.max()) + 1} items share the ID {codes[int(np.argmax(suffix))].tolist()}, and a suffix can tell"
-      f" {num_codes} apart; set tokenizer.repair=reassign, or raise tokenizer.num_codes"
+      f" {num_codes} apart; train a tokenizer with tokenizer.repair=reassign, or a higher tokenizer.num_codes, in"
+      " another workdir"
     )
   return np.concatenate([codes.astype(np.int32), suffix[:, None].astype(np.int32)], axis=1)

@@ -22,6 +22,11 @@ def needs_semantic_ids(config: Any) -> bool:
   return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or bool(codes)
 
 
+def trains_tokenizer(config: Any) -> bool:
+  """Whether a run makes semantic IDs of its own."""
+  return needs_semantic_ids(config) and not config.tokenizer.artefact
+
+
 def needs_features(config: Any) -> bool:
   """Whether a run reads what is known of items' content: for semantic IDs, or in the recommender itself."""
   return needs_semantic_ids(config) or "features" in config.recommender.item_inputs
@@ -142,10 +147,13 @@ def _some_of_each(
   samples = sampled_similarities(vectors, histories, pairs, max_length=config.recommender.max_length, seed=config.seed)
   for pair, sample in zip(pairs, samples, strict=True):
     if not len(sample):
-      names = " and ".join(dict.fromkeys(streams[index] for index in pair))
+      names = list(dict.fromkeys(streams[index] for index in pair))
+      others = [name for name in streams if name not in (names[-1], "fused")]
+      ways = [f"leave {names[-1]} out (data.modalities={','.join(others)})"] if others else []
+      ways += ["set recommender.cross_pairs=False"] if len(names) > 1 else []
       raise InputError(
-        f"no training history holds two items that both have {names}, so their similarity has no buckets; leave the"
-        " modality out (data.modalities) or set recommender.similarity=()"
+        f"no training history holds two items that both have {' and '.join(names)}, so their similarity has no buckets;"
+        f" {', '.join([*ways, 'set recommender.similarity=()'])} or choose another recommender.similarity_kind"
       )
   return samples
 

@@ -4,6 +4,7 @@ Every checkpoint holds the SHA-256 digests of its files, written after them and 
 whose files are not those is passed over.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -25,6 +26,38 @@ from bbqrec_jax.train.logging import warn
 
 _DIGESTS = "digests.json"
 _TIMES = "_CHECKPOINT_METADATA"  # When the save began and ended: orbax writes it once more after the digests.
+
+
+_GRACE = 60.0  # Seconds that what was begun may take to end.
+
+
+class _FinishingLoop(asyncio.SelectorEventLoop):
+  """An event loop that closes when what it has begun is over.
+
+  orbax closes its own as soon as one array of many fails; those of the others that tensorstore still answers then, and
+  those that never began, would each tell of it on standard error.
+  """
+
+  def close(self) -> None:
+    """Waits for the tasks that are left, whose results nobody wants."""
+    pending = set() if self.is_closed() else asyncio.all_tasks(self)
+    if pending:
+      done, _ = self.run_until_complete(asyncio.wait(pending, timeout=_GRACE))
+      for task in done:
+        task.cancelled() or task.exception()  # Or asyncio would tell that nobody has looked at it.
+    super().close()
+
+
+@contextlib.contextmanager
+def _finishing_loops() -> Iterator[None]:
+  """Makes every event loop that is made meanwhile, in whatever thread, one that finishes."""
+  policy = asyncio.get_event_loop_policy()
+  before = policy.new_event_loop
+  policy.new_event_loop = _FinishingLoop  # type: ignore[method-assign]
+  try:
+    yield
+  finally:
+    policy.new_event_loop = before  # type: ignore[method-assign]
 
 
 class _NewestAndTheirBest(checkpoint_managers.PreservationPolicy):
@@ -100,7 +133,7 @@ def restore_state(directory: pathlib.Path, step: int, like: Any, *, strict: bool
     )
   with plain_path(folder) as plain:
     try:
-      with ocp.StandardCheckpointer() as checkpointer:
+      with _finishing_loops(), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(plain / "state", _restoring(like), strict=strict)
     except (ValueError, KeyError) as error:
       reason = str(error)[:200]
@@ -141,6 +174,7 @@ class Checkpointer:
           "progress": ocp.JsonCheckpointHandler(),
         },
       )
+      stack.enter_context(_finishing_loops())
       self._stack = stack.pop_all()
 
   def _seal(self) -> None:

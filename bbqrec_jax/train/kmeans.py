@@ -8,6 +8,7 @@ import numpy as np
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import feature_widths
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.frozen import RQ_KMEANS, FrozenTokenizer, content_latents, encode_blocks
 from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.ops.kmeans import residual_kmeans
@@ -22,6 +23,24 @@ def kmeans_settings(config: Any, dataset: Dataset, *, semantic_id: str) -> Token
     code_width=sum(widths.values()), item_id="none", semantic_id=semantic_id, codebooks="per_stream",
     quantizer=RQ_KMEANS,
   )  # fmt: skip
+
+
+def check_varied(dataset: Dataset, *, block: int = 2048) -> None:
+  """Refuses features that k-means finds nothing in.
+
+  Raises:
+    InputError: if a modality's features are the same in all items that have it.
+  """
+  for name in dataset.modalities:
+    store, here = dataset.store.of(name), np.flatnonzero(dataset.present[name])
+    parts = (here[first : first + block] for first in range(0, len(here), block))
+    if not any(store.rows(items)[0][name].any() for items in parts):
+      others = [other for other in dataset.modalities if other != name]
+      mend = f"--config.data.modalities={','.join(others)}" if others else "--config=configs/sasrec.py"
+      raise InputError(
+        f"{dataset.source}: the {name} features of all {len(here)} items that have them are the same, so there is"
+        f" nothing to quantize; give others, or do without them: {mend}"
+      )
 
 
 _IN_MEMORY = 2**26  # Numbers.

@@ -1,5 +1,6 @@
 """Where a run's figures go: JSON lines, TensorBoard, and a progress bar or plain lines."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -20,11 +21,21 @@ from bbqrec_jax.input_files import unfinished
 
 
 def say(message: str) -> None:
-  """One message to the person at the terminal, from the first process; does not break a progress bar."""
-  if not processes.is_first():
+  """One message to the person at the terminal, from the first process; does not break a progress bar.
+
+  Where nobody hears it any more (no standard output, a pipe without a reader, a full disk), nothing comes of that.
+  """
+  if not processes.is_first() or not _is_heard():
     return
-  tqdm.tqdm.write(message, file=sys.stdout)
-  sys.stdout.flush()
+  encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+  with contextlib.suppress(OSError):
+    tqdm.tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _is_heard() -> bool:
+  """Whether there is a standard output: a daemon has none, or has closed it."""
+  return sys.stdout is not None and not getattr(sys.stdout, "closed", False)
 
 
 def warn(message: str) -> None:
@@ -132,7 +143,7 @@ class Progress:
     self._name, self._total, self._done, self._first = name, total, done, done
     self._start = time.monotonic()
     self._bar: Any = None
-    if sys.stdout.isatty() and processes.is_first():
+    if _is_heard() and sys.stdout.isatty() and processes.is_first():
       # With the usual fallback where the terminal gives no size; tqdm alone would show nothing there.
       size = shutil.get_terminal_size()
       self._bar = tqdm.tqdm(

@@ -20,6 +20,7 @@ import tpu
 from plan import EXAMPLE, Parser, execute, format_plan
 
 from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.standard_streams import lasting_streams
 
 
 def make_parser() -> Parser:
@@ -55,4 +56,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  with lasting_streams():
+    main(sys.argv[1:])

@@ -26,8 +26,10 @@ import subprocess
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from serving import BLOCKS, HISTORY, ITEM_BATCH, SEARCH_BATCH, STEPS, USERS, real_histories
+
+from bbqrec_jax.command_line import start
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -162,4 +164,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("output", "", "Where the rows are written, as JSON.")
   flags.DEFINE_list("only", list(PEERS), "Which comparisons.")
   flags.DEFINE_integer("rounds", 10, "Rounds that are measured.")
-  app.run(main)
+  start(main)

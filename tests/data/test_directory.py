@@ -164,7 +164,11 @@ def test_user_labels_may_be_any_utf8(folder):
       ["line 3 field 1", "each user on one line", "'ann' again", "first on line 1"],
     ),
     ("", ["expected at least one user", "found none"]),
-    ("ann 0 1 2\nbob 1\ncy 0 1\n", ["2 of 3 users", "'bob' on line 2 with 1", "--config.data.drop_short_users=True"]),
+    ("ann 0 1 2 3\nbob 1\ncy 0 1\n", ["2 of 3 users", "'bob' on line 2 with 1", "--config.data.drop_short_users=Tr"]),
+    ("ann 0 1 2\nbob 1\ncy 0 1\n", ["2 of 3 users", "'bob' on line 2 with 1", "give longer histories"]),
+    ("ann,0,1,2\n", ["line 1", "expected 'user item item ...'", "separate them by blanks instead of commas"]),
+    ("ann;0;1;2\n", ["line 1", "separate them by blanks instead of semicolons"]),
+    ("ann\t\n", ["line 1", "give the user items or remove the line"]),
   ],
 )
 def test_bad_histories_are_refused(folder, sequences, parts):
@@ -272,6 +276,15 @@ def test_what_is_no_folder_is_refused(name, parts):
   assert all(part in str(error.value) for part in parts)
 
 
+def test_blank_lines_at_the_end_are_none(folder):
+  expected = load_directory(folder)
+  (folder / "sequences.txt").write_text(SEQUENCES + "\n \t\n")
+  (folder / "items.jsonl.gz").write_bytes(gzip.compress((ITEMS + "\n\n").encode()))
+  found = load_directory(folder)
+  assert histories(found) == histories(expected)
+  assert found.titles == expected.titles
+
+
 def test_load_passes_the_settings_on(folder):
   (folder / "sequences.txt").write_text(SEQUENCES + "dee 1\n")
   settings = SimpleNamespace(
@@ -300,8 +313,12 @@ def test_users_left_short_without_incomplete_items_are_refused(folder):
   settings = SimpleNamespace(
     source="directory", path=str(folder), modalities=(), drop_short_users=False, drop_incomplete_items=True
   )
-  with pytest.raises(InputError, match=r"without the 1 items .* 1 of 3 users .*drop_short_users=True drops them"):
+  (folder / "sequences.txt").write_text(SEQUENCES + "dee 0 2 3 0\n")
+  with pytest.raises(InputError, match=r"without the 1 items .* 1 of 4 users .*drop_short_users=True drops them"):
     load(settings)
+  (folder / "sequences.txt").write_text(SEQUENCES)
+  with pytest.raises(InputError, match=r"1 of 3 users have fewer than 3 interactions; leave a modality out"):
+    load(settings)  # To drop them would leave nothing to learn from.
 
 
 def test_a_catalogue_without_a_complete_item_is_refused(folder):

@@ -95,6 +95,23 @@ def test_columns_may_stand_in_any_order_and_lines_end_in_crlf(folder):
   assert histories(load_recbole(folder)) == {"u2": [0, 1, 1], "u1": [1, 2, 0, 1]}
 
 
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n \t\r\n", "\t\t\t\n\n", "\n  "])
+def test_blank_lines_at_the_end_are_none(folder, end):
+  expected = load_recbole(folder)
+  (folder / "tiny.inter").write_bytes((INTER + end).encode())
+  (folder / "tiny.item").write_bytes((ITEM + end).encode())
+  found = load_recbole(folder)
+  assert histories(found) == histories(expected)
+  assert found.titles == expected.titles
+
+
+def test_the_last_line_keeps_its_empty_field(folder):
+  rows = INTER.splitlines()
+  lines = [rows[0] + "\tnote:token", *(row + "\t" for row in rows[1:])]
+  (folder / "tiny.inter").write_text("\n".join(lines))
+  assert histories(load_recbole(folder)) == {"u2": [0, 1, 1], "u1": [1, 2, 0, 1]}
+
+
 @pytest.mark.parametrize("column", ["title", "item_name", "name"])
 def test_titles_come_from_any_of_the_usual_columns(folder, column):
   (folder / "tiny.item").write_text(ITEM.replace("movie_title", column))
@@ -143,6 +160,18 @@ def test_many_interactions_against_a_plain_python_oracle(folder):
     ("u1\tc\t1\t5\n", "u1\tc\t1\t1_0\n", ["line 3 field 'timestamp'", "expected a finite number", "got '1_0'"]),
     ("u1\tc\t1\t5\n", "u1\tc\t1\tnan\n", ["line 3 field 'timestamp'", "expected a finite number", "got 'nan'"]),
     ("u1\tc\t1\t5\n", "u1\tc\t1\t\n", ["line 3 field 'timestamp'", "expected a finite number", "got ''"]),
+    ("u1\tc\t1\t5\n", "u1,c,1,5\n", ["line 3", "tab-separated fields", "got 1, and commas in 'u1,c,1,5'"]),
+    ("u1\tc\t1\t5\n", "u1\tc 1 5\n", ["line 3", "expected 4 tab-separated", "got 2; correct"]),
+    (INTER, INTER.replace("\t", " "), ["line 1", "separated by tabs", "got blanks in 'user_id:token item_id:token"]),
+    (INTER, INTER.replace("\t", ", "), ["line 1", "separated by tabs", "got commas in 'user_id:token, item_id"]),
+    (INTER, INTER.replace("\t", ";"), ["line 1", "separated by tabs", "got semicolons in 'user_id:token;item"]),
+    (INTER, INTER.replace("\t", "|"), ["line 1", "separated by tabs", "got vertical bars in 'user_id:token|item"]),
+    (
+      INTER,
+      "user_id,item_id\nu,a\n",
+      ["line 1", "expected columns name:type", "commas", "user_id:token, item_id:token"],
+    ),
+    (INTER, "user_id\titem_id\nu\ta\n", ["line 1 field 1", "got 'user_id'", "user_id:token, item_id:token, timestamp"]),
     ("user_id:token", "uid:token", ["line 1", "expected a column user_id:token", "uid:token"]),
     ("item_id:token", "item_id:float", ["line 1", "expected a column item_id:token"]),
     ("rating:float", "rating", ["line 1 field 3", "header of name:type", "got 'rating'"]),

@@ -146,8 +146,19 @@ def test_modalities_that_no_history_can_compare_are_refused(image, changes, name
   if named is None:
     check_compared(config, None, present, histories)
     return
-  with pytest.raises(InputError, match=f"no training history holds two items that both have {named}, so their"):
+  with pytest.raises(
+    InputError, match=f"no training history holds two items that both have {named}, so their"
+  ) as error:
     check_compared(config, None, present, histories)
+  message = str(error.value)
+  assert "data.modalities=text" in message
+  assert ("recommender.cross_pairs=False" in message) == (" and " in named)
+  if " and " in named:
+    config.recommender.cross_pairs = False
+    check_compared(config, None, present, histories)
+  with pytest.raises(InputError) as error:
+    check_compared(config, None, {"image": np.isin(np.arange(ITEMS), [4])}, histories)
+  assert "data.modalities" not in str(error.value), "there is no other"
 
 
 def test_without_similarity_there_is_nothing_to_compare(ids, histories):

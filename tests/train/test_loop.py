@@ -1,10 +1,13 @@
 """The training loop on a toy problem whose every parameter can be written down."""
 
+import asyncio
+import gc
 import itertools
 import json
 import os
 import shutil
 import signal
+import sys
 import time
 
 import grain
@@ -558,6 +561,36 @@ def test_a_checkpoint_in_a_folder_of_an_odd_name_is_its_own(tmp_path, name):
     checkpointer.close()
   assert restore_state(tmp_path / name, 1, {"w": jnp.ones(2)})["w"].tolist() == [3.0, 3.0]
   assert sorted(os.listdir(tmp_path)) == sorted(["ab", "a", name])
+
+
+def test_a_save_that_fails_ends_what_it_has_begun(monkeypatch):
+  told, ended = [], []
+  monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+  async def writes(seconds):
+    await asyncio.sleep(seconds)
+    if not seconds:
+      raise OSError("disk full")
+    ended.append(seconds)
+    raise OSError("disk full still")
+
+  async def save():
+    await asyncio.gather(writes(0), *(writes(seconds) for seconds in (0.01, 0.02)))
+
+  with checkpointing._finishing_loops():
+    loop = asyncio.new_event_loop()
+  loop.set_exception_handler(lambda loop, context: told.append(context))
+  with pytest.raises(OSError, match=r"full$"):
+    loop.run_until_complete(save())
+  assert not ended
+  loop.close()
+  loop.close()
+  gc.collect()
+  assert (ended, told) == ([0.01, 0.02], [])
+  assert loop.is_closed()
+  other = asyncio.new_event_loop()
+  other.close()
+  assert type(other) is not type(loop)
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
