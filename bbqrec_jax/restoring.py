@@ -26,7 +26,7 @@ from bbqrec_jax.train.checkpointing import restore_state
 from bbqrec_jax.train.logging import warn
 from bbqrec_jax.train.recommender_stage import build_recommender, check_fingerprint, initial_state
 from bbqrec_jax.train.state import TrainState
-from bbqrec_jax.workdir import HASHES, check_encoding, load_config, load_results
+from bbqrec_jax.workdir import HASHES, load_config, load_results
 
 
 class Restored(NamedTuple):
@@ -76,7 +76,6 @@ def restore(
     for flag, path in (("data", data), ("tokenizer", tokenizer), ("features", features))
   )
   config = load_config(workdir, trusted=trusted)
-  check_encoding(workdir)
   check_links(workdir)
   if not is_given(workdir / "results.json"):
     raise InputError(f"{workdir} holds no finished run (no results.json): start bbqrec_jax.main on it again")

@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -45,27 +44,12 @@ def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.Con
   return placed
 
 
-def check_encoding(workdir: pathlib.Path) -> None:
-  """Refuses a workdir that checkpoints would not be found in: tensorstore knows paths in UTF-8 alone.
-
-  Raises:
-    InputError: if the path is something else to this process.
-  """
-  path, encoding = str(workdir.absolute()), sys.getfilesystemencoding()
-  if path.encode(encoding, "backslashreplace") != path.encode("utf-8", "replace"):
-    raise InputError(
-      f"--workdir={workdir}: expected a path that is UTF-8, got one that is not, by the locale's {encoding}; set"
-      " PYTHONUTF8=1, or use a path of ASCII characters"
-    )
-
-
 def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Refuses a workdir that can be no folder, cannot be written to though it is to be, or is one that the run reads.
 
   Raises:
-    InputError: if that is so, or as `check_encoding`.
+    InputError: if that is so.
   """
-  check_encoding(workdir)
   if os.path.realpath(workdir) == os.path.sep:
     raise InputError(f"--workdir={workdir}: expected a folder for the run alone, got the root of all; use another")
   if not is_given(workdir / "results.json"):
