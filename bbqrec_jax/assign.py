@@ -8,18 +8,18 @@ import numpy as np
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, quiet_flags, start, writing
-from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.directory import read_new_items
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, printable, refuse
-from bbqrec_jax.input_files import check_new, unfinished
-from bbqrec_jax.models.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
-from bbqrec_jax.models.tokenizer import TokenizerSettings
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions, suffix_collisions
-from bbqrec_jax.train.logging import warn
+from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
+from bbqrec_jax.tokenizer.model import TokenizerSettings
+from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.files import check_new, unfinished
+from bbqrec_jax.utils.messages import warn
 
 
 def assign(

@@ -35,9 +35,9 @@ from bbqrec_jax.benchmarks.report import chart, comparison, records_table, table
 from bbqrec_jax.benchmarks.timing import measure
 from bbqrec_jax.command_line import define_path, quiet_flags, start, writing
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.host_memory import keep_memory
-from bbqrec_jax.input_files import check_output, local_path
-from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.utils.files import check_output, local_path
+from bbqrec_jax.utils.host_memory import keep_memory
+from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.validation import validate
 
 

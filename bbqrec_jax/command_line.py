@@ -19,9 +19,9 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from bbqrec_jax.errors import STORAGE_ERRORS, Diverged, InputError, StorageError, refuse
-from bbqrec_jax.input_files import check_file, local_path
-from bbqrec_jax.interruption import Interrupted, heard_at_once, impatient
-from bbqrec_jax.standard_streams import lasting_streams
+from bbqrec_jax.utils.files import check_file, local_path
+from bbqrec_jax.utils.signals import Interrupted, heard_at_once, impatient
+from bbqrec_jax.utils.standard_streams import lasting_streams
 
 # The flags that functions here define belong to the programs that call them, whose --help shows them.
 flags.disclaim_key_flags()

@@ -76,7 +76,7 @@ def default_config() -> ml_collections.ConfigDict:
   tokenizer.level_dropout = 0.5  # Share of items that the contrast sees by a prefix of their codewords alone.
   tokenizer.specific_dropout = 0.5  # Share of items decoded from codes alone in a step, so that codes carry content.
   tokenizer.own_loss = ""  # A loss of your own beside those below, as "module:function"; see `OwnLoss` in
-  # bbqrec_jax/models/tokenizer_loss.py.
+  # bbqrec_jax/tokenizer/losses.py.
   tokenizer.weights = weights = ml_collections.ConfigDict()  # One weight a loss.
   weights.reconstruction = 1.0
   weights.fused_reconstruction = 1.0  # Every modality from the fused codes alone.

@@ -19,15 +19,15 @@ import numpy as np
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, quiet_flags, start, writing
-from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.input_files import check_file, check_new, read_archive, unfinished
-from bbqrec_jax.json_files import read_json, write_json
-from bbqrec_jax.models.apply import apply
-from bbqrec_jax.models.catalogue import Catalogue
-from bbqrec_jax.models.recommender import Recommender
-from bbqrec_jax.restoring import restore
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.files import check_file, check_new, read_archive, unfinished
+from bbqrec_jax.utils.json_files import read_json, write_json
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 

@@ -18,18 +18,18 @@ import numpy as np
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, quiet_flags, start, writing
-from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.directory import read_timestamps
 from bbqrec_jax.data.histories import read_histories
 from bbqrec_jax.data.interactions import Interactions, from_lengths, select_users
 from bbqrec_jax.data.item_ids import ItemIds, nearest, split_ids
 from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
 from bbqrec_jax.errors import InputError, printable, refuse, shown
-from bbqrec_jax.input_files import check_new, unfinished
-from bbqrec_jax.models.apply import apply
-from bbqrec_jax.models.catalogue import Catalogue
-from bbqrec_jax.models.recommender import Recommender
-from bbqrec_jax.restoring import restore
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.files import check_new, unfinished
 
 
 def parse_history(text: str, item_ids: ItemIds) -> np.ndarray:

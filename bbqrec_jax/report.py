@@ -10,9 +10,9 @@ import numpy as np
 
 from bbqrec_jax.command_line import define_run_flags, quiet_flags, start, writing
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.input_files import check_place
-from bbqrec_jax.restoring import restore
-from bbqrec_jax.train.catalogue import similarity_streams
+from bbqrec_jax.recommender.items import similarity_streams
+from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.utils.files import check_place
 
 
 def bucket_centres(edges: np.ndarray) -> np.ndarray:

@@ -7,11 +7,11 @@ import ml_collections
 
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.models.frozen import CHOICES as TOKENIZER_CHOICES
-from bbqrec_jax.models.heads import HEADS
-from bbqrec_jax.models.named import named
-from bbqrec_jax.models.recommender import BACKBONES
-from bbqrec_jax.train.catalogue import trains_tokenizer
+from bbqrec_jax.recommender.heads import HEADS
+from bbqrec_jax.recommender.items import trains_tokenizer
+from bbqrec_jax.recommender.model import BACKBONES
+from bbqrec_jax.tokenizer.frozen import CHOICES as TOKENIZER_CHOICES
+from bbqrec_jax.utils.named import named
 
 _CHOICES = {
   **{f"tokenizer.{name}": choices for name, choices in TOKENIZER_CHOICES.items()},

@@ -10,7 +10,7 @@ figures depend on the folder; those of `scientific.py` are an example.
 
 import ml_collections
 
-from bbqrec_jax.systems import system_config
+from bbqrec_jax.presets import system_config
 
 
 def get_config(system: str = "generative") -> ml_collections.ConfigDict:

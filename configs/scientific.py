@@ -10,7 +10,7 @@ Test Recall@10 / NDCG@10, means of three seeds: generative 0.1172 / 0.0796, dens
 
 import ml_collections
 
-from bbqrec_jax.systems import is_wide, system_config
+from bbqrec_jax.presets import is_wide, system_config
 
 STEPS = {"generative": 3000, "dense": 1500, "parallel": 2500, "hybrid": 3000, "sasrec": 3000, "sasrec_features": 3000}
 

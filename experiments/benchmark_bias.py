@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from bbqrec_jax.benchmarks.cases import random_dataset, random_ids, recommender_cases
 from bbqrec_jax.command_line import start
-from bbqrec_jax.host_memory import keep_memory
+from bbqrec_jax.utils.host_memory import keep_memory
 
 ROUNDS = 15
 

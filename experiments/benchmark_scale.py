@@ -19,10 +19,10 @@ from absl import flags
 from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.feature_store import FeatureStore
-from bbqrec_jax.input_files import check_place
-from bbqrec_jax.models.frozen import FrozenTokenizer, encode_blocks, frozen_parameters
-from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions
+from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, encode_blocks, frozen_parameters
+from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.utils.files import check_place
 
 WIDTH = 768
 

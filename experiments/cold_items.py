@@ -20,24 +20,24 @@ from ml_collections import config_flags
 
 from bbqrec_jax.assign import assign
 from bbqrec_jax.command_line import define_path, start, training
-from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import read_new_items
 from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, drop_short_users
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
-from bbqrec_jax.experiment import of_any_recommender, run, tokenize
-from bbqrec_jax.host_memory import keep_memory
-from bbqrec_jax.input_files import check_place
-from bbqrec_jax.json_files import read_json, write_json
-from bbqrec_jax.parallel import make_partitioner
-from bbqrec_jax.restoring import restore
+from bbqrec_jax.recommender.evaluate import evaluate, make_ranker
+from bbqrec_jax.recommender.items import needs_semantic_ids
+from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.runs.run import of_any_recommender, run, tokenize
+from bbqrec_jax.runs.workdir import with_absolute_paths
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train.catalogue import needs_semantic_ids
+from bbqrec_jax.training.partitioning import make_partitioner
+from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.files import check_place
+from bbqrec_jax.utils.host_memory import keep_memory
+from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.validation import validate
-from bbqrec_jax.workdir import with_absolute_paths
 
 
 def choose_cold(num_items: int, share: float, *, seed: int) -> np.ndarray:

@@ -17,15 +17,15 @@ import numpy as np
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, quiet_flags, start
-from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, evaluate, rank_scores
-from bbqrec_jax.input_files import check_new, local_path
-from bbqrec_jax.json_files import write_json
-from bbqrec_jax.models.apply import apply
-from bbqrec_jax.restoring import restore
-from bbqrec_jax.workdir import format_results, load_results
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, evaluate, rank_scores
+from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.runs.workdir import format_results, load_results
+from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.files import check_new, local_path
+from bbqrec_jax.utils.json_files import write_json
 
 
 def judge(

@@ -18,13 +18,13 @@ from absl import flags
 from compare_tokenizers import change, mean, table
 
 from bbqrec_jax.command_line import define_path, start, training
-from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.experiment import of_any_recommender, run, tokenize
-from bbqrec_jax.host_memory import keep_memory
-from bbqrec_jax.input_files import read_archive
-from bbqrec_jax.train.catalogue import needs_semantic_ids
-from bbqrec_jax.workdir import load_results
+from bbqrec_jax.recommender.items import needs_semantic_ids
+from bbqrec_jax.runs.run import of_any_recommender, run, tokenize
+from bbqrec_jax.runs.workdir import load_results
+from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.files import read_archive
+from bbqrec_jax.utils.host_memory import keep_memory
 
 HEADS = ("generative", "parallel", "dense", "hybrid")
 NO_BIAS = "-no_bias"

@@ -23,17 +23,17 @@ from absl import flags
 from ml_collections import config_flags
 
 from bbqrec_jax.command_line import define_path, start, training
-from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.evaluation.tokenizer import cohesion
-from bbqrec_jax.experiment import load_ids, of_any_recommender, read_data, run, tokenize
-from bbqrec_jax.host_memory import keep_memory
-from bbqrec_jax.input_files import read_array
-from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.runs.run import load_ids, of_any_recommender, read_data, run, tokenize
+from bbqrec_jax.runs.workdir import load_results, with_absolute_paths
 from bbqrec_jax.semantic_ids.health import codebook_health
-from bbqrec_jax.train.history_probe import id_vectors, train_probe
-from bbqrec_jax.workdir import load_results, with_absolute_paths
+from bbqrec_jax.tokenizer.evaluate import cohesion
+from bbqrec_jax.tokenizer.history_probe import id_vectors, train_probe
+from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.files import read_array
+from bbqrec_jax.utils.host_memory import keep_memory
+from bbqrec_jax.utils.json_files import read_json, write_json
 
 # Each changes what it names and nothing else, but for "fragmented": each modality is quantized on its own, with
 # codebooks of its own and bound to nothing, and an ID is the modalities' codes one after the other (as in MQL4GRec).

@@ -41,9 +41,9 @@ from absl import flags, logging
 
 from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.data.synthetic import make_synthetic
-from bbqrec_jax.input_files import check_output
-from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.utils.files import check_output
+from bbqrec_jax.utils.json_files import read_json, write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, EVALUATE_EVERY, WARMUP = 60, 20, 15

@@ -53,15 +53,15 @@ from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.input_files import check_output
-from bbqrec_jax.json_files import write_json
-from bbqrec_jax.models.frozen import check_arrays, settings_from_json
-from bbqrec_jax.models.heads import HEADS
-from bbqrec_jax.models.recommender import BACKBONES
-from bbqrec_jax.models.tokenizer import TokenizerSettings
+from bbqrec_jax.recommender.heads import HEADS
+from bbqrec_jax.recommender.model import BACKBONES
+from bbqrec_jax.recommender.train import check_fingerprint
+from bbqrec_jax.runs.workdir import PARTS, SHOWN, claim, load_config, load_results, tokenizer_figure
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train.recommender_stage import check_fingerprint
-from bbqrec_jax.workdir import PARTS, SHOWN, claim, load_config, load_results, tokenizer_figure
+from bbqrec_jax.tokenizer.frozen import check_arrays, settings_from_json
+from bbqrec_jax.tokenizer.model import TokenizerSettings
+from bbqrec_jax.utils.files import check_output
+from bbqrec_jax.utils.json_files import write_json
 
 # What a file may be instead of bytes.
 MISSING, FOLDER, PIPE, LOOP, HUGE = "missing", "folder", "pipe", "loop", "huge"

@@ -24,9 +24,9 @@ from absl import flags, logging
 
 from bbqrec_jax.command_line import define_path, flag_error, start
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.input_files import check_output, read_archive
-from bbqrec_jax.json_files import write_json
-from bbqrec_jax.restoring import restore
+from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.utils.files import check_output, read_archive
+from bbqrec_jax.utils.json_files import write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 WAYS = {

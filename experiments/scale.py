@@ -32,18 +32,18 @@ from jax.experimental import topologies
 
 from bbqrec_jax.benchmarks.cases import random_dataset, random_ids
 from bbqrec_jax.command_line import define_path, start
-from bbqrec_jax.input_files import check_output
-from bbqrec_jax.json_files import write_json
-from bbqrec_jax.models.catalogue import Catalogue
-from bbqrec_jax.models.recommender import Recommender
-from bbqrec_jax.models.two_towers import make_recommender
-from bbqrec_jax.parallel import MeshJit
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.items import build_catalogue
+from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.step import make_recommender_step
+from bbqrec_jax.recommender.train import initial_state, training_batches
+from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.trie import Trie
-from bbqrec_jax.train.catalogue import build_catalogue
-from bbqrec_jax.train.optimizer import make_optimizer
-from bbqrec_jax.train.recommender_stage import initial_state, training_batches
-from bbqrec_jax.train.steps import make_recommender_step
-from bbqrec_jax.train.tokenizer_stage import tokenizer_settings, tokenizer_training
+from bbqrec_jax.tokenizer.train import tokenizer_settings, tokenizer_training
+from bbqrec_jax.training.optimizer import make_optimizer
+from bbqrec_jax.training.partitioning import MeshJit
+from bbqrec_jax.utils.files import check_output
+from bbqrec_jax.utils.json_files import write_json
 
 GIB = 2**30
 LIMITS = {"TPU v5e": 16 * GIB, "H100": 80 * GIB}

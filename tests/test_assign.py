@@ -12,7 +12,9 @@ from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.models.frozen import (
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
+from bbqrec_jax.tokenizer.frozen import (
   FrozenTokenizer,
   check_arrays,
   content_latents,
@@ -21,9 +23,7 @@ from bbqrec_jax.models.frozen import (
   id_space,
   settings_from_json,
 )
-from bbqrec_jax.models.tokenizer import Tokenizer, TokenizerSettings
-from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
+from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
 
 ITEMS, LEVELS, CODES, WIDTH = 30, 2, 8, 4
 MODALITIES = (("text", 8), ("image", 5))

@@ -12,8 +12,8 @@ from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.data.sources import load, load_directory
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.models.apply import apply
-from bbqrec_jax.restoring import restore
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.runs.restore import restore
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from ml_collections import config_flags
 from bbqrec_jax import recommend
 from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, training, writing
 from bbqrec_jax.errors import Diverged, InputError, StorageError
-from bbqrec_jax.input_files import check_output
-from bbqrec_jax.interruption import Interrupted
-from bbqrec_jax.train.logging import say
+from bbqrec_jax.utils.files import check_output
+from bbqrec_jax.utils.messages import say
+from bbqrec_jax.utils.signals import Interrupted
 
 ROOT = pathlib.Path(__file__).parents[1]
 

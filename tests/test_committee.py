@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from bbqrec_jax import experiment
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.models.apply import apply
-from bbqrec_jax.models.two_towers import make_recommender
-from bbqrec_jax.restoring import restore
-from bbqrec_jax.workdir import load_results
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.recommender.two_towers import make_recommender
+from bbqrec_jax.runs import run as experiment
+from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.runs.workdir import load_results
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.json_files import read_json, write_json
-from bbqrec_jax.workdir import PARTS, SHOWN
+from bbqrec_jax.runs.workdir import PARTS, SHOWN
+from bbqrec_jax.utils.json_files import read_json, write_json
 
 CONFIG = """
 from bbqrec_jax.config import default_config

@@ -6,9 +6,9 @@ from numpy.testing import assert_array_equal
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import Split, from_lengths
-from bbqrec_jax.json_files import read_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train import history_probe
+from bbqrec_jax.tokenizer import history_probe
+from bbqrec_jax.utils.json_files import read_json
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.systems import SYSTEMS, system_config
+from bbqrec_jax.presets import SYSTEMS, system_config
 from bbqrec_jax.validation import validate
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -248,12 +248,14 @@ def test_choices(name):
     assert all(choice in message for choice in CHOICES[name])
 
 
-@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid", "bbqrec_jax.models.heads:ParallelHead"])
+@pytest.mark.parametrize(
+  "head", ["generative", "dense", "parallel", "hybrid", "bbqrec_jax.recommender.heads:ParallelHead"]
+)
 def test_heads(head):
   validate(with_field("recommender.head", head))
 
 
-@pytest.mark.parametrize("head", ["nosuch", "", "nosuch:head", "bbqrec_jax.models.heads:nosuch", "Dense"])
+@pytest.mark.parametrize("head", ["nosuch", "", "nosuch:head", "bbqrec_jax.recommender.heads:nosuch", "Dense"])
 def test_a_head_that_is_nowhere_is_refused(head):
   message = refusal(with_field("recommender.head", head))
   assert message.startswith("config field recommender.head: expected one of generative, dense, parallel, hybrid, or ")

@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-from bbqrec_jax.json_files import read_json
+from bbqrec_jax.utils.json_files import read_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from bbqrec_jax.models.tokenizer_loss import CatalogueRows
+from bbqrec_jax.tokenizer.losses import CatalogueRows
 
 
 def test_the_example_of_functions_by_themselves_runs(request, tmp_path, load_file):

@@ -15,15 +15,15 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import Interactions, from_lengths
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.pipeline import evaluation_batches
-from bbqrec_jax.evaluation.ranking import make_ranker
-from bbqrec_jax.models.apply import apply
+from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.attention import attention, history_mask
-from bbqrec_jax.parallel import StepFunction, make_partitioner
+from bbqrec_jax.recommender.evaluate import make_ranker
+from bbqrec_jax.recommender.step import make_recommender_step
+from bbqrec_jax.recommender.train import build_recommender, initial_state, training_batches
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.train.optimizer import make_optimizer
-from bbqrec_jax.train.recommender_stage import build_recommender, initial_state, training_batches
-from bbqrec_jax.train.steps import make_recommender_step
-from bbqrec_jax.train.tokenizer_stage import tokenizer_settings, tokenizer_training
+from bbqrec_jax.tokenizer.train import tokenizer_settings, tokenizer_training
+from bbqrec_jax.training.optimizer import make_optimizer
+from bbqrec_jax.training.partitioning import StepFunction, make_partitioner
 
 # Backbone and head of each recommender, by name.
 RECOMMENDERS = {

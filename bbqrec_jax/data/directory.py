@@ -14,7 +14,7 @@ from bbqrec_jax.data.files import check_label, read_lines, require_folder, separ
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, shown
-from bbqrec_jax.input_files import is_given, is_whole
+from bbqrec_jax.utils.files import is_given, is_whole
 
 _ITEM_FILES = ("items.jsonl.gz", "items.jsonl")
 

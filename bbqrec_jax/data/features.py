@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bbqrec_jax.errors import InputError, printable, shown
-from bbqrec_jax.input_files import is_given, is_plain_name, open_array
+from bbqrec_jax.utils.files import is_given, is_plain_name, open_array
 
 # Features [N, D] and presence [N] of some items, each by modality.
 Modalities = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]

@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 from bbqrec_jax.errors import InputError, shown
-from bbqrec_jax.input_files import check_file, local_path
+from bbqrec_jax.utils.files import check_file, local_path
 
 # Bytes of a text file, ten times those of half a billion interactions.
 LARGEST = 2**36

@@ -10,7 +10,7 @@ from bbqrec_jax.data.files import check_label, read_lines
 from bbqrec_jax.data.interactions import Interactions, from_lengths
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, shown
-from bbqrec_jax.input_files import is_whole
+from bbqrec_jax.utils.files import is_whole
 
 
 def read_histories(path: Path, item_ids: ItemIds) -> Interactions:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bbqrec_jax.errors import InputError, shown
-from bbqrec_jax.input_files import is_whole
+from bbqrec_jax.utils.files import is_whole
 
 
 class ItemIds:

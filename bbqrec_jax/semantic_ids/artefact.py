@@ -12,8 +12,8 @@ import numpy as np
 
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, shown
-from bbqrec_jax.input_files import read_archive, read_array
-from bbqrec_jax.json_files import read_json, write_json
+from bbqrec_jax.utils.files import read_archive, read_array
+from bbqrec_jax.utils.json_files import read_json, write_json
 
 # Each with its dtype and shape; the letters are those of `SemanticIds`.
 _ARRAYS = {

@@ -20,7 +20,7 @@ import tpu
 from plan import EXAMPLE, Parser, execute, format_plan
 
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.standard_streams import lasting_streams
+from bbqrec_jax.utils.standard_streams import lasting_streams
 
 
 def make_parser() -> Parser:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.input_files import local_path
+from bbqrec_jax.utils.files import local_path
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Where this folder is in a checkout, and so in a copy of one.

@@ -25,16 +25,16 @@ from serving import (
   serve,
 )
 
-from bbqrec_jax.compilation import keep_compiled
-from bbqrec_jax.host_memory import keep_memory
+from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.host_memory import keep_memory
 
 BOUNDS = (2, 5, 10)  # As configs/tiger.py has them.
 
 
 def quantizer():
   """The residual quantizer in an autoencoder: training steps and tokenization."""
-  from bbqrec_jax.models.encoders import MLP
   from bbqrec_jax.ops.quantize import quantization_error, residual_quantize, straight_through
+  from bbqrec_jax.tokenizer.encoders import MLP
 
   encoder, decoder = MLP(WIDTHS[1:]), MLP(tuple(reversed(WIDTHS[:-1])))
   optimizer = optax.adam(1e-3)
@@ -86,10 +86,10 @@ def recommender(what, sequences):
   "sasrec" knows items by number and has a full softmax.
   """
   from bbqrec_jax.data.interactions import from_lengths
-  from bbqrec_jax.evaluation.ranking import evaluate
-  from bbqrec_jax.models.apply import apply
-  from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
-  from bbqrec_jax.models.recommender import Recommender
+  from bbqrec_jax.layers.apply import apply
+  from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+  from bbqrec_jax.recommender.evaluate import evaluate
+  from bbqrec_jax.recommender.model import Recommender
   from bbqrec_jax.semantic_ids.trie import build_trie
 
   ids = semantic_ids()

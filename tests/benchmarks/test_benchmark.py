@@ -14,7 +14,7 @@ from bbqrec_jax.benchmarks.cases import RECOMMENDERS, all_cases
 from bbqrec_jax.benchmarks.report import chart, comparison, table, utilisation
 from bbqrec_jax.benchmarks.timing import Case, measure
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.json_files import write_json
+from bbqrec_jax.utils.json_files import write_json
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from bbqrec_jax.benchmarks.counting import compulsory_bytes, matmul_flops
-from bbqrec_jax.models.apply import apply
-from bbqrec_jax.models.catalogue import Catalogue, RecommenderSettings, code_columns
-from bbqrec_jax.models.recommender import Recommender
+from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.ops.softmax import cross_entropy, weighted_cross_entropy
+from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.recommender.model import Recommender
 from bbqrec_jax.semantic_ids.trie import build_trie
 
 

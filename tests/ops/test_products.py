@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.models.dense import Dense, DenseGeneral
+from bbqrec_jax.layers.dense import Dense, DenseGeneral
 from bbqrec_jax.ops.products import dense_product, repeat_rows
 
 # Shapes of inputs and kernel, and how many axes are contracted: a layer that widens, one that narrows, heads made, and

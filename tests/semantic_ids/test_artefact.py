@@ -11,8 +11,8 @@ from numpy.testing import assert_array_equal
 
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.utils.json_files import read_json, write_json
 
 ARRAYS = ("codes", "stream_codes", "present", "codebooks")
 

@@ -1,0 +1,1 @@
+"""Stage 2, the semantics-aware sequence model: items, backbones, heads, training, ranking."""

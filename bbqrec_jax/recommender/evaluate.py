@@ -1,0 +1,161 @@
+"""Full-catalogue ranking of held-out items, for both heads and for popularity."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bbqrec_jax.data.interactions import Interactions, Split, select_users
+from bbqrec_jax.data.packing import length_groups
+from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.ops.ranking import MISS, ranking_metrics, ranks_in_list, target_ranks, without
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.model import Recommender
+
+WITHOUT_HISTORY = "_without_history"  # After the name of figures of a ranking that leaves out the user's history.
+_COVERAGE_CUTOFF = 10
+
+
+def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalogue, Any], Any]:
+  """The function that ranks one batch, ready to be compiled by a partitioner.
+
+  Args:
+    model: the recommender.
+    beam_width: of a head that searches; a target outside the beam is a miss at every cutoff.
+
+  Returns:
+    (params, catalogue, batch) -> {"ranks": [B] int32, "top": [B, 10] int32}. Where the batch has `exclude` [B, E] int,
+    these items are out of the ranking (-1 fills); a target among them is a miss.
+  """
+
+  def rank(params: Any, catalogue: Catalogue, batch: Any) -> dict[str, jax.Array]:
+    exclude, past = batch.get("exclude"), model.past(batch)
+    states = apply(model, params, "last_states", catalogue, batch)
+    if not model.exact:
+      beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude, past=past)
+      ranks = ranks_in_list(beam.items, beam.log_probs, batch["targets"])
+      return {"ranks": ranks, "top": beam.items[:, :_COVERAGE_CUTOFF]}
+    return rank_scores(apply(model, params, "scores", catalogue, states, past), batch["targets"], exclude)
+
+  return rank
+
+
+def rank_scores(scores: jax.Array, targets: jax.Array, exclude: jax.Array | None = None) -> dict[str, jax.Array]:
+  """What `make_ranker` gives, from the scores of all items [B, N]; targets [B], exclude [B, E] int, -1 fills."""
+  if exclude is not None:
+    scores = without(scores, exclude)
+  ranks = target_ranks(scores, targets)
+  best, top = jax.lax.top_k(scores, min(_COVERAGE_CUTOFF, scores.shape[1]))
+  if exclude is not None:
+    ranks = jnp.where(jnp.any(exclude == targets[:, None], axis=1), MISS, ranks)
+    top = jnp.where(jnp.isneginf(best), -1, top)
+  return {"ranks": ranks, "top": top}
+
+
+def summarize(ranks: np.ndarray) -> dict[str, float]:
+  """The metrics of ranks [U], each over all users."""
+  metrics = ranking_metrics(jnp.asarray(ranks), jnp.ones(len(ranks), bool))
+  return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+
+
+class Ranking(NamedTuple):
+  """What a model makes of some users.
+
+  Attributes:
+    metrics: Recall@{1,5,10,20}, NDCG@{5,10,20}, MRR, and `coverage@10`, the share of the catalogue in anybody's first
+      ten.
+    ranks: [U] int32 of each user's target, from 0; the largest int32 where a search missed it or it was left out.
+  """
+
+  metrics: dict[str, float]
+  ranks: np.ndarray
+
+
+def evaluate(
+  ranker: Callable[[Any, Any, Any], Any],
+  params: Any,
+  shared: Any,
+  histories: Interactions,
+  targets: np.ndarray,
+  *,
+  batch_size: int,
+  max_length: int,
+  num_items: int,
+  bounds: tuple[int, ...] = (),
+  exclude_history: bool = False,
+) -> Ranking:
+  """Ranks the catalogue for every user.
+
+  Args:
+    ranker: a compiled `make_ranker`.
+    params: the model's parameters.
+    shared: what the ranker is given beside them.
+    histories: the inputs.
+    targets: [U] int, what really came next.
+    batch_size: users at once.
+    max_length: T.
+    num_items: N, for the coverage.
+    bounds: lengths, rising, each below T: users are ranked in groups, padded to the least that holds them.
+    exclude_history: leave what is in a user's whole history out of the user's ranking, as `recommend` does.
+  """
+  ranks, seen = np.zeros(len(targets), np.int32), np.zeros(num_items + 1, bool)
+  for length, users in length_groups(np.minimum(histories.lengths, max_length), bounds, max_length):
+    parts = []
+    some = select_users(histories, users)
+    batches = evaluation_batches(some, targets[users], batch_size=batch_size, max_length=length)
+    for first, batch in zip(range(0, len(users), batch_size), batches, strict=True):
+      valid = batch.pop("valid")
+      if exclude_history:
+        rows = range(first, first + int(valid.sum()))
+        batch["exclude"] = distinct_items(some, rows, num_rows=batch_size, width=int(some.lengths.max()))
+      result = jax.device_get(ranker(params, shared, batch))
+      parts.append(result["ranks"][valid])
+      seen[result["top"][valid]] = True  # -1, a short beam's filling, is the row past the last item.
+    ranks[users] = np.concatenate(parts)
+  return Ranking(summarize(ranks) | {f"coverage@{_COVERAGE_CUTOFF}": float(seen[:num_items].mean())}, ranks)
+
+
+def popularity_metrics(
+  split: Split, targets: np.ndarray, *, num_items: int, histories: Interactions | None = None
+) -> dict[str, float]:
+  """The floor: the same ranking for everybody, by how often an item occurs in training; ties against the target.
+
+  Args:
+    split: counts are those of its training part.
+    targets: [U] int, what really came next.
+    num_items: N.
+    histories: of the same users, each of whose items is left out of the user's own ranking; None leaves out none.
+  """
+  counts = np.bincount(split.train.items, minlength=num_items)
+  ranks = num_items - np.searchsorted(np.sort(counts), counts[targets], side="left") - 1
+  first = np.arange(min(_COVERAGE_CUTOFF, num_items))
+  if histories is not None:
+    users = np.repeat(np.arange(histories.num_users), histories.lengths)
+    users, items = np.divmod(np.unique(users * num_items + histories.items), num_items)
+    before = (counts[items] >= counts[targets[users]]) & (items != targets[users])
+    ranks -= np.bincount(users[before], minlength=len(ranks))
+    ranks[users[items == targets[users]]] = MISS
+    first = _first_left(np.argsort(np.argsort(-counts, kind="stable"))[items], users, num_items=num_items)
+  return summarize(ranks.astype(np.int32)) | {f"coverage@{_COVERAGE_CUTOFF}": len(first) / num_items}
+
+
+def _first_left(places: np.ndarray, users: np.ndarray, *, num_items: int) -> np.ndarray:
+  """Which places of one ranking of N are among the first ten left for anybody, without each user's own `places` [n].
+
+  `users` [n] says whose they are, and rises.
+  """
+  reached = np.zeros(num_items, bool)
+  for own in np.split(places, np.flatnonzero(np.diff(users)) + 1):
+    reached[np.setdiff1d(np.arange(min(_COVERAGE_CUTOFF + len(own), num_items)), own)[:_COVERAGE_CUTOFF]] = True
+  return np.flatnonzero(reached)
+
+
+def sample_users(split: Split, count: int, *, seed: int) -> np.ndarray:
+  """Indices of `count` users, drawn once and sorted; all of them where `count` is 0 or no fewer."""
+  users = split.train.num_users
+  if count == 0 or count >= users:
+    return np.arange(users)
+  return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))

@@ -1,0 +1,116 @@
+"""The hybrid recommender of two towers: one generates semantic IDs, the other has a full softmax."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bbqrec_jax.ops.ranking import without
+from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
+from bbqrec_jax.recommender.model import Recommender, check_parts
+from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
+
+
+def make_recommender(settings: RecommenderSettings) -> Recommender:
+  """The recommender that the settings describe: of one tower, or of two, see `TwoTowers`.
+
+  Raises:
+    InputError: if its head or its backbone cannot be made.
+  """
+  check_parts(settings)
+  return TwoTowers(settings) if settings.dense_width else Recommender(settings)
+
+
+def tower_settings(settings: RecommenderSettings) -> tuple[RecommenderSettings, RecommenderSettings]:
+  """The generative tower is as the settings say, the dense one does without codes and has sizes of its own.
+
+  Where it has no features, either, it is never made to do without items' own vectors.
+  """
+  generative = dataclasses.replace(settings, head="generative", dense_width=0)
+  dense = dataclasses.replace(
+    generative,
+    head="dense",
+    num_columns=0,
+    num_streams=0,
+    width=settings.dense_width,
+    mlp_width=settings.dense_mlp_width,
+    dropout=settings.dense_dropout,
+    item_dropout=settings.item_dropout if settings.feature_width else 0.0,
+  )
+  return generative, dense
+
+
+class TwoTowers(Recommender):
+  """The generative and the dense head, each on item vectors and a backbone of its own (this project's choice).
+
+  Heads of one backbone are in one another's way, and make the same mistakes; towers do neither. The generative one
+  knows items by all that the settings name. The dense one knows them without codes, and its attention without
+  similarities: it is SASRec, with features where the settings name them. Each head's candidates are scored by both.
+
+  Attributes:
+    settings: of both; `head` is "hybrid".
+  """
+
+  def setup(self) -> None:
+    """Makes the towers."""
+    generative, dense = tower_settings(self.settings)
+    self.generative, self.dense = Recommender(generative), Recommender(dense)
+
+  @property
+  def reads_history(self) -> bool:
+    """Whether the heads look at what the history has."""
+    return self.settings.history_offsets
+
+  def loss(
+    self,
+    catalogue: Catalogue,
+    batch: dict[str, jax.Array],
+    *,
+    deterministic: bool,
+    weights: jax.Array | None = None,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum of both towers' losses; see `Recommender.loss`."""
+    total = jnp.asarray(0.0)
+    every: dict[str, jax.Array] = {}
+    for tower in (self.generative, self.dense):
+      loss, terms = tower.loss(catalogue, batch, deterministic=deterministic, weights=weights)
+      total, every = total + loss, every | terms
+    return total, every | {"nll": total}
+
+  def last_states(self, catalogue: Catalogue, batch: dict[str, jax.Array]) -> Any:
+    """The states of the generative and of the dense tower after the whole history."""
+    return self.generative.last_states(catalogue, batch), self.dense.last_states(catalogue, batch)
+
+  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, past: jax.Array | None = None) -> jax.Array:
+    """What the loss counts for given items, with the sign turned: both towers' log-probabilities summed, [B, n]."""
+    towers = zip((self.generative, self.dense), states, strict=True)
+    return sum((tower.log_probs(catalogue, own, items, past) for tower, own in towers), start=jnp.asarray(0.0))
+
+  def search(
+    self,
+    catalogue: Catalogue,
+    states: Any,
+    *,
+    width: int,
+    exclude: jax.Array | None = None,
+    past: jax.Array | None = None,
+  ) -> BeamResult:
+    """The best of the beam's W items and of the W best of the full softmax, by the product of both probabilities.
+
+    By "dense" (`settings.rerank`) the order is that of the full softmax alone. Log-probabilities are among the
+    candidates.
+    """
+    of_generative, of_dense = states
+    beam = self.generative.search(catalogue, of_generative, width=width, exclude=exclude, past=past)
+    scores = jax.nn.log_softmax(self.dense.scores(catalogue, of_dense, past), axis=-1)
+    if exclude is not None:
+      scores = without(scores, exclude)
+    best, ranked = jax.lax.top_k(scores, min(width, scores.shape[1]))
+    twice = jnp.any(ranked[:, :, None] == beam.items[:, None], axis=-1)
+    found = jnp.concatenate([beam.items, jnp.where(twice | jnp.isneginf(best), -1, ranked)], axis=1)
+    total = jnp.take_along_axis(scores, jnp.maximum(found, 0), axis=1)
+    if self.settings.rerank == "both":
+      generated = self.generative.log_probs(catalogue, of_generative, ranked, past)
+      total = total + jnp.concatenate([beam.log_probs, generated], axis=1)
+    return best_candidates(found, total, width=width)

@@ -1,0 +1,1 @@
+"""A run: its workdir, both stages in order, and reading a finished one back."""

@@ -1,0 +1,292 @@
+"""A run from config to results: data, tokenizer, recommender, evaluation, each picked up where it was."""
+
+import contextlib
+import copy
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
+from bbqrec_jax.data.features import feature_widths
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, leave_one_out
+from bbqrec_jax.data.sources import load
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, popularity_metrics
+from bbqrec_jax.recommender.items import (
+  check_compared,
+  check_content,
+  id_length,
+  needs_features,
+  needs_semantic_ids,
+  recommender_settings,
+  trains_tokenizer,
+)
+from bbqrec_jax.recommender.train import check_fingerprint, run_recommender, tokenizer_folder
+from bbqrec_jax.recommender.two_towers import make_recommender
+from bbqrec_jax.runs.workdir import (
+  REMAKE,
+  check_workdir,
+  claimed,
+  format_results,
+  load_results,
+  tokenizer_figure,
+  with_absolute_paths,
+)
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.semantic_ids.repair import check_capacity
+from bbqrec_jax.tokenizer.frozen import RQ_KMEANS
+from bbqrec_jax.tokenizer.kmeans import check_varied
+from bbqrec_jax.tokenizer.losses import check_own_loss
+from bbqrec_jax.tokenizer.train import run_tokenizer, tokenizer_settings
+from bbqrec_jax.training.logging import MetricsLog
+from bbqrec_jax.training.partitioning import Partitioner, make_partitioner
+from bbqrec_jax.utils.files import is_given, local_path
+from bbqrec_jax.utils.json_files import read_json, write_json
+from bbqrec_jax.utils.messages import say
+from bbqrec_jax.validation import validate
+
+
+def read_data(
+  config: ml_collections.ConfigDict, *, for_tokenizer: bool = False
+) -> tuple[Dataset, Split, dict[str, Any]]:
+  """The data a config names, its split, and the figures that say which data it is.
+
+  Args:
+    config: of the run.
+    for_tokenizer: whether a tokenizer is to be trained on it, whatever the recommender reads.
+
+  Raises:
+    InputError: if the data is missing or wrong, has no history to learn from, or lacks features or timestamps that the
+      config reads.
+  """
+  dataset = load(config.data)
+  if dataset.interactions.lengths.max() <= MINIMUM_LENGTH:
+    file = {"directory": "sequences.txt", "recbole": f"{dataset.name}.inter"}.get(config.data.source, "")
+    left = ", without the incomplete items," if config.data.drop_incomplete_items else ""
+    raise InputError(
+      f"{pathlib.Path(dataset.source, file)}: the histories{left} are too short to learn from: none has more than"
+      f" {MINIMUM_LENGTH} items, two of which are to validate and to test on, and nothing follows a single one; give"
+      f" some users {MINIMUM_LENGTH + 1} or more"
+    )
+  if (for_tokenizer or needs_features(config)) and not dataset.modalities:
+    without = "" if for_tokenizer else ", or take --config=configs/sasrec.py, which needs none"
+    raise InputError(
+      f"{dataset.source}: this config reads items' features, found none: give NAME_features.npy of shape [items, width]"
+      f" or a NAME:float_seq column of the .item file (recbole){without}"
+    )
+  if config.recommender.time_buckets and dataset.interactions.times is None:
+    raise InputError(
+      f"{dataset.source}: config field recommender.time_buckets = {config.recommender.time_buckets} needs timestamps,"
+      " found none: give timestamps.txt (directory) or a timestamp:float column (recbole), or set it to 0"
+    )
+  if not config.recommender.time_buckets:
+    dataset = dataclasses.replace(dataset, interactions=dataclasses.replace(dataset.interactions, times=None))
+  split = leave_one_out(dataset.interactions)
+  return dataset, split, statistics(dataset, split)
+
+
+def _check_stages(
+  config: ml_collections.ConfigDict, dataset: Dataset, split: Split, *, num_devices: int, tokenizer_alone: bool
+) -> None:
+  """Refuses, of the stages that are to be trained, what would only come to light hours into the run.
+
+  Raises:
+    InputError: if the items outnumber the semantic IDs, there is nothing to tell them apart by, a loss of one's own is
+      none, or a batch cannot be spread evenly over the devices.
+  """
+  t, r, batches = config.tokenizer, config.recommender, []
+  if tokenizer_alone or trains_tokenizer(config):
+    check_capacity(dataset.num_items, id_length(config, len(dataset.modalities)), t.num_codes)
+    if t.quantizer == RQ_KMEANS:
+      check_varied(dataset)
+    else:
+      check_own_loss(t.own_loss, tokenizer_settings(config, dataset), batch_items=t.batch_items)
+      batches += [("tokenizer.batch_items", t.batch_items, 1), ("tokenizer.batch_rows", t.batch_rows, 1)]
+  if not tokenizer_alone:
+    batches.append(("recommender.batch_rows", r.batch_rows, r.accumulation))
+    batches.append(("evaluation.batch_size", config.evaluation.batch_size, 1))
+  wrong = [
+    f"{name} = {rows} must be a multiple of the {num_devices} devices"
+    + (f" times recommender.accumulation = {parts}" if parts > 1 else "")
+    for name, rows, parts in batches
+    if rows % (num_devices * parts)
+  ]
+  if wrong:
+    raise InputError(f"config field {', '.join(wrong)}; set it so, or use fewer devices (partitioner = 'single')")
+
+
+class _Run(NamedTuple):
+  """What both stages of a run start from; `ids` are those of the artefact that the config names, if it does."""
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  partitioner: Partitioner
+  dataset: Dataset
+  split: Split
+  figures: dict[str, Any]
+  ids: SemanticIds | None
+
+
+@contextlib.contextmanager
+def _begun(
+  config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, tokenizer_alone: bool = False
+) -> Iterator[_Run]:
+  """Checks everything that can be checked before anything is computed, takes the workdir, and shows the data."""
+  validate(config, tokenizer_alone=tokenizer_alone)
+  workdir = local_path(workdir, flag="workdir")
+  config = with_absolute_paths(config)
+  check_workdir(workdir, config)
+  partitioner = make_partitioner(config)
+  dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone)
+  ids = None
+  done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
+  if not done:  # What is done needs none of it any more.
+    _check_stages(config, dataset, split, num_devices=partitioner.num_devices, tokenizer_alone=tokenizer_alone)
+    if config.tokenizer.artefact:
+      ids = load_ids(config, workdir, dataset, figures)
+    if not tokenizer_alone:
+      settings = recommender_settings(
+        config,
+        ids,
+        num_items=dataset.num_items,
+        num_modalities=len(dataset.modalities),
+        feature_width=sum(feature_widths(dataset.features).values()),
+      )
+      make_recommender(settings)
+      if needs_semantic_ids(config):
+        check_compared(config, ids, dataset.present, split.train)
+  with claimed(workdir, config, figures, dataset, done=done):
+    say(format_statistics(figures))
+    yield _Run(config, workdir, partitioner, dataset, split, figures, ids)
+
+
+def _data_hash(figures: dict[str, Any]) -> str:
+  """What semantic IDs are learned from."""
+  return f"{figures['split_hash']} {figures['features_hash']}"
+
+
+def load_ids(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, dataset: Dataset, figures: dict[str, Any]
+) -> SemanticIds:
+  """The semantic IDs of a run on a data set, whose `statistics` are the figures.
+
+  Raises:
+    InputError: if they are not there, are of other data, or lack the content codes that the recommender reads.
+  """
+  folder = tokenizer_folder(config, workdir)
+  ids = SemanticIds.load(folder)
+  ids.check_data(_data_hash(figures), item_ids=dataset.item_ids, where=folder)
+  check_content(config, ids)
+  return ids
+
+
+def _semantic_ids(run: _Run) -> SemanticIds:
+  """The semantic IDs that the run's config names, or those of its own tokenizer, trained if it is not yet."""
+  folder = tokenizer_folder(run.config, run.workdir)
+  if run.config.tokenizer.artefact or SemanticIds.exists(folder):
+    ids = run.ids or load_ids(run.config, run.workdir, run.dataset, run.figures)
+    say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
+    return ids
+  with contextlib.closing(MetricsLog(run.workdir)) as log:
+    return run_tokenizer(
+      run.config,
+      run.dataset,
+      run.split,
+      data_hash=_data_hash(run.figures),
+      workdir=run.workdir,
+      partitioner=run.partitioner,
+      log=log,
+    )
+
+
+def tokenize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+  """Stage 1 alone: trains the tokenizer of a run, or goes on with it. `run` on the same workdir then does the rest.
+
+  Returns:
+    What `tokenizer/health.json` holds.
+
+  Raises:
+    InputError: as `run`.
+  """
+  with _begun(config, workdir, tokenizer_alone=True) as prepared:
+    _semantic_ids(prepared)
+    return read_json(tokenizer_folder(prepared.config, prepared.workdir) / "health.json", mend=REMAKE)
+
+
+def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config with the recommender's defaults, for a tokenizer that several recommenders are to share."""
+  neutral = copy.deepcopy(config)
+  neutral.update_from_flattened_dict(flatten(default_config().recommender, "recommender."))
+  return neutral
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+  """Runs, or goes on with, what `config` describes.
+
+  Args:
+    config: a `default_config` with fields set.
+    workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer/` and `results.json`.
+
+  Returns:
+    What `results.json` holds.
+
+  Raises:
+    InputError: for anything wrong with the config, the data or the workdir, before anything is computed.
+    Interrupted, Diverged, StorageError: as `train.loop.fit`.
+  """
+  with _begun(config, workdir) as prepared:
+    finished = prepared.workdir / "results.json"
+    if is_given(finished):
+      results = load_results(prepared.workdir)
+      say(f"{finished} is there already: this run is done")
+    else:
+      results = _train(prepared)
+      write_json(finished, results)
+    say(format_results(results))
+    return results
+
+
+def _train(run: _Run) -> dict[str, Any]:
+  """Trains what is not trained yet, and evaluates: what `results.json` is to hold."""
+  config, workdir, dataset, split = run.config, run.workdir, run.dataset, run.split
+  ids, seconds, skipped = None, 0.0, 0.0
+  if needs_semantic_ids(config):
+    ids = _semantic_ids(run)
+    check_fingerprint(workdir, ids)
+    if not config.tokenizer.artefact:
+      seconds, skipped = (tokenizer_figure(workdir / "tokenizer", name) for name in ("seconds", "skipped_steps"))
+  with contextlib.closing(MetricsLog(workdir)) as log:
+    metrics, progress = run_recommender(
+      config,
+      ids,
+      split,
+      dataset,
+      workdir=workdir,
+      partitioner=run.partitioner,
+      log=log,
+    )
+  popularity = {
+    "popularity" + suffix: popularity_metrics(
+      split, split.test_target, num_items=dataset.num_items, histories=split.history("test") if suffix else None
+    )
+    for suffix in ("", WITHOUT_HISTORY)
+  }
+  return {
+    "model": f"{config.recommender.head} head",
+    "data": {name: run.figures[name] for name in ("name", "source", "users", "items", "interactions", "split_hash")},
+    **popularity,
+    **metrics,
+    "best_step": progress["best_step"],
+    "steps": progress["step"],
+    "skipped_steps": {"tokenizer": int(skipped), "recommender": progress["skipped"]},
+    "seconds": {
+      "tokenizer": seconds,
+      "recommender": progress["training_seconds"],
+      "evaluation": progress["evaluation_seconds"],
+      "checkpoints": progress["checkpoint_seconds"],
+    },
+  }

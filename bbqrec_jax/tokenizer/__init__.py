@@ -1,0 +1,1 @@
+"""Stage 1, the behaviour-bind tokenizer: encoders, codebooks, losses, training, evaluation."""

@@ -1,0 +1,102 @@
+"""The CLUB bound between the two latents of a modality: its variational network, how that is fitted, and the bound."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.layers.dense import Dense
+from bbqrec_jax.ops.club import club_full, club_sampled, gaussian_log_likelihood
+from bbqrec_jax.ops.reduction import masked_mean
+from bbqrec_jax.tokenizer.encoders import MLP
+from bbqrec_jax.tokenizer.losses import Bound
+from bbqrec_jax.training.partitioning import reduce_shares
+
+
+class ClubCritic(nn.Module):
+  """q(s_m | q_m) = N(mean(q_m), diag exp(log_variance(q_m))), one network a modality.
+
+  Attributes:
+    modalities: their names.
+    width: d of both latents.
+  """
+
+  modalities: tuple[str, ...]
+  width: int
+
+  @nn.compact
+  def __call__(self, quantized: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Modality -> [B, d] gives modality -> (mean, log_variance), each [B, d]; the log-variance is within -1 and 1."""
+    result = {}
+    for name in self.modalities:
+      hidden = MLP((2 * self.width, 2 * self.width), name=f"{name}_hidden")(quantized[name])
+      mean = Dense(self.width, name=f"{name}_mean")(nn.gelu(hidden))
+      log_variance = jnp.tanh(Dense(self.width, name=f"{name}_log_variance")(nn.gelu(hidden)))
+      result[name] = (mean, log_variance)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Disentangling:
+  """How the CLUB bound is fitted and taken.
+
+  Attributes:
+    critic: the network q(s_m | q_m).
+    optimizer: its own.
+    steps: likelihood steps it takes on each batch, before the next one's main step.
+    full: every row of the global batch is a negative; otherwise one drawn row is.
+  """
+
+  critic: ClubCritic
+  optimizer: optax.GradientTransformation
+  steps: int = 5
+  full: bool = True
+
+  def bound(self, params: Any, *, key: jax.Array, axis_name: str | None) -> Bound:
+    """The bound with the network held fixed."""
+
+    def total(quantized, specific, present):
+      predicted = apply(self.critic, jax.lax.stop_gradient(params), "__call__", quantized)
+      value = jnp.asarray(0.0)
+      for index, (name, (mean, log_variance)) in enumerate(sorted(predicted.items())):
+        rows = (mean, log_variance, specific[name], present[name])
+        if self.full:
+          value += club_full(*rows, axis_name=axis_name)
+        else:
+          value += club_sampled(*rows, key=jax.random.fold_in(key, index), axis_name=axis_name)
+      return value
+
+    return total
+
+  def update(
+    self,
+    params: Any,
+    opt_state: optax.OptState,
+    quantized: dict[str, jax.Array],
+    specific: dict[str, jax.Array],
+    present: dict[str, jax.Array],
+    *,
+    axis_name: str | None,
+  ) -> tuple[Any, optax.OptState, jax.Array]:
+    """Likelihood steps on latents that carry no gradient: (params, opt_state, log-likelihood before the last step)."""
+
+    def surprise(params):
+      predicted = apply(self.critic, params, "__call__", quantized)
+      value = jnp.asarray(0.0)
+      for name, (mean, log_variance) in predicted.items():
+        likelihood = gaussian_log_likelihood(mean, log_variance, specific[name])
+        value -= masked_mean(likelihood, present[name], axis_name=axis_name)
+      return value
+
+    def one(carry, _):
+      params, opt_state = carry
+      value, gradients = reduce_shares(jax.value_and_grad(surprise)(params), axis_name)
+      updates, opt_state = self.optimizer.update(gradients, opt_state, params)
+      return (optax.apply_updates(params, updates), opt_state), -value
+
+    (params, opt_state), likelihoods = jax.lax.scan(one, (params, opt_state), None, length=self.steps)
+    return params, opt_state, likelihoods[-1]

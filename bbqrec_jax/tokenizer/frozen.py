@@ -1,0 +1,260 @@
+"""A tokenizer that no longer learns: what quantizes items from arrays that an artefact holds."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.ops.quantize import GRADIENTS, QUANTIZERS, residual_quantize
+from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings, stream_codebooks
+from bbqrec_jax.utils.files import is_plain_name
+
+# Codebooks by k-means of the features themselves, with no gradient training: the cheap baseline.
+RQ_KMEANS = "rq_kmeans"
+
+
+# What the fields of `TokenizerSettings` that name something may be.
+CHOICES: dict[str, tuple[str, ...]] = {
+  "quantizer": (*QUANTIZERS, RQ_KMEANS),
+  "codebooks": ("shared", "per_stream", "single"),
+  "gradient": tuple(GRADIENTS),
+  "item_id": ("added", "stream", "none"),
+  "semantic_id": ("fused", "concatenated", "item_id"),
+}
+
+_MEND = "train the tokenizer again"
+
+# More layers than anyone trains, and few enough to be built before it shows that they do not fit.
+_MOST_LAYERS = 100
+
+
+def settings_from_json(values: Mapping[str, Any]) -> TokenizerSettings:
+  """`TokenizerSettings` from the fields that an artefact holds; others are passed over.
+
+  Raises:
+    InputError: if a field is missing, or its value is none that it can have.
+  """
+  fields: dict[str, Any] = {}
+  for field in dataclasses.fields(TokenizerSettings):
+    if field.name in values:
+      fields[field.name] = value = _tuples(values[field.name])
+      if not _fits(field, value):
+        raise InputError(f"tokenizer setting {field.name}: expected another value than {shown(repr(value))}; {_MEND}")
+    elif field.default is dataclasses.MISSING:
+      raise InputError(f"tokenizer setting {field.name} is missing; {_MEND}")
+  return TokenizerSettings(**fields)
+
+
+def _fits(field: dataclasses.Field, value: Any) -> bool:
+  """Whether a field of the settings can have a value."""
+  if field.name == "modalities":
+    pairs = isinstance(value, tuple) and all(isinstance(one, tuple) and len(one) == 2 for one in value)
+    named = pairs and all(isinstance(name, str) and is_plain_name(name) and _is_size(width) for name, width in value)
+    return named and 0 < len(value) == len({name for name, _ in value})
+  if field.name == "hidden":
+    return isinstance(value, tuple) and all(map(_is_size, value)) and 0 < len(value) <= _MOST_LAYERS
+  if field.name in CHOICES:
+    return value in CHOICES[field.name]
+  if field.name in ("num_items", "code_width", "num_levels", "num_codes"):
+    return _is_size(value)
+  default = 0 if field.default is dataclasses.MISSING else field.default
+  if isinstance(default, bool):
+    return isinstance(value, bool)
+  return type(value) in (int, type(default)) and 0 <= value < 2**31
+
+
+def _is_size(value: Any) -> bool:
+  return type(value) is int and 0 < value < 2**31
+
+
+def _tuples(value: Any) -> Any:
+  """A JSON value with tuples for its lists and for the lists in it."""
+  return tuple(tuple(one) if isinstance(one, list) else one for one in value) if isinstance(value, list) else value
+
+
+def check_arrays(settings: TokenizerSettings, encoder: Mapping[str, np.ndarray], codebooks: np.ndarray) -> None:
+  """Makes sure that `FrozenTokenizer` finds what it needs: an artefact may come from anywhere.
+
+  Raises:
+    InputError: if an array of the encoder is missing or not needed, has another shape, or is not of finite float32
+      numbers (and more than 0, where it is a deviation), or the codebooks have another shape than the settings say.
+  """
+  sets = len(settings.streams) if settings.codebooks == "per_stream" else 1
+  width = settings.code_width
+  if settings.quantizer == RQ_KMEANS:
+    width = sum(width for _, width in settings.modalities)
+  expected: dict[str, tuple[int, ...]] = {"codebooks": (sets, settings.num_levels, settings.num_codes, width)}
+  expected |= {f"{part}/{name}": (width,) for name, width in settings.modalities for part in ("mean", "deviation")}
+  if settings.quantizer != RQ_KMEANS:
+    expected |= {f"params/{name}": shape for name, shape in _parameter_shapes(settings).items()}
+    expected |= {"item_id": (width,)} if settings.item_id != "none" else {}
+  arrays = {"codebooks": codebooks, **encoder}
+  for name in sorted(expected.keys() ^ arrays.keys()):
+    what = "is missing" if name in expected else "is not needed by its settings"
+    raise InputError(f"the tokenizer's array {name!r} {what}: its files do not fit one another; {_MEND}")
+  for name, array in arrays.items():
+    least = np.finfo(np.float32).tiny if name.startswith("deviation/") else -np.inf
+    if array.shape != expected[name] or array.dtype != np.float32 or not np.all(np.isfinite(array) & (array >= least)):
+      raise InputError(
+        f"the tokenizer's array {name!r}: expected finite float32 {list(expected[name])}, got {array.dtype}"
+        f" {list(array.shape)}, or numbers that it cannot have; {_MEND}"
+      )
+
+
+def _parameter_shapes(settings: TokenizerSettings) -> dict[str, tuple[int, ...]]:
+  """Shapes of the parameters that quantize items, by name; nothing is allocated."""
+  model = Tokenizer(settings)
+  features = {name: jax.ShapeDtypeStruct((1, width), jnp.float32) for name, width in settings.modalities}
+  present = dict.fromkeys(settings.names, jax.ShapeDtypeStruct((1,), bool))
+  item_id = jax.ShapeDtypeStruct((1, settings.code_width), jnp.float32) if settings.item_id != "none" else None
+  init = functools.partial(model.init, method="fuse")
+  params = jax.eval_shape(init, jax.random.key(0), item_id, features, present)["params"]
+  return {name: leaf.shape for name, leaf in _needed(params).items()}
+
+
+def _needed(params: Any) -> dict[str, Any]:
+  """What of the parameters quantizes items, by name, but for the ID vectors."""
+  needed = {name: value for name, value in params.items() if name.startswith("behaviour_encoders_")}
+  return flax.traverse_util.flatten_dict(needed, sep="/")
+
+
+def frozen_parameters(settings: TokenizerSettings, params: Any) -> dict[str, np.ndarray]:
+  """What of the parameters quantizes items, by name; of the ID vectors the mean, which stands for an unseen item's."""
+  arrays = {f"params/{name}": np.asarray(value) for name, value in _needed(params).items()}
+  if settings.item_id != "none":
+    arrays["item_id"] = np.asarray(params["item_embedding"]["embedding"]).mean(axis=0)
+  return arrays
+
+
+def content_latents(
+  features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Features themselves as latents: each modality in columns of its own, and the fused stream as all of them.
+
+  Args:
+    features: modality -> [B, D] standardised; divided by the root of D here, so that modalities weigh alike.
+    present: modality -> [B] bool.
+
+  Returns:
+    values [S, B, sum of D] float32 and present [S, B], of each modality and of "fused"; where an item lacks a modality,
+    its fused latent stands in.
+  """
+  names = list(features)
+  parts = [np.where(present[name][:, None], features[name], 0) / np.sqrt(features[name].shape[1]) for name in names]
+  columns = np.cumsum([0] + [part.shape[1] for part in parts])
+  fused = np.concatenate(parts, axis=1).astype(np.float32)
+  values = np.zeros((len(names) + 1, *fused.shape), np.float32)
+  masks = np.ones((len(names) + 1, len(fused)), bool)
+  for index, name in enumerate(names):
+    mine = slice(columns[index], columns[index + 1])
+    values[index, :, mine] = fused[:, mine]
+    masks[index] = present[name]
+  values[-1] = fused
+  return np.where(masks[..., None], values, fused[None]), masks
+
+
+class FrozenTokenizer:
+  """Latents and codes of items, known or not, from settings and arrays alone."""
+
+  def __init__(self, settings: TokenizerSettings, encoder: Mapping[str, np.ndarray], codebooks: np.ndarray):
+    """Takes what an artefact holds: see `semantic_ids.artefact.SemanticIds`."""
+    self.settings = settings
+    self._item_id = encoder.get("item_id")
+    shape = codebooks[:, :1] if settings.codebooks == "single" else codebooks
+    flat = {name.removeprefix("params/"): value for name, value in encoder.items() if name.startswith("params/")}
+    self._params = flax.traverse_util.unflatten_dict(flat, sep="/") | {"codebooks": shape}
+    if settings.quantizer == RQ_KMEANS:
+      self._content = jax.jit(jax.vmap(lambda rows, books: residual_quantize(rows, books).codes))
+      return
+    model = Tokenizer(dataclasses.replace(settings, learn_temperature=False))
+
+    def encode(params, item_id, features, present):
+      latents = apply(model, params, "fuse", item_id, features, present)
+      return latents.values, latents.present, apply(model, params, "quantize", latents.values).codes
+
+    self._encode = jax.jit(encode)
+
+  def __call__(
+    self, features: dict[str, np.ndarray], present: dict[str, np.ndarray], item_id: np.ndarray | None = None
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantizes a block of items.
+
+    Args:
+      features: modality -> [B, D] standardised.
+      present: modality -> [B] bool.
+      item_id: [B, d] ID vectors; None takes the mean of those that were learned.
+
+    Returns:
+      latents [S, B, d], present [S, B], codes [S, B, L].
+    """
+    if self.settings.quantizer == RQ_KMEANS:
+      values, masks = content_latents(features, present)
+      return values, masks, np.asarray(self._content(values, self._params["codebooks"]))
+    rows = len(next(iter(present.values())))
+    if item_id is None and self._item_id is not None:
+      item_id = np.broadcast_to(self._item_id, (rows, len(self._item_id)))
+    latents, masks, codes = jax.device_get(self._encode(self._params, item_id, features, present))
+    return latents, masks, codes
+
+
+def id_space(
+  settings: TokenizerSettings, latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The codes that make up semantic IDs, and latents and codebooks that they are a residual quantization of.
+
+  IDs of several streams, one after the other, are one quantization in the product of their spaces: each stream's
+  codewords are zero in the others' columns.
+
+  Args:
+    settings: of the tokenizer.
+    latents: [S, N, d].
+    codes: [S, N, L].
+    codebooks: [G, L, K, d].
+
+  Returns:
+    codes [N, P L], latents [N, P d] and codebooks [P L, K, P d], for the P streams that make the ID.
+  """
+  chosen = [settings.streams.index(name) for name in settings.id_streams]
+  if len(chosen) == 1:
+    index = chosen[0]
+    return codes[index], latents[index], codebooks[index % len(codebooks)]
+  _, levels, num_codes, width = codebooks.shape
+  product = np.zeros((len(chosen), levels, num_codes, len(chosen), width), np.float32)
+  for place, index in enumerate(chosen):
+    product[place, :, :, place] = codebooks[index % len(codebooks)]
+  return (
+    np.concatenate([codes[index] for index in chosen], axis=1),
+    np.concatenate([latents[index] for index in chosen], axis=1),
+    product.reshape(len(chosen) * levels, num_codes, -1),
+  )
+
+
+def encode_blocks(
+  encode: Callable[[np.ndarray], Sequence[Any]], num_items: int, *, block: int
+) -> tuple[np.ndarray, ...]:
+  """Runs `encode` (items [B] -> arrays [S, B, ...]) over all items in blocks of one shape, and joins the results."""
+  block = min(block, num_items)
+  whole: list[np.ndarray] = []
+  for first in range(0, num_items, block):
+    # The last block reaches back, so that every block has one shape and is compiled once.
+    items = np.arange(block) + min(first, num_items - block)
+    results = jax.device_get(encode(items))
+    if not whole:
+      whole = [np.empty((part.shape[0], num_items, *part.shape[2:]), part.dtype) for part in results]
+    for array, part in zip(whole, results, strict=True):
+      array[:, items] = part
+  return tuple(whole)
+
+
+def artefact_codebooks(settings: TokenizerSettings, codebooks: np.ndarray) -> np.ndarray:
+  """Codebooks of all levels, [G, L', K, d] -> [G, L, K, d]."""
+  if settings.codebooks == "per_stream":
+    return np.asarray(codebooks)
+  return np.asarray(stream_codebooks(settings, jnp.asarray(codebooks)))[:1]

@@ -1,0 +1,360 @@
+"""Stage 1 from data to semantic IDs."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.feature_store import FeatureStore
+from bbqrec_jax.data.features import feature_widths
+from bbqrec_jax.data.interactions import Interactions, Split
+from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.data.pipeline import CatalogueSample, PackedHistories, tokenizer_batches
+from bbqrec_jax.ops.kmeans import residual_kmeans
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.semantic_ids.health import codebook_health, format_health
+from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
+from bbqrec_jax.tokenizer.club import ClubCritic, Disentangling
+from bbqrec_jax.tokenizer.evaluate import CatalogueEncoder, ContrastRecall, Inspection, tokenizer_health
+from bbqrec_jax.tokenizer.frozen import (
+  RQ_KMEANS,
+  FrozenTokenizer,
+  artefact_codebooks,
+  encode_blocks,
+  frozen_parameters,
+  id_space,
+)
+from bbqrec_jax.tokenizer.kmeans import content_codes, kmeans_codebooks, kmeans_settings
+from bbqrec_jax.tokenizer.losses import LossWeights, find_own_loss
+from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
+from bbqrec_jax.training.logging import MetricsLog
+from bbqrec_jax.training.loop import Plan, fit
+from bbqrec_jax.training.monitor import Safeguards
+from bbqrec_jax.training.optimizer import make_optimizer
+from bbqrec_jax.training.partitioning import Partitioner, StepFunction
+from bbqrec_jax.training.state import CodebookUse, TrainState
+from bbqrec_jax.utils import processes
+from bbqrec_jax.utils.json_files import write_json
+from bbqrec_jax.utils.messages import say
+
+
+def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
+  """The shapes and choices that a config and a data set give."""
+  t = config.tokenizer
+  if t.quantizer == RQ_KMEANS:
+    return kmeans_settings(config, dataset, semantic_id=t.semantic_id)
+  return TokenizerSettings(
+    tuple(feature_widths(dataset.features).items()),
+    num_items=dataset.num_items,
+    num_levels=t.num_levels,
+    num_codes=t.num_codes,
+    code_width=t.code_width,
+    hidden=tuple(t.hidden),
+    item_id=t.item_id,
+    semantic_id=t.semantic_id,
+    codebooks=t.codebooks,
+    quantizer=t.quantizer,
+    gradient=t.gradient,
+    balanced_last=t.balanced_last,
+    moving_average=t.codebook_update == "moving_average",
+    learn_temperature=t.learn_temperature,
+    temperature=t.temperature,
+    specific_dropout=t.specific_dropout,
+    level_dropout=t.level_dropout,
+    commitment=t.commitment,
+    normalize=t.normalize,
+    history_layers=t.history_layers,
+    history_heads=t.history_heads,
+    max_length=t.max_length,
+    dropout=t.dropout,
+  )
+
+
+def fit_codebooks(
+  settings: TokenizerSettings, latents: np.ndarray, present: np.ndarray, *, iterations: int, points: int, seed: int
+) -> np.ndarray:
+  """Residual k-means over the present latents of the streams that each codebook serves.
+
+  Args:
+    settings: of the tokenizer.
+    latents: [S, N, d].
+    present: [S, N] bool.
+    iterations: of Lloyd's algorithm at each level.
+    points: latents that the seeds are drawn from; the iterations see all of them.
+    seed: of the draw and of the seeding.
+
+  Returns:
+    [G, L', K, d] float32 (see `TokenizerSettings.codebook_shape`).
+  """
+  sets, levels, num_codes, width = settings.codebook_shape
+  rows, here = latents.reshape(sets, -1, width), present.reshape(sets, -1)
+
+  def fitted(number, *, num_levels, num_codes):
+    return residual_kmeans(
+      seed, rows[number], num_levels=num_levels, num_codes=num_codes, weights=here[number].astype(np.float32),
+      iterations=iterations, sample=points,
+    )  # fmt: skip
+
+  if settings.codebooks != "single":
+    return np.stack([fitted(number, num_levels=levels, num_codes=num_codes) for number in range(sets)])
+  # One codebook for all levels: it needs codewords of each level's scale.
+  parts = np.array_split(np.arange(num_codes), min(settings.num_levels, num_codes))
+  scales = fitted(0, num_levels=len(parts), num_codes=len(parts[0]))
+  return np.concatenate([scale[: len(part)] for scale, part in zip(scales, parts, strict=True)])[None, None]
+
+
+def build_semantic_ids(
+  config: Any,
+  settings: TokenizerSettings,
+  latents: np.ndarray,
+  present: np.ndarray,
+  codes: np.ndarray,
+  codebooks: np.ndarray,
+  encoder: dict[str, np.ndarray],
+  *,
+  data_hash: str,
+  item_ids: ItemIds,
+) -> tuple[SemanticIds, np.ndarray]:
+  """Repairs collisions: (the artefact, the IDs before repair [N, P L])."""
+  raw, id_latents, id_codebooks = id_space(settings, latents, codes, codebooks)
+  if config.tokenizer.repair == "suffix":
+    repaired = suffix_collisions(raw, num_codes=settings.num_codes)
+  else:
+    repaired = reassign_collisions(raw, id_latents, id_codebooks)
+  ids = SemanticIds(
+    streams=settings.streams,
+    codes=repaired,
+    stream_codes=codes,
+    present=present,
+    codebooks=codebooks,
+    data_hash=data_hash,
+    item_ids=item_ids,
+    settings=dataclasses.asdict(settings) | {"repair": config.tokenizer.repair},
+    encoder=encoder,
+  )
+  return ids, raw
+
+
+def _finish(ids: SemanticIds, raw: np.ndarray, health: dict[str, Any], folder: pathlib.Path) -> SemanticIds:
+  """Completes the health report with what repair did, writes it and the artefact, and reads that in every process."""
+  repaired = codebook_health(raw, ids.codes[:, : raw.shape[1]], num_codes=ids.num_codes)
+  health |= {
+    "collision_rate_after": codebook_health(ids.codes, ids.codes, num_codes=ids.num_codes)["collision_rate_before"]
+  }
+  health["moved"] = repaired["moved"] if ids.codes.shape == raw.shape else int(np.sum(ids.codes[:, -1] > 0))
+  write_json(folder / "health.json", health)
+  say(format_health(health))
+  if processes.is_first():
+    ids.save(folder)
+  processes.wait_for_all("the semantic IDs are written")
+  # Not each its own: where hosts differ, so may the last digit, and with it a code.
+  return SemanticIds.load(folder)
+
+
+def run_kmeans_tokenizer(
+  config: Any, dataset: Dataset, split: Split, *, data_hash: str, workdir: pathlib.Path
+) -> SemanticIds:
+  """Semantic IDs by residual k-means of the standardised features, one codebook a stream: no gradient, no behaviour.
+
+  Returns:
+    As `run_tokenizer`.
+  """
+  start = time.monotonic()
+  settings, store = tokenizer_settings(config, dataset), dataset.store
+  codebooks, encoder = kmeans_codebooks(config, settings, store), store.arrays()
+  frozen = FrozenTokenizer(settings, encoder, codebooks)
+  latents, present, codes = encode_blocks(lambda items: frozen(*store.rows(items)), dataset.num_items, block=2048)
+  ids, raw = build_semantic_ids(
+    config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
+  )
+  health = tokenizer_health(settings, raw, split)
+  health |= {"reconstruction": {}, "reconstruction_from_codes": {}, "contrast_recall@10": None}
+  fused = ids.vectors("fused")
+  columns = np.cumsum([0] + [width for _, width in settings.modalities])
+  for index, name in enumerate(settings.names):
+    here, mine = present[index], slice(columns[index], columns[index + 1])
+    for key, vectors in (("reconstruction", ids.vectors(name)), ("reconstruction_from_codes", fused)):
+      error = np.square(vectors[here, mine] - latents[index][here, mine])
+      health[key][name] = float(error.sum(axis=1).mean())  # The latents are already divided by the root of the width.
+  health |= {"seconds": time.monotonic() - start, "skipped_steps": 0}
+  return _finish(ids, raw, health, workdir / "tokenizer")
+
+
+class Training(NamedTuple):
+  """What trains a tokenizer.
+
+  Attributes:
+    model: the tokenizer.
+    initial_state: makes the state before the first step.
+    step: see `make_tokenizer_step`.
+    batches: the input pipeline.
+    shared: makes what every step is given beside them: the features of all items where devices are to hold them,
+      otherwise None.
+  """
+
+  model: Tokenizer
+  initial_state: Callable[[], TrainState]
+  step: StepFunction
+  batches: grain.IterDataset
+  shared: Callable[[], Any]
+
+
+def tokenizer_training(
+  config: Any, settings: TokenizerSettings, histories: Interactions, store: FeatureStore
+) -> Training:
+  """Everything that training needs, as `config` describes it.
+
+  Args:
+    config: of the run.
+    settings: what `tokenizer_settings` gives.
+    histories: the training histories.
+    store: the features of all items.
+  """
+  t = config.tokenizer
+  model = Tokenizer(settings)
+  process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+  rows = PackedHistories(
+    histories,
+    batch_rows=t.batch_rows,
+    max_length=t.max_length,
+    row_length=t.row_length,
+    whole=True,
+    seed=config.seed,
+    **process,
+  )
+  sample = CatalogueSample(settings.num_items, t.batch_items, config.seed)
+  held = store.nbytes <= t.device_features * 2**20
+  batches = tokenizer_batches(rows, None if held else store, sample, **process)
+  optimizer = make_optimizer(t.optimizer, total_steps=t.steps)
+  disentangling = None
+  if t.weights.disentangle:
+    critic = ClubCritic(settings.names, t.code_width)
+    disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps, t.club.bound == "full")
+
+  def initial_state() -> TrainState:
+    items = np.arange(1)
+    example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
+    params = model.init(jax.random.key(config.seed), example)["params"]
+    use = CodebookUse.create(params["codebooks"], moving_average=settings.moving_average)
+    state = TrainState.create(params, optimizer, seed=config.seed, codes=use)
+    if disentangling is None:
+      return state
+    zeros = {name: jnp.zeros((1, t.code_width)) for name in settings.names}
+    params = disentangling.critic.init(jax.random.key(config.seed), zeros)["params"]
+    return state.replace(  # type: ignore[attr-defined]
+      critic=params, critic_opt_state=disentangling.optimizer.init(params)
+    )
+
+  step = make_tokenizer_step(
+    model,
+    optimizer,
+    weights=LossWeights(**t.weights),
+    warmup_steps=t.warmup_steps,
+    upkeep=CodebookUpkeep(settings, t.revival_threshold, codeword_decay=t.codeword_decay),
+    disentangling=disentangling,
+    own_loss=find_own_loss(t.own_loss),
+  )
+  return Training(model, initial_state, step, batches, store.table if held else lambda: None)
+
+
+def run_tokenizer(
+  config: Any,
+  dataset: Dataset,
+  split: Split,
+  *,
+  data_hash: str,
+  workdir: pathlib.Path,
+  partitioner: Partitioner,
+  log: MetricsLog,
+) -> SemanticIds:
+  """Trains the tokenizer (or goes on with it), quantizes the catalogue, repairs collisions, writes the artefact.
+
+  Returns:
+    The semantic IDs, also in `workdir/tokenizer`, with the health report in `health.json`.
+  """
+  t, folder = config.tokenizer, workdir / "tokenizer"
+  settings = tokenizer_settings(config, dataset)
+  if settings.quantizer == RQ_KMEANS:
+    return run_kmeans_tokenizer(config, dataset, split, data_hash=data_hash, workdir=workdir)
+  store = dataset.store
+  model, initial_state, step, batches, shared = tokenizer_training(config, settings, split.train, store)
+  encode = CatalogueEncoder(model, store, partitioner=partitioner)
+  contrast_recall = ContrastRecall(model, split, partitioner=partitioner)
+  inspect = Inspection(model, store, seed=config.seed, partitioner=partitioner)
+
+  def before_step(step: int, state: TrainState) -> TrainState:
+    if step != t.warmup_steps:
+      return state
+    latents, present, _ = encode(state.params)
+    codebooks = fit_codebooks(
+      settings, latents, present, iterations=t.kmeans_iterations, points=t.kmeans_points, seed=config.seed
+    )
+    codebooks = processes.of_the_first(codebooks)
+    use = CodebookUse.create(jnp.asarray(codebooks), moving_average=settings.moving_average)
+    params = state.params | {"codebooks": partitioner.place(codebooks)}
+    return state.replace(params=params, codes=partitioner.place(use))  # type: ignore[attr-defined]
+
+  def examine(state: TrainState) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
+    """The health report of a state, and the catalogue's latents, present and codes."""
+    encoded = encode(state.params)
+    latents, _, codes = encoded
+    codebooks = artefact_codebooks(settings, partitioner.fetch(state.params["codebooks"]))
+    raw, _, _ = id_space(settings, latents, codes, codebooks)
+    health = tokenizer_health(settings, raw, split) | inspect(state.params)
+    # Without the contrast nothing has taught the history's states where to point.
+    health["contrast_recall@10"] = contrast_recall(state.params, latents, codes[-1]) if t.weights.contrast else None
+    return health, encoded
+
+  def evaluate(state: TrainState) -> dict[str, float]:
+    health, _ = examine(state)
+    write_json(folder / "health.json", health)
+    values = {"collision_rate": health["collision_rate_before"]}
+    if t.weights.contrast:
+      values["contrast_recall@10"] = health["contrast_recall@10"]
+    for name in ("usage", "perplexity"):
+      values |= {f"{name}_level_{level + 1}": value for level, value in enumerate(health[name])}
+    for name in ("cohesion", "reconstruction", "reconstruction_from_codes", "specific_r2"):
+      values |= {f"{name}_{part}": value for part, value in health[name].items()}
+    return values
+
+  plan = Plan(
+    name="tokenizer",
+    steps=t.steps,
+    log_every=config.log_every,
+    evaluate_every=t.evaluate_every,
+    evaluate=evaluate,
+    before_step=before_step,
+    item_ids=dataset.item_ids,
+    safeguards=Safeguards.of(config),
+  )
+  state, progress = fit(
+    plan,
+    partitioner.create(initial_state),
+    partitioner.place(shared()),
+    step,
+    batches,
+    partitioner=partitioner,
+    directory=workdir / "checkpoints" / "tokenizer",
+    log=log,
+  )
+  health, (latents, present, codes) = examine(state)
+  params = partitioner.fetch(state.params)
+  codebooks = artefact_codebooks(settings, params["codebooks"])
+  encoder = frozen_parameters(settings, params) | store.arrays()
+  ids, raw = build_semantic_ids(
+    config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
+  )
+  if t.content_codes:
+    ids = dataclasses.replace(ids, content=content_codes(config, dataset, data_hash=data_hash))
+  health["seconds"] = sum(progress[f"{kind}_seconds"] for kind in ("training", "evaluation", "checkpoint"))
+  health["skipped_steps"] = progress["skipped"]
+  return _finish(ids, raw, health, folder)

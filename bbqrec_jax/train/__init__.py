@@ -1,1 +1,0 @@
-"""Training: pure steps, the partitioner seam, the loop, checkpoints and logs."""

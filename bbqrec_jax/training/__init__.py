@@ -1,0 +1,1 @@
+"""What both stages are trained with: devices, loop, optimiser, checkpoints, logs."""

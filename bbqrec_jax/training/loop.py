@@ -1,0 +1,198 @@
+"""The training loop that both stages share."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grain
+
+from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.training.checkpointing import Checkpointer, restore_state
+from bbqrec_jax.training.logging import MetricsLog, Progress
+from bbqrec_jax.training.monitor import Safeguards, Watch, items_of, require_finite
+from bbqrec_jax.training.partitioning import Partitioner, StepFunction
+from bbqrec_jax.training.state import TrainState
+from bbqrec_jax.training.step import skip_nonfinite
+from bbqrec_jax.utils import processes
+from bbqrec_jax.utils.messages import say
+from bbqrec_jax.utils.signals import Interrupted, heard_at_once, noted
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a stage does when.
+
+  Attributes:
+    name: of the stage.
+    steps: how many there are.
+    log_every: steps between training metrics; they are looked at before each evaluation too.
+    evaluate_every: steps between evaluations, each followed by a checkpoint.
+    evaluate: state -> metrics.
+    select: the metric whose highest value is the best model; None takes the last state.
+    patience: evaluations without a better one after which training stops.
+    before_step: (step, state) -> state, run before that step; for what happens once, on the host.
+    item_ids: what messages call the items of a batch; their rows, if it is None.
+    safeguards: against what may befall the run.
+  """
+
+  name: str
+  steps: int
+  log_every: int
+  evaluate_every: int
+  evaluate: Callable[[TrainState], dict[str, float]]
+  select: str | None = None
+  patience: int = 0
+  before_step: Callable[[int, TrainState], TrainState] = lambda step, state: state
+  item_ids: ItemIds | None = None
+  safeguards: Safeguards = dataclasses.field(default_factory=Safeguards)
+
+  def due(self, step: int) -> bool:
+    """Whether an evaluation follows this step."""
+    return step % self.evaluate_every == 0 or step >= self.steps
+
+
+def fit(
+  plan: Plan,
+  state: TrainState,
+  shared: Any,
+  step_function: StepFunction,
+  batches: grain.IterDataset,
+  *,
+  partitioner: Partitioner,
+  directory: pathlib.Path,
+  log: MetricsLog,
+) -> tuple[TrainState, dict[str, Any]]:
+  """Trains from the last checkpoint in `directory`, or from `state`, to the end of the plan.
+
+  The order of a turn is: step, training metrics, evaluation, checkpoint. A checkpoint so holds all that came of its
+  step, and the run goes on from it with the next batch as if it had never stopped.
+
+  A signal stops the run after the step that is underway. What happens between steps, `before_step` and `evaluate`, is
+  given up at once and done again by the run that goes on.
+
+  Args:
+    plan: the stage.
+    state: the first state, placed by the partitioner.
+    shared: data that every step is given, likewise.
+    step_function: see `parallel`.
+    batches: the input pipeline.
+    partitioner: how steps meet devices.
+    directory: for checkpoints.
+    log: for metrics.
+
+  Returns:
+    The best state by `plan.select` (or the last), and the progress record: `step`, `evaluated_step`, `best_step`,
+    `best`, `worse`, `finished`, what `Watch` remembers (`skipped` steps among it), `training_seconds`,
+    `evaluation_seconds` and `checkpoint_seconds` (the loop waited so long for them), all over every start of the run.
+
+  Raises:
+    Interrupted: after a signal, once a checkpoint is written.
+    Diverged: if a training metric is not finite (see `Safeguards`), or a state that was to be saved is not.
+    StorageError: if a checkpoint could not be written.
+    InputError: if the best checkpoint was damaged meanwhile.
+  """
+  with noted() as caught, contextlib.ExitStack() as stack:
+    data = iter(batches)
+    stack.callback(data.close)
+    checkpointer = Checkpointer(directory, keep=plan.safeguards.keep_checkpoints, strict=not partitioner.fills_rows)
+    stack.callback(checkpointer.close)
+    progress: dict[str, Any] = {
+      "step": 0, "evaluated_step": 0, "best_step": -1, "best": -math.inf, "worse": 0, "finished": False,
+      "training_seconds": 0.0, "evaluation_seconds": 0.0, "checkpoint_seconds": 0.0, **Watch.fresh(),
+    }  # fmt: skip
+    restored = checkpointer.restore_latest(partitioner.to_checkpoint(state), data)
+    if restored is not None:
+      state, progress = partitioner.from_checkpoint(restored[0], state), restored[1]
+      if not progress["finished"]:
+        say(f"{plan.name}: going on from step {progress['step']}")
+    log.resume(plan.name, progress["step"], evaluated_step=progress["evaluated_step"])
+    if plan.safeguards.on_nonfinite == "skip":
+      step_function = skip_nonfinite(step_function)
+    step = partitioner.compile_step(step_function)
+    watch = Watch(plan.name, plan.safeguards, log, plan.item_ids)
+    recent: list[Any] = []  # Metrics of the steps since they were last looked at, and what their batches held.
+    bar = Progress(plan.name, total=plan.steps, done=progress["step"])
+    stack.callback(bar.close)
+    clock = time.monotonic()
+
+    def spent(kind: str) -> None:
+      """Counts the seconds since the last call."""
+      nonlocal clock
+      before, clock = clock, time.monotonic()
+      progress[f"{kind}_seconds"] += clock - before
+
+    def look(*, logging: bool) -> None:
+      """Judges the recent steps. Done before every checkpoint: none is ever written of a state that has diverged."""
+      memory, latest = watch.look(progress["step"], recent, progress)
+      progress.update(memory)
+      recent.clear()
+      if logging and latest is not None:
+        number, values = latest
+        log.write(plan.name, "train", number, values)
+        bar.report({"loss": values["loss"]})
+
+    def save() -> None:
+      require_finite(plan.name, progress["step"], state)
+      checkpointer.save(progress["step"], partitioner.to_checkpoint(state), data, progress)
+
+    while not progress["finished"] and not caught:
+      try:
+        # A run that was stopped amid an evaluation goes on with it.
+        if not plan.due(progress["step"]) or progress["evaluated_step"] == progress["step"]:
+          with heard_at_once():
+            state = plan.before_step(progress["step"], state)
+          batch = next(data)
+          state, metrics = step(state, shared, batch)
+          progress["step"] += 1
+          recent.append((metrics, items_of(batch)))
+          bar.advance()
+          if processes.told_to_stop():
+            caught.append(signal.SIGTERM)
+          if progress["step"] % plan.log_every == 0 or plan.due(progress["step"]):
+            look(logging=True)
+        if plan.due(progress["step"]):
+          spent("training")
+          with heard_at_once():
+            values = plan.evaluate(state)
+          spent("evaluation")
+          log.write(plan.name, "validation", progress["step"], values)
+          progress |= _judge(plan, progress, values)
+          save()
+          spent("checkpoint")
+      except Interrupted as stop:
+        caught.append(stop.signum)
+    if caught:
+      if recent:
+        look(logging=False)
+      spent("training")
+      if progress["step"]:
+        save()
+      checkpointer.wait()
+      raise Interrupted(caught[0])
+    checkpointer.wait()
+    spent("checkpoint")
+    if plan.select is not None:
+      # Read back even if it is the last: a run is done when what others will restore is there.
+      like = partitioner.to_checkpoint(state)
+      best = restore_state(directory, progress["best_step"], like, strict=not partitioner.fills_rows)
+      state = partitioner.from_checkpoint(best, state)
+  return state, progress
+
+
+def _judge(plan: Plan, progress: dict[str, Any], values: dict[str, float]) -> dict[str, Any]:
+  """What an evaluation changes in the record of the best model."""
+  step = progress["step"]
+  changes: dict[str, Any] = {"evaluated_step": step, "finished": step >= plan.steps}
+  if plan.select is not None:
+    value = values[plan.select]
+    say(f"{plan.name} {step}/{plan.steps}  validation {plan.select} {value:.4f}")
+    if value > progress["best"]:
+      return changes | {"best": value, "best_step": step, "worse": 0}
+    changes["worse"] = progress["worse"] + 1
+    changes["finished"] |= 0 < plan.patience <= changes["worse"]
+  return changes

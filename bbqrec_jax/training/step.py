@@ -1,0 +1,37 @@
+"""What the training steps of both stages share: an optimiser's update, and steps that are left out."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bbqrec_jax.training.partitioning import StepFunction
+from bbqrec_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def updated(
+  state: TrainState, optimizer: optax.GradientTransformation, gradients: Any, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+  """The state after a step of an optimiser, and the metrics with the norm of the gradients."""
+  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
+  return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics  # type: ignore[attr-defined]
+
+
+def skip_nonfinite(step: StepFunction) -> StepFunction:
+  """The step, but for one thing: where its metrics are not all finite, nothing changes but the count of steps.
+
+  The loss and the norm of the gradients are among the metrics, and metrics are the same on every device.
+  """
+
+  def guarded(state: TrainState, shared: Any, batch: Any, *, axis_name: str | None) -> tuple[TrainState, Metrics]:
+    following, metrics = step(state, shared, batch, axis_name=axis_name)
+    finite = jnp.all(jnp.stack([jnp.isfinite(value) for value in metrics.values()]))
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, state)
+    return kept.replace(step=following.step), metrics
+
+  return guarded

@@ -1,0 +1,43 @@
+"""Heads and backbones by name: this project's, the README's own, and what is none."""
+
+import pathlib
+import re
+
+import pytest
+
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommender.catalogue import RecommenderSettings
+from bbqrec_jax.recommender.model import check_parts
+from bbqrec_jax.recommender.two_towers import make_recommender
+
+ITEMS = 30
+
+
+@pytest.mark.parametrize("backbone", ["causal", "encoder_decoder"])
+@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid"])
+def test_every_head_and_backbone_of_this_project_can_be_made(head, backbone):
+  check_parts(RecommenderSettings(ITEMS, head=head, backbone=backbone))
+
+
+def test_the_readmes_own_head_can_be_made(tmp_path, monkeypatch):
+  readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+  (lines,) = re.findall(r"```python\n# my_heads\.py\n(.*?)```", readme, flags=re.DOTALL)
+  (tmp_path / "my_heads.py").write_text(lines)
+  monkeypatch.syspath_prepend(tmp_path)
+  check_parts(RecommenderSettings(ITEMS, head="my_heads:nearest"))
+
+
+@pytest.mark.parametrize("part", ["head", "backbone"])
+@pytest.mark.parametrize(
+  ("name", "came"),
+  [
+    ("json:loads", "TypeError: the JSON object must be str"),
+    ("builtins:id", "a int without "),
+    ("bbqrec_jax.recommender.heads:ParallelHead", "TypeError: "),
+  ],
+)
+def test_a_function_that_makes_no_part_of_a_model_is_named_in_one_line(part, name, came):
+  with pytest.raises(InputError) as error:
+    make_recommender(RecommenderSettings(ITEMS, **{part: name}))
+  expected = f"expected a function that makes a {part} of the settings (see bbqrec_jax/models/{part}s.py), got {came}"
+  assert str(error.value).startswith(f"config field recommender.{part} = {name!r}: {expected}")

@@ -1,0 +1,103 @@
+"""Small runs of what a config can choose: each trains, is restored and recommends. One device, quickly compiled."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from bbqrec_jax.config import default_config
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommend import recommend
+from bbqrec_jax.runs import run as experiment
+from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.utils.json_files import read_json, write_json
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+NUM_ITEMS = 80
+
+
+def make_config(**changes):
+  config = default_config()
+  config.update_from_flattened_dict({
+    "log_every": 10, "partitioner": "single",
+    "data.source": "synthetic", "data.synthetic.num_users": 200, "data.synthetic.num_items": NUM_ITEMS,
+    "tokenizer.num_codes": 16, "tokenizer.num_levels": 2, "tokenizer.kmeans_iterations": 5,
+    "recommender.width": 16, "recommender.mlp_width": 16, "recommender.num_layers": 1, "recommender.depth_layers": 1,
+    "recommender.dropout": 0.0, "recommender.max_length": 10, "recommender.row_length": 16,
+    "recommender.batch_rows": 32, "recommender.steps": 40, "recommender.evaluate_every": 40,
+    "recommender.optimizer.learning_rate": 1e-2, "recommender.optimizer.warmup_steps": 5,
+    "recommender.num_buckets": 8, "evaluation.batch_size": 100, "evaluation.beam_width": 20,
+  })  # fmt: skip
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory, compile_cache):
+  """The folder of semantic IDs, with content codes beside them."""
+  folder = tmp_path_factory.mktemp("tokenizer")
+  experiment.tokenize(make_config(**{"tokenizer.quantizer": "rq_kmeans"}), folder / "run")
+  ids = SemanticIds.load(folder / "run" / "tokenizer")
+  dataclasses.replace(ids, content=ids).save(folder / "ids")
+  return str(folder / "ids")
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"recommender.head": "parallel"},
+    {"recommender.head": "hybrid"},
+    {
+      "recommender.head": "hybrid",
+      "recommender.dense_tower.width": 8,
+      "recommender.dense_tower.mlp_width": 16,
+      "recommender.history_offsets": False,
+    },
+    {"recommender.backbone": "encoder_decoder", "recommender.head_width": 8, "recommender.length_buckets": (4,)},
+    {
+      "recommender.softmax_over": "all",
+      "recommender.node_scores": False,
+      "recommender.history_offsets": False,
+      "recommender.dtype": "bfloat16",
+    },
+    {"recommender.item_inputs": ("fused", "content", "features"), "recommender.head": "dense"},
+  ],
+  ids=str,
+)
+def test_every_choice_trains_and_recommends(artefact, tmp_path, changes):
+  results = experiment.run(make_config(**{"tokenizer.artefact": artefact}, **changes), tmp_path / "run")
+  assert results["validation"]["recall@20"] > results["popularity"]["recall@20"]
+  _, _, model, params, catalogue, _ = restore(tmp_path / "run")
+  items, scores = recommend(model, params, catalogue, np.array([5, 9, 70, 2], np.int32), top=10, beam_width=20)
+  assert len(set(items.tolist()) - {5, 9, 70, 2}) == 10
+  assert np.all(np.diff(scores) <= 0)
+
+
+def test_time_between_interactions_needs_times_and_is_asked_for(artefact, tmp_path):
+  changes = {"tokenizer.artefact": artefact, "recommender.head": "dense", "recommender.time_buckets": 32}
+  experiment.run(make_config(**changes), tmp_path / "run")
+  _, _, model, params, catalogue, _ = restore(tmp_path / "run")
+  assert np.any(params["backbone"]["time"]["table"])
+  history = np.array([5, 9, 70], np.int32)
+  scores = [
+    recommend(model, params, catalogue, history, top=5, beam_width=5, times=np.array(times))[1]
+    for times in ([0.0, 1.0, 2.0], [7.0, 8.0, 9.0], [0.0, 1.0, 1e7])
+  ]
+  np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+  assert np.abs(scores[0] - scores[2]).max() > 1e-5
+
+  note = read_json(tmp_path / "run" / "run.json")
+  write_json(tmp_path / "run" / "run.json", note | {"data times_hash": "other"})
+  with pytest.raises(InputError, match="has times_hash"):
+    restore(tmp_path / "run")
+
+  folder = tmp_path / "data"
+  folder.mkdir()
+  (folder / "sequences.txt").write_text("".join(f"{user} 0 1 2 3\n" for user in range(5)))
+  (folder / "items.jsonl").write_text("{}\n" * 4)
+  np.save(folder / "text_features.npy", np.eye(4, dtype=np.float32))
+  wrong = changes | {"data.source": "directory", "data.path": str(folder), "tokenizer.artefact": ""}
+  with pytest.raises(InputError, match=r"needs timestamps, found none: give timestamps\.txt"):
+    experiment.run(make_config(**wrong), tmp_path / "other")

@@ -1,0 +1,47 @@
+"""Residual k-means of the features: each modality in columns of its own, whether or not all fits into memory."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from bbqrec_jax.config import default_config
+from bbqrec_jax.data.feature_store import FeatureStore
+from bbqrec_jax.ops.kmeans import residual_kmeans
+from bbqrec_jax.tokenizer import kmeans
+from bbqrec_jax.tokenizer.frozen import content_latents
+from bbqrec_jax.tokenizer.model import TokenizerSettings
+
+ITEMS, LEVELS, CODES = 60, 2, 5
+
+
+@pytest.fixture(scope="module")
+def store():
+  rng = np.random.default_rng(0)
+  features = {"text": rng.normal(3.0, 2.0, size=(ITEMS, 6)), "image": rng.normal(size=(ITEMS, 3))}
+  return FeatureStore(features, {"text": np.ones(ITEMS, bool), "image": np.arange(ITEMS) % 3 > 0})
+
+
+def fitted(store):
+  config = default_config()
+  config.tokenizer.num_levels, config.tokenizer.num_codes, config.tokenizer.kmeans_iterations = LEVELS, CODES, 3
+  settings = TokenizerSettings(
+    (("text", 6), ("image", 3)), num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, code_width=9, item_id="none",
+    codebooks="per_stream", quantizer=kmeans.RQ_KMEANS,
+  )  # fmt: skip
+  return kmeans.kmeans_codebooks(config, settings, store), config.seed
+
+
+def test_each_stream_has_the_codebook_of_its_own_latents(store):
+  codebooks, seed = fitted(store)
+  values, _ = content_latents(*store.rows(np.arange(ITEMS)))
+  for index, weights in enumerate((None, store.present["image"].astype(np.float32), None)):
+    own = residual_kmeans(seed, values[index], num_levels=LEVELS, num_codes=CODES, weights=weights, iterations=3)
+    np.testing.assert_allclose(codebooks[index], own, atol=1e-5)
+  assert not codebooks[0, ..., 6:].any()
+  assert not codebooks[1, ..., :6].any()
+
+
+def test_what_does_not_fit_into_memory_gives_the_same(store, monkeypatch):
+  expected, _ = fitted(store)
+  monkeypatch.setattr(kmeans, "_IN_MEMORY", 0)
+  assert_array_equal(fitted(store)[0], expected)
