@@ -34,11 +34,11 @@ from bbqrec_jax.benchmarks.limits import PEAKS, measured_limits
 from bbqrec_jax.benchmarks.report import chart, comparison, records_table, table, utilisation
 from bbqrec_jax.benchmarks.timing import measure
 from bbqrec_jax.command_line import define_path, quiet_flags, start, writing
+from bbqrec_jax.config import read_config
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.utils.files import check_output, local_path
 from bbqrec_jax.utils.host_memory import keep_memory
 from bbqrec_jax.utils.json_files import read_json, write_json
-from bbqrec_jax.validation import validate
 
 
 def device_kind() -> str:
@@ -85,7 +85,7 @@ def run(
   Returns:
     What the JSON file holds.
   """
-  validate(config.run)
+  read_config(config.run)
   known = PEAKS.get(jax.devices()[0].device_kind)
   peak = None
   if known is not None:

@@ -7,11 +7,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from bbqrec_jax.command_line import define_path, parse_flags, start, training
-from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.config import default_config
 from bbqrec_jax.runs.run import run
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.host_memory import keep_memory
+from bbqrec_jax.utils.settings import flatten
 
 
 def main(argv: list[str]) -> None:

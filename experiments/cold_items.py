@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from bbqrec_jax.assign import assign
 from bbqrec_jax.command_line import define_path, start, training
+from bbqrec_jax.config import read_config
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import read_new_items
 from bbqrec_jax.data.features import feature_widths, load_new_items
@@ -27,7 +28,7 @@ from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, d
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.evaluate import evaluate, make_ranker
-from bbqrec_jax.recommender.items import needs_semantic_ids
+from bbqrec_jax.recommender.settings import needs_semantic_ids
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.runs.run import of_any_recommender, run, tokenize
 from bbqrec_jax.runs.workdir import with_absolute_paths
@@ -37,7 +38,6 @@ from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.files import check_place
 from bbqrec_jax.utils.host_memory import keep_memory
 from bbqrec_jax.utils.json_files import read_json, write_json
-from bbqrec_jax.validation import validate
 
 
 def choose_cold(num_items: int, share: float, *, seed: int) -> np.ndarray:
@@ -110,7 +110,7 @@ def report(config: Any, workdir: pathlib.Path, *, share: float, name: str | None
     raise InputError(
       f"--name: expected letters, digits and _, and no name that the workdir has for something else, got {name!r}"
     )
-  validate(config)
+  read_config(config)
   dataset = load(config.data)
   cold = choose_cold(dataset.num_items, share, seed=config.seed)
   warm, histories, targets = part(dataset.interactions, cold)

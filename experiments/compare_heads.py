@@ -19,7 +19,7 @@ from compare_tokenizers import change, mean, table
 
 from bbqrec_jax.command_line import define_path, start, training
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommender.items import needs_semantic_ids
+from bbqrec_jax.recommender.settings import needs_semantic_ids
 from bbqrec_jax.runs.run import of_any_recommender, run, tokenize
 from bbqrec_jax.runs.workdir import load_results
 from bbqrec_jax.utils.compilation import keep_compiled

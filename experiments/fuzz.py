@@ -46,7 +46,7 @@ import numpy as np
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, start
-from bbqrec_jax.config import CHANGEABLE, default_config, flatten
+from bbqrec_jax.config import CHANGEABLE, default_config
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import load_new_items
@@ -62,6 +62,7 @@ from bbqrec_jax.tokenizer.frozen import check_arrays, settings_from_json
 from bbqrec_jax.tokenizer.model import TokenizerSettings
 from bbqrec_jax.utils.files import check_output
 from bbqrec_jax.utils.json_files import write_json
+from bbqrec_jax.utils.settings import flatten
 
 # What a file may be instead of bytes.
 MISSING, FOLDER, PIPE, LOOP, HUGE = "missing", "folder", "pipe", "loop", "huge"

@@ -5,24 +5,24 @@ import pathlib
 
 import pytest
 
-from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.config import RunSettings, default_config, read_config
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.presets import SYSTEMS, system_config
-from bbqrec_jax.validation import validate
+from bbqrec_jax.utils.settings import describe, flatten, to_config
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 def refusal(config):
   with pytest.raises(InputError) as error:
-    validate(config)
+    read_config(config)
   message = str(error.value)
   assert "\n" not in message
   return message
 
 
 def test_the_default_config_is_valid():
-  validate(default_config())
+  read_config(default_config())
 
 
 WRONG_TOKENIZER = {
@@ -40,9 +40,9 @@ def test_a_tokenizer_is_looked_at_where_one_is_trained(name):
   assert "tokenizer." in refusal(learned)
   learned.tokenizer.artefact = "elsewhere"
   for config in (sasrec, learned):
-    validate(config)
+    read_config(config)
     with pytest.raises(InputError, match=r"tokenizer\."):
-      validate(config, tokenizer_alone=True)
+      read_config(config, tokenizer_alone=True)
 
 
 def test_what_is_advised_about_content_codes_is_taken():
@@ -50,10 +50,10 @@ def test_what_is_advised_about_content_codes_is_taken():
   config.tokenizer.quantizer, config.tokenizer.content_codes = "rq_kmeans", True
   config.recommender.item_inputs = ("content", "item")
   message = refusal(config)
-  assert "put fused in its place, and set tokenizer.content_codes to False" in message
+  assert "set it to False, and read fused in place of content" in message
   config.recommender.item_inputs = ("fused", "item")
   config.tokenizer.content_codes = False
-  validate(config)
+  read_config(config)
 
 
 def test_histories_of_one_item_have_nothing_to_compare():
@@ -61,13 +61,13 @@ def test_histories_of_one_item_have_nothing_to_compare():
   config.recommender.max_length = 1
   assert "recommender.similarity to ()" in refusal(config)
   config.recommender.similarity = ()
-  validate(config)
+  read_config(config)
 
 
 def test_modalities_have_names():
   config = default_config()
   config.data.modalities = (2024,)
-  assert "data.modalities must be names, got (2024,)" in refusal(config)
+  assert "data.modalities: expected names, as ('text', 'image'), got (2024,)" in refusal(config)
 
 
 def test_configs_do_not_share_state():
@@ -85,7 +85,7 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(load_file, path):
   module = load_file(path)
   config = module.get_config()
   config = config.get("run", config)  # A benchmark has a run, and sizes of its own.
-  validate(config)
+  read_config(config)
   assert flatten(config).keys() == flatten(default_config()).keys()
   assert f"--config=configs/{path.name}" in module.__doc__
 
@@ -106,11 +106,11 @@ def test_every_choice_of_a_shipped_config_is_valid_and_no_other(load_file, name,
   flattened = []
   for choice in choices:
     config = module.get_config(choice)
-    validate(config.get("run", config))
+    read_config(config.get("run", config))
     flattened.append(str(config))
   assert len(set(flattened)) == len(choices)
   with pytest.raises((KeyError, InputError)):
-    validate(module.get_config("nosuch"))
+    read_config(module.get_config("nosuch"))
 
 
 def test_directory_offers_two_towers_and_the_baselines(load_file):
@@ -123,7 +123,7 @@ def test_directory_offers_two_towers_and_the_baselines(load_file):
 
 @pytest.mark.parametrize("name", ["seed", "data.synthetic.seed"])
 def test_seeds_have_32_bits(name):
-  validate(with_field(name, 2**32 - 1))
+  read_config(with_field(name, 2**32 - 1))
   assert refusal(with_field(name, 2**32)) == f"config field {name} must be at most 4294967295, got 4294967296"
 
 
@@ -200,7 +200,7 @@ def test_counts_below_one_are_refused(name, value):
 
 @pytest.mark.parametrize("name", INTEGERS_FROM_ZERO)
 def test_counts_that_may_be_zero(name):
-  validate(with_field(name, 0))
+  read_config(with_field(name, 0))
   assert refusal(with_field(name, -1)) == f"config field {name} must be at least 0 and finite, got -1"
 
 
@@ -217,7 +217,7 @@ def test_divisors_must_not_be_zero(name):
 
 @pytest.mark.parametrize("name", sorted(set(FLOATS) - set(POSITIVE_FLOATS)))
 def test_other_numbers_may_be_zero(name):
-  validate(with_field(name, 0.0))
+  read_config(with_field(name, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices(name):
   for value in CHOICES[name]:
-    validate(with_field(name, value))
+    read_config(with_field(name, value))
   for value in ("nosuch", "", CHOICES[name][0].upper()):
     message = refusal(with_field(name, value))
     assert message.startswith(f"config field {name} must be one of ")
@@ -252,7 +252,7 @@ def test_choices(name):
   "head", ["generative", "dense", "parallel", "hybrid", "bbqrec_jax.recommender.heads:ParallelHead"]
 )
 def test_heads(head):
-  validate(with_field("recommender.head", head))
+  read_config(with_field("recommender.head", head))
 
 
 @pytest.mark.parametrize("head", ["nosuch", "", "nosuch:head", "bbqrec_jax.recommender.heads:nosuch", "Dense"])
@@ -273,7 +273,7 @@ def test_subsets(name, choices):
   for value in [(choice,) for choice in choices] + [choices]:
     config = with_field(name, value)
     config.tokenizer.content_codes = True
-    validate(config)
+    read_config(config)
   message = refusal(with_field(name, (choices[0], "nosuch")))
   assert message == f"config field {name} may hold each of {', '.join(choices)} once, got {(choices[0], 'nosuch')!r}"
   assert "once" in refusal(with_field(name, (choices[0], choices[0])))
@@ -281,15 +281,19 @@ def test_subsets(name, choices):
 
 def test_length_buckets_rise_below_the_longest_history():
   for value in ((), (5,), (1, 5, 19)):
-    validate(with_field("recommender.length_buckets", value))
-  for value in ((0, 5), (5, 5), (10, 5), (20,), (2.5,), ("5",)):
+    read_config(with_field("recommender.length_buckets", value))
+  for value in ((0, 5), (5, 5), (10, 5), (20,)):
     message = refusal(with_field("recommender.length_buckets", value))
-    assert message.startswith("config field recommender.length_buckets must be rising whole numbers from 1 to ")
+    assert message.startswith("config field recommender.length_buckets must be ascending whole numbers from 1 to ")
     assert message.endswith(f"= 19, got {value!r}")
+  for value in ((2.5,), ("5",)):
+    assert f"expected whole numbers, as 64,32, got {value!r}" in refusal(
+      with_field("recommender.length_buckets", value)
+    )
 
 
 def test_empty_subsets():
-  validate(with_field("recommender.similarity", ()))
+  read_config(with_field("recommender.similarity", ()))
   assert refusal(with_field("recommender.item_inputs", ())).startswith("config field recommender.item_inputs is empty")
 
 
@@ -365,3 +369,21 @@ def test_flatten():
   assert flat == flatten(config.to_dict())
   config.update_from_flattened_dict(flat)
   assert flatten(config) == flat
+
+
+def test_every_field_has_a_sentence_and_its_default_passes_its_own_rule():
+  rows = describe(RunSettings())
+  assert sorted(name for name, *_ in rows) == sorted(flatten(default_config()))
+  for name, default, _, sentence in rows:
+    assert sentence.endswith(".") or sentence.endswith(")"), name
+    assert default == repr(flatten(default_config())[name])
+
+
+def test_settings_come_back_from_their_config():
+  config = default_config()
+  config.tokenizer.weights.contrast = 3
+  config.recommender.similarity = ()
+  settings = read_config(config)
+  assert (settings.tokenizer.weights.contrast, settings.recommender.similarity) == (3.0, ())
+  assert to_config(settings) == config
+  assert read_config(default_config()) == RunSettings()

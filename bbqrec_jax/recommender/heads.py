@@ -28,6 +28,7 @@ from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.recommender.encoder_decoder import DecoderHead
 from bbqrec_jax.recommender.generative import GenerativeHead
 from bbqrec_jax.recommender.node_scores import OFFSET_UNIT
+from bbqrec_jax.recommender.settings import HEADS
 from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 from bbqrec_jax.utils.named import named
 
@@ -187,7 +188,7 @@ class HybridHead(nn.Module):
 
   def setup(self):
     """Makes the two heads."""
-    self.generative, self.dense = _generative(self.settings), _dense(self.settings)
+    self.generative, self.dense = generative(self.settings), dense(self.settings)
 
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """Those of both heads."""
@@ -229,23 +230,22 @@ class HybridHead(nn.Module):
     return best_candidates(found, scores, width=width)
 
 
-def _generative(s: RecommenderSettings) -> GenerativeHead:
+def generative(s: RecommenderSettings) -> GenerativeHead:
+  """The generative head of the settings."""
   return GenerativeHead(
     s.num_levels, s.num_codes, s.width, s.depth_layers, s.num_heads, s.mlp_width, s.dropout, s.softmax_over,
     s.num_items if s.node_scores else 0, s.history_offsets,
   )  # fmt: skip
 
 
-def _dense(s: RecommenderSettings) -> DenseHead:
+def dense(s: RecommenderSettings) -> DenseHead:
+  """The dense head of the settings."""
   return DenseHead(s.num_negatives, s.history_offsets)
 
 
-HEADS: dict[str, Callable[[RecommenderSettings], Any]] = {
-  "generative": _generative,
-  "dense": _dense,
-  "parallel": lambda s: ParallelHead(s.num_levels, s.num_codes, s.mlp_width),
-  "hybrid": HybridHead,
-}
+def parallel(s: RecommenderSettings) -> ParallelHead:
+  """The parallel head of the settings."""
+  return ParallelHead(s.num_levels, s.num_codes, s.mlp_width)
 
 
 def make_head(settings: RecommenderSettings) -> Any:

@@ -10,26 +10,10 @@ from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.similarity import equal_frequency_edges, equal_width_edges, overlap_edges, stream_pairs
 from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.recommender.settings import needs_semantic_ids
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.tokenizer.frozen import RQ_KMEANS
-
-
-def needs_semantic_ids(config: Any) -> bool:
-  """Whether anything in the recommender reads codes; SASRec, say, does not."""
-  r = config.recommender
-  codes = {"fused", "modalities", "content"} & set(r.item_inputs)
-  return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or bool(codes)
-
-
-def trains_tokenizer(config: Any) -> bool:
-  """Whether a run makes semantic IDs of its own."""
-  return needs_semantic_ids(config) and not config.tokenizer.artefact
-
-
-def needs_features(config: Any) -> bool:
-  """Whether a run reads what is known of items' content: for semantic IDs, or in the recommender itself."""
-  return needs_semantic_ids(config) or "features" in config.recommender.item_inputs
 
 
 def id_length(config: Any, num_modalities: int) -> int:

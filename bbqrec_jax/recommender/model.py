@@ -1,7 +1,6 @@
 """Stage 2, the semantics-aware sequence model: item vectors, backbone with similarity bias, and a head."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,11 +16,14 @@ from bbqrec_jax.ops.similarity import bucket_bias, continuous_bias, similarity_b
 from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.recommender.encoder_decoder import Encoder, Memory, encoder_shape
 from bbqrec_jax.recommender.heads import Items, make_head, summed_losses
+from bbqrec_jax.recommender.settings import BACKBONES
 from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
 from bbqrec_jax.utils.named import named
 
-BACKBONES: dict[str, Callable[[RecommenderSettings], Any]] = {
-  "causal": lambda s: CausalBackbone(
+
+def causal(s: RecommenderSettings) -> CausalBackbone:
+  """The causal backbone of the settings."""
+  return CausalBackbone(
     s.num_layers,
     s.num_heads,
     s.mlp_width,
@@ -31,9 +33,12 @@ BACKBONES: dict[str, Callable[[RecommenderSettings], Any]] = {
     s.attention,
     s.position_buckets if s.positions == "relative" else 0,
     s.time_buckets,
-  ),
-  "encoder_decoder": lambda s: Encoder(encoder_shape(s), s.num_layers, s.position_buckets),
-}
+  )
+
+
+def encoder_decoder(s: RecommenderSettings) -> Encoder:
+  """The encoder of the settings, for the encoder-decoder."""
+  return Encoder(encoder_shape(s), s.num_layers, s.position_buckets)
 
 
 def make_backbone(settings: RecommenderSettings) -> Any:

@@ -16,8 +16,9 @@ from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.items import item_features, needs_semantic_ids
+from bbqrec_jax.recommender.items import item_features
 from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.settings import needs_semantic_ids
 from bbqrec_jax.recommender.train import build_recommender, check_fingerprint, initial_state
 from bbqrec_jax.runs.run import load_ids, read_data
 from bbqrec_jax.runs.workdir import HASHES, load_config, load_results

@@ -9,22 +9,15 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.features import feature_widths
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, popularity_metrics
-from bbqrec_jax.recommender.items import (
-  check_compared,
-  check_content,
-  id_length,
-  needs_features,
-  needs_semantic_ids,
-  recommender_settings,
-  trains_tokenizer,
-)
+from bbqrec_jax.recommender.items import check_compared, check_content, id_length, recommender_settings
+from bbqrec_jax.recommender.settings import needs_features, needs_semantic_ids, trains_tokenizer
 from bbqrec_jax.recommender.train import check_fingerprint, run_recommender, tokenizer_folder
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.runs.workdir import (
@@ -47,7 +40,7 @@ from bbqrec_jax.training.partitioning import Partitioner, make_partitioner
 from bbqrec_jax.utils.files import is_given, local_path
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.messages import say
-from bbqrec_jax.validation import validate
+from bbqrec_jax.utils.settings import flatten
 
 
 def read_data(
@@ -136,7 +129,7 @@ def _begun(
   config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, tokenizer_alone: bool = False
 ) -> Iterator[_Run]:
   """Checks everything that can be checked before anything is computed, takes the workdir, and shows the data."""
-  validate(config, tokenizer_alone=tokenizer_alone)
+  read_config(config, tokenizer_alone=tokenizer_alone)
   workdir = local_path(workdir, flag="workdir")
   config = with_absolute_paths(config)
   check_workdir(workdir, config)

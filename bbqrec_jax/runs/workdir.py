@@ -10,17 +10,16 @@ from typing import Any
 
 import ml_collections
 
-from bbqrec_jax.config import CHANGEABLE, default_config, flatten
+from bbqrec_jax.config import CHANGEABLE, RunSettings, default_config, read_config
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY
-from bbqrec_jax.recommender.heads import HEADS
-from bbqrec_jax.recommender.model import BACKBONES
+from bbqrec_jax.recommender.settings import BACKBONES, HEADS
 from bbqrec_jax.utils.files import check_links, check_place, is_given, local_path, plain_path
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.lock import locked
 from bbqrec_jax.utils.messages import warn
-from bbqrec_jax.validation import validate
+from bbqrec_jax.utils.settings import flatten, from_config, to_config
 
 PATHS = ("data.path", "tokenizer.artefact")  # Fields that name a folder.
 # Of the figures of `statistics`: what tells one data set from another.
@@ -196,18 +195,14 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
   path = workdir / "config.json"
   if not is_given(path):
     raise InputError(f"{path} does not exist: --workdir must be that of a run of bbqrec_jax.main")
-  config = default_config()
-  fields = flatten(config)
-  written = flatten(read_json(path))
-  unknown = written.keys() ^ fields.keys()
-  if unknown:
+  try:
+    written = flatten(to_config(from_config(RunSettings, read_json(path), unchecked="")))
+  except InputError as error:
     raise InputError(
-      f"{path} does not fit this version: field {sorted(unknown)[0]} is on one side only; use the version that wrote"
-      " it, or run its command again in another workdir"
-    )
-  for name, default in fields.items():
-    if not _has_type_of(written[name], default):
-      raise InputError(f"{path} field {name}: expected a {type(default).__name__}, got {written[name]!r}; restore it")
+      f"{path} does not fit this version ({error}); use the version that wrote it, or run its command again in another"
+      " workdir"
+    ) from error
+  config = default_config()
   config.update_from_flattened_dict(written)
   noted = {name: value for name, value in read_json(workdir / "run.json").items() if not name.startswith("data ")}
   differing = differences(_identity(noted), _identity(flatten(config)))
@@ -220,19 +215,8 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
         f"{path} field {name} names code outside this project, {written[name]!r}, and reading a workdir runs none: if"
         f" you trust it, say --trust={module}"
       )
-  validate(config)
+  read_config(config)
   return config
-
-
-def _has_type_of(value: Any, default: Any) -> bool:
-  """Whether a value from JSON can stand where a config has `default`."""
-  if isinstance(default, tuple):
-    # One that is empty by default does not tell whether it holds names or numbers; `validate` knows.
-    kinds = {type(one) for one in default} or {str, int}
-    return isinstance(value, tuple) and all(type(one) in kinds for one in value)
-  if isinstance(value, int | float) and not -_LARGEST < value < _LARGEST:
-    return False
-  return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
 
 
 def load_results(workdir: pathlib.Path) -> dict[str, Any]:

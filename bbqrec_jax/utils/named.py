@@ -1,19 +1,17 @@
 """Functions by name: those of this project, and anybody's own."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 
-def named(name: str, known: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
-  """What a config names: one of `known`, or the function of "module:function".
+def named(name: str, known: Mapping[str, str]) -> Any:
+  """What a config names: one of `known`, which says where it is as "module:function", or such a place itself.
 
   Raises:
     ValueError: if there is no such module or function.
   """
-  if name in known:
-    return known[name]
-  module, _, function = name.partition(":")
+  module, _, function = known.get(name, name).partition(":")
   try:
     return getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError, ValueError) as error:

@@ -17,10 +17,10 @@ from bbqrec_jax.recommender.items import (
   build_catalogue,
   check_compared,
   item_features,
-  needs_semantic_ids,
   recommender_settings,
   sampled_similarities,
 )
+from bbqrec_jax.recommender.settings import needs_semantic_ids
 
 ITEMS, LEVELS, CODES = 30, 3, 4  # Of `ids`.
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bbqrec_jax.assign import assign
-from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.config import default_config
 from bbqrec_jax.data.directory import read_sequences
 from bbqrec_jax.data.interactions import leave_one_out, select_users
 from bbqrec_jax.data.item_ids import ItemIds
@@ -28,6 +28,7 @@ from bbqrec_jax.runs.workdir import PARTS, load_config
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.utils.json_files import read_json, write_json
+from bbqrec_jax.utils.settings import flatten
 from bbqrec_jax.utils.signals import Interrupted
 
 NUM_ITEMS, LEVELS, CODES = 80, 3, 16

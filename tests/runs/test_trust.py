@@ -162,10 +162,10 @@ def test_a_config_that_is_not_the_runs_is_refused(tmp_path):
     load_config(workdir)
   for value in ("2", 2.5, None, True, [2], {}, 2**64):
     change(num_heads=value)
-    with pytest.raises(InputError, match=r"field recommender\.num_heads: expected a int|does not fit this version"):
+    with pytest.raises(InputError, match=r"does not fit this version"):
       load_config(workdir)
   change(item_inputs=[["fused"]])
-  with pytest.raises(InputError, match=r"field recommender\.item_inputs: expected a tuple"):
+  with pytest.raises(InputError, match=r"field recommender\.item_inputs: expected names"):
     load_config(workdir)
   change()
   config["data"]["path"] = "elsewhere"

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bbqrec_jax import validation
-from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.ops.quantize import QUANTIZERS, residual_quantize
@@ -19,13 +18,13 @@ from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer import train as tokenizer_stage
 from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, settings_from_json
 from bbqrec_jax.tokenizer.losses import LossWeights
-from bbqrec_jax.tokenizer.model import TokenizerSettings
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.tokenizer.step import make_tokenizer_step
 from bbqrec_jax.tokenizer.train import run_tokenizer, tokenizer_settings
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.partitioning import SingleDevice
 from bbqrec_jax.utils.json_files import read_json
-from bbqrec_jax.validation import validate
+from bbqrec_jax.utils.settings import flatten
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -75,15 +74,13 @@ def signs(z, codebooks):
 def _own_quantizer():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(QUANTIZERS, "signs", signs)
-    choices = validation._CHOICES["tokenizer.quantizer"]
-    patch.setitem(validation._CHOICES, "tokenizer.quantizer", (*choices, "signs"))
     yield
 
 
 def make_config(changes):
   config = default_config()
   config.update_from_flattened_dict(SMALL | changes)
-  validate(config)
+  read_config(config)
   return config
 
 
@@ -125,9 +122,11 @@ def trained(data, tmp_path_factory, compile_cache):
 
 def test_the_runs_below_take_every_choice_and_every_switch_both_ways():
   taken = [flatten(make_config(changes)) for changes in ALTERNATIVES.values()]
-  for name, choices in validation._CHOICES.items():
-    if name.startswith("tokenizer."):
-      assert {run[name] for run in taken} == set(choices), name
+  choices = {field.name: field.metadata["rule"].choices for field in dataclasses.fields(TokenizerSettings)}
+  choices["quantizer"] = (*QUANTIZERS, "rq_kmeans")
+  for name, values in choices.items():
+    if values:
+      assert {run[f"tokenizer.{name}"] for run in taken} == set(values), name
   for name, value in flatten(default_config()).items():
     if name.startswith("tokenizer.") and isinstance(value, bool):
       assert {run[name] for run in taken} == {True, False}, name

@@ -1,0 +1,40 @@
+"""The settings of the data."""
+
+import dataclasses
+
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.utils.settings import section, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSettings:
+  """Data with planted structure; see `data.synthetic`."""
+
+  num_users: int = setting(2000, "Users.", most=10**7)
+  num_items: int = setting(600, "Items.", most=10**7)
+  seed: int = setting(0, "Of the generated data alone; the run's own seed does not change the data.", least=0,
+                      most=2**32 - 1)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+  """What a run is trained on."""
+
+  source: str = setting(
+    "directory", "The project's own format, RecBole's atomic files, or synthetic data with planted structure.",
+    choices=("synthetic", "directory", "recbole"),
+  )  # fmt: skip
+  path: str = setting("", "The folder of directory and recbole.")
+  modalities: tuple[str, ...] = setting((), "Names of the modalities to use, in order; empty for all that are found.")
+  drop_short_users: bool = setting(False, "Drop users with fewer than 3 interactions instead of refusing them.")
+  drop_incomplete_items: bool = setting(False, "Drop items that lack one of the modalities, and their interactions.")
+  synthetic: SyntheticSettings = section(SyntheticSettings, "Of the synthetic source.")
+
+  def check(self, prefix: str) -> None:
+    """Refuses modalities without a name.
+
+    Raises:
+      InputError: if there is one.
+    """
+    if not all(self.modalities):
+      raise InputError(f"config field {prefix}modalities must be names, got {self.modalities!r}")

@@ -1,0 +1,146 @@
+"""The settings of stage 1, and the shapes that follow from them and from the data."""
+
+import dataclasses
+
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.ops.quantize import QUANTIZERS
+from bbqrec_jax.training.settings import OptimizerSettings
+from bbqrec_jax.utils.settings import section, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+  """Weight of each loss of stage 1; the sum of the weighted terms is minimised."""
+
+  reconstruction: float = setting(1.0, "Of a modality's features from its quantized and its specific latent.")
+  fused_reconstruction: float = setting(1.0, "Of every modality's features from the fused codes alone.")
+  quantization: float = setting(1.0, "Between latents and codewords.")
+  contrast: float = setting(2.0, "State of the history against the fused vector of the next item.")
+  modality_contrast: float = setting(1.0, "The same state against each modality's vector of the next item.")
+  item_id: float = setting(0.05, "Mean squared norm of the item IDs: they say no more than behaviour needs them to.")
+  disentangle: float = setting(
+    0.01, "CLUB bound between each modality's quantized and specific latents; 0 leaves it out."
+  )
+  own: float = setting(1.0, "What own_loss gives.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClubSettings:
+  """How the CLUB bound is fitted and taken."""
+
+  bound: str = setting("full", "Negatives: every row of the batch, or one drawn row.", choices=("full", "sampled"))
+  steps: int = setting(5, "Likelihood steps of its network per batch.")
+  learning_rate: float = setting(1e-3, "Of its network.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSettings:
+  """The tokenizer: its shape, its losses, its training."""
+
+  code_width: int = setting(32, "d: width of latents and codewords.")
+  num_levels: int = setting(4, "L: codes in a semantic ID.", most=100)
+  num_codes: int = setting(256, "K: codewords per level.")
+  hidden: tuple[int, ...] = setting((512, 256), "Encoder widths between the features and d; decoders mirror them.")
+  artefact: str = setting("", "Folder of a tokenizer trained before (a run's tokenizer/), to use it and train none.")
+  quantizer: str = setting(
+    "rq_vae", "Learned residual codebooks, rq_vae; or rq_kmeans, of the features themselves, where nothing is learned."
+  )
+  content_codes: bool = setting(
+    False, "Also the codes that residual k-means gives the features themselves, for the item input content."
+  )
+  codebooks: str = setting("shared", "Shared by all streams, one per stream, or a single one for all levels too.",
+                           choices=("shared", "per_stream", "single"))  # fmt: skip
+  codebook_update: str = setting("loss", "Codewords follow the quantization loss, or moving averages of their rows.",
+                                 choices=("loss", "moving_average"))  # fmt: skip
+  codeword_decay: float = setting(0.98, "Of those averages.", below=1)
+  gradient: str = setting("straight_through", "How gradients pass the codewords.",
+                          choices=("straight_through", "rotation"))  # fmt: skip
+  balanced_last: bool = setting(False, "Balance the last level's codes over each batch (Sinkhorn) while training.")
+  item_id: str = setting("added", "The learnable item ID (z_ID): added to the fused latent, a stream of its own, none.",
+                         choices=("added", "stream", "none"))  # fmt: skip
+  semantic_id: str = setting("fused", "Codes of the fused stream, of the modalities in turn, or of the item ID.",
+                             choices=("fused", "concatenated", "item_id"))  # fmt: skip
+  repair: str = setting("reassign", "Colliding items: to the nearest free ID, or a counting suffix level.",
+                        choices=("reassign", "suffix"))  # fmt: skip
+  normalize: bool = setting(True, "Layer-normalise the modalities' and the fused latents before they are quantized.")
+  history_layers: int = setting(1, "Layers of the transformer behind the sequence-to-item contrast.", most=100)
+  history_heads: int = setting(2, "Its heads.")
+  max_length: int = setting(20, "The longest history the contrast looks at, in items.")
+  dropout: float = setting(0.1, "Of that transformer.", below=1)
+  steps: int = setting(2000, "Training steps.")
+  warmup_steps: int = setting(200, "Steps on unquantized latents, before k-means fits the codebooks to them.", least=0)
+  kmeans_iterations: int = setting(20, "Of Lloyd's algorithm at each level.")
+  kmeans_points: int = setting(65536, "Latents that k-means is seeded from, drawn at random; iterations see all.")
+  revival_threshold: float = setting(
+    0.1, "A code chosen less than this share of 1 / K is moved to a live residual; 0: never.", below=1
+  )
+  batch_items: int = setting(256, "Items of the catalogue sample per batch.")
+  batch_rows: int = setting(32, "Rows of packed histories per batch, over all devices.")
+  row_length: int = setting(32, "Items per row.")
+  device_features: int = setting(
+    1024, "Standardised features stay on each device while they take no more MiB than this; others are read per batch.",
+    least=0,
+  )  # fmt: skip
+  evaluate_every: int = setting(500, "Steps between two health checks (and checkpoints).")
+  commitment: float = setting(0.25, "beta of the quantization loss.")
+  temperature: float = setting(0.3, "Of the contrast, or where it starts.", above=0)
+  learn_temperature: bool = setting(False, "Whether the temperature is a parameter.")
+  level_dropout: float = setting(
+    0.5, "Share of items that the contrast sees by a prefix of their codewords alone, so that each prefix tells.",
+    most=1,
+  )  # fmt: skip
+  specific_dropout: float = setting(
+    0.5, "Share of items decoded from codes alone in a step, so that codes carry content.", most=1
+  )
+  own_loss: str = setting("", "A custom loss beside those below, as module:function; see `tokenizer.losses.OwnLoss`.")
+  weights: LossWeights = section(LossWeights, "Of the losses.")
+  club: ClubSettings = section(ClubSettings, "Of the CLUB bound.")
+  optimizer: OptimizerSettings = section(
+    OptimizerSettings, "Of all parameters.", learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50
+  )
+
+  def check(self, prefix: str) -> None:
+    """Refuses fields that do not fit one another.
+
+    Raises:
+      InputError: if some do not.
+    """
+    field = f"config field {prefix}"
+    known = (*QUANTIZERS, "rq_kmeans")
+    if self.quantizer not in known:
+      raise InputError(f"{field}quantizer must be one of {', '.join(known)}, got {self.quantizer!r}")
+    if not self.hidden or not all(width > 0 for width in self.hidden):
+      raise InputError(f"{field}hidden must be widths of at least 1, as 512,256, got {self.hidden!r}")
+    if self.max_length == 1:
+      raise InputError(f"{field}max_length must be at least 2: the contrast needs an item and the next")
+    if self.code_width % self.history_heads:
+      raise InputError(
+        f"{field}code_width = {self.code_width} must be a multiple of {prefix}history_heads = {self.history_heads}"
+      )
+    if self.row_length < self.max_length:
+      raise InputError(
+        f"{field}row_length = {self.row_length} must be at least {prefix}max_length = {self.max_length}: a full history"
+        " must fit into a row"
+      )
+    if self.semantic_id == "item_id" and (self.item_id == "none" or self.quantizer == "rq_kmeans"):
+      raise InputError(
+        f"{field}semantic_id = 'item_id' needs learnable item IDs: set {prefix}item_id to added or stream, and"
+        f" {prefix}quantizer to one that learns"
+      )
+    if self.own_loss and self.quantizer == "rq_kmeans":
+      raise InputError(
+        f"{field}own_loss: nothing learns with {prefix}quantizer = 'rq_kmeans'; leave it empty, or choose another"
+        " quantizer"
+      )
+    if self.content_codes and self.quantizer == "rq_kmeans":
+      raise InputError(
+        f"{field}content_codes: the codes of {prefix}quantizer = 'rq_kmeans' are those of the content already: set it"
+        " to False, and read fused in place of content"
+      )
+    if self.balanced_last and self.quantizer != "rq_vae":
+      raise InputError(f"{field}balanced_last works with {prefix}quantizer = 'rq_vae' alone")
+    if self.warmup_steps >= self.steps:
+      raise InputError(
+        f"{field}warmup_steps = {self.warmup_steps} must be less than {prefix}steps = {self.steps}: the codebooks are"
+        " fitted when the warm-up ends"
+      )
