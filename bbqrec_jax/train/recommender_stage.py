@@ -20,6 +20,7 @@ from bbqrec_jax.json_files import read_json, write_json
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.models.two_towers import make_recommender
+from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.ops.ranking import LARGEST_CUTOFF
 from bbqrec_jax.parallel import Partitioner, made_on_host
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -74,7 +75,7 @@ def initial_state(config: Any, model: Recommender, catalogue: Catalogue) -> Trai
   if config.recommender.backbone == "encoder_decoder":
     example["targets"] = jnp.zeros(1, jnp.int32)
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (catalogue, example))
-  params = model.lazy_init(jax.random.key(config.seed), *shapes)["params"]
+  params = model.lazy_init(base_key(config.seed), *shapes)["params"]
   optimizer = make_optimizer(config.recommender.optimizer, total_steps=config.recommender.steps)
   return TrainState.create(params, optimizer, seed=config.seed)
 
