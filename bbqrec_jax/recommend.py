@@ -141,7 +141,9 @@ def recommend_all(
   for first, batch in zip(range(0, histories.num_users, batch_size), batches, strict=True):
     users = range(first, min(first + batch_size, histories.num_users))
     states = call(params, "last_states", catalogue, batch)
-    exclude = np.full((batch_size, 1), -1) if repeat else distinct_items(histories, users, num_rows=batch_size)
+    exclude = (
+      np.full((batch_size, 1), -1, np.int32) if repeat else distinct_items(histories, users, num_rows=batch_size)
+    )
     found = call(params, "search", catalogue, states, width=width, exclude=exclude, past=model.past(batch))
     every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
     for user, items, scores in zip(users, *every, strict=False):  # Without the rows that fill the last batch.

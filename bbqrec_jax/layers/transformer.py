@@ -105,7 +105,7 @@ class RelativeBias(nn.Module):
   @nn.compact
   def __call__(self, distance: jax.Array) -> jax.Array:
     """Place of the key less place of the query, [..., T, S] int -> bias [..., H, T, S], with a leading 1 for [T, S]."""
-    table = self.param("table", nn.initializers.normal(0.02), (self.num_buckets, self.num_heads))
+    table = self.param("table", nn.initializers.normal(0.02), (self.num_buckets, self.num_heads), jnp.float32)
     bucket = relative_buckets(distance, num_buckets=self.num_buckets, bidirectional=self.bidirectional)
     bias = jnp.moveaxis(table[bucket], -1, -3)
     return bias[None] if distance.ndim == 2 else bias
@@ -125,7 +125,7 @@ class ElapsedBias(nn.Module):
   @nn.compact
   def __call__(self, times: jax.Array) -> jax.Array:
     """Seconds [B, T] int -> bias [B, H, T, T], query before key."""
-    table = self.param("table", nn.initializers.zeros, (self.num_buckets, self.num_heads))
+    table = self.param("table", nn.initializers.zeros, (self.num_buckets, self.num_heads), jnp.float32)
     bucket = elapsed_buckets(times[:, :, None] - times[:, None, :], num_buckets=self.num_buckets)
     return jnp.moveaxis(table[bucket], -1, 1)
 

@@ -17,7 +17,8 @@ def history_mask(segments: jax.Array) -> jax.Array:
     [B, 1, T, T] bool, query before key. A padding position sees only itself, so its softmax is finite.
   """
   length = segments.shape[1]
-  causal = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
+  place = jnp.arange(length, dtype=jnp.int32)
+  causal = place[:, None] >= place[None, :]
   same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
   return ((same & causal[None]) | jnp.eye(length, dtype=bool)[None])[:, None]
 

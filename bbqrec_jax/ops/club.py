@@ -42,9 +42,9 @@ def club_sampled(
     This device's share of the mean over valid rows (see `masked_mean`), in nats.
   """
   # Valid rows first, in random order; each takes the next one's y, and the last the first's.
-  order = jnp.argsort(jnp.where(valid, jax.random.uniform(key, valid.shape), 2.0))
-  count = jnp.maximum(jnp.sum(valid), 1)
-  place = jnp.arange(len(order))
+  order = jnp.argsort(jnp.where(valid, jax.random.uniform(key, valid.shape, jnp.float32), 2.0))
+  count = jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)
+  place = jnp.arange(len(order), dtype=jnp.int32)
   following = order[jnp.where(place + 1 < count, place + 1, 0)]
   other = jnp.zeros_like(order).at[order].set(following)
   positive = gaussian_log_likelihood(mean, log_variance, y)

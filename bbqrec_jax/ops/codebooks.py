@@ -34,9 +34,10 @@ def revive_codes(
   """
   num_codes = codebook.shape[0]
   # A random order with the valid rows first: two dead codes take two rows, while there are as many.
-  order = jnp.argsort(jnp.where(valid, jax.random.uniform(key, valid.shape), 2.0))
+  order = jnp.argsort(jnp.where(valid, jax.random.uniform(key, valid.shape, jnp.float32), 2.0))
   dead = (usage < threshold / num_codes) & jnp.any(valid)
-  rows = order[(jnp.cumsum(dead) - 1) % jnp.maximum(jnp.sum(valid), 1)]
+  turn = jnp.cumsum(dead, dtype=jnp.int32) - 1
+  rows = order[turn % jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)]
   codebook = jnp.where(dead[:, None], residuals[rows].astype(codebook.dtype), codebook)
   return codebook, jnp.where(dead, 1.0 / num_codes, usage)
 

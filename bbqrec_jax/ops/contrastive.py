@@ -23,7 +23,7 @@ def following(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
   Returns:
     (place, known), each [R C]: the next item's place among all positions, int, and whether it is the same history's.
   """
-  place = jnp.roll(jnp.arange(segments.size).reshape(segments.shape), -1, axis=1)
+  place = jnp.roll(jnp.arange(segments.size, dtype=jnp.int32).reshape(segments.shape), -1, axis=1)
   known = (segments > 0) & (segments == jnp.roll(segments, -1, axis=1))
   return place.reshape(-1), known.at[:, -1].set(False).reshape(-1)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.ops.quantize import code_distances, residual_quantize
+from bbqrec_jax.ops.randomness import base_key
 
 
 @functools.partial(jax.jit, static_argnames="num_codes")
@@ -42,7 +43,7 @@ def _accumulate(points, weights, codebooks, centres):
   """(mass [K], sums [K, d], the farthest points of the block and their squared distances)."""
   x = _residuals(points, codebooks)
   distances = code_distances(x, centres)
-  codes = jnp.argmin(distances, axis=-1)
+  codes = jnp.argmin(distances, axis=-1).astype(jnp.int32)
   nearest = jnp.take_along_axis(distances, codes[:, None], axis=-1)[:, 0] + jnp.sum(jnp.square(x), axis=-1)
   mass = jax.ops.segment_sum(weights, codes, len(centres))
   sums = jax.ops.segment_sum(x * weights[:, None], codes, len(centres))
@@ -90,7 +91,7 @@ def residual_kmeans(
   chosen = live
   if len(live) > sample:
     chosen = np.sort(np.random.default_rng(seed).choice(live, sample, replace=False))
-  seeds_from, seed_weights = jnp.asarray(points[chosen], jnp.float32), jnp.asarray(weights[chosen])
+  seeds_from, seed_weights = jnp.asarray(points[chosen], jnp.float32), jnp.asarray(weights[chosen], jnp.float32)
 
   def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for first in range(0, len(points), block):
@@ -102,7 +103,7 @@ def residual_kmeans(
 
   codebooks = None
   for level in range(num_levels):
-    key = jax.random.fold_in(jax.random.key(seed), level)
+    key = jax.random.fold_in(base_key(seed), level)
     centres = _plus_plus_seeds(key, _residuals(seeds_from, codebooks), seed_weights, num_codes=num_codes)
     for _ in range(iterations):
       centres = _lloyd(blocks(), codebooks, centres, live=len(live))
@@ -113,13 +114,13 @@ def residual_kmeans(
 def _lloyd(blocks, codebooks, centres, *, live):
   """One pass: the mean of each cluster; the e-th empty cluster takes the e-th farthest of all points."""
   num_codes = len(centres)
-  mass, sums = jnp.zeros(num_codes), jnp.zeros_like(centres)
-  farthest, far = jnp.zeros((0, centres.shape[1])), jnp.zeros(0)
+  mass, sums = jnp.zeros(num_codes, jnp.float32), jnp.zeros_like(centres)
+  farthest, far = jnp.zeros((0, centres.shape[1]), jnp.float32), jnp.zeros(0, jnp.float32)
   for points, weights in blocks:
     block_mass, block_sums, block_farthest, block_far = _accumulate(points, weights, codebooks, centres)
     mass, sums = mass + block_mass, sums + block_sums
     far, index = jax.lax.top_k(jnp.concatenate([far, block_far]), min(num_codes, len(far) + len(block_far)))
     farthest = jnp.concatenate([farthest, block_farthest])[index]
   empty = mass <= 0
-  turn = jnp.minimum(jnp.cumsum(empty) - 1, min(live, len(far)) - 1)
+  turn = jnp.minimum(jnp.cumsum(empty, dtype=jnp.int32) - 1, min(live, len(far)) - 1)
   return jnp.where(empty[:, None], farthest[turn], sums / jnp.maximum(mass, 1e-12)[:, None])

@@ -1,8 +1,9 @@
 """Buckets of relative positions, in places and in time."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def relative_buckets(
@@ -40,9 +41,9 @@ def relative_buckets(
     first = jnp.zeros_like(distance)
     distance = jnp.maximum(-distance, 0)
   exact = num_buckets // 2
-  scale = (num_buckets - exact) / np.log(max_distance / exact)
+  scale = (num_buckets - exact) / math.log(max_distance / exact)
   # The maximum keeps the logarithm of distances that have a bucket of their own finite.
-  far = exact + (jnp.log(jnp.maximum(distance, exact) / exact) * scale).astype(jnp.int32)
+  far = exact + (jnp.log(jnp.maximum(distance, exact).astype(jnp.float32) / exact) * scale).astype(jnp.int32)
   return (first + jnp.where(distance < exact, distance, jnp.minimum(far, num_buckets - 1))).astype(jnp.int32)
 
 

@@ -39,9 +39,9 @@ def expected_hits(scores: jax.Array, targets: jax.Array, *, k: int, tolerance: f
     [B] float32 in 0..1.
   """
   own = jnp.take_along_axis(scores, targets[:, None], axis=1)
-  before = jnp.sum(~(scores <= own + tolerance), axis=1)
-  tied = jnp.sum(jnp.abs(scores - own) <= tolerance, axis=1)
-  return jnp.clip((k - before) / jnp.maximum(tied, 1), 0.0, 1.0)
+  before = jnp.sum(~(scores <= own + tolerance), axis=1, dtype=jnp.int32)
+  tied = jnp.sum(jnp.abs(scores - own) <= tolerance, axis=1, dtype=jnp.int32)
+  return jnp.clip((k - before).astype(jnp.float32) / jnp.maximum(tied, 1).astype(jnp.float32), 0.0, 1.0)
 
 
 def ranks_in_list(items: jax.Array, scores: jax.Array, targets: jax.Array) -> jax.Array:
@@ -73,7 +73,7 @@ def each_once(items: jax.Array) -> jax.Array:
 
 def _places(scores: jax.Array, items: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Where the scores [B, N] of items [B, E] stand; past the end where -1 fills, which drops what is put there."""
-  return jnp.arange(scores.shape[0])[:, None], jnp.where(items < 0, scores.shape[1], items)
+  return jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None], jnp.where(items < 0, scores.shape[1], items)
 
 
 def without(scores: jax.Array, excluded: jax.Array) -> jax.Array:
@@ -88,7 +88,7 @@ def add_to(scores: jax.Array, items: jax.Array, by: jax.Array) -> jax.Array:
 
 def recall_at(ranks: jax.Array, valid: jax.Array, k: int) -> Metric:
   """Share of users whose target is among the first k: ranks [B], valid [B] bool -> (sum, count)."""
-  return jnp.sum(jnp.where(valid & (ranks < k), 1.0, 0.0)), jnp.sum(valid.astype(jnp.float32))
+  return jnp.sum(valid & (ranks < k), dtype=jnp.float32), jnp.sum(valid, dtype=jnp.float32)
 
 
 def ndcg_at(ranks: jax.Array, valid: jax.Array, k: int) -> Metric:

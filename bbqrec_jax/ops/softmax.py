@@ -95,7 +95,7 @@ def weighted_cross_entropy(
 
 def _no_items(targets: jax.Array) -> Raised:
   """Nothing that is raised, for as many positions."""
-  return Raised(jnp.zeros((targets.shape[0], 0), jnp.int32), jnp.zeros(()))
+  return Raised(jnp.zeros((targets.shape[0], 0), jnp.int32), jnp.zeros((), jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -133,7 +133,8 @@ def _weighted_sum_forward(states, vectors, targets, weights, items, by, rows):
     of_vectors += jnp.dot(exponentials.T, (share * states).astype(vectors.dtype), preferred_element_type=jnp.float32)
     return (total, of_vectors, of_by), of_states
 
-  start = (jnp.zeros(()), jnp.zeros(vectors.shape), jnp.zeros(()))
+  nothing = jnp.zeros((), jnp.float32)
+  start = (nothing, jnp.zeros(vectors.shape, jnp.float32), nothing)
   turns = _in_turns((states, targets, weights, items), rows)
   (total, of_vectors, of_by), of_states = jax.lax.scan(turn, start, turns)
   of_by -= jnp.sum(jnp.where(items == targets[:, None], weights[:, None], 0.0))
@@ -209,7 +210,7 @@ def sampled_cross_entropy(
     own += jnp.where(jnp.any(raised.items == targets[:, None], axis=1), raised.by, 0.0)
     logits += jnp.where(jnp.any(raised.items[:, None, :] == drawn[None, :, None], axis=2), raised.by, 0.0)
   other = drawn[None, :] != targets[:, None]
-  count = jnp.maximum(jnp.sum(other, axis=1), 1)
+  count = jnp.maximum(jnp.sum(other, axis=1, dtype=jnp.int32), 1)
   stands_for = jnp.log((num_items - 1) / count.astype(jnp.float32))
   total = jax.nn.logsumexp(jnp.where(other, logits, -jnp.inf), axis=1) + stands_for
   return jnp.logaddexp(own, total) - own

@@ -171,7 +171,7 @@ class Encoder(nn.Module):
     batch, length, levels, width = tokens.shape
     x = tokens.reshape(batch, length * levels, width)
     here = jnp.repeat(real, levels, axis=1)
-    places = jnp.arange(length * levels)
+    places = jnp.arange(length * levels, dtype=jnp.int32)
     # A token of padding sees itself, so that its softmax is finite.
     mask = here[:, None, None, :] | jnp.eye(length * levels, dtype=bool)[None, None]
     position = RelativeBias(self.shape.num_heads, self.num_buckets, name="position")(places[None, :] - places[:, None])
@@ -204,9 +204,9 @@ class DecoderHead(nn.Module):
     s = self.settings
     shape = encoder_shape(s)._replace(multiply_bias=False)
     self.code_embedding = self.param(
-      "code_embedding", nn.initializers.normal(1.0), (s.num_levels, s.num_codes, s.width)
+      "code_embedding", nn.initializers.normal(1.0), (s.num_levels, s.num_codes, s.width), jnp.float32
     )
-    self.start_embedding = self.param("start_embedding", nn.initializers.normal(1.0), (s.width,))
+    self.start_embedding = self.param("start_embedding", nn.initializers.normal(1.0), (s.width,), jnp.float32)
     self.position = RelativeBias(s.num_heads, s.position_buckets, bidirectional=False)
     self.layers = [Layer(shape, cross=True, name=f"layer_{index}") for index in range(s.num_layers)]
     self.norm = nn.RMSNorm()
@@ -214,7 +214,7 @@ class DecoderHead(nn.Module):
     if s.node_scores:
       self.node_scores = NodeScores(s.num_items)
     if s.history_offsets:
-      self.offsets = self.param("history_offsets", nn.initializers.zeros, (s.num_levels,))
+      self.offsets = self.param("history_offsets", nn.initializers.zeros, (s.num_levels,), jnp.float32)
 
   def _additions(self, items: Any) -> Addition | None:
     """What is added to the scores of the trie's nodes; None where nothing."""
@@ -242,7 +242,7 @@ class DecoderHead(nn.Module):
     start = jnp.broadcast_to(self.start_embedding, (codes.shape[0], self.settings.width))
     before = [start] + [self.code_embedding[level][codes[:, level]] for level in range(levels - 1)]
     x = self.drop(jnp.stack(before, axis=1), deterministic=deterministic)
-    places = jnp.arange(levels)
+    places = jnp.arange(levels, dtype=jnp.int32)
     distance = places[None, :] - places[:, None]
     mask, bias = (distance <= 0)[None, None], self.position(distance)
     for layer, keys_values in zip(self.layers, self._memories(memory), strict=True):
@@ -281,7 +281,7 @@ class DecoderHead(nn.Module):
     else:
       x = self.code_embedding[level - 1][codes]
     beams = x.shape[1]
-    bias = self.position(jnp.arange(level + 1)[None, :] - level)
+    bias = self.position(jnp.arange(level + 1, dtype=jnp.int32)[None, :] - level)
     mask = jnp.ones((1, 1, 1, level + 1), bool)
 
     def fold(leaf):

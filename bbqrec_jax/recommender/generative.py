@@ -52,12 +52,14 @@ class GenerativeHead(nn.Module):
     if self.num_items:
       self.node_scores = NodeScores(self.num_items)
     if self.history_offsets:
-      self.offsets = self.param("history_offsets", nn.initializers.zeros, (self.num_levels,))
+      self.offsets = self.param("history_offsets", nn.initializers.zeros, (self.num_levels,), jnp.float32)
     # Unit-variance rows: codes carry all that one level knows of the level before (0.02 starves their logits).
     self.code_embedding = self.param(
-      "code_embedding", nn.initializers.normal(1.0), (self.num_levels, self.num_codes, self.width)
+      "code_embedding", nn.initializers.normal(1.0), (self.num_levels, self.num_codes, self.width), jnp.float32
     )
-    self.level_embedding = self.param("level_embedding", nn.initializers.normal(0.02), (self.num_levels, self.width))
+    self.level_embedding = self.param(
+      "level_embedding", nn.initializers.normal(0.02), (self.num_levels, self.width), jnp.float32
+    )
     self.layers = [
       TransformerLayer(self.num_heads, self.mlp_width, self.dropout, name=f"layer_{index}")
       for index in range(self.num_layers)

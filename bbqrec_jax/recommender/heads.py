@@ -81,7 +81,7 @@ class DenseHead(nn.Module):
   def setup(self):
     """Makes the parameter."""
     if self.history_offset:
-      self.offset = self.param("history_offset", nn.initializers.zeros, ())
+      self.offset = self.param("history_offset", nn.initializers.zeros, (), jnp.float32)
 
   def raised(self, items: Items) -> Raised | None:
     """What the items of the history have added to their scores; None where nothing."""
@@ -93,9 +93,10 @@ class DenseHead(nn.Module):
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each target, `nll_dense` [P]; of drawn items an estimate of it, in training."""
     if self.num_negatives and not deterministic:
-      drawn = jax.random.randint(self.make_rng("dropout"), (self.num_negatives,), 0, items.catalogue.num_items)
+      key, num_items = self.make_rng("dropout"), items.catalogue.num_items
+      drawn = jax.random.randint(key, (self.num_negatives,), 0, num_items, jnp.int32)
       surprise = sampled_cross_entropy(
-        states, items.vectors(targets), items.vectors(drawn), targets, drawn, num_items=items.catalogue.num_items,
+        states, items.vectors(targets), items.vectors(drawn), targets, drawn, num_items=num_items,
         raised=self.raised(items),
       )  # fmt: skip
     else:
@@ -112,7 +113,7 @@ class DenseHead(nn.Module):
 
   def scores(self, items: Items, states: jax.Array, *, first: int = 0) -> jax.Array:
     """Logits of all items, or of those from number `first` on: [B, N - first] float32."""
-    vectors = items.vectors(jnp.arange(first, items.catalogue.num_items)) if first else items.vectors()
+    vectors = items.vectors(jnp.arange(first, items.catalogue.num_items, dtype=jnp.int32)) if first else items.vectors()
     logits = jnp.dot(states, vectors.T, preferred_element_type=jnp.float32)
     more = self.raised(items)
     return logits if more is None else add_to(logits, _counted_from(more.items, first), more.by)
@@ -224,7 +225,7 @@ class HybridHead(nn.Module):
       more = self.dense.scores(items, states, first=known)
       if exclude is not None:
         more = without(more, _counted_from(exclude, known))
-      new = jnp.broadcast_to(jnp.arange(known, items.catalogue.num_items), more.shape)
+      new = jnp.broadcast_to(jnp.arange(known, items.catalogue.num_items, dtype=jnp.int32), more.shape)
       found = jnp.concatenate([jnp.where(found < known, found, -1), jnp.where(jnp.isneginf(more), -1, new)], axis=1)
       scores = jnp.concatenate([scores, more], axis=1)
     return best_candidates(found, scores, width=width)

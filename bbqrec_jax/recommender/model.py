@@ -85,16 +85,20 @@ class Recommender(nn.Module):
     """Makes the parameters and submodules."""
     s = self.settings
     if s.item_embedding:
-      self.item_embedding = self.param("item_embedding", nn.initializers.normal(0.02), (s.num_items, s.width))
+      self.item_embedding = self.param(
+        "item_embedding", nn.initializers.normal(0.02), (s.num_items, s.width), jnp.float32
+      )
     if s.num_columns:
       self.code_embedding = self.param(
-        "code_embedding", nn.initializers.normal(0.02), (s.num_columns * s.num_codes, s.width)
+        "code_embedding", nn.initializers.normal(0.02), (s.num_columns * s.num_codes, s.width), jnp.float32
       )
     if s.feature_width:
-      self.feature_map = self.param("feature_map", nn.initializers.normal(0.02), (s.feature_width, s.width))
+      self.feature_map = self.param(
+        "feature_map", nn.initializers.normal(0.02), (s.feature_width, s.width), jnp.float32
+      )
     if s.num_streams:
       # Zero tables: at step 0 the model is the plain backbone, bit for bit.
-      self.similarity_tables = self.param("similarity_tables", nn.initializers.zeros, s.table_shape)
+      self.similarity_tables = self.param("similarity_tables", nn.initializers.zeros, s.table_shape, jnp.float32)
     self.backbone = make_backbone(s)
     self.head = make_head(s)
 
@@ -115,7 +119,7 @@ class Recommender(nn.Module):
     bool.
     """
     s = self.settings
-    total: jax.Array = jnp.zeros(())
+    total: jax.Array = jnp.zeros((), jnp.float32)
     if s.item_embedding:
       own = jnp.pad(self.item_embedding, ((0, catalogue.num_items - s.num_items), (0, 0)))
       if known is not None:
@@ -128,7 +132,7 @@ class Recommender(nn.Module):
     if s.num_columns > first_column:
       columns = catalogue.columns if items is None else catalogue.columns[items]
       tables = self.code_embedding.reshape(s.num_columns, s.num_codes, s.width)[first_column:]
-      first_row = (s.num_codes * jnp.arange(s.num_columns)).reshape((1,) * (columns.ndim - 1) + (-1,))
+      first_row = (s.num_codes * jnp.arange(s.num_columns, dtype=jnp.int32)).reshape((1,) * (columns.ndim - 1) + (-1,))
       total = total + summed_embedding(tables, (columns - first_row)[..., first_column:])
     return jnp.asarray(total)
 
@@ -137,7 +141,7 @@ class Recommender(nn.Module):
     s = self.settings
     if deterministic or not (s.item_dropout and s.item_embedding):
       return None
-    return jax.random.bernoulli(self.make_rng("dropout"), 1.0 - s.item_dropout, (catalogue.num_items,))
+    return jax.random.bernoulli(self.make_rng("dropout"), jnp.float32(1.0 - s.item_dropout), (catalogue.num_items,))
 
   def memory(
     self,
@@ -211,7 +215,7 @@ class Recommender(nn.Module):
       return None
     items, segments = batch["items"], batch["segments"]
     if packed:
-      place = jnp.arange(items.shape[1])
+      place = jnp.arange(items.shape[1], dtype=jnp.int32)
       before = (segments[:, None, :] == segments[:, :, None]) & (place[None, :] <= place[:, None])[None]
       items, segments = items[:, None, :], jnp.where(before, segments[:, None, :], 0)
     return each_once(jnp.where(segments > 0, items, -1)).reshape(-1, segments.shape[-1])
@@ -267,7 +271,7 @@ class Recommender(nn.Module):
     of_items = self._items(catalogue, past, known=known)
     terms = summed_losses(self.head, of_items, states, targets, weights, deterministic=deterministic)
     weight = getattr(self.head, "loss_weight", lambda name: 1.0)
-    loss = sum((weight(name) * term for name, term in terms.items()), start=jnp.asarray(0.0))
+    loss = sum((weight(name) * term for name, term in terms.items()), start=jnp.zeros((), jnp.float32))
     return loss, terms | {"nll": loss}
 
   def _from_memory(self, memory: Memory) -> Any:
@@ -282,7 +286,7 @@ class Recommender(nn.Module):
     if self.settings.backbone == "encoder_decoder":
       return self._from_memory(self.memory(catalogue, batch["items"], batch["segments"]))
     states = self.states(catalogue, batch["items"], batch["segments"], batch["positions"], batch.get("times"))
-    last = jnp.maximum(jnp.sum(batch["segments"] > 0, axis=1) - 1, 0)
+    last = jnp.maximum(jnp.sum(batch["segments"] > 0, axis=1, dtype=jnp.int32) - 1, 0)
     return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
 
   @property
@@ -313,7 +317,7 @@ class Recommender(nn.Module):
     batch, count = items.shape
     repeated, past = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), (states, past))
     parts = self.head.losses(self._items(catalogue, past), repeated, items.reshape(-1), deterministic=True)
-    return -sum(parts.values(), start=jnp.asarray(0.0)).reshape(batch, count)
+    return -sum(parts.values(), start=jnp.zeros((), jnp.float32)).reshape(batch, count)
 
   def search(
     self,

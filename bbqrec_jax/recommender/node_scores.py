@@ -49,7 +49,7 @@ class NodeScores(nn.Module):
   @nn.compact
   def __call__(self, items: Any) -> NodeTables:
     """The tables of all nodes, from `heads.Items`."""
-    prior = self.param("prior", nn.initializers.zeros, (self.num_items,)).astype(jnp.float32)
+    prior = self.param("prior", nn.initializers.zeros, (self.num_items,), jnp.float32).astype(jnp.float32)
     new = items.catalogue.num_items - self.num_items
     if new:
       prior = jnp.concatenate([prior, jnp.full(new, jnp.mean(prior))])
@@ -79,7 +79,7 @@ def additions(items: Any, tables: NodeTables | None, offsets: jax.Array | None) 
     return None
 
   def add(hidden: jax.Array, level: int, nodes: jax.Array) -> jax.Array:
-    total = jnp.zeros(()) if tables is None else tables.scores(hidden, level, nodes)
+    total = jnp.zeros((), jnp.float32) if tables is None else tables.scores(hidden, level, nodes)
     if offsets is None:
       return total
     share = items.catalogue.trie.share(level, nodes, items.past)

@@ -13,6 +13,7 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import Interactions, Split, select_users
 from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.ops.ranking import LARGEST_CUTOFF
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, Ranking, evaluate, make_ranker, sample_users
@@ -75,7 +76,7 @@ def initial_state(config: Any, model: Recommender, catalogue: Catalogue) -> Trai
   if config.recommender.backbone == "encoder_decoder":
     example["targets"] = jnp.zeros(1, jnp.int32)
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (catalogue, example))
-  params = model.lazy_init(jax.random.key(config.seed), *shapes)["params"]
+  params = model.lazy_init(base_key(config.seed), *shapes)["params"]
   optimizer = make_optimizer(config.recommender.optimizer, total_steps=config.recommender.steps)
   return TrainState.create(params, optimizer, seed=config.seed)
 

@@ -71,7 +71,7 @@ class TwoTowers(Recommender):
     weights: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The sum of both towers' losses; see `Recommender.loss`."""
-    total = jnp.asarray(0.0)
+    total = jnp.zeros((), jnp.float32)
     every: dict[str, jax.Array] = {}
     for tower in (self.generative, self.dense):
       loss, terms = tower.loss(catalogue, batch, deterministic=deterministic, weights=weights)
@@ -85,7 +85,8 @@ class TwoTowers(Recommender):
   def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, past: jax.Array | None = None) -> jax.Array:
     """What the loss counts for given items, with the sign turned: both towers' log-probabilities summed, [B, n]."""
     towers = zip((self.generative, self.dense), states, strict=True)
-    return sum((tower.log_probs(catalogue, own, items, past) for tower, own in towers), start=jnp.asarray(0.0))
+    nothing = jnp.zeros((), jnp.float32)
+    return sum((tower.log_probs(catalogue, own, items, past) for tower, own in towers), start=nothing)
 
   def search(
     self,

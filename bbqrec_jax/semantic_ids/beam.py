@@ -116,7 +116,7 @@ def item_log_probs(
 
   def theirs(level: int, parents: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     # At level 0 all stand under the root, the only parent; from then on each has a parent of its own, its own place.
-    above = jnp.broadcast_to(jnp.arange(parents.shape[1]), items.shape)
+    above = jnp.broadcast_to(jnp.arange(parents.shape[1], dtype=jnp.int32), items.shape)
     first = jnp.take_along_axis(trie.starts[level][parents], above, axis=1)
     chosen = above * trie.fanouts[level] + trie.paths[items, level] - first
     return jnp.take_along_axis(scores.reshape(items.shape[0], -1), chosen, axis=1), chosen

@@ -86,8 +86,8 @@ class Trie:
       [B, ..., n] float32.
     """
     through = jnp.where(items < 0, -1, self.paths[jnp.maximum(items, 0), level])
-    count = jnp.sum(nodes[..., None] == jnp.expand_dims(through, tuple(range(1, nodes.ndim))), axis=-1)
-    return count / self.leaves[level][nodes]
+    same = nodes[..., None] == jnp.expand_dims(through, tuple(range(1, nodes.ndim)))
+    return jnp.sum(same, axis=-1, dtype=jnp.float32) / self.leaves[level][nodes].astype(jnp.float32)
 
   def emptied(self, level: int, parents: jax.Array, excluded: jax.Array) -> jax.Array:
     """Whether nothing is left under a child once items are taken away.
@@ -105,10 +105,10 @@ class Trie:
     above = self.parents(level, items)
     # Each excluded item is under one parent at most, and counts at its own place among that parent's children.
     under = (parents[:, :, None] == above[:, None, :]) & (excluded >= 0)[:, None, :]
-    parent = jnp.where(jnp.any(under, axis=1), jnp.argmax(under, axis=1), parents.shape[1])
+    parent = jnp.where(jnp.any(under, axis=1), jnp.argmax(under, axis=1).astype(jnp.int32), parents.shape[1])
     child = self.paths[items, level] - self.starts[level][above]
     nodes, _, _ = self.children(level, parents)
-    rows = jnp.arange(parents.shape[0])[:, None]
+    rows = jnp.arange(parents.shape[0], dtype=jnp.int32)[:, None]
     taken = jnp.zeros(nodes.shape, jnp.int32).at[rows, parent, child].add(1, mode="drop")
     return taken >= self.leaves[level][nodes]
 

@@ -61,7 +61,7 @@ class Disentangling:
 
     def total(quantized, specific, present):
       predicted = apply(self.critic, jax.lax.stop_gradient(params), "__call__", quantized)
-      value = jnp.asarray(0.0)
+      value = jnp.zeros((), jnp.float32)
       for index, (name, (mean, log_variance)) in enumerate(sorted(predicted.items())):
         rows = (mean, log_variance, specific[name], present[name])
         if self.full:
@@ -86,7 +86,7 @@ class Disentangling:
 
     def surprise(params):
       predicted = apply(self.critic, params, "__call__", quantized)
-      value = jnp.asarray(0.0)
+      value = jnp.zeros((), jnp.float32)
       for name, (mean, log_variance) in predicted.items():
         likelihood = gaussian_log_likelihood(mean, log_variance, specific[name])
         value -= masked_mean(likelihood, present[name], axis_name=axis_name)

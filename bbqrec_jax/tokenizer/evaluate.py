@@ -57,7 +57,7 @@ class Inspection:
     """Draws the items once."""
     settings = model.settings
     count = min(settings.num_items, _LOOKED_AT)
-    items = np.random.default_rng(seed).permutation(settings.num_items)[:count]
+    items = np.random.default_rng(seed).permutation(settings.num_items)[:count].astype(np.int32)
     self._names, self._batches = settings.names, []
     for first in range(0, count, 1024):
       chosen = items[first : first + 1024]
@@ -123,7 +123,7 @@ class SequenceRecall:
         batch["positions"],
         deterministic=True,
       )
-      last = jnp.maximum(jnp.sum(batch["segments"], axis=1) - 1, 0)
+      last = jnp.maximum(jnp.sum(batch["segments"], axis=1, dtype=jnp.int32) - 1, 0)
       state = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
       # Equal vectors may round differently at the edges of a product.
       return expected_hits(normalize(state) @ normalize(vectors).T, batch["targets"], k=10, tolerance=1e-6)

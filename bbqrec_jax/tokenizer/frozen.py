@@ -244,7 +244,7 @@ def encode_blocks(
   whole: list[np.ndarray] = []
   for first in range(0, num_items, block):
     # The last block reaches back, so that every block has one shape and is compiled once.
-    items = np.arange(block) + min(first, num_items - block)
+    items = np.arange(block, dtype=np.int32) + min(first, num_items - block)
     results = jax.device_get(encode(items))
     if not whole:
       whole = [np.empty((part.shape[0], num_items, *part.shape[2:]), part.dtype) for part in results]

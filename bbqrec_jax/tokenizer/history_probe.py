@@ -20,6 +20,7 @@ from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.layers.dense import Dense
 from bbqrec_jax.layers.padding import without_padding
 from bbqrec_jax.ops.contrastive import following, info_nce
+from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer.evaluate import SequenceRecall
 from bbqrec_jax.tokenizer.frozen import settings_from_json
@@ -141,8 +142,8 @@ def train_probe(
 
   def initial_state() -> TrainState:
     nowhere = jnp.zeros((1, 1), jnp.int32)
-    example = jnp.zeros((1, 1, vectors.shape[1])), nowhere, nowhere
-    params = model.init(jax.random.key(config.seed), *example)["params"]
+    example = jnp.zeros((1, 1, vectors.shape[1]), jnp.float32), nowhere, nowhere
+    params = model.init(base_key(config.seed), *example)["params"]
     return TrainState.create(params, optimizer, seed=config.seed)
 
   map_items = partitioner.compile_map(
@@ -152,7 +153,7 @@ def train_probe(
 
   def judge(params: Any, stage: str) -> float:
     targets = {"validation": split.validation_target, "test": split.test_target}[stage]
-    mapped = np.asarray(map_items(params, frozen, np.arange(len(vectors))))
+    mapped = np.asarray(map_items(params, frozen, np.arange(len(vectors), dtype=np.int32)))
     return sequence_recall(params, mapped, split.history(stage), targets)
 
   histories = PackedHistories(

@@ -184,14 +184,14 @@ def tokenizer_loss(
     result = run("quantize", latents.values, latents.present, balance=balance, axis_name=axis_name)
     codewords = result.quantized
     if levels is not None:
-      kept = jnp.arange(s.num_levels)[:, None] < levels[None]
+      kept = jnp.arange(s.num_levels, dtype=jnp.int32)[:, None] < levels[None]
       codewords = jnp.sum(jnp.where(kept[..., None], result.codewords, 0.0), axis=1)
     passed = quantize.GRADIENTS[s.gradient](latents.values, codewords)
     return result, jnp.where(quantized, passed, latents.values)
 
   def mean_error(rebuilt):
     """Mean squared error over width, present rows and modalities."""
-    total = jnp.asarray(0.0)
+    total = jnp.zeros((), jnp.float32)
     for name in names:
       error = jnp.mean(jnp.square(rebuilt[name] - batch["features"][name]), axis=-1)
       total += masked_mean(error, batch["present"][name], axis_name=axis_name) / len(names)
@@ -203,7 +203,9 @@ def tokenizer_loss(
   behaviour = {name: passed[streams.index(name)] for name in names}
   given = specific
   if key is not None and s.specific_dropout:
-    kept = jax.random.bernoulli(jax.random.fold_in(key, 3), 1.0 - s.specific_dropout, (len(batch["items"]), 1))
+    kept = jax.random.bernoulli(
+      jax.random.fold_in(key, 3), jnp.float32(1.0 - s.specific_dropout), (len(batch["items"]), 1)
+    )
     given = {name: jnp.where(kept, value, 0.0) for name, value in specific.items()}
   reconstruction = mean_error(run("reconstruct", behaviour, given))
   nothing = jax.tree.map(jnp.zeros_like, specific)
@@ -215,13 +217,13 @@ def tokenizer_loss(
   quantization = masked_mean(error.reshape(-1), latents.present.reshape(-1), axis_name=axis_name)
   quantization = jnp.where(quantized, quantization, 0.0)
 
-  item_id = jnp.asarray(0.0)
+  item_id = jnp.zeros((), jnp.float32)
   if "id" in streams:
     everyone = jnp.ones(len(batch["items"]), bool)
     squared = jnp.sum(jnp.square(latents.values[streams.index("id")]), axis=-1)
     item_id = masked_mean(squared, everyone, axis_name=axis_name)
 
-  disentangle = jnp.asarray(0.0) if bound is None else bound(behaviour, specific, batch["present"])
+  disentangle = jnp.zeros((), jnp.float32) if bound is None else bound(behaviour, specific, batch["present"])
 
   contrast, modality_contrast, accuracy = _contrast(run, through_codebook, batch, s, key=key, axis_name=axis_name)
   terms = {
@@ -238,7 +240,7 @@ def tokenizer_loss(
     by_stream = {name: dict(zip(streams, part, strict=True)) for name, part in parts.items()}
     rows = CatalogueRows(items=batch["items"], features=batch["features"], specific=specific, **by_stream)
     terms["own"] = _own(own_loss, rows, axis_name=axis_name)
-  loss = sum((getattr(weights, name) * value for name, value in terms.items()), start=jnp.asarray(0.0))
+  loss = sum((getattr(weights, name) * value for name, value in terms.items()), start=jnp.zeros((), jnp.float32))
   observed = jax.lax.stop_gradient((result.codes, result.residuals, latents.present, behaviour, specific))
   return loss, TokenizerOutput(terms | {"contrast_accuracy": accuracy}, *observed)
 
@@ -267,8 +269,9 @@ def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
   levels = None
   if key is not None and settings.level_dropout and settings.num_levels > 1:
     dropped, number = (jax.random.fold_in(key, index) for index in (4, 5))
-    prefix = jax.random.randint(number, items.shape, 1, settings.num_levels)
-    levels = jnp.where(jax.random.bernoulli(dropped, settings.level_dropout, items.shape), prefix, settings.num_levels)
+    prefix = jax.random.randint(number, items.shape, 1, settings.num_levels, jnp.int32)
+    cut = jax.random.bernoulli(dropped, jnp.float32(settings.level_dropout), items.shape)
+    levels = jnp.where(cut, prefix, settings.num_levels)
   _, passed = through_codebook(latents, levels=levels)
   temperature = run("temperature")
   vectors = passed[-1]
@@ -286,7 +289,7 @@ def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
   contrast, aux = info_nce(
     states, vectors[target], items[target], has_target, temperature=temperature, axis_name=axis_name
   )
-  modality = jnp.asarray(0.0)
+  modality = jnp.zeros((), jnp.float32)
   for name in names:
     known = has_target & present[name][target]
     stream = passed[streams.index(name)]

@@ -157,9 +157,10 @@ class Tokenizer(nn.Module):
     self.decoders = {name: MLP((*reversed(s.hidden), width)) for name, width in s.modalities}
     if s.item_id != "none":
       self.item_embedding = nn.Embed(s.num_items, s.code_width, embedding_init=nn.initializers.normal(0.02))
-    self.codebooks = self.param("codebooks", nn.initializers.normal(s.code_width**-0.5), s.codebook_shape)
+    self.codebooks = self.param("codebooks", nn.initializers.normal(s.code_width**-0.5), s.codebook_shape, jnp.float32)
     if s.learn_temperature:
-      self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(s.temperature)), ())
+      start = nn.initializers.constant(jnp.log(jnp.float32(s.temperature)))
+      self.log_temperature = self.param("log_temperature", start, (), jnp.float32)
     self.history, self.query = history_reader(s)
 
   def latents(self, items: jax.Array, features: dict[str, jax.Array], present: dict[str, jax.Array]) -> Latents:
@@ -261,7 +262,7 @@ class Tokenizer(nn.Module):
   def temperature(self) -> jax.Array:
     """Of the contrast; a learned one stays at 0.01 or more, for the scores' sake (as in CLIP)."""
     if not self.settings.learn_temperature:
-      return jnp.asarray(self.settings.temperature)
+      return jnp.asarray(self.settings.temperature, jnp.float32)
     learned = jnp.exp(self.log_temperature)
     # The bound is in the value alone: below it the gradient still leads back.
     return learned + jax.lax.stop_gradient(jnp.maximum(learned, 0.01) - learned)
@@ -274,5 +275,5 @@ class Tokenizer(nn.Module):
     self.reconstruct(dict.fromkeys(self.settings.names, fused), self.specific(batch["features"]))
     return self.history_states(
       fused[None], jnp.ones((1, len(batch["items"])), jnp.int32),
-      jnp.arange(len(batch["items"]))[None], deterministic=True,
+      jnp.arange(len(batch["items"]), dtype=jnp.int32)[None], deterministic=True,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from bbqrec_jax.data.interactions import Interactions, Split
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.pipeline import CatalogueSample, PackedHistories, tokenizer_batches
 from bbqrec_jax.ops.kmeans import residual_kmeans
+from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.health import codebook_health, format_health
 from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
@@ -241,15 +242,15 @@ def tokenizer_training(
     disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps, t.club.bound == "full")
 
   def initial_state() -> TrainState:
-    items = np.arange(1)
+    items = np.arange(1, dtype=np.int32)
     example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
-    params = model.init(jax.random.key(config.seed), example)["params"]
+    params = model.init(base_key(config.seed), example)["params"]
     use = CodebookUse.create(params["codebooks"], moving_average=settings.moving_average)
     state = TrainState.create(params, optimizer, seed=config.seed, codes=use)
     if disentangling is None:
       return state
-    zeros = {name: jnp.zeros((1, t.code_width)) for name in settings.names}
-    params = disentangling.critic.init(jax.random.key(config.seed), zeros)["params"]
+    zeros = {name: jnp.zeros((1, t.code_width), jnp.float32) for name in settings.names}
+    params = disentangling.critic.init(base_key(config.seed), zeros)["params"]
     return state.replace(  # type: ignore[attr-defined]
       critic=params, critic_opt_state=disentangling.optimizer.init(params)
     )

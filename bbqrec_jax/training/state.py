@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bbqrec_jax.ops.randomness import base_key
+
 
 @flax.struct.dataclass
 class CodebookUse:
@@ -29,7 +31,7 @@ class CodebookUse:
     usage = jnp.full(codebooks.shape[:-1], 1.0 / codebooks.shape[-2], jnp.float32)
     if not moving_average:
       return cls(usage)
-    return cls(usage, jnp.ones(codebooks.shape[:-1]), codebooks.astype(jnp.float32))
+    return cls(usage, jnp.ones(codebooks.shape[:-1], jnp.float32), codebooks.astype(jnp.float32))
 
 
 @flax.struct.dataclass
@@ -59,7 +61,7 @@ class TrainState:
     cls, params: Any, optimizer: optax.GradientTransformation, *, seed: int, codes: CodebookUse | None = None
   ) -> "TrainState":
     """The state before the first step."""
-    return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key(seed), codes)
+    return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), base_key(seed), codes)
 
 
 def step_key(state: TrainState, axis_name: str | None) -> jax.Array:
