@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from bbqrec_jax.command_line import define_path, flag_error
+from bbqrec_jax.command_line import define_path
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.input_files import check_output, read_archive
 from bbqrec_jax.json_files import write_json
@@ -117,7 +117,8 @@ def parse(argv: list[str]) -> list[str]:
   try:
     return list(flags.FLAGS(argv, known_only=True))
   except flags.Error as error:
-    refuse(InputError(flag_error(error)))
+    told = error.__context__  # What a path is refused with.
+    refuse(told if isinstance(told, InputError) else InputError(str(error)))
 
 
 def main(argv: list[str]) -> None:
