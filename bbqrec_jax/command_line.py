@@ -195,7 +195,7 @@ def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
     if given:
       flags.FLAGS.config.items()  # What is no config is only missed when it is used.
   except flags.Error as error:
-    refuse(InputError(_of_config(error, given) if f"flag --config={given}: " in str(error) else flag_error(error)))
+    refuse(InputError(_of_config(error, given) if f"flag --config={given}: " in str(error) else _of_flag(error)))
   except InputError as error:
     refuse(error)
   except Exception as error:  # A config file is a program, which can fail in any way.
@@ -218,7 +218,7 @@ def _given_config(argv: list[str]) -> str:
   return ""
 
 
-def flag_error(error: flags.Error) -> str:
+def _of_flag(error: flags.Error) -> str:
   """What is wrong with a flag."""
   if isinstance(error.__context__, InputError):
     return str(error.__context__)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from bbqrec_jax.command_line import define_path, flag_error, start
+from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.utils.files import check_output, read_archive
@@ -117,7 +117,8 @@ def parse(argv: list[str]) -> list[str]:
   try:
     return list(flags.FLAGS(argv, known_only=True))
   except flags.Error as error:
-    refuse(InputError(flag_error(error)))
+    told = error.__context__  # What a path is refused with.
+    refuse(told if isinstance(told, InputError) else InputError(str(error)))
 
 
 def main(argv: list[str]) -> None:
