@@ -18,11 +18,13 @@ import numpy as np
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, quiet_flags, start, writing
-from bbqrec_jax.data.directory import read_timestamps
+from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.directory import read_timestamps, time_places
 from bbqrec_jax.data.histories import read_histories
-from bbqrec_jax.data.interactions import Interactions, from_lengths, select_users
+from bbqrec_jax.data.interactions import Interactions, choose, distinct_items, from_lengths
 from bbqrec_jax.data.item_ids import ItemIds, nearest, split_ids
-from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
+from bbqrec_jax.data.pipeline import ordinary_width, ranking_batches
+from bbqrec_jax.data.times import in_seconds_as, long_gaps
 from bbqrec_jax.errors import InputError, printable, refuse, shown
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.catalogue import Catalogue
@@ -30,6 +32,7 @@ from bbqrec_jax.recommender.model import Recommender
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.files import check_new, unfinished
+from bbqrec_jax.utils.messages import warn
 
 
 def parse_history(text: str, item_ids: ItemIds) -> np.ndarray:
@@ -55,11 +58,13 @@ def history_of(user: str, interactions: Interactions) -> Interactions:
   if not len(found):
     hint = nearest(user, interactions.users.tolist())
     raise InputError(f"--user: expected the id of a user of the run's data, got {shown(user)}; {hint}")
-  return select_users(interactions, found)
+  (row,) = found
+  own = np.arange(*interactions.offsets[row : row + 2])
+  return choose(interactions, own, interactions.lengths[found], interactions.users[found])
 
 
 def parse_times(text: str | None, *, count: int) -> np.ndarray | None:
-  """Seconds [n] float64 from "874965478,874965518"; None for None.
+  """Times [n] float64 from "874965478,874965518"; None for None.
 
   Raises:
     InputError: if they are not `count` finite numbers in time order.
@@ -70,7 +75,7 @@ def parse_times(text: str | None, *, count: int) -> np.ndarray | None:
     times = np.array(text.split(","), np.float64)
   except ValueError:
     times = np.array([np.nan])
-  if len(times) != count or not np.isfinite(times).all() or np.any(np.diff(times) < 0):
+  if len(times) != count or not np.isfinite(times).all() or np.any(times[1:] < times[:-1]):
     raise InputError(f"--times: expected {count} numbers in time order, one for each item of --history, got {text!r}")
   return times
 
@@ -132,21 +137,40 @@ def recommend_all(
 
   Yields:
     (user, items [top], scores [top]) of each user, in order.
+
+  Raises:
+    InputError: if a history is empty.
   """
+  if not np.all(histories.lengths):
+    nobody = str(histories.users[int(np.argmin(histories.lengths))])
+    raise InputError(
+      f"history of {nobody!r}: expected at least one item, got none, and nothing tells what comes next; recommend what"
+      " is popular"
+    )
   call = jax.jit(functools.partial(apply, model), static_argnums=1, static_argnames="width")
   width = min(max(beam_width, top), catalogue.num_items)
   batch_size = min(batch_size, histories.num_users)
-  nobody = np.zeros(histories.num_users, np.int32)
-  batches = evaluation_batches(histories, nobody, batch_size=batch_size, max_length=model.settings.max_length)
-  for first, batch in zip(range(0, histories.num_users, batch_size), batches, strict=True):
-    users = range(first, min(first + batch_size, histories.num_users))
-    states = call(params, "last_states", catalogue, batch)
-    exclude = (
-      np.full((batch_size, 1), -1, np.int32) if repeat else distinct_items(histories, users, num_rows=batch_size)
-    )
-    found = call(params, "search", catalogue, states, width=width, exclude=exclude, past=model.past(batch))
-    every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
-    for user, items, scores in zip(users, *every, strict=False):  # Without the rows that fill the last batch.
+  seen = None if repeat else distinct_items(histories)
+  batches = functools.partial(
+    ranking_batches,
+    histories,
+    np.zeros(histories.num_users, np.int32),
+    batch_size=batch_size,
+    max_length=model.settings.max_length,
+    exclude=seen,
+    width=1 if seen is None else ordinary_width(seen),
+  )
+  for first in range(0, histories.num_users, batch_size):
+    users = np.arange(first, min(first + batch_size, histories.num_users))
+    answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for places, batch in batches(users=users):
+      exclude = batch.pop("exclude", None)
+      states = call(params, "last_states", catalogue, batch)
+      found = call(params, "search", catalogue, states, width=width, exclude=exclude, past=model.past(batch))
+      every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
+      answers |= dict(zip(places.tolist(), zip(*every, strict=True), strict=False))  # Without the rows that only fill.
+    for place, user in enumerate(users):
+      items, scores = answers[place]
       yield str(histories.users[user]), items[items >= 0], scores[items >= 0]
 
 
@@ -194,6 +218,32 @@ def check_options(options: Any) -> None:
       raise InputError(f"{options.output.parent} is no folder: make it, or choose another --output")
 
 
+def asked_for(options: Any, dataset: Dataset) -> Interactions:
+  """The histories that the flags give, with times in seconds where they give some.
+
+  Args:
+    options: the flags.
+    dataset: that the recommender was trained on; ids and the unit of times are its.
+
+  Raises:
+    InputError: naming the flag, or the file and line.
+  """
+  if options.user is not None:
+    return history_of(options.user, dataset.interactions)
+  if options.histories is None:
+    history = parse_history(options.history, dataset.item_ids)
+    times = parse_times(options.times, count=len(history))
+    if times is not None:
+      times = in_seconds_as(times, dataset.time_unit, where=lambda index: f"--times entry {index + 1}")
+    return from_lengths(history, np.array([len(history)]), np.array(["history"]), times)
+  histories = read_histories(options.histories, dataset.item_ids)
+  if options.timestamps is None:
+    return histories
+  times = read_timestamps(options.timestamps, histories)
+  where = time_places(options.timestamps, histories)
+  return dataclasses.replace(histories, times=in_seconds_as(times, dataset.time_unit, where=where))
+
+
 def main(argv: list[str]) -> None:
   """Prints the history and the recommended items with titles, semantic IDs and scores, or writes those of a file."""
   del argv
@@ -208,23 +258,15 @@ def main(argv: list[str]) -> None:
       features=options.features,
       trusted=options.trust,
     )
+    histories = asked_for(options, dataset)
     many = options.histories is not None
-    if many:
-      histories = read_histories(options.histories, dataset.item_ids)
-      if options.timestamps is not None:
-        seconds = read_timestamps(options.timestamps, histories)
-        histories = dataclasses.replace(histories, times=seconds)
-    elif options.user is not None:
-      histories = history_of(options.user, dataset.interactions)
-    else:
-      history = parse_history(options.history, dataset.item_ids)
-      times = parse_times(options.times, count=len(history))
-      histories = from_lengths(history, np.array([len(history)]), np.array(["history"]), times)
     if model.settings.time_buckets and histories.times is None:
       flag = "--timestamps" if many else "--times"
-      raise InputError(f"{flag}: this recommender looks at the time between interactions, give the second of each")
+      raise InputError(f"{flag}: this recommender looks at the time between interactions, give the time of each")
   except InputError as error:
     refuse(error)
+  for sentence in long_gaps(histories):
+    warn(sentence)
   found = recommend_all(
     model,
     params,
@@ -248,6 +290,9 @@ def main(argv: list[str]) -> None:
 
   print("history:", *(" " * 16 + line(item) for item in histories.items), sep="\n")
   rows = enumerate(zip(items, scores, strict=True), 1)
+  if not len(items):
+    print("nothing is left to recommend: the history holds every item; --repeat recommends those again")
+    return
   print("recommended:", *(f"{rank:4d}  {score:8.3f}  {line(item)}" for rank, (item, score) in rows), sep="\n")
 
 
@@ -255,9 +300,9 @@ if __name__ == "__main__":
   define_run_flags()
   flags.DEFINE_string("history", None, "Ids of items in time order, separated by commas; 'a,\"b,c\"' as in CSV.")
   flags.DEFINE_string("user", None, "In place of --history: the id of a user of the run's data, with all of its items.")
-  flags.DEFINE_string("times", None, "The second of each interaction, for a recommender with time buckets.")
+  flags.DEFINE_string("times", None, "When each interaction was, in the unit of the data, for one with time buckets.")
   define_path("histories", "A file in place of --history: a line a user, 'user item item ...', or JSON (.jsonl).")
-  define_path("timestamps", "A file with the second of each interaction in place of its item.")
+  define_path("timestamps", "A file with the time of each interaction in place of its item, in the unit of the data.")
   define_path("output", "The file for what is recommended for --histories: a JSON object a line.")
   define_path("tokenizer", "Semantic IDs that bbqrec_jax.assign extended by new items.")
   define_path("features", "The new items' features, for a recommender that reads features.")

@@ -475,6 +475,18 @@ def modalities(files: Files, num_items: int | None, names: tuple[str, ...] = ("i
   return {name: (plain(features), present) for name, (features, present) in pairs.items()}
 
 
+def seconds(times: list[float]) -> list[float]:
+  """Times in seconds, by what magnitude most of them have, where the others are near zero."""
+  powers = [sum(abs(time) >= bound for bound in (1e8, 1e11, 1e14, 1e17, 1e20)) for time in times]
+  far = Counter(power for power in powers if power)
+  if len(far) > 1 and 0 not in powers:
+    raise Bad
+  for power, count in far.items():
+    if len(far) == 1 and 2 * count >= len(times) and power < 5:
+      return [time / 1000 ** (power - 1) for time in times]
+  return times
+
+
 def expect_directory(files: Files) -> Any:
   """What a folder of the project's own format holds."""
   titles, own_ids = [], []
@@ -514,6 +526,7 @@ def expect_directory(files: Files) -> Any:
       if label != user or len(own) != len(history) or own != sorted(own):
         raise Bad
       times.extend(own)
+    times = seconds(times)
   if len({type(own) for own in own_ids}) > 1 or len(set(own_ids)) < len(own_ids):
     raise Bad
   return histories, times, own_ids, titles, modalities(files, len(titles))
@@ -551,10 +564,15 @@ def expect_items(files: Files) -> tuple[dict[str, int], list[str], dict[str, Any
       short in tables or not fits_name(short) or any(abs(v) > float(np.finfo(np.float32).max) for c in cells for v in c)
     ):
       raise Bad
-    table = np.array([cell or [0.0] * width for cell in cells], np.float32)
-    tables[short] = (plain(table), table.any(axis=1).tolist())
-    if not any(tables[short][1]):
+    table = np.array([cell or [0.0] * width for cell in cells], np.float64)
+    there = table[table.any(axis=1)]
+    if not len(there):
       raise Bad
+    spread = there.std(axis=0)
+    narrow = (spread < 1e-4 * abs(there.mean(axis=0))) | (spread < 1e-30) | (spread > 1e30)
+    if not np.any(narrow & (np.ptp(there, axis=0) > 0)):
+      table = table.astype(np.float32)
+    tables[short] = (plain(table), table.any(axis=1).tolist())
   return items, titles, tables
 
 
@@ -575,6 +593,9 @@ def expect_recbole(files: Files) -> Any:
       raise Bad
     time = number(row["timestamp"].strip(" \t\r\v\f")) if "timestamp" in kinds else 0.0
     histories.setdefault(row["user_id"], []).append((time, items[row["item_id"]]))
+  if "timestamp" in kinds:
+    read = iter(seconds([time for history in histories.values() for time, _ in history]))
+    histories = {user: [(next(read), item) for _, item in history] for user, history in histories.items()}
   ordered = {user: sorted(history, key=lambda pair: pair[0]) for user, history in histories.items()}
   if any(len(history) < 3 for history in ordered.values()):
     raise Bad

@@ -27,6 +27,7 @@ class Dataset:
     item_ids: what the source calls the N items; what it calls the users is in `interactions`.
     titles: N titles; "" where the source has none.
     notes: sentences on how the source was read, for whoever looks at the statistics.
+    time_unit: that the source has its times in, one of `times.UNITS`; those of the interactions are seconds.
   """
 
   name: str
@@ -37,6 +38,7 @@ class Dataset:
   item_ids: ItemIds
   titles: tuple[str, ...]
   notes: tuple[str, ...] = ()
+  time_unit: str = "seconds"
 
   @property
   def num_items(self) -> int:
@@ -81,7 +83,7 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
     },
     "density": interactions.num_interactions / (interactions.num_users * dataset.num_items),
     "head_share": float(counts[-head:].sum() / interactions.num_interactions),
-    "unseen_items": dataset.num_items - len(np.unique(split.train.items)),
+    "unseen_items": int(np.sum(np.bincount(split.train.items, minlength=dataset.num_items) == 0)),
     "modalities": {
       name: {"width": array.shape[1], "coverage": float(np.mean(dataset.present[name]))}
       for name, array in dataset.features.items()

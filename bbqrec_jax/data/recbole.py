@@ -1,16 +1,17 @@
 """RecBole's atomic files: a folder of one `.inter` table and, optionally, one `.item` table."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.features import LARGEST, load_modalities, unused_files
+from bbqrec_jax.data.features import LARGEST, load_modalities, spread, suits_float32, unused_files
 from bbqrec_jax.data.files import check_growth, check_label, read_lines, read_text, require_folder, separator_of
-from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
+from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
 from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.data.times import in_seconds, time_notes
 from bbqrec_jax.errors import InputError, printable, shown
 
 TITLE_COLUMNS = ("title", "item_name", "movie_title", "name")
@@ -21,7 +22,8 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
 
   - `*.inter`: `user_id:token`, `item_id:token` and optionally `timestamp:float`. A user's interactions are ordered by
     timestamp, equal ones as in the file; without timestamps, as in the file, and a note warns of a column that seems to
-    be one by another name. Repeated interactions are kept.
+    be one by another name. Timestamps are seconds; other units are recognised, see `times.unit_of`. Repeated
+    interactions are kept.
   - `*.item`, optional: `item_id:token`; item k is the table's row k, and its id the token. A column `title`,
     `item_name`, `movie_title` or `name` gives the titles; every `float_seq` column is a modality, named without a
     trailing `_features`, `_feature` or `_emb`; an empty cell means that the item lacks it. Without the table, items
@@ -49,13 +51,14 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   titles: tuple[str, ...] = ()
   if item_path is not None:
     tokens, titles, tables = _read_items(item_path)
-  interactions, lines, tokens, notes = _read_interactions(inter_path, tokens, item_path)
+  interactions, lines, tokens, unit, warnings = _read_interactions(inter_path, tokens, item_path)
   interactions = check_history_lengths(interactions, path=inter_path, lines=lines, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(tokens), in_tables=tables)
   name = inter_path.name.removesuffix(".gz").removesuffix(".inter")
-  notes += unused_files(folder, features)
+  notes = (*time_notes(interactions, unit), *warnings, *unused_files(folder, features))
   item_ids = ItemIds([token.decode() for token in tokens])
-  return Dataset(name, str(path), interactions, features, present, item_ids, titles or ("",) * len(tokens), notes)
+  titles = titles or ("",) * len(tokens)
+  return Dataset(name, str(path), interactions, features, present, item_ids, titles, notes, unit)
 
 
 def _only_file(folder: Path, suffix: str) -> Path | None:
@@ -103,18 +106,23 @@ def _refuse_field_count(path: Path, line: int, expected: int, got: int, text: by
 
 def _read_interactions(
   path: Path, item_tokens: list[bytes] | None, item_path: Path | None
-) -> tuple[Interactions, np.ndarray, list[bytes], tuple[str, ...]]:
-  """Reads `.inter` -> (interactions, the line each user first stands on [U], the tokens of the N items, notes)."""
+) -> tuple[Interactions, np.ndarray, list[bytes], str, tuple[str, ...]]:
+  """Reads `.inter`.
+
+  Returns:
+    The interactions, the line that each user first stands on [U], the tokens of the N items, the unit of the times, and
+    warnings.
+  """
   content = read_text(path)
   columns = _read_header(path, content[: content.find(b"\n")], ("user_id", "item_id"))
   places = {name: place for place, name in enumerate(columns)}
   starts, ends = _locate_fields(path, content, len(columns))
 
-  def column(name: str) -> np.ndarray:
+  def column(name: str) -> Iterator[np.ndarray]:
     return _column(path, name, content, starts[:, places[name]], ends[:, places[name]])
 
-  users, user_rows = _number(column("user_id").tolist())
-  items = column("item_id").tolist()
+  users, user_rows = _number([token for block in column("user_id") for token in block.tolist()])
+  items = [token for block in column("item_id") for token in block.tolist()]
   for name, tokens in (("user_id", users), ("item_id", items)):
     if b"" in tokens:
       line = int(np.argmax(starts[:, places[name]] == ends[:, places[name]])) + 2
@@ -129,9 +137,10 @@ def _read_interactions(
       raise InputError(
         f"{path} line {row + 2} field 'item_id': expected an item of {item_path}, got {shown(items[row])}; add it there"
       )
-  keys, times = [user_rows], None
+  keys, times, unit = [user_rows], None, "seconds"
   if "timestamp" in columns:
-    times = _timestamps(path, column("timestamp"))
+    read = _timestamps(path, column("timestamp"))
+    times, unit = in_seconds(read, where=lambda row: f"{path} line {row + 2} field 'timestamp'")
     keys.insert(0, times)
   order = np.lexsort(keys)  # By user, then by timestamp, then as in the file: the sort is stable.
   lengths = np.bincount(user_rows, minlength=len(users))
@@ -139,7 +148,7 @@ def _read_interactions(
   first_lines = np.unique(user_rows, return_index=True)[1] + 2
   times = None if times is None else times[order]
   interactions = from_lengths(item_rows[order], lengths, labels, times)
-  return interactions, first_lines, item_tokens, (order_note(interactions), *_time_warning(path, columns))
+  return interactions, first_lines, item_tokens, unit, _time_warning(path, columns)
 
 
 def _time_warning(path: Path, columns: Mapping[str, str]) -> tuple[str, ...]:
@@ -169,23 +178,32 @@ def _locate_fields(path: Path, content: bytes, num_fields: int) -> tuple[np.ndar
   return starts.reshape(-1, num_fields), ends.reshape(-1, num_fields)
 
 
-def _column(path: Path, name: str, content: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+# Rows whose tokens are gathered at once, all as wide as the longest.
+_ROWS = 2**17
+
+
+def _column(path: Path, name: str, content: bytes, starts: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
   """The tokens between starts and ends [rows], as bytes, gathered a character position at a time, not a row at a time.
+
+  Yields:
+    Those of a block of rows, [n].
 
   Raises:
     InputError: if a token is too long for an array of them.
   """
-  lengths = ends - starts
-  width = int(lengths.max(initial=1))
-  if len(starts):
-    longest = int(np.argmax(lengths))
-    check_label(content[starts[longest] : ends[longest]], where=f"{path} line {longest + 2} field '{name}'")
   data = np.frombuffer(content, np.uint8)
-  tokens = np.zeros((len(starts), width), np.uint8)
-  for position in range(width):
-    inside = np.flatnonzero(lengths > position)
-    tokens[inside, position] = data[starts[inside] + position]
-  return tokens.view(f"S{width}")[:, 0]
+  if len(starts):
+    longest = int(np.argmax(ends - starts))
+    check_label(content[starts[longest] : ends[longest]], where=f"{path} line {longest + 2} field '{name}'")
+  for first in range(0, len(starts), _ROWS):
+    start = starts[first : first + _ROWS]
+    lengths = ends[first : first + _ROWS] - start
+    width = int(lengths.max(initial=1))
+    tokens = np.zeros((len(start), width), np.uint8)
+    for position in range(width):
+      inside = np.flatnonzero(lengths > position)
+      tokens[inside, position] = data[start[inside] + position]
+    yield tokens.view(f"S{width}")[:, 0]
 
 
 def _number(tokens: list[bytes]) -> tuple[list[bytes], np.ndarray]:
@@ -195,20 +213,24 @@ def _number(tokens: list[bytes]) -> tuple[list[bytes], np.ndarray]:
   return distinct, np.fromiter(map(index.__getitem__, tokens), np.int64, len(tokens))
 
 
-def _timestamps(path: Path, tokens: np.ndarray) -> np.ndarray:
-  try:
-    if np.any(tokens.view(np.uint8) == ord("_")):
-      raise ValueError("not all are numbers")
-    values = tokens.astype(np.float64)
-  except ValueError:
-    values = np.array([_number_or_nan(token) for token in tokens])
-  if not np.isfinite(values).all():
-    row = int(np.argmin(np.isfinite(values)))
-    raise InputError(
-      f"{path} line {row + 2} field 'timestamp': expected a finite number, got {shown(tokens[row])}; correct it, or"
-      " remove the column to keep the file's order"
-    )
-  return values
+def _timestamps(path: Path, blocks: Iterator[np.ndarray]) -> np.ndarray:
+  read, line = [np.zeros(0)], 2
+  for tokens in blocks:
+    try:
+      if np.any(tokens.view(np.uint8) == ord("_")):
+        raise ValueError("not all are numbers")
+      values = tokens.astype(np.float64)
+    except ValueError:
+      values = np.array([_number_or_nan(token) for token in tokens])
+    if not np.isfinite(values).all():
+      row = int(np.argmin(np.isfinite(values)))
+      raise InputError(
+        f"{path} line {line + row} field 'timestamp': expected a finite number, got {shown(tokens[row])}; correct it,"
+        " or remove the column to keep the file's order"
+      )
+    read.append(values)
+    line += len(tokens)
+  return np.concatenate(read)
 
 
 def _number_or_nan(token: bytes) -> float:
@@ -255,10 +277,10 @@ def _read_items(path: Path) -> tuple[list[bytes], tuple[str, ...], dict[str, np.
 
 
 def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
-  """The vectors of a `float_seq` column, [N, D] float32; an empty cell is a row of zeros."""
+  """The vectors of a `float_seq` column, [N, D]; an empty cell is a row of zeros. float32, where that suits them."""
   width = next((len(cell.split()) for cell in cells if cell.split()), 0)
-  check_growth(path, sum(map(len, cells)), 4 * len(cells) * width)
-  features = np.zeros((len(cells), width), np.float32)
+  check_growth(path, sum(map(len, cells)), 8 * len(cells) * width)
+  features = np.zeros((len(cells), width), np.float64)
   for row, cell in enumerate(cells):
     numbers = cell.split()
     place = f"{path} line {row + 2} field '{name}'"
@@ -267,13 +289,14 @@ def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
     values = np.array([_number_or_nan(number) for number in numbers])
     fits = np.abs(values) <= LARGEST
     if not fits.all():
-      bad = numbers[int(np.argmin(fits))]
+      worst = int(np.argmin(fits))
+      mend = "scale the column" if np.isfinite(values[worst]) else "separate them by spaces"
       raise InputError(
-        f"{place}: expected finite float32 numbers, got {shown(bad)}; separate them by spaces, and leave the"
-        " field empty for an item without"
+        f"{place}: expected finite float32 numbers, got {shown(numbers[worst])}; {mend}, and leave the field empty for"
+        " an item without"
       )
     if numbers:
       features[row] = values
   if not features.any():
     raise InputError(f"{path} field '{name}': expected numbers for some items, got none or zeros; remove the column")
-  return features
+  return features.astype(np.float32) if suits_float32(*spread(features, np.any(features, axis=1))) else features

@@ -11,6 +11,7 @@ import ml_collections
 
 from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
+from bbqrec_jax.data.feature_store import squeezed_columns
 from bbqrec_jax.data.features import feature_widths
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, leave_one_out
 from bbqrec_jax.data.sources import load
@@ -39,7 +40,7 @@ from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.partitioning import Partitioner, make_partitioner
 from bbqrec_jax.utils.files import is_given, local_path
 from bbqrec_jax.utils.json_files import read_json, write_json
-from bbqrec_jax.utils.messages import say
+from bbqrec_jax.utils.messages import say, warn
 from bbqrec_jax.utils.settings import flatten
 
 
@@ -154,6 +155,9 @@ def _begun(
         check_compared(config, ids, dataset.present, split.train)
   with claimed(workdir, config, figures, dataset, done=done):
     say(format_statistics(figures))
+    if not done and (tokenizer_alone or needs_features(config)):
+      for sentence in squeezed_columns(dataset.store):
+        warn(sentence)
     yield _Run(config, workdir, partitioner, dataset, split, figures, ids)
 
 
