@@ -11,6 +11,7 @@ from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags, writi
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
+from bbqrec_jax.environment import settle_jax, start_devices
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.input_files import check_new
 from bbqrec_jax.models.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
@@ -94,10 +95,12 @@ def main(argv: list[str]) -> None:
   """Writes an artefact with the new items' IDs and prints how many collided."""
   del argv
   options = quiet_flags()
+  settle_jax()
   keep_compiled()
   output = options.output
   try:
     check_new(output)
+    start_devices()
     ids = SemanticIds.load(options.tokenizer)
     settings = settings_from_json(ids.settings)
     features, present = load_new_items(options.features, dict(settings.modalities))

@@ -34,6 +34,7 @@ from bbqrec_jax.benchmarks.limits import PEAKS, measured_limits
 from bbqrec_jax.benchmarks.report import chart, comparison, records_table, table, utilisation
 from bbqrec_jax.benchmarks.timing import measure
 from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags, writing
+from bbqrec_jax.environment import settle_jax, start_devices
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.host_memory import keep_memory
 from bbqrec_jax.input_files import check_place, expanded
@@ -84,8 +85,12 @@ def run(
 
   Returns:
     What the JSON file holds.
+
+  Raises:
+    InputError: if the config is wrong, or JAX cannot start (see `start_devices`).
   """
   validate(config.run)
+  start_devices()
   known = PEAKS.get(jax.devices()[0].device_kind)
   peak = None
   if known is not None:
@@ -123,6 +128,7 @@ def main(argv: list[str]) -> None:
   del argv
   options = quiet_flags()
   keep_memory()
+  settle_jax()
   try:
     if options.compare:
       if len(options.compare) != 2:

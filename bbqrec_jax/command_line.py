@@ -136,7 +136,10 @@ def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
   try:
     if given:
       check_file(pathlib.Path(given.partition(":")[0]), what="a config file")
-    rest = flags.FLAGS(argv)
+    with warnings.catch_warnings():
+      # Where the environment makes errors of warnings: those that ml_collections gives rise to are nobody's here.
+      warnings.simplefilter("ignore", DeprecationWarning)
+      rest = flags.FLAGS(argv)
     if given:
       flags.FLAGS.config.items()  # What is no config is only missed when it is used.
   except flags.Error as error:

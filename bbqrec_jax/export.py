@@ -19,6 +19,7 @@ from absl import app, flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.compilation import keep_compiled
+from bbqrec_jax.environment import settle_jax
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.input_files import check_file, check_new, read_archive
 from bbqrec_jax.json_files import read_json, write_json
@@ -157,13 +158,14 @@ def load_export(folder: pathlib.Path) -> Callable[..., tuple[jax.Array, jax.Arra
   except Exception as error:
     raise InputError(f"{folder / 'function.bin'}: expected what bbqrec_jax.export wrote; export it again") from error
   call = jax.jit(exported.call)
-  return lambda *inputs: call(held, *inputs)
+  return lambda *inputs: call(held, *(jnp.asarray(array, jnp.int32) for array in inputs))
 
 
 def main(argv: list[str]) -> None:
   """Writes the folder and says what is in it."""
   del argv
   options = quiet_flags()
+  settle_jax()
   keep_compiled()
   output = options.output
   try:

@@ -10,6 +10,7 @@ from bbqrec_jax import processes
 from bbqrec_jax.command_line import define_path, parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.environment import settle_jax
 from bbqrec_jax.experiment import run
 from bbqrec_jax.host_memory import keep_memory
 
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> None:
   """Runs the flags' config."""
   del argv
   keep_memory()
+  settle_jax()
   keep_compiled()
   with training(flags.FLAGS.workdir):
     processes.join(

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bbqrec_jax.environment import start_devices
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.models.padding import PaddedRows, is_padded, pad_rows
 
@@ -370,5 +371,10 @@ PARTITIONERS: dict[str, Callable[[], Partitioner]] = {"mesh": MeshJit, "pmap": P
 
 
 def make_partitioner(config: Any) -> Partitioner:
-  """The partitioner of a run's config."""
+  """The partitioner of a run's config.
+
+  Raises:
+    InputError: if JAX cannot start, see `start_devices`.
+  """
+  start_devices()
   return MeshJit(shard_rows=config.shard_rows) if config.partitioner == "mesh" else PARTITIONERS[config.partitioner]()

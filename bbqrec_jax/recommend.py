@@ -20,6 +20,7 @@ from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.directory import read_sequences, read_timestamps
 from bbqrec_jax.data.interactions import Interactions, from_lengths
 from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
+from bbqrec_jax.environment import settle_jax
 from bbqrec_jax.errors import InputError, printable, refuse
 from bbqrec_jax.input_files import check_new
 from bbqrec_jax.models.apply import apply
@@ -177,6 +178,7 @@ def main(argv: list[str]) -> None:
   """Prints the history and the recommended items with titles, semantic IDs and scores, or writes those of a file."""
   del argv
   options = quiet_flags()
+  settle_jax()
   keep_compiled()
   try:
     check_options(options)

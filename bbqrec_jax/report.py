@@ -10,6 +10,7 @@ import numpy as np
 from absl import app
 
 from bbqrec_jax.command_line import define_run_flags, parse_flags, quiet_flags, writing
+from bbqrec_jax.environment import settle_jax
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.restoring import restore
 from bbqrec_jax.train.catalogue import similarity_streams
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
   """Writes the figure into the workdir."""
   del argv
   options = quiet_flags()
+  settle_jax()
   workdir = options.workdir
   try:
     run = restore(workdir, data=options.data, trusted=options.trust)

@@ -12,6 +12,7 @@ import numpy as np
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
+from bbqrec_jax.environment import start_devices
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import load_ids, read_data
 from bbqrec_jax.input_files import check_links, is_given
@@ -66,8 +67,9 @@ def restore(
 
   Raises:
     InputError: if the run is not finished or its files do not fit one another, the data is not what it was trained on,
-      the new items do not fit, or the config names code that is not trusted.
+      the new items do not fit, the config names code that is not trusted, or JAX cannot start (see `start_devices`).
   """
+  start_devices()
   config = load_config(workdir, trusted=trusted)
   check_links(workdir)
   if not is_given(workdir / "results.json"):

@@ -25,6 +25,7 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, choose, drop_short_users
 from bbqrec_jax.data.sources import load
+from bbqrec_jax.environment import settle_jax
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import evaluate, make_ranker
 from bbqrec_jax.experiment import of_any_recommender, run, tokenize
@@ -91,6 +92,7 @@ def main(argv: list[str]) -> None:
   """Trains what is not there yet, and prints what it makes of cold items."""
   del argv
   keep_memory()
+  settle_jax()
   keep_compiled()
   workdir = flags.FLAGS.workdir
   with training(workdir):

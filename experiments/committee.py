@@ -18,6 +18,7 @@ from absl import app, flags
 from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import leave_one_out
+from bbqrec_jax.environment import settle_jax
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, evaluate, rank_scores
 from bbqrec_jax.input_files import check_new, expanded
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> None:
   """Prints the table of what the runs make together."""
   del argv
   options = quiet_flags()
+  settle_jax()
   keep_compiled()
   try:
     print(judge([expanded(folder) for folder in options.workdirs], options.output, data=options.data))

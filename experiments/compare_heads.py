@@ -19,6 +19,7 @@ from compare_tokenizers import change, mean, table
 
 from bbqrec_jax.command_line import define_path, parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
+from bbqrec_jax.environment import settle_jax
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.experiment import of_any_recommender, run, tokenize
 from bbqrec_jax.host_memory import keep_memory
@@ -113,6 +114,7 @@ def main(argv: list[str]) -> None:
   """Does the work that the flags ask for, and prints the table."""
   del argv
   keep_memory()
+  settle_jax()
   keep_compiled()
   options = flags.FLAGS
   workdir = options.workdir

@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from bbqrec_jax.command_line import define_path, parse_flags, training
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.interactions import Split
+from bbqrec_jax.environment import settle_jax
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.tokenizer import cohesion
 from bbqrec_jax.experiment import load_ids, of_any_recommender, read_data, run, tokenize
@@ -189,6 +190,7 @@ def main(argv: list[str]) -> None:
   """Does the work that the flags ask for, and prints the tables."""
   del argv
   keep_memory()
+  settle_jax()
   keep_compiled()
   options = flags.FLAGS
   config, workdir = with_absolute_paths(options.config), options.workdir
