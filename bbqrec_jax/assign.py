@@ -18,6 +18,7 @@ from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions, 
 from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
 from bbqrec_jax.tokenizer.model import TokenizerSettings
 from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.environment import settle_jax, start_devices
 from bbqrec_jax.utils.files import check_new, unfinished
 from bbqrec_jax.utils.messages import warn
 
@@ -109,10 +110,12 @@ def main(argv: list[str]) -> None:
   """Writes an artefact with the new items' IDs and prints how many collided."""
   del argv
   options = quiet_flags()
+  settle_jax()
   keep_compiled()
   output = options.output
   try:
     check_new(output)
+    start_devices()
     ids = SemanticIds.load(options.tokenizer)
     settings = settings_from_json(ids.settings)
     features, present = load_new_items(options.features, dict(settings.modalities))

@@ -36,6 +36,7 @@ from bbqrec_jax.benchmarks.timing import measure
 from bbqrec_jax.command_line import define_path, quiet_flags, start, writing
 from bbqrec_jax.config import read_config
 from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.utils.environment import settle_jax, start_devices
 from bbqrec_jax.utils.files import check_output, local_path
 from bbqrec_jax.utils.host_memory import keep_memory
 from bbqrec_jax.utils.json_files import read_json, write_json
@@ -84,8 +85,12 @@ def run(
 
   Returns:
     What the JSON file holds.
+
+  Raises:
+    InputError: if the config is wrong, or JAX cannot start (see `start_devices`).
   """
   read_config(config.run)
+  start_devices()
   known = PEAKS.get(jax.devices()[0].device_kind)
   peak = None
   if known is not None:
@@ -123,6 +128,7 @@ def main(argv: list[str]) -> None:
   del argv
   options = quiet_flags()
   keep_memory()
+  settle_jax()
   try:
     if options.compare:
       if len(options.compare) != 2:

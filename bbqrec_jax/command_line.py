@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -191,7 +192,10 @@ def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
       file, _, choice = str(local_path(given.rstrip(":"), flag="config")).partition(":")
       where = " before the first ':', which begins its choice" if "/" in choice else ""
       check_file(pathlib.Path(file), what=f"a config file{where}")
-    rest = flags.FLAGS(argv)
+    with warnings.catch_warnings():
+      # Where the environment makes errors of warnings: those that ml_collections gives rise to are nobody's here.
+      warnings.simplefilter("ignore", DeprecationWarning)
+      rest = flags.FLAGS(argv)
     if given:
       flags.FLAGS.config.items()  # What is no config is only missed when it is used.
   except flags.Error as error:

@@ -26,6 +26,7 @@ from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.model import Recommender
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import check_file, check_new, read_archive, unfinished
 from bbqrec_jax.utils.json_files import read_json, write_json
 
@@ -164,13 +165,14 @@ def load_export(folder: pathlib.Path) -> Callable[..., tuple[jax.Array, jax.Arra
   except Exception as error:
     raise InputError(f"{folder / 'function.bin'}: expected what bbqrec_jax.export wrote; export it again") from error
   call = jax.jit(exported.call)
-  return lambda *inputs: call(held, *inputs)
+  return lambda *inputs: call(held, *(jnp.asarray(array, jnp.int32) for array in inputs))
 
 
 def main(argv: list[str]) -> None:
   """Writes the folder and says what is in it."""
   del argv
   options = quiet_flags()
+  settle_jax()
   keep_compiled()
   output = options.output
   try:

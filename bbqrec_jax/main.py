@@ -11,6 +11,7 @@ from bbqrec_jax.config import default_config
 from bbqrec_jax.runs.run import run
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.host_memory import keep_memory
 from bbqrec_jax.utils.settings import flatten
 
@@ -19,6 +20,7 @@ def main(argv: list[str]) -> None:
   """Runs the flags' config."""
   del argv
   keep_memory()
+  settle_jax()
   keep_compiled()
   with training(flags.FLAGS.workdir):
     processes.join(

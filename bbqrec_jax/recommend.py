@@ -31,6 +31,7 @@ from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.model import Recommender
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import check_new, unfinished
 from bbqrec_jax.utils.messages import warn
 
@@ -248,6 +249,7 @@ def main(argv: list[str]) -> None:
   """Prints the history and the recommended items with titles, semantic IDs and scores, or writes those of a file."""
   del argv
   options = quiet_flags()
+  settle_jax()
   keep_compiled()
   try:
     check_options(options)

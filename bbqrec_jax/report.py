@@ -12,6 +12,7 @@ from bbqrec_jax.command_line import define_run_flags, quiet_flags, start, writin
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.recommender.items import similarity_streams
 from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import check_place
 
 
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
   """Writes the figure into the workdir."""
   del argv
   options = quiet_flags()
+  settle_jax()
   workdir = options.workdir
   try:
     check_place(workdir, flag="workdir")

@@ -35,6 +35,7 @@ from bbqrec_jax.runs.workdir import with_absolute_paths
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.training.partitioning import make_partitioner
 from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import check_place
 from bbqrec_jax.utils.host_memory import keep_memory
 from bbqrec_jax.utils.json_files import read_json, write_json
@@ -96,6 +97,7 @@ def main(argv: list[str]) -> None:
   """Trains what is not there yet, and prints what it makes of cold items."""
   del argv
   keep_memory()
+  settle_jax()
   keep_compiled()
   workdir = flags.FLAGS.workdir
   with training(workdir):

@@ -24,6 +24,7 @@ from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, evaluate, rank_scor
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.runs.workdir import format_results, load_results
 from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import check_new, local_path
 from bbqrec_jax.utils.json_files import write_json
 
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
   """Prints the table of what the runs make together."""
   del argv
   options = quiet_flags()
+  settle_jax()
   keep_compiled()
   try:
     workdirs = [local_path(folder, flag="workdirs") for folder in options.workdirs]

@@ -23,6 +23,7 @@ from bbqrec_jax.recommender.settings import needs_semantic_ids
 from bbqrec_jax.runs.run import of_any_recommender, run, tokenize
 from bbqrec_jax.runs.workdir import load_results
 from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import read_archive
 from bbqrec_jax.utils.host_memory import keep_memory
 
@@ -113,6 +114,7 @@ def main(argv: list[str]) -> None:
   """Does the work that the flags ask for, and prints the table."""
   del argv
   keep_memory()
+  settle_jax()
   keep_compiled()
   options = flags.FLAGS
   workdir = options.workdir

@@ -31,6 +31,7 @@ from bbqrec_jax.semantic_ids.health import codebook_health
 from bbqrec_jax.tokenizer.evaluate import cohesion
 from bbqrec_jax.tokenizer.history_probe import id_vectors, train_probe
 from bbqrec_jax.utils.compilation import keep_compiled
+from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import read_array
 from bbqrec_jax.utils.host_memory import keep_memory
 from bbqrec_jax.utils.json_files import read_json, write_json
@@ -193,6 +194,7 @@ def main(argv: list[str]) -> None:
   """Does the work that the flags ask for, and prints the tables."""
   del argv
   keep_memory()
+  settle_jax()
   keep_compiled()
   options = flags.FLAGS
   workdir = options.workdir

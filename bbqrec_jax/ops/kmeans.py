@@ -16,7 +16,7 @@ def _plus_plus_seeds(key: jax.Array, points: jax.Array, weights: jax.Array, *, n
   """k-means++ seeding (Arthur & Vassilvitskii, 2007): each seed drawn in proportion to weight x squared distance."""
   first_key, key = jax.random.split(key)
   log_weights = jnp.log(weights)
-  first = jax.random.categorical(first_key, log_weights)
+  first = jax.random.categorical(first_key, log_weights, mode="low")
   seeds = jnp.zeros((num_codes, points.shape[1]), jnp.float32).at[0].set(points[first])
   distance = jnp.sum(jnp.square(points - points[first][None]), axis=-1)
 
@@ -24,7 +24,7 @@ def _plus_plus_seeds(key: jax.Array, points: jax.Array, weights: jax.Array, *, n
     seeds, distance = carry
     # Fewer distinct points than codes: every distance is 0, and a plain weighted draw repeats a point.
     logits = jnp.where(jnp.any((distance > 0) & (weights > 0)), jnp.log(distance), 0.0) + log_weights
-    chosen = points[jax.random.categorical(jax.random.fold_in(key, index), logits)]
+    chosen = points[jax.random.categorical(jax.random.fold_in(key, index), logits, mode="low")]
     return seeds.at[index].set(chosen), jnp.minimum(distance, jnp.sum(jnp.square(points - chosen[None]), axis=-1))
 
   seeds, _ = jax.lax.fori_loop(1, num_codes, add, (seeds, distance))

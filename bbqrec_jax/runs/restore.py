@@ -25,6 +25,7 @@ from bbqrec_jax.runs.workdir import HASHES, load_config, load_results
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.training.checkpointing import restore_state
 from bbqrec_jax.training.state import TrainState
+from bbqrec_jax.utils.environment import start_devices
 from bbqrec_jax.utils.files import check_links, is_given, local_path
 from bbqrec_jax.utils.json_files import read_json
 from bbqrec_jax.utils.messages import warn
@@ -69,13 +70,14 @@ def restore(
 
   Raises:
     InputError: if the run is not finished or its files do not fit one another, the data is not what it was trained on,
-      the new items do not fit, or the config names code that is not trusted.
+      the new items do not fit, the config names code that is not trusted, or JAX cannot start (see `start_devices`).
   """
   workdir = local_path(workdir, flag="workdir")
   data, tokenizer, features = (
     None if path is None else local_path(path, flag=flag)
     for flag, path in (("data", data), ("tokenizer", tokenizer), ("features", features))
   )
+  start_devices()
   config = load_config(workdir, trusted=trusted)
   check_links(workdir)
   if not is_given(workdir / "results.json"):

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.padding import PaddedRows, is_padded, pad_rows
+from bbqrec_jax.utils.environment import start_devices
 
 _AXIS = "batch"
 
@@ -370,5 +371,10 @@ PARTITIONERS: dict[str, Callable[[], Partitioner]] = {"mesh": MeshJit, "pmap": P
 
 
 def make_partitioner(config: Any) -> Partitioner:
-  """The partitioner of a run's config."""
+  """The partitioner of a run's config.
+
+  Raises:
+    InputError: if JAX cannot start, see `start_devices`.
+  """
+  start_devices()
   return MeshJit(shard_rows=config.shard_rows) if config.partitioner == "mesh" else PARTITIONERS[config.partitioner]()
