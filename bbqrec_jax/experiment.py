@@ -9,6 +9,7 @@ import ml_collections
 
 from bbqrec_jax.config import default_config, flatten
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
+from bbqrec_jax.data.feature_store import squeezed_columns
 from bbqrec_jax.data.features import feature_widths
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
@@ -29,7 +30,7 @@ from bbqrec_jax.train.catalogue import (
   needs_semantic_ids,
   recommender_settings,
 )
-from bbqrec_jax.train.logging import MetricsLog, say
+from bbqrec_jax.train.logging import MetricsLog, say, warn
 from bbqrec_jax.train.recommender_stage import check_fingerprint, run_recommender, tokenizer_folder
 from bbqrec_jax.train.tokenizer_stage import run_tokenizer, tokenizer_settings
 from bbqrec_jax.validation import validate
@@ -118,8 +119,8 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_toke
     num_modalities=len(dataset.modalities),
     num_devices=partitioner.num_devices,
   )
-  ids = None
-  if not is_given(workdir / "results.json"):  # A finished run needs none of it any more.
+  ids, finished = None, is_given(workdir / "results.json")
+  if not finished:  # It needs none of it any more.
     if config.tokenizer.artefact:
       ids = load_ids(config, workdir, figures, num_items=dataset.num_items)
     elif for_tokenizer or needs_semantic_ids(config):
@@ -137,6 +138,9 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, for_toke
       check_compared(config, ids, dataset.present, split.train)
   claim(workdir, config, figures)
   say(format_statistics(figures))
+  if not finished and (for_tokenizer or needs_features(config)):
+    for sentence in squeezed_columns(dataset.store):
+      warn(sentence)
   return _Run(config, workdir, partitioner, dataset, split, figures, ids)
 
 

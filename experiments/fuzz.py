@@ -537,10 +537,15 @@ def expect_items(files: Files) -> tuple[dict[str, int], list[str], dict[str, Any
       short in tables or not fits_name(short) or any(abs(v) > float(np.finfo(np.float32).max) for c in cells for v in c)
     ):
       raise Bad
-    table = np.array([cell or [0.0] * width for cell in cells], np.float32)
-    tables[short] = (plain(table), table.any(axis=1).tolist())
-    if not any(tables[short][1]):
+    table = np.array([cell or [0.0] * width for cell in cells], np.float64)
+    there = table[table.any(axis=1)]
+    if not len(there):
       raise Bad
+    spread = there.std(axis=0)
+    narrow = (spread < 1e-4 * abs(there.mean(axis=0))) | (spread < 1e-30) | (spread > 1e30)
+    if not np.any(narrow & (np.ptp(there, axis=0) > 0)):
+      table = table.astype(np.float32)
+    tables[short] = (plain(table), table.any(axis=1).tolist())
   return items, titles, tables
 
 

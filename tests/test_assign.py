@@ -185,8 +185,11 @@ def test_an_encoder_that_does_not_fit_is_refused_by_the_name_of_the_array(one_ar
   settings = settings_from_json(ids.settings)
   check_arrays(settings, ids.encoder, ids.codebooks)
   for name, array in ids.encoder.items():
-    bad = [array[..., :-1], array.astype(np.float64), array * np.nan]
+    of_features = name.startswith(("mean", "deviation"))
+    bad = [array[..., :-1], array.astype(np.float16 if of_features else np.float64), array * np.nan]
     bad += [np.zeros_like(array)] if name.startswith("deviation") else []
+    if of_features:
+      check_arrays(settings, {**ids.encoder, name: array.astype(np.float64)}, ids.codebooks)
     for changed in bad:
       with pytest.raises(InputError, match=f"array '{name}': expected finite float32"):
         check_arrays(settings, {**ids.encoder, name: changed}, ids.codebooks)

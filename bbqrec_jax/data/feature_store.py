@@ -11,6 +11,13 @@ from bbqrec_jax.data.features import release, standardization
 # Bytes of mapped features that may stay in memory before they are released.
 _MAPPED = 2**28
 
+# Standard deviations from the mean, where features are cut off: no item that the statistics are of can be so far, and
+# what the models make of another stays finite.
+FURTHEST = 1e6
+
+# Rows that quantiles are taken of.
+_SAMPLED = 1024
+
 
 class FeatureStore:
   """Standardised feature rows on demand; the arrays may be memory-mapped and never need to fit into memory."""
@@ -49,7 +56,7 @@ class FeatureStore:
     return FeatureStore({name: self.features[name]}, {name: self.present[name]}, self.arrays())
 
   def arrays(self) -> dict[str, np.ndarray]:
-    """The statistics by name, `mean/<modality>` and `deviation/<modality>`, each [D] float32."""
+    """The statistics by name, `mean/<modality>` and `deviation/<modality>`, each [D] as `standardization` gives it."""
     return {
       f"{part}/{name}": value
       for name, pair in self.statistics.items()
@@ -80,7 +87,9 @@ class FeatureStore:
       here = np.asarray(self.present[name][items], bool)
       values = np.zeros((len(items), array.shape[1]), np.float32)
       # Alone: the rows of the others may hold anything.
-      values[here] = (np.asarray(array[items[here]], np.float32) - mean) / deviation
+      with np.errstate(over="ignore"):
+        standardised = (np.asarray(array[items[here]], mean.dtype) - mean) / deviation
+      values[here] = np.clip(standardised, -FURTHEST, FURTHEST)
       features[name], present[name] = values, here
       self._read += len(here) * max(array.strides[0], 2**16)  # A page fault brings in up to 64 KiB around it.
     if self._read > _MAPPED:
@@ -117,8 +126,38 @@ def far_features(store: FeatureStore, *, num_known: int, block: int = 2048) -> l
       worst[name] = max(worst[name], (float(values[row, column]), first + int(row), int(column)))
   return [
     f"{name} features of {far[name]} of {count} new items are like no known item's: row {row} column {column} is"
-    f" {deviations:.0f} standard deviations from the mean, where none of {num_known} can be further than {bound:.0f};"
-    " make them as those of the known items were made"
+    f" {deviations:.0f}{' or more' if deviations == FURTHEST else ''} standard deviations from the mean, where none of"
+    f" {num_known} can be further than {bound:.0f}; make them as those of the known items were made"
     for name, (deviations, row, column) in worst.items()
     if far[name]
   ]
+
+
+def squeezed_columns(store: FeatureStore) -> list[str]:
+  """Says in words which columns a few outliers have stretched so far that nearly all items become one value in them.
+
+  Args:
+    store: of items, with their own statistics.
+
+  Returns:
+    A sentence for each modality with columns of which eight items of ten differ, but by less than a thousandth of the
+    standard deviation; by 1,024 items, where there are more.
+  """
+  said = []
+  for name, array in store.features.items():
+    items = np.flatnonzero(store.present[name])
+    items = items[np.linspace(0, len(items) - 1, min(len(items), _SAMPLED)).astype(np.int64)]
+    rows = np.asarray(array[items], np.float64)
+    release(array)
+    # Of few items, an interpolated quantile would be partly an outlier's.
+    low, high = np.quantile(rows, 0.1, axis=0, method="higher"), np.quantile(rows, 0.9, axis=0, method="lower")
+    squeezed = np.flatnonzero((low < high) & (high - low < 1e-3 * store.statistics[name][1]))
+    if len(squeezed):
+      column = int(squeezed[0])
+      more = f" and {len(squeezed) - 1} more" if len(squeezed) > 1 else ""
+      said.append(
+        f"{name} features: column {column}{more} holds outliers beside which nearly all items are one value (most are"
+        f" {low[column]:.6g} to {high[column]:.6g}, the standard deviation is {store.statistics[name][1][column]:.6g});"
+        " correct them, or give the column's logarithm"
+      )
+  return said

@@ -19,6 +19,9 @@ LARGEST = float(np.finfo(np.float32).max)
 # Elements of a block: 32 MiB in float64, so that a file larger than memory can be checked.
 BLOCK = 2**22
 
+# Of a column's mean, the least share that its spread has where float32 resolves it; and the largest spread there.
+_NARROW, _FAR = 1e-4, 1e30
+
 # Files that a note names.
 _MOST_NAMES = 10
 
@@ -90,9 +93,10 @@ def load_modality(
       fits |= ~mask[rows, None]
     if not fits.all():
       row, column = np.argwhere(~fits)[0]
+      mend = "scale the column or, " if np.isfinite(block[row, column]) else ""
       raise InputError(
         f"{path} row {rows.start + row} column {column}: expected a finite float32 number, got {block[row, column]};"
-        f" if the item lacks the modality, {absence}"
+        f" {mend}if the item lacks the modality, {absence}"
       )
   if not may_lack and not present.any():
     raise InputError(f"{decides}: expected features for some items, got none of {num_items}; leave this modality out")
@@ -271,7 +275,7 @@ def feature_widths(features: Mapping[str, np.ndarray]) -> dict[str, int]:
   return {name: array.shape[1] for name, array in features.items()}
 
 
-def standardization(features: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def spread(features: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Mean and standard deviation of each column over the rows that are there.
 
   Two passes in float64: the deviations of float16 features around a large mean would vanish in one.
@@ -281,7 +285,7 @@ def standardization(features: np.ndarray, present: np.ndarray) -> tuple[np.ndarr
     present: [N] bool, at least one True.
 
   Returns:
-    mean [D] and std [D], float32; the std of a constant column is 1, so that dividing by it is always safe.
+    mean [D] and std [D], float64; the std of a column that is constant, as far as its dtype resolves it, is 0.
   """
   count = np.count_nonzero(present)
   mean = np.zeros(features.shape[1], np.float64)
@@ -293,8 +297,34 @@ def standardization(features: np.ndarray, present: np.ndarray) -> tuple[np.ndarr
     variance += np.sum(np.square(features[rows][present[rows]].astype(np.float64) - mean), axis=0)
   std = np.sqrt(variance / count)
   # Rounding leaves a constant column a spread of about 1e-16 of its value; float32 resolves 1e-7 of it.
-  varies = std > np.maximum(1e-7 * np.abs(mean), np.finfo(np.float32).tiny)
-  return mean.astype(np.float32), np.where(varies, std, 1.0).astype(np.float32)
+  resolved = 1e-14 if features.dtype.itemsize == 8 else 1e-7
+  return mean, np.where(std > resolved * np.abs(mean), std, 0.0)
+
+
+def suits_float32(mean: np.ndarray, std: np.ndarray) -> bool:
+  """Whether float32 resolves every column of features with the `spread` (mean, std), each [D].
+
+  It does not where a column is narrow: seconds since 1970 of one afternoon would be a handful of values. Nor near the
+  ends of its range, where differences overflow, or numbers lose their digits.
+  """
+  return bool(np.all((std == 0) | ((std >= np.maximum(_NARROW * np.abs(mean), 1 / _FAR)) & (std <= _FAR))))
+
+
+def standardization(features: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """What standardises features: subtract the one, divide by the other.
+
+  Args:
+    features: [N, D] float.
+    present: [N] bool, at least one True.
+
+  Returns:
+    mean [D] and std [D], both of the dtype to do it in: float64 for float64 features and where float32 does not suit
+    them, else float32. The std of a constant column is 1, or its mean where that is larger: dividing is always safe,
+    and what rounding leaves of the column stays next to nothing.
+  """
+  mean, std = spread(features, present)
+  dtype = np.float32 if features.dtype.itemsize < 8 and suits_float32(mean, std) else np.float64
+  return mean.astype(dtype), np.where(std > 0, std, np.maximum(np.abs(mean), 1.0)).astype(dtype)
 
 
 def features_hash(features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.features import LARGEST, load_modalities, unused_files
+from bbqrec_jax.data.features import LARGEST, load_modalities, spread, suits_float32, unused_files
 from bbqrec_jax.data.files import check_growth, check_label, read_lines, read_text, require_folder
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
 from bbqrec_jax.errors import InputError, printable, shown
@@ -243,10 +243,10 @@ def _read_items(path: Path) -> tuple[list[bytes], tuple[str, ...], dict[str, np.
 
 
 def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
-  """The vectors of a `float_seq` column, [N, D] float32; an empty cell is a row of zeros."""
+  """The vectors of a `float_seq` column, [N, D]; an empty cell is a row of zeros. float32, where that suits them."""
   width = next((len(cell.split()) for cell in cells if cell.split()), 0)
-  check_growth(path, sum(map(len, cells)), 4 * len(cells) * width)
-  features = np.zeros((len(cells), width), np.float32)
+  check_growth(path, sum(map(len, cells)), 8 * len(cells) * width)
+  features = np.zeros((len(cells), width), np.float64)
   for row, cell in enumerate(cells):
     numbers = cell.split()
     place = f"{path} line {row + 2} field '{name}'"
@@ -255,13 +255,14 @@ def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
     values = np.array([_number_or_nan(number) for number in numbers])
     fits = np.abs(values) <= LARGEST
     if not fits.all():
-      bad = numbers[int(np.argmin(fits))]
+      worst = int(np.argmin(fits))
+      mend = "scale the column" if np.isfinite(values[worst]) else "separate them by spaces"
       raise InputError(
-        f"{place}: expected finite float32 numbers, got {shown(bad)}; separate them by spaces, and leave the"
-        " field empty for an item without"
+        f"{place}: expected finite float32 numbers, got {shown(numbers[worst])}; {mend}, and leave the field empty for"
+        " an item without"
       )
     if numbers:
       features[row] = values
   if not features.any():
     raise InputError(f"{path} field '{name}': expected numbers for some items, got none or zeros; remove the column")
-  return features
+  return features.astype(np.float32) if suits_float32(*spread(features, np.any(features, axis=1))) else features

@@ -84,7 +84,8 @@ def check_arrays(settings: TokenizerSettings, encoder: Mapping[str, np.ndarray],
 
   Raises:
     InputError: if an array of the encoder is missing or not needed, has another shape, or is not of finite float32
-      numbers (and more than 0, where it is a deviation), or the codebooks have another shape than the settings say.
+      numbers (statistics of features may be float64, and deviations are more than 0), or the codebooks have another
+      shape than the settings say.
   """
   sets = len(settings.streams) if settings.codebooks == "per_stream" else 1
   width = settings.code_width
@@ -100,11 +101,16 @@ def check_arrays(settings: TokenizerSettings, encoder: Mapping[str, np.ndarray],
     what = "is missing" if name in expected else "is not needed by its settings"
     raise InputError(f"the tokenizer's array {name!r} {what}: its files do not fit one another; {_MEND}")
   for name, array in arrays.items():
-    least = np.finfo(np.float32).tiny if name.startswith("deviation/") else -np.inf
-    if array.shape != expected[name] or array.dtype != np.float32 or not np.all(np.isfinite(array) & (array >= least)):
+    dtypes = ("float32", "float64") if name.startswith(("mean/", "deviation/")) else ("float32",)
+    if (
+      array.shape != expected[name]
+      or array.dtype.name not in dtypes
+      or not np.isfinite(array).all()
+      or (name.startswith("deviation/") and np.any(array < np.finfo(array.dtype).tiny))
+    ):
       raise InputError(
-        f"the tokenizer's array {name!r}: expected finite float32 {list(expected[name])}, got {array.dtype}"
-        f" {list(array.shape)}, or numbers that it cannot have; {_MEND}"
+        f"the tokenizer's array {name!r}: expected finite {' or '.join(dtypes)} {list(expected[name])}, got"
+        f" {array.dtype} {list(array.shape)}, or numbers that it cannot have; {_MEND}"
       )
 
 

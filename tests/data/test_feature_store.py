@@ -1,8 +1,9 @@
 """Standardised features against NumPy, and which of new items' are told of."""
 
 import numpy as np
+import pytest
 
-from bbqrec_jax.data.feature_store import FeatureStore, far_features
+from bbqrec_jax.data.feature_store import FURTHEST, FeatureStore, far_features, squeezed_columns
 
 
 def test_feature_store_standardises_what_is_there_and_zeros_what_is_not():
@@ -85,3 +86,80 @@ def test_no_row_of_a_column_is_further_from_the_mean_than_the_bound():
   store = FeatureStore({"text": column}, {"text": np.ones(30, bool)})
   np.testing.assert_allclose(store.rows(np.array([3]))[0]["text"], np.sqrt(29), rtol=1e-5)
   assert far_features(store, num_known=30) == []
+
+
+Z = np.random.default_rng(5).normal(size=(500, 2))
+
+
+def standardised(array):
+  store = FeatureStore({"text": array}, {"text": np.ones(len(array), bool)})
+  return store.rows(np.arange(len(array)))[0]["text"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+  ("centre", "scale", "dtype"),
+  [
+    (0, 1, "f4"), (1.7e9, 100, "f8"), (1.7e12, 8.64e7, "f8"), (1e18, 1e10, "f8"), (1e15, 1e6, "f8"), (-1e9, 1, "f8"),
+    (1.7e7, 300, "f4"), (0, 1e38, "f4"), (1e38, 1e36, "f4"), (0, 1e-42, "f4"), (0, 1e-60, "f8"), (0, 1e37, "f8"),
+    (0, 2e4, "f2"), (6e4, 500, "f2"),
+  ],
+)  # fmt: skip
+def test_columns_of_any_centre_and_scale_are_standardised(centre, scale, dtype):
+  array = (centre + scale * np.clip(Z, -3, 3)).astype(dtype)
+  exact = array.astype(np.longdouble)
+  expected = (exact - exact.mean(axis=0)) / exact.std(axis=0)
+  np.testing.assert_allclose(standardised(array), expected.astype(np.float64), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_columns_of_extremes_alone_are_standardised():
+  largest = np.finfo(np.float32).max
+  skewed = np.where(np.arange(30)[:, None] == 3, largest, -largest).astype(np.float32)
+  np.testing.assert_allclose(standardised(skewed)[3], np.sqrt(29), rtol=1e-6)
+  halves = np.where(np.arange(30)[:, None] < 15, largest, -largest).astype(np.float32)
+  np.testing.assert_allclose(np.abs(standardised(halves)), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.1, 1.7e9 + 0.1, -3e38, 1e-40, 7e3])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_a_constant_column_is_zero_whatever_it_is(value, dtype):
+  array = np.full((999, 1), value)
+  if np.abs(value) <= np.finfo(dtype).max:
+    np.testing.assert_allclose(standardised(array.astype(dtype)), 0.0, atol=1e-15)
+
+
+def test_a_column_that_its_dtype_hardly_tells_from_a_constant_is_next_to_zero():
+  array = np.full((999, 1), 1.7e9, np.float32)
+  array[::100] = np.nextafter(array[0], np.float32(2e9))
+  assert np.ptp(array) == 128
+  assert np.abs(standardised(array)).max() < 1e-6
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_new_item_at_an_end_of_float32_stays_finite_and_is_told_of():
+  known = FeatureStore({"text": Z * 1e-3}, {"text": np.ones(500, bool)})
+  new = FeatureStore({"text": np.full((1, 2), 3e38, np.float32)}, {"text": np.ones(1, bool)}, known.arrays())
+  np.testing.assert_array_equal(new.rows(np.arange(1))[0]["text"], FURTHEST)
+  (sentence,) = far_features(new, num_known=500)
+  assert "is 1000000 or more standard deviations from the mean" in sentence
+
+
+def test_columns_that_outliers_squeeze_are_named():
+  def said(array, absent=()):
+    return squeezed_columns(FeatureStore({"text": array}, {"text": ~np.isin(np.arange(len(array)), absent)}))
+
+  array = Z.astype(np.float32)
+  assert said(array) == []
+  array[7, 1] = 1e30
+  (sentence,) = said(array)
+  assert sentence.startswith("text features: column 1 holds outliers")
+  array[[9, 300], 0] = -1e9, 1e9
+  (sentence,) = said(array)
+  assert "column 0 and 1 more" in sentence
+  assert said(array, absent=(7, 9, 300)) == [], "what is absent stretches nothing"
+  rare = np.zeros((500, 1), np.float32)
+  rare[3] = 1.0
+  assert said(rare) == [], "a flag that one item has is no outlier: nothing else is lost beside it"
+  assert said(np.exp(2 * Z)) == []
+  assert len(said(np.append(np.arange(9.0), 1e30)[:, None])) == 1

@@ -224,7 +224,7 @@ def test_standardization_is_over_present_rows(dtype):
   np.testing.assert_allclose(mean, there.mean(axis=0), rtol=1e-6)
   np.testing.assert_allclose(std[:2], there.std(axis=0)[:2], rtol=1e-6)
   assert std[2] == 1.0
-  assert mean.dtype == std.dtype == np.float32
+  assert mean.dtype == std.dtype == (np.float64 if dtype == np.float64 else np.float32)
 
 
 def test_standardization_sees_a_small_spread_around_a_large_mean():
@@ -233,9 +233,19 @@ def test_standardization_sees_a_small_spread_around_a_large_mean():
   np.testing.assert_allclose(std, array.std(axis=0), rtol=1e-6)
 
 
-def test_standardization_of_numbers_below_float32_never_divides_by_zero():
-  _, std = standardization(1e-60 * make(np.float64), np.ones(NUM_ITEMS, bool))
-  np.testing.assert_array_equal(std, 1.0)
+@pytest.mark.parametrize(
+  ("centre", "scale", "dtype"),
+  [
+    (0, 1, np.float32), (100, 1, np.float32), (1e4, 0.1, np.float64), (0, 1e37, np.float64), (0, 1e-42, np.float64),
+    (3e38, 0, np.float32), (1.7e9, 1e4, np.float64),
+  ],
+)  # fmt: skip
+def test_columns_that_float32_would_blur_are_standardised_in_float64(centre, scale, dtype):
+  array = (centre + scale * np.random.default_rng(0).normal(size=(NUM_ITEMS, 3))).astype(np.float32)
+  mean, std = standardization(array, np.ones(NUM_ITEMS, bool))
+  assert mean.dtype == std.dtype == dtype
+  assert np.isfinite(mean).all()
+  assert (std > 0).all()
 
 
 def test_features_hash_is_of_the_content_not_of_the_blocks_or_the_order(monkeypatch):

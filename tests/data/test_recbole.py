@@ -114,6 +114,24 @@ def test_feature_files_are_modalities_too(folder):
   np.testing.assert_array_equal(dataset.present["image"], [True, False, True])
 
 
+@pytest.mark.parametrize(
+  ("cells", "dtype"),
+  [
+    (["1 2", "3.5 -4e-1", ""], np.float32),
+    (["1700000000.25 1", "1700000090.75 2", "1700000031.5 3"], np.float64),
+    (["1700000000.25 1", "1700000000.25 2", "1700000000.25 3"], np.float32),
+    (["1e-50 1", "3e-50 2", "2e-50 3"], np.float64),
+  ],
+)
+def test_columns_are_float32_unless_that_would_blur_them(folder, cells, dtype):
+  lines = [f"{item}\t{cell}\n" for item, cell in zip("abc", cells, strict=True)]
+  (folder / "tiny.item").write_text("item_id:token\ttext:float_seq\n" + "".join(lines))
+  array = load_recbole(folder).features["text"]
+  assert array.dtype == dtype
+  expected = np.array([[float(number) for number in cell.split()] or [0, 0] for cell in cells])
+  np.testing.assert_array_equal(array, expected.astype(dtype))
+
+
 def test_many_interactions_against_a_plain_python_oracle(folder):
   rng = np.random.default_rng(0)
   rows = [(f"u{rng.integers(40)}", f"item-{rng.integers(300)}", int(rng.integers(50))) for _ in range(2000)]
