@@ -17,15 +17,17 @@ from absl import app, flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.compilation import keep_compiled
-from bbqrec_jax.data.directory import read_sequences, read_timestamps
+from bbqrec_jax.data.directory import read_sequences, read_timestamps, time_places
 from bbqrec_jax.data.interactions import Interactions, from_lengths
 from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
+from bbqrec_jax.data.times import in_seconds_as, long_gaps
 from bbqrec_jax.errors import InputError, printable, refuse
 from bbqrec_jax.input_files import check_new
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
 from bbqrec_jax.restoring import restore
+from bbqrec_jax.train.logging import warn
 
 
 def parse_history(text: str, *, num_items: int) -> np.ndarray:
@@ -45,7 +47,7 @@ def parse_history(text: str, *, num_items: int) -> np.ndarray:
 
 
 def parse_times(text: str | None, *, count: int) -> np.ndarray | None:
-  """Seconds [n] float64 from "874965478,874965518"; None for None.
+  """Times [n] float64 from "874965478,874965518"; None for None.
 
   Raises:
     InputError: if they are not `count` finite numbers in time order.
@@ -56,7 +58,7 @@ def parse_times(text: str | None, *, count: int) -> np.ndarray | None:
     times = np.array(text.split(","), np.float64)
   except ValueError:
     times = np.array([np.nan])
-  if len(times) != count or not np.isfinite(times).all() or np.any(np.diff(times) < 0):
+  if len(times) != count or not np.isfinite(times).all() or np.any(times[1:] < times[:-1]):
     raise InputError(f"--times: expected {count} numbers in time order, one for each item of --history, got {text!r}")
   return times
 
@@ -171,6 +173,33 @@ def check_options(options: Any) -> None:
       raise InputError(f"{options.output.parent} is no folder: make it, or choose another --output")
 
 
+def asked_for(options: Any, *, num_items: int, time_unit: str) -> Interactions:
+  """The histories that the flags give, with times in seconds where they give some.
+
+  Args:
+    options: the flags.
+    num_items: N.
+    time_unit: of the data that the recommender was trained on, and of the times.
+
+  Raises:
+    InputError: naming the flag, or the file and line.
+  """
+  if options.histories is None:
+    history = parse_history(options.history, num_items=num_items)
+    times = parse_times(options.times, count=len(history))
+    if times is not None:
+      times = in_seconds_as(times, time_unit, where=lambda index: f"--times entry {index + 1}")
+    return from_lengths(history, np.array([len(history)]), np.array(["history"]), times)
+  histories = read_sequences(options.histories, num_items=num_items)
+  if not histories.num_users:
+    raise InputError(f"{options.histories}: expected a line a user, 'user item item ...', got an empty file")
+  if options.timestamps is None:
+    return histories
+  times = read_timestamps(options.timestamps, histories)
+  where = time_places(options.timestamps, histories)
+  return dataclasses.replace(histories, times=in_seconds_as(times, time_unit, where=where))
+
+
 def main(argv: list[str]) -> None:
   """Prints the history and the recommended items with titles, semantic IDs and scores, or writes those of a file."""
   del argv
@@ -185,23 +214,15 @@ def main(argv: list[str]) -> None:
       features=options.features,
       trusted=options.trust,
     )
+    histories = asked_for(options, num_items=dataset.num_items, time_unit=dataset.time_unit)
     many = options.histories is not None
-    if many:
-      histories = read_sequences(options.histories, num_items=dataset.num_items)
-      if not histories.num_users:
-        raise InputError(f"{options.histories}: expected a line a user, 'user item item ...', got an empty file")
-      if options.timestamps is not None:
-        seconds = read_timestamps(options.timestamps, histories)
-        histories = dataclasses.replace(histories, times=seconds)
-    else:
-      history = parse_history(options.history, num_items=dataset.num_items)
-      times = parse_times(options.times, count=len(history))
-      histories = from_lengths(history, np.array([len(history)]), np.array(["history"]), times)
     if model.settings.time_buckets and histories.times is None:
       flag = "--timestamps" if many else "--times"
-      raise InputError(f"{flag}: this recommender looks at the time between interactions, give the second of each")
+      raise InputError(f"{flag}: this recommender looks at the time between interactions, give the time of each")
   except InputError as error:
     refuse(error)
+  for sentence in long_gaps(histories):
+    warn(sentence)
   found = recommend_all(
     model,
     params,
@@ -223,7 +244,7 @@ def main(argv: list[str]) -> None:
     code = "" if ids is None else " ".join(f"{value:3d}" for value in ids.codes[item]) + "  "
     return f"{item:6d}  {code}{printable(dataset.titles[item])}"
 
-  print("history:", *(" " * 16 + line(item) for item in history), sep="\n")
+  print("history:", *(" " * 16 + line(item) for item in histories.items), sep="\n")
   rows = enumerate(zip(items, scores, strict=True), 1)
   print("recommended:", *(f"{rank:4d}  {score:8.3f}  {line(item)}" for rank, (item, score) in rows), sep="\n")
 
@@ -231,9 +252,9 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   define_run_flags()
   flags.DEFINE_string("history", None, "Item numbers in time order, separated by commas.")
-  flags.DEFINE_string("times", None, "The second of each interaction, for a recommender with time buckets.")
+  flags.DEFINE_string("times", None, "When each interaction was, in the unit of the data, for one with time buckets.")
   define_path("histories", "A file in place of --history: a line a user, 'user item item ...'.")
-  define_path("timestamps", "A file with the second of each interaction in place of its item.")
+  define_path("timestamps", "A file with the time of each interaction in place of its item, in the unit of the data.")
   define_path("output", "The file for what is recommended for --histories: a JSON object a line.")
   define_path("tokenizer", "Semantic IDs that bbqrec_jax.assign extended by new items.")
   define_path("features", "The new items' features, for a recommender that reads features.")

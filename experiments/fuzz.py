@@ -470,6 +470,18 @@ def modalities(files: Files, num_items: int | None, names: tuple[str, ...] = ("i
   return {name: (plain(features), present) for name, (features, present) in pairs.items()}
 
 
+def seconds(times: list[float]) -> list[float]:
+  """Times in seconds, by what magnitude most of them have, where the others are near zero."""
+  powers = [sum(abs(time) >= bound for bound in (1e8, 1e11, 1e14, 1e17, 1e20)) for time in times]
+  far = Counter(power for power in powers if power)
+  if len(far) > 1 and 0 not in powers:
+    raise Bad
+  for power, count in far.items():
+    if len(far) == 1 and 2 * count >= len(times) and power < 5:
+      return [time / 1000 ** (power - 1) for time in times]
+  return times
+
+
 def expect_directory(files: Files) -> Any:
   """What a folder of the project's own format holds."""
   titles = []
@@ -502,6 +514,7 @@ def expect_directory(files: Files) -> Any:
       if label != user or len(own) != len(history) or own != sorted(own):
         raise Bad
       times.extend(own)
+    times = seconds(times)
   return histories, times, titles, modalities(files, len(titles))
 
 
@@ -566,6 +579,9 @@ def expect_recbole(files: Files) -> Any:
       raise Bad
     time = number(row["timestamp"].strip(" \t\r\v\f")) if "timestamp" in kinds else 0.0
     histories.setdefault(row["user_id"], []).append((time, items[row["item_id"]]))
+  if "timestamp" in kinds:
+    read = iter(seconds([time for history in histories.values() for time, _ in history]))
+    histories = {user: [(next(read), item) for _, item in history] for user, history in histories.items()}
   ordered = {user: sorted(history, key=lambda pair: pair[0]) for user, history in histories.items()}
   if any(len(history) < 3 for history in ordered.values()):
     raise Bad

@@ -189,6 +189,38 @@ def test_flags_of_recommend_that_do_not_go_together(given, said):
     recommend.check_options(types.SimpleNamespace(**({"top": 10} | nothing | given)))
 
 
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize(
+  ("unit", "times", "seconds"),
+  [
+    ("seconds", "1433221332 1433221392.5", [1433221332, 1433221392.5]),
+    ("milliseconds", "1433221332000 1433221392500", [1433221332, 1433221392.5]),
+    ("milliseconds", "0 60500", [0, 60.5]),
+    ("seconds", "1433221332000 1433221392500", "expected seconds, as the times of the data"),
+    ("nanoseconds", "1433221332 1433221392", "expected nanoseconds, as the times of the data"),
+    ("seconds", "1433221332 1433221392000", "expected times of one unit, got 1433221392000 where"),
+  ],
+)
+def test_recommend_takes_times_in_the_unit_of_the_data(tmp_path, many, unit, times, seconds):
+  options = dict.fromkeys(("history", "histories", "times", "timestamps"))
+  if many:
+    options |= {"histories": tmp_path / "histories.txt", "timestamps": tmp_path / "times.txt"}
+    options["histories"].write_text("ann 3 1\nbob 0 2\n")
+    options["timestamps"].write_text(f"ann {times}\nbob {times}\n")
+  else:
+    options |= {"history": "3,1", "times": times.replace(" ", ",")}
+  options = types.SimpleNamespace(**options)
+  if isinstance(seconds, list):
+    histories = recommend.asked_for(options, num_items=4, time_unit=unit)
+    assert histories.items.tolist() == [3, 1, 0, 2][: len(histories.items)]
+    assert histories.times.tolist() == seconds * (1 + many)
+    return
+  with pytest.raises(InputError) as error:
+    recommend.asked_for(options, num_items=4, time_unit=unit)
+  assert seconds in str(error.value)
+  assert str(error.value).startswith(f"{tmp_path}/times.txt line 1: " if many else "--times entry ")
+
+
 def test_an_export_of_no_run_or_onto_something_is_one_line(tmp_path):
   for arguments, said in (
     ([f"--workdir={tmp_path}", f"--output={tmp_path}"], f"{tmp_path} exists already: choose another --output"),

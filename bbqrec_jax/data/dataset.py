@@ -25,6 +25,7 @@ class Dataset:
     present: [N] bool by modality, whether an item has it.
     titles: N titles; "" where the source has none.
     notes: sentences on how the source was read, for whoever looks at the statistics.
+    time_unit: that the source has its times in, one of `times.UNITS`; those of the interactions are seconds.
   """
 
   name: str
@@ -34,6 +35,7 @@ class Dataset:
   present: dict[str, np.ndarray]
   titles: tuple[str, ...]
   notes: tuple[str, ...] = ()
+  time_unit: str = "seconds"
 
   @property
   def num_items(self) -> int:
@@ -78,7 +80,7 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
     },
     "density": interactions.num_interactions / (interactions.num_users * dataset.num_items),
     "head_share": float(counts[-head:].sum() / interactions.num_interactions),
-    "unseen_items": dataset.num_items - len(np.unique(split.train.items)),
+    "unseen_items": int(np.sum(np.bincount(split.train.items, minlength=dataset.num_items) == 0)),
     "modalities": {
       name: {"width": array.shape[1], "coverage": float(np.mean(dataset.present[name]))}
       for name, array in dataset.features.items()

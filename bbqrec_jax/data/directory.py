@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +11,8 @@ import numpy as np
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import load_modalities, unused_files
 from bbqrec_jax.data.files import check_label, read_lines, require_folder
-from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
+from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
+from bbqrec_jax.data.times import in_seconds, time_notes
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.input_files import is_given
 
@@ -20,7 +21,8 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
   """Reads and checks a folder.
 
   - `sequences.txt`: a line a user, `user item item ...`, separated by blanks; ids from 0, in time order.
-  - `timestamps.txt`, optional: the same lines with the second of each interaction in place of its item.
+  - `timestamps.txt`, optional: the same lines with the second of each interaction in place of its item; other units
+    are recognised, see `times.unit_of`.
   - `items.jsonl.gz` or `items.jsonl`: line k is the JSON object of item k; its `title` is used, and its `id`, if there
     is one, must be k. The number of lines is N.
   - `<modality>_features.npy` [N, D] float, row k is item k, and optionally `has_<modality>.npy` [N], see
@@ -41,13 +43,14 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
     raise InputError(f"{folder}: expected sequences.txt ('user item item ...' lines), found no such file{hint}")
   titles = read_titles(folder)
   whole = read_sequences(sequences, num_items=len(titles))
-  times = folder / "timestamps.txt"
+  times, unit = folder / "timestamps.txt", "seconds"
   if is_given(times):
-    whole = dataclasses.replace(whole, times=read_timestamps(times, whole))
+    seconds, unit = in_seconds(read_timestamps(times, whole), where=time_places(times, whole))
+    whole = dataclasses.replace(whole, times=seconds)
   interactions = check_history_lengths(whole, path=sequences, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(titles))
-  notes = (order_note(interactions), *unused_files(folder, features, (sequences.name, times.name)))
-  return Dataset(folder.resolve().name, str(path), interactions, features, present, titles, notes)
+  notes = (*time_notes(interactions, unit), *unused_files(folder, features, (sequences.name, times.name)))
+  return Dataset(folder.resolve().name, str(path), interactions, features, present, titles, notes, unit)
 
 
 def read_titles(folder: Path) -> tuple[str, ...]:
@@ -155,7 +158,7 @@ def read_timestamps(path: Path, interactions: Interactions) -> np.ndarray:
     interactions: what `sequences.txt` holds.
 
   Returns:
-    [total] float64, in seconds.
+    [total] float64, in the unit of the file.
 
   Raises:
     InputError: if a line is another user's, has more or fewer numbers than the user has items, or they are not finite
@@ -182,10 +185,15 @@ def read_timestamps(path: Path, interactions: Interactions) -> np.ndarray:
       values = np.array(fields, np.float64)
     except ValueError:
       values = np.full(len(fields), np.nan)
-    if b"_" in b" ".join(fields) or not np.isfinite(values).all() or np.any(np.diff(values) < 0):
+    if b"_" in b" ".join(fields) or not np.isfinite(values).all() or np.any(values[1:] < values[:-1]):
       raise InputError(f"{place}: expected finite numbers in time order, got {shown(line)}; sort the history by time")
     times[first:last] = values
   return times
+
+
+def time_places(path: Path, interactions: Interactions) -> Callable[[int], str]:
+  """Which line of a file of times each of `read_timestamps` is on, by its index."""
+  return lambda index: f"{path} line {np.searchsorted(interactions.offsets, index, side='right')}"
 
 
 def _refuse_items(path: Path, lines: list[bytes], num_items: int) -> NoReturn:

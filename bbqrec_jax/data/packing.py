@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from bbqrec_jax.data.interactions import Interactions
+from bbqrec_jax.data.times import LONGEST_GAP
 
 Batch = dict[str, Any]
 
@@ -18,8 +19,9 @@ def elapsed(interactions: Interactions, index: np.ndarray, users: np.ndarray) ->
     users: [...] int, whose they are.
   """
   assert interactions.times is not None
-  seconds = interactions.times[index] - interactions.times[interactions.offsets[users]]
-  return np.minimum(seconds, np.iinfo(np.int32).max).astype(np.int32)
+  with np.errstate(over="ignore"):
+    seconds = interactions.times[index] - interactions.times[interactions.offsets[users]]
+  return np.minimum(seconds, LONGEST_GAP).astype(np.int32)
 
 
 def cut_windows(lengths: np.ndarray, max_transitions: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

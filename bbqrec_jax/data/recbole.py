@@ -9,7 +9,8 @@ import numpy as np
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import LARGEST, load_modalities, spread, suits_float32, unused_files
 from bbqrec_jax.data.files import check_growth, check_label, read_lines, read_text, require_folder
-from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths, order_note
+from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
+from bbqrec_jax.data.times import in_seconds, time_notes
 from bbqrec_jax.errors import InputError, printable, shown
 
 TITLE_COLUMNS = ("title", "item_name", "movie_title", "name")
@@ -20,7 +21,8 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
 
   - `*.inter`: `user_id:token`, `item_id:token` and optionally `timestamp:float`. A user's interactions are ordered by
     timestamp, equal ones as in the file; without timestamps, as in the file, and a note warns of a column that seems to
-    be one by another name. Repeated interactions are kept.
+    be one by another name. Timestamps are seconds; other units are recognised, see `times.unit_of`. Repeated
+    interactions are kept.
   - `*.item`, optional: `item_id:token`; item k is the table's row k. A column `title`, `item_name`, `movie_title` or
     `name` gives the titles; every `float_seq` column is a modality, named without a trailing `_features`, `_feature` or
     `_emb`; an empty cell means that the item lacks it. Without the table, items are numbered as they first appear in
@@ -48,12 +50,12 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   titles: tuple[str, ...] = ()
   if item_path is not None:
     tokens, titles, tables = _read_items(item_path)
-  interactions, lines, tokens, notes = _read_interactions(inter_path, tokens, item_path)
+  interactions, lines, tokens, unit, warnings = _read_interactions(inter_path, tokens, item_path)
   interactions = check_history_lengths(interactions, path=inter_path, lines=lines, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(tokens), in_tables=tables)
   name = inter_path.name.removesuffix(".gz").removesuffix(".inter")
-  notes += unused_files(folder, features)
-  return Dataset(name, str(path), interactions, features, present, titles or ("",) * len(tokens), notes)
+  notes = (*time_notes(interactions, unit), *warnings, *unused_files(folder, features))
+  return Dataset(name, str(path), interactions, features, present, titles or ("",) * len(tokens), notes, unit)
 
 
 def _only_file(folder: Path, suffix: str) -> Path | None:
@@ -93,8 +95,13 @@ def _refuse_field_count(path: Path, line: int, expected: int, got: int) -> Input
 
 def _read_interactions(
   path: Path, item_tokens: list[bytes] | None, item_path: Path | None
-) -> tuple[Interactions, np.ndarray, list[bytes], tuple[str, ...]]:
-  """Reads `.inter` -> (interactions, the line each user first stands on [U], the tokens of the N items, notes)."""
+) -> tuple[Interactions, np.ndarray, list[bytes], str, tuple[str, ...]]:
+  """Reads `.inter`.
+
+  Returns:
+    The interactions, the line that each user first stands on [U], the tokens of the N items, the unit of the times, and
+    warnings.
+  """
   content = read_text(path)
   columns = _read_header(path, content[: content.find(b"\n")], ("user_id", "item_id"))
   places = {name: place for place, name in enumerate(columns)}
@@ -119,9 +126,10 @@ def _read_interactions(
       raise InputError(
         f"{path} line {row + 2} field 'item_id': expected an item of {item_path}, got {shown(items[row])}; add it there"
       )
-  keys, times = [user_rows], None
+  keys, times, unit = [user_rows], None, "seconds"
   if "timestamp" in columns:
-    times = _timestamps(path, column("timestamp"))
+    read = _timestamps(path, column("timestamp"))
+    times, unit = in_seconds(read, where=lambda row: f"{path} line {row + 2} field 'timestamp'")
     keys.insert(0, times)
   order = np.lexsort(keys)  # By user, then by timestamp, then as in the file: the sort is stable.
   lengths = np.bincount(user_rows, minlength=len(users))
@@ -129,7 +137,7 @@ def _read_interactions(
   first_lines = np.unique(user_rows, return_index=True)[1] + 2
   times = None if times is None else times[order]
   interactions = from_lengths(item_rows[order], lengths, labels, times)
-  return interactions, first_lines, item_tokens, (order_note(interactions), *_time_warning(path, columns))
+  return interactions, first_lines, item_tokens, unit, _time_warning(path, columns)
 
 
 def _time_warning(path: Path, columns: Mapping[str, str]) -> tuple[str, ...]:
