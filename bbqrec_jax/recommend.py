@@ -18,8 +18,8 @@ from absl import app, flags
 from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, quiet_flags, writing
 from bbqrec_jax.compilation import keep_compiled
 from bbqrec_jax.data.directory import read_sequences, read_timestamps, time_places
-from bbqrec_jax.data.interactions import Interactions, from_lengths
-from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
+from bbqrec_jax.data.interactions import Interactions, distinct_items, from_lengths
+from bbqrec_jax.data.pipeline import ordinary_width, ranking_batches
 from bbqrec_jax.data.times import in_seconds_as, long_gaps
 from bbqrec_jax.errors import InputError, printable, refuse
 from bbqrec_jax.input_files import check_new
@@ -120,19 +120,40 @@ def recommend_all(
 
   Yields:
     (user, items [top], scores [top]) of each user, in order.
+
+  Raises:
+    InputError: if a history is empty.
   """
+  if not np.all(histories.lengths):
+    nobody = str(histories.users[int(np.argmin(histories.lengths))])
+    raise InputError(
+      f"history of {nobody!r}: expected at least one item, got none, and nothing tells what comes next; recommend what"
+      " is popular"
+    )
   call = jax.jit(functools.partial(apply, model), static_argnums=1, static_argnames="width")
   width = min(max(beam_width, top), catalogue.num_items)
   batch_size = min(batch_size, histories.num_users)
-  nobody = np.zeros(histories.num_users, np.int32)
-  batches = evaluation_batches(histories, nobody, batch_size=batch_size, max_length=model.settings.max_length)
-  for first, batch in zip(range(0, histories.num_users, batch_size), batches, strict=True):
-    users = range(first, min(first + batch_size, histories.num_users))
-    states = call(params, "last_states", catalogue, batch)
-    exclude = np.full((batch_size, 1), -1) if repeat else distinct_items(histories, users, num_rows=batch_size)
-    found = call(params, "search", catalogue, states, width=width, exclude=exclude, past=model.past(batch))
-    every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
-    for user, items, scores in zip(users, *every, strict=False):  # Without the rows that fill the last batch.
+  seen = None if repeat else distinct_items(histories)
+  batches = functools.partial(
+    ranking_batches,
+    histories,
+    np.zeros(histories.num_users, np.int32),
+    batch_size=batch_size,
+    max_length=model.settings.max_length,
+    exclude=seen,
+    width=1 if seen is None else ordinary_width(seen),
+  )
+  for first in range(0, histories.num_users, batch_size):
+    users = np.arange(first, min(first + batch_size, histories.num_users))
+    answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for places, batch in batches(users=users):
+      exclude = batch.pop("exclude", None)
+      states = call(params, "last_states", catalogue, batch)
+      found = call(params, "search", catalogue, states, width=width, exclude=exclude, past=model.past(batch))
+      every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
+      answers |= dict(zip(places.tolist(), zip(*every, strict=True), strict=False))  # Without the rows that only fill.
+    for place, user in enumerate(users):
+      items, scores = answers[place]
       yield str(histories.users[user]), items[items >= 0], scores[items >= 0]
 
 
@@ -246,6 +267,9 @@ def main(argv: list[str]) -> None:
 
   print("history:", *(" " * 16 + line(item) for item in histories.items), sep="\n")
   rows = enumerate(zip(items, scores, strict=True), 1)
+  if not len(items):
+    print("nothing is left to recommend: the history holds every item; --repeat recommends those again")
+    return
   print("recommended:", *(f"{rank:4d}  {score:8.3f}  {line(item)}" for rank, (item, score) in rows), sep="\n")
 
 

@@ -8,16 +8,19 @@ import pickle
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from bbqrec_jax import experiment
+from bbqrec_jax import recommend as recommend_module
 from bbqrec_jax.assign import assign
 from bbqrec_jax.config import default_config, flatten
+from bbqrec_jax.data import pipeline
 from bbqrec_jax.data.directory import read_sequences
-from bbqrec_jax.data.interactions import leave_one_out, select_users
+from bbqrec_jax.data.interactions import choose, from_lengths, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import popularity_metrics
@@ -435,6 +438,47 @@ def test_a_file_of_histories_is_answered_as_each_history_by_itself(finished, tmp
     np.testing.assert_allclose(record["scores"], scores, atol=1e-4)
 
 
+def test_very_active_users_are_answered_as_any_other(finished, monkeypatch):
+  _, _, model, params, catalogue, _ = restore(finished[0])
+  # Whoever has had few items, many, all of them, and one over and over.
+  histories = [[5], range(40), [7], range(NUM_ITEMS), [3] * 500, range(60, NUM_ITEMS), [9, 9, 8]]
+  lengths = np.array([len(own) for own in histories])
+  histories = from_lengths(np.concatenate(histories), lengths, np.arange(len(lengths)).astype(str))
+
+  def answers():
+    return list(recommend_all(model, params, catalogue, histories, top=12, beam_width=20, batch_size=4))
+
+  together = answers()
+  monkeypatch.setattr(pipeline, "_ORDINARY", 4)
+  apart = answers()
+  assert [user for user, _, _ in apart] == [str(user) for user in range(7)]
+  for (_, items, scores), (_, same_items, same_scores) in zip(together, apart, strict=True):
+    assert items.tolist() == same_items.tolist()
+    np.testing.assert_allclose(scores, same_scores, atol=1e-5)
+  assert [len(items) for _, items, _ in apart] == [12, 12, 12, 0, 12, 12, 12]
+
+
+def test_an_empty_history_is_refused(sasrec):
+  with pytest.raises(InputError, match="history of 'history': expected at least one item, got none"):
+    recommend_from(sasrec[0], [], top=3)
+
+
+def test_it_is_said_that_nothing_is_left_and_that_times_cannot_be_told(sasrec, monkeypatch, capsys):
+  options = dict.fromkeys(("histories", "output", "timestamps", "data", "tokenizer", "features"))
+  options |= {"workdir": sasrec[0], "top": 5, "repeat": False, "trust": [], "times": "0" + ",3e9" * (NUM_ITEMS - 1)}
+  options = SimpleNamespace(**options, history=",".join(map(str, range(NUM_ITEMS))))
+  monkeypatch.setattr(recommend_module, "quiet_flags", lambda: options)
+  recommend_module.main([])
+  first, *_, last = capsys.readouterr().out.splitlines()
+  assert first.startswith("warning: by their times 1 of 1 histories last longer than 68 years")
+  assert last.startswith("nothing is left to recommend")
+  options.repeat, options.times = True, None
+  recommend_module.main([])
+  first, *_, last = capsys.readouterr().out.splitlines()
+  assert first == "history:"
+  assert last.split()[0] == "5"
+
+
 def test_new_items_are_served_without_training(generative, tmp_path):
   workdir, _ = generative
   known = restore(workdir)
@@ -446,7 +490,8 @@ def test_new_items_are_served_without_training(generative, tmp_path):
   assert len(more.dataset.titles) == more.catalogue.num_items == every
   np.testing.assert_array_equal(more.ids.codes, extended.codes)
   np.testing.assert_array_equal(more.catalogue.edges, known.catalogue.edges)
-  histories = select_users(leave_one_out(known.dataset.interactions).history("test"), np.arange(40))
+  histories = leave_one_out(known.dataset.interactions).history("test")
+  histories = choose(histories, slice(histories.offsets[40]), histories.lengths[:40], histories.users[:40])
   # One in four of the items that are looked back on is new.
   items = histories.items + np.where(np.arange(len(histories.items)) % 4 == 0, NUM_ITEMS, 0).astype(np.int32)
   histories = dataclasses.replace(histories, items=items)

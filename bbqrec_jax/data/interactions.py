@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,10 @@ class Interactions:
   def lengths(self) -> np.ndarray:
     """[U] int64, the number of interactions of each user."""
     return np.diff(self.offsets)
+
+  def lengths_of(self, users: np.ndarray) -> np.ndarray:
+    """The same of some users [n] alone."""
+    return self.offsets[users + 1] - self.offsets[users]
 
   def history(self, user: int) -> np.ndarray:
     """The items of user number `user` in time order, a view of [length] int32."""
@@ -187,9 +192,32 @@ def leave_one_out(interactions: Interactions) -> Split:
   )
 
 
-def select_users(interactions: Interactions, users: np.ndarray) -> Interactions:
-  """The histories of the given user numbers [n], in that order."""
-  lengths = interactions.lengths[users]
-  within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-  kept = np.repeat(interactions.offsets[:-1][users], lengths) + within
-  return choose(interactions, kept, lengths, interactions.users[users])
+# Interactions of a block of users.
+_BLOCK = 2**22
+
+
+def user_blocks(interactions: Interactions) -> Iterator[slice]:
+  """Slices that cover the users, each of as many as have about 4 million interactions together, or of one with more."""
+  offsets, first = interactions.offsets, 0
+  while first < interactions.num_users:
+    last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _BLOCK, side="right")) - 1)
+    yield slice(first, last)
+    first = last
+
+
+def distinct_items(interactions: Interactions) -> Interactions:
+  """Each user's items, each once and ascending, without times; made a block of users at a time."""
+  parts, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+  for users in user_blocks(interactions):
+    offsets = interactions.offsets[users.start : users.stop + 1]
+    items = interactions.items[offsets[0] : offsets[-1]]
+    if len(offsets) == 2:
+      own = np.unique(items)
+      lengths = np.array([len(own)])
+    else:
+      base = int(items.max(initial=0)) + 1
+      owners, own = np.divmod(np.unique(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) * base + items), base)
+      lengths = np.bincount(owners, minlength=len(offsets) - 1)
+    parts.append(own.astype(np.int32))
+    counts.append(lengths)
+  return from_lengths(np.concatenate(parts), np.concatenate(counts), interactions.users)

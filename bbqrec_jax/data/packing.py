@@ -1,6 +1,7 @@
 """Histories as rows of an epoch: packed several to a row, or one a row with what followed it."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,9 +75,21 @@ def pack(sizes: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
   return rows, columns
 
 
+class EpochRows(NamedTuple):
+  """The rows of an epoch, which are made as they are asked for: they may take many times what the histories do.
+
+  Attributes:
+    num_rows: R.
+    make: (first, last) -> these rows of every array; what is past R is empty.
+  """
+
+  num_rows: int
+  make: Callable[[int, int], Batch]
+
+
 def packed_epoch(
   interactions: Interactions, *, max_length: int, row_length: int, whole: bool, seed: int, epoch: int
-) -> Batch:
+) -> EpochRows:
   """All rows of one epoch, in random order.
 
   Args:
@@ -97,30 +110,38 @@ def packed_epoch(
   users, spans = users[order], spans[order]
   sizes = spans[:, 1] - spans[:, 0] + whole
   rows, columns = pack(sizes, row_length)
-  num_rows = int(rows[-1]) + 1 if len(rows) else 0
-
-  window = np.repeat(np.arange(len(users)), sizes)
-  place = np.arange(len(window)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-  slot = (rows[window], columns[window] + place)
-  source = (interactions.offsets[users] + spans[:, 0])[window] + place
+  starts = interactions.offsets[users] + spans[:, 0]
   opens_row = np.append(True, rows[1:] != rows[:-1])[: len(rows)]
   number = np.arange(len(rows)) - np.maximum.accumulate(np.where(opens_row, np.arange(len(rows)), 0)) + 1
 
-  def fill(values):
-    grid = np.zeros((num_rows, row_length), np.int32)
-    grid[slot] = values
-    return grid
+  def make(first: int, last: int) -> Batch:
+    window = np.arange(*np.searchsorted(rows, (first, last)))
+    window, place = np.repeat(window, sizes[window]), _places(sizes[window])
+    slot = (rows[window] - first, columns[window] + place)
+    source = starts[window] + place
 
-  epoch_rows = {
-    "items": fill(interactions.items[source]),
-    "segments": fill(number[window]),
-    "positions": fill(place),
-  }
-  if interactions.times is not None:
-    epoch_rows["times"] = fill(elapsed(interactions, source, users[window]))
-  if not whole:
-    epoch_rows["targets"] = fill(interactions.items[source + 1])
-  return epoch_rows
+    def fill(values):
+      grid = np.zeros((last - first, row_length), np.int32)
+      grid[slot] = values
+      return grid
+
+    batch = {
+      "items": fill(interactions.items[source]),
+      "segments": fill(number[window]),
+      "positions": fill(place),
+    }
+    if interactions.times is not None:
+      batch["times"] = fill(elapsed(interactions, source, users[window]))
+    if not whole:
+      batch["targets"] = fill(interactions.items[source + 1])
+    return batch
+
+  return EpochRows(int(rows[-1]) + 1 if len(rows) else 0, make)
+
+
+def _places(sizes: np.ndarray) -> np.ndarray:
+  """0, 1, ... within each of the groups that stand one after another: sizes [n] -> [sum of sizes]."""
+  return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def length_groups(lengths: np.ndarray, bounds: tuple[int, ...], longest: int) -> list[tuple[int, np.ndarray]]:
@@ -149,7 +170,7 @@ def prefix_epoch(
   epoch: int,
   batch_rows: int = 1,
   bounds: tuple[int, ...] = (),
-) -> Batch:
+) -> EpochRows:
   """Every transition of an epoch with the history before it, in random order: a sliding window over each history.
 
   Args:
@@ -165,25 +186,29 @@ def prefix_epoch(
     `items`, `segments` (1, or 0 at padding), `positions` [R, T] int32, and `targets` [R] int32.
   """
   transitions = np.maximum(interactions.lengths - 1, 0)
-  users = np.repeat(np.arange(len(transitions)), transitions)
-  place = np.arange(len(users)) - np.repeat(np.cumsum(transitions) - transitions, transitions) + 1
+  place = _places(transitions) + 1
+  targets = np.repeat(interactions.offsets[:-1], transitions) + place
   rng = np.random.default_rng([seed, epoch])
-  order = rng.permutation(len(users))
-  there = np.ones(len(order), bool)
+  order = rng.permutation(len(targets))
   if bounds:
     batches = []
     for _, group in length_groups(np.minimum(place[order], max_length), bounds, max_length):
       batches.append(np.append(order[group], np.full(-len(group) % batch_rows, -1)).reshape(-1, batch_rows))
     order = rng.permutation(np.concatenate(batches)).reshape(-1)
-    there = order >= 0
-  target = (interactions.offsets[users] + place)[order]
-  lengths = np.where(there, np.minimum(place[order], max_length), 0)
   column = np.arange(max_length)
-  real = column < lengths[:, None]
-  source = np.where(real, (target - lengths)[:, None] + column, 0)
-  return {
-    "items": np.where(real, interactions.items[source], 0).astype(np.int32),
-    "segments": real.astype(np.int32),
-    "positions": np.where(real, column, 0).astype(np.int32),
-    "targets": np.where(there, interactions.items[target], 0).astype(np.int32),
-  }
+
+  def make(first: int, last: int) -> Batch:
+    chosen = order[first:last]
+    chosen = np.append(chosen, np.full(last - first - len(chosen), -1))
+    there, target = chosen >= 0, targets[chosen]
+    lengths = np.where(there, np.minimum(place[chosen], max_length), 0)
+    real = column < lengths[:, None]
+    source = np.where(real, (target - lengths)[:, None] + column, 0)
+    return {
+      "items": np.where(real, interactions.items[source], 0).astype(np.int32),
+      "segments": real.astype(np.int32),
+      "positions": np.where(real, column, 0).astype(np.int32),
+      "targets": np.where(there, interactions.items[target], 0).astype(np.int32),
+    }
+
+  return EpochRows(len(order), make)

@@ -1,7 +1,7 @@
 """RecBole's atomic files: a folder of one `.inter` table and, optionally, one `.item` table."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -107,11 +107,11 @@ def _read_interactions(
   places = {name: place for place, name in enumerate(columns)}
   starts, ends = _locate_fields(path, content, len(columns))
 
-  def column(name: str) -> np.ndarray:
+  def column(name: str) -> Iterator[np.ndarray]:
     return _column(path, name, content, starts[:, places[name]], ends[:, places[name]])
 
-  users, user_rows = _number(column("user_id").tolist())
-  items = column("item_id").tolist()
+  users, user_rows = _number([token for block in column("user_id") for token in block.tolist()])
+  items = [token for block in column("item_id") for token in block.tolist()]
   for name, tokens in (("user_id", users), ("item_id", items)):
     if b"" in tokens:
       line = int(np.argmax(starts[:, places[name]] == ends[:, places[name]])) + 2
@@ -166,23 +166,32 @@ def _locate_fields(path: Path, content: bytes, num_fields: int) -> tuple[np.ndar
   return starts.reshape(-1, num_fields), ends.reshape(-1, num_fields)
 
 
-def _column(path: Path, name: str, content: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+# Rows whose tokens are gathered at once, all as wide as the longest.
+_ROWS = 2**17
+
+
+def _column(path: Path, name: str, content: bytes, starts: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
   """The tokens between starts and ends [rows], as bytes, gathered a character position at a time, not a row at a time.
+
+  Yields:
+    Those of a block of rows, [n].
 
   Raises:
     InputError: if a token is too long for an array of them.
   """
-  lengths = ends - starts
-  width = int(lengths.max(initial=1))
-  if len(starts):
-    longest = int(np.argmax(lengths))
-    check_label(content[starts[longest] : ends[longest]], where=f"{path} line {longest + 2} field '{name}'")
   data = np.frombuffer(content, np.uint8)
-  tokens = np.zeros((len(starts), width), np.uint8)
-  for position in range(width):
-    inside = np.flatnonzero(lengths > position)
-    tokens[inside, position] = data[starts[inside] + position]
-  return tokens.view(f"S{width}")[:, 0]
+  if len(starts):
+    longest = int(np.argmax(ends - starts))
+    check_label(content[starts[longest] : ends[longest]], where=f"{path} line {longest + 2} field '{name}'")
+  for first in range(0, len(starts), _ROWS):
+    start = starts[first : first + _ROWS]
+    lengths = ends[first : first + _ROWS] - start
+    width = int(lengths.max(initial=1))
+    tokens = np.zeros((len(start), width), np.uint8)
+    for position in range(width):
+      inside = np.flatnonzero(lengths > position)
+      tokens[inside, position] = data[start[inside] + position]
+    yield tokens.view(f"S{width}")[:, 0]
 
 
 def _number(tokens: list[bytes]) -> tuple[list[bytes], np.ndarray]:
@@ -192,20 +201,24 @@ def _number(tokens: list[bytes]) -> tuple[list[bytes], np.ndarray]:
   return distinct, np.fromiter(map(index.__getitem__, tokens), np.int64, len(tokens))
 
 
-def _timestamps(path: Path, tokens: np.ndarray) -> np.ndarray:
-  try:
-    if np.any(tokens.view(np.uint8) == ord("_")):
-      raise ValueError("not all are numbers")
-    values = tokens.astype(np.float64)
-  except ValueError:
-    values = np.array([_number_or_nan(token) for token in tokens])
-  if not np.isfinite(values).all():
-    row = int(np.argmin(np.isfinite(values)))
-    raise InputError(
-      f"{path} line {row + 2} field 'timestamp': expected a finite number, got {shown(tokens[row])}; correct it, or"
-      " remove the column to keep the file's order"
-    )
-  return values
+def _timestamps(path: Path, blocks: Iterator[np.ndarray]) -> np.ndarray:
+  read, line = [np.zeros(0)], 2
+  for tokens in blocks:
+    try:
+      if np.any(tokens.view(np.uint8) == ord("_")):
+        raise ValueError("not all are numbers")
+      values = tokens.astype(np.float64)
+    except ValueError:
+      values = np.array([_number_or_nan(token) for token in tokens])
+    if not np.isfinite(values).all():
+      row = int(np.argmin(np.isfinite(values)))
+      raise InputError(
+        f"{path} line {line + row} field 'timestamp': expected a finite number, got {shown(tokens[row])}; correct it,"
+        " or remove the column to keep the file's order"
+      )
+    read.append(values)
+    line += len(tokens)
+  return np.concatenate(read)
 
 
 def _number_or_nan(token: bytes) -> float:

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bbqrec_jax.data.interactions import Interactions, Split, select_users
-from bbqrec_jax.data.packing import length_groups
-from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
+from bbqrec_jax.data.interactions import Interactions, Split, distinct_items, user_blocks
+from bbqrec_jax.data.pipeline import ranking_batches
 from bbqrec_jax.models.apply import apply
 from bbqrec_jax.models.catalogue import Catalogue
 from bbqrec_jax.models.recommender import Recommender
@@ -67,7 +66,7 @@ class Ranking(NamedTuple):
   Attributes:
     metrics: Recall@{1,5,10,20}, NDCG@{5,10,20}, MRR, and `coverage@10`, the share of the catalogue in anybody's first
       ten.
-    ranks: [U] int32 of each user's target, from 0; the largest int32 where a search missed it or it was left out.
+    ranks: [n] int32 of each user's target, from 0; the largest int32 where a search missed it or it was left out.
   """
 
   metrics: dict[str, float]
@@ -86,8 +85,9 @@ def evaluate(
   num_items: int,
   bounds: tuple[int, ...] = (),
   exclude_history: bool = False,
+  users: np.ndarray | None = None,
 ) -> Ranking:
-  """Ranks the catalogue for every user.
+  """Ranks the catalogue for every user, or for some.
 
   Args:
     ranker: a compiled `make_ranker`.
@@ -100,21 +100,23 @@ def evaluate(
     num_items: N, for the coverage.
     bounds: lengths, rising, each below T: users are ranked in groups, padded to the least that holds them.
     exclude_history: leave what is in a user's whole history out of the user's ranking, as `recommend` does.
+    users: [n] int, who is ranked; None: all.
   """
-  ranks, seen = np.zeros(len(targets), np.int32), np.zeros(num_items + 1, bool)
-  for length, users in length_groups(np.minimum(histories.lengths, max_length), bounds, max_length):
-    parts = []
-    some = select_users(histories, users)
-    batches = evaluation_batches(some, targets[users], batch_size=batch_size, max_length=length)
-    for first, batch in zip(range(0, len(users), batch_size), batches, strict=True):
-      valid = batch.pop("valid")
-      if exclude_history:
-        rows = range(first, first + int(valid.sum()))
-        batch["exclude"] = distinct_items(some, rows, num_rows=batch_size, width=int(some.lengths.max()))
-      result = jax.device_get(ranker(params, shared, batch))
-      parts.append(result["ranks"][valid])
-      seen[result["top"][valid]] = True  # -1, a short beam's filling, is the row past the last item.
-    ranks[users] = np.concatenate(parts)
+  if users is None:
+    users = np.arange(histories.num_users)
+  ranks, seen = np.zeros(len(users), np.int32), np.zeros(num_items + 1, bool)
+  for places, batch in ranking_batches(
+    histories,
+    targets,
+    users=users,
+    batch_size=batch_size,
+    max_length=max_length,
+    bounds=bounds,
+    exclude=distinct_items(histories) if exclude_history else None,
+  ):
+    result = jax.device_get(ranker(params, shared, batch))
+    ranks[places] = result["ranks"][: len(places)]
+    seen[result["top"][: len(places)]] = True  # -1, a short beam's filling, is the row past the last item.
   return Ranking(summarize(ranks) | {f"coverage@{_COVERAGE_CUTOFF}": float(seen[:num_items].mean())}, ranks)
 
 
@@ -131,26 +133,24 @@ def popularity_metrics(
   """
   counts = np.bincount(split.train.items, minlength=num_items)
   ranks = num_items - np.searchsorted(np.sort(counts), counts[targets], side="left") - 1
-  first = np.arange(min(_COVERAGE_CUTOFF, num_items))
+  reached = np.arange(num_items) < _COVERAGE_CUTOFF
   if histories is not None:
-    users = np.repeat(np.arange(histories.num_users), histories.lengths)
-    users, items = np.divmod(np.unique(users * num_items + histories.items), num_items)
-    before = (counts[items] >= counts[targets[users]]) & (items != targets[users])
-    ranks -= np.bincount(users[before], minlength=len(ranks))
-    ranks[users[items == targets[users]]] = MISS
-    first = _first_left(np.argsort(np.argsort(-counts, kind="stable"))[items], users, num_items=num_items)
-  return summarize(ranks.astype(np.int32)) | {f"coverage@{_COVERAGE_CUTOFF}": len(first) / num_items}
+    reached[:] = False
+    own, places = distinct_items(histories), np.argsort(np.argsort(-counts, kind="stable"))
+    for block in user_blocks(own):
+      items, lengths = own.items[own.offsets[block.start] : own.offsets[block.stop]], own.lengths[block]
+      users = np.repeat(np.arange(block.start, block.stop), lengths)
+      before = (counts[items] >= counts[targets[users]]) & (items != targets[users])
+      ranks[block] -= np.bincount(users[before] - block.start, minlength=len(lengths))
+      ranks[users[items == targets[users]]] = MISS
+      for mine in np.split(places[items], np.cumsum(lengths)[:-1]):
+        reached[_first_left(mine, num_items=num_items)] = True
+  return summarize(ranks.astype(np.int32)) | {f"coverage@{_COVERAGE_CUTOFF}": float(reached.sum()) / num_items}
 
 
-def _first_left(places: np.ndarray, users: np.ndarray, *, num_items: int) -> np.ndarray:
-  """Which places of one ranking of N are among the first ten left for anybody, without each user's own `places` [n].
-
-  `users` [n] says whose they are, and rises.
-  """
-  reached = np.zeros(num_items, bool)
-  for own in np.split(places, np.flatnonzero(np.diff(users)) + 1):
-    reached[np.setdiff1d(np.arange(min(_COVERAGE_CUTOFF + len(own), num_items)), own)[:_COVERAGE_CUTOFF]] = True
-  return np.flatnonzero(reached)
+def _first_left(places: np.ndarray, *, num_items: int) -> np.ndarray:
+  """The first ten of N places without some [n]."""
+  return np.setdiff1d(np.arange(min(_COVERAGE_CUTOFF + len(places), num_items)), places)[:_COVERAGE_CUTOFF]
 
 
 def sample_users(split: Split, count: int, *, seed: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from bbqrec_jax import processes
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.interactions import Interactions, Split, select_users
+from bbqrec_jax.data.interactions import Interactions, Split
 from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.evaluation.ranking import WITHOUT_HISTORY, Ranking, evaluate, make_ranker, sample_users
@@ -119,11 +119,8 @@ def run_recommender(
   ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
   shared = partitioner.place(catalogue)
   some = sample_users(split, e.validation_users, seed=config.seed)
-  some_histories = select_users(split.train, some)
 
-  def rank(
-    params: Any, stage_histories: Interactions, targets: np.ndarray, *, exclude_history: bool = False
-  ) -> Ranking:
+  def rank(params: Any, stage_histories: Interactions, targets: np.ndarray, **options: Any) -> Ranking:
     return evaluate(
       ranker,
       params,
@@ -134,7 +131,7 @@ def run_recommender(
       max_length=r.max_length,
       num_items=catalogue.num_items,
       bounds=tuple(r.length_buckets),
-      exclude_history=exclude_history,
+      **options,
     )
 
   plan = Plan(
@@ -142,7 +139,7 @@ def run_recommender(
     steps=r.steps,
     log_every=config.log_every,
     evaluate_every=r.evaluate_every,
-    evaluate=lambda state: rank(state.params, some_histories, split.validation_target[some]).metrics,
+    evaluate=lambda state: rank(state.params, split.train, split.validation_target, users=some).metrics,
     select="ndcg@10",
     patience=r.patience,
     safeguards=Safeguards.of(config),

@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+from bbqrec_jax.data import interactions as interactions_module
 from bbqrec_jax.data.interactions import (
   check_history_lengths,
+  distinct_items,
   drop_short_users,
   from_lengths,
   leave_one_out,
-  select_users,
+  user_blocks,
 )
 from bbqrec_jax.errors import InputError
 
@@ -135,5 +137,25 @@ def test_times_stay_with_their_items_through_every_choice():
   assert split.train.times.tolist() == [0, 100, 101, 102, 200, 201]
   assert split.validation_time.tolist() == [1, 103, 202]
   assert split.history("test").times.tolist() == [0, 1, 100, 101, 102, 103, 200, 201, 202]
-  assert select_users(split.train, np.array([2, 0])).times.tolist() == [200, 201, 0]
   assert leave_one_out(drop_short_users(histories)).history("test").times is None
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 5, 9, 100])
+def test_blocks_hold_every_user_once_and_no_more_than_they_may(monkeypatch, block):
+  monkeypatch.setattr(interactions_module, "_BLOCK", block)
+  interactions = make(HISTORIES | {"dee": [], "eve": [1]})
+  blocks = list(user_blocks(interactions))
+  assert [user for users in blocks for user in range(users.start, users.stop)] == list(range(5))
+  assert all(interactions.lengths[users].sum() <= block or users.stop - users.start == 1 for users in blocks)
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_distinct_items_are_each_users_whole_history_once(monkeypatch, block):
+  monkeypatch.setattr(interactions_module, "_BLOCK", block)
+  histories = HISTORIES | {"dee": [], "eve": [5] * 50, "fay": [2**31 - 1, 0, 2**31 - 1]}
+  interactions = dataclasses.replace(make(histories), times=np.zeros(65))
+  own = distinct_items(interactions)
+  assert as_lists(own) == {user: sorted(set(history)) for user, history in histories.items()}
+  assert (own.items.dtype, own.times) == (np.int32, None)
+  assert own.lengths_of(np.array([4, 0])).tolist() == [1, 3]
+  assert distinct_items(make({"a": []})).num_interactions == 0

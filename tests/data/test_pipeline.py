@@ -8,15 +8,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from bbqrec_jax.data import packing, pipeline
 from bbqrec_jax.data.feature_store import FeatureStore
-from bbqrec_jax.data.interactions import from_lengths, select_users
-from bbqrec_jax.data.packing import cut_windows, pack, packed_epoch, prefix_epoch
+from bbqrec_jax.data.interactions import distinct_items, from_lengths
+from bbqrec_jax.data.packing import cut_windows, pack
 from bbqrec_jax.data.pipeline import (
   CatalogueSample,
   PackedHistories,
   PrefixHistories,
-  distinct_items,
   evaluation_batches,
+  filled_rows,
+  ranking_batches,
   recommender_batches,
   tokenizer_batches,
 )
@@ -31,6 +33,18 @@ def make_histories(lengths=LENGTHS, *, seed=0, num_items=None):
   total = sum(lengths)
   items = rng.permutation(total) + 1 if num_items is None else rng.integers(0, num_items, total)
   return from_lengths(items, np.array(lengths), np.array([f"u{user}" for user in range(len(lengths))]))
+
+
+def packed_epoch(histories, **options):
+  """All rows of a packed epoch at once."""
+  rows = packing.packed_epoch(histories, **options)
+  return rows.make(0, rows.num_rows)
+
+
+def prefix_epoch(histories, **options):
+  """All rows of an epoch of prefixes at once."""
+  rows = packing.prefix_epoch(histories, **options)
+  return rows.make(0, rows.num_rows)
 
 
 def transitions(histories):
@@ -398,29 +412,57 @@ def test_evaluation_batches_against_brute_force(batch_size, max_length):
     assert rows["positions"][row].tolist() == list(range(len(last))) + padding
 
 
-@pytest.mark.parametrize(("users", "num_rows", "width"), [(range(15), 15, 1), (range(3, 7), 6, 1), (range(2), 2, 100)])
-def test_distinct_items_are_each_users_whole_history_once(users, num_rows, width):
+@pytest.mark.parametrize("users", [[0], [4, 4, 0, 12], [14, 3, 1], list(range(15))])
+def test_evaluation_batches_of_some_users_are_their_rows_of_all(users):
   histories = make_histories()
-  own = [sorted(set(histories.history(user).tolist())) for user in users]
-  rows = distinct_items(histories, users, num_rows=num_rows, width=width)
+  histories = dataclasses.replace(histories, times=np.cumsum(histories.items) / 7)
+  targets = np.arange(histories.num_users)
+  (every,) = evaluation_batches(histories, targets, batch_size=15, max_length=5)
+  batches = evaluation_batches(histories, targets, batch_size=4, max_length=5, users=np.array(users))
+  batches = [{name: grid[batch["valid"]] for name, grid in batch.items()} for batch in batches]
+  assert_same_tree(stack(batches, every.keys()), {name: grid[users] for name, grid in every.items()})
+
+
+def test_rows_hold_histories_and_nothing_else():
+  histories = make_histories()
+  rows = filled_rows(histories, np.array([3, 0, 7]), num_rows=5, width=10)
   assert rows.dtype == np.int32
-  assert rows.shape[0] == num_rows
-  assert rows.shape[1] in [2**n for n in range(20)]
-  assert max(width, *map(len, own)) <= rows.shape[1] < 2 * max(width, *map(len, own))
-  assert [sorted(row[row >= 0].tolist()) for row in rows] == own + [[]] * (num_rows - len(own))
-  assert set(rows[rows < 0].tolist()) <= {-1}
+  expected = [histories.history(user).tolist() for user in (3, 0, 7)] + [[], []]
+  assert rows.tolist() == [own + [-1] * (10 - len(own)) for own in expected]
 
 
-@pytest.mark.parametrize("users", [[0], [4, 4, 0, 12], [14, 3, 1], list(range(15)), []])
-def test_select_users_against_brute_force(users):
-  histories = make_histories()
-  chosen = select_users(histories, np.array(users, np.int64))
-  assert chosen.num_users == len(users)
-  assert chosen.users.tolist() == [f"u{user}" for user in users]
-  for row, user in enumerate(users):
-    np.testing.assert_array_equal(chosen.history(row), histories.history(user))
-  assert chosen.num_interactions == sum(LENGTHS[user] for user in users)
-  assert chosen.items.dtype == np.int32
+@pytest.mark.parametrize("bounds", [(), (2, 4)])
+def test_a_very_active_user_is_ranked_apart_and_widens_no_other_row(monkeypatch, bounds):
+  monkeypatch.setattr(pipeline, "_ORDINARY", 8)
+  # User 4 has 60 items, 12 has 137, 9 has 21; 2,000 interactions of user 1 are of three items.
+  histories = make_histories([0, 2000, *LENGTHS[2:]])
+  items = histories.items.copy()
+  items[:2000] = 7 + np.arange(2000) % 3
+  histories = dataclasses.replace(histories, items=items)
+  users = np.array([14, 1, 4, 12, 9, 5, 6, 7, 2, 0])
+  targets = np.arange(histories.num_users)
+  options = {"users": users, "batch_size": 4, "max_length": 6, "bounds": bounds}
+  seen, shapes = [], set()
+  for places, batch in ranking_batches(histories, targets, **options, exclude=distinct_items(histories)):
+    seen.extend(places.tolist())
+    shapes.add(batch["exclude"].shape)
+    (plain,) = evaluation_batches(
+      histories, targets, users=users[places], batch_size=len(batch["items"]), max_length=batch["items"].shape[1]
+    )
+    del plain["valid"]
+    assert_same_tree({name: grid for name, grid in batch.items() if name != "exclude"}, plain)
+    for place, own in zip(places, batch["exclude"][: len(places)].tolist(), strict=True):
+      expected = sorted(set(histories.history(users[place]).tolist()))
+      assert own == expected + [-1] * (len(own) - len(expected))
+  assert sorted(seen) == list(range(len(users)))
+  assert {shape for shape in shapes if shape[1] > 8} == {(1, 32), (1, 64), (1, 256)}
+  assert all(shape[0] == 4 for shape in shapes if shape[1] <= 8)
+  if not bounds:
+    assert len(shapes) == 4
+    assert seen[:4] == [0, 1, 5, 6], "all that are ordinary come first, in their order"
+  everybody = list(ranking_batches(histories, targets, **options))
+  assert {batch["items"].shape[0] for _, batch in everybody} == {4}
+  assert not any("exclude" in batch for _, batch in everybody)
 
 
 @pytest.mark.parametrize("max_length", [1, 5, 20])
