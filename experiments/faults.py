@@ -9,7 +9,9 @@ own, and
   evaluations and k-means, which are told from the files that the run writes,
 - given a disk that fills up (a small tmpfs; as root alone) or files that may not grow (`ulimit -f`), and a folder that
   cannot be written to (remounted read-only; by its rights, where this is not root),
-- given checkpoints, semantic IDs, notes and data with a flipped bit, cut off or missing.
+- given checkpoints, semantic IDs, notes and data with a flipped bit, cut off or missing,
+- started a second time while it runs, in folders of odd names, with settings of JAX, Python and the locale that a shell
+  may carry, and without standard streams, or with full or unread ones.
 
 After each, the same command is given once more, with what was taken away given back. It *survived* if it ends with the
 metrics, parameters and semantic IDs of the run in peace, bit for bit; it was *refused* if it ends with one line on
@@ -58,6 +60,18 @@ SETTINGS = {
 }  # fmt: skip
 SHORT = {"tokenizer.quantizer": "rq_kmeans", "recommender.similarity": ()}  # One stage less to compile.
 PATIENCE = 300  # Seconds after which a run hangs.
+# Names that orbax and tensorstore would take for patterns, URLs or other separators, or cannot hold.
+NAMES = ("a[b] *?", "gs:", "back\\slash", "line\nfeed", "п\u0440огон e\u0301", "byte \udcff", "-x", "%20#$|'\" .")
+# Settings that a shell may carry: what must change no number, and what must be refused in one line.
+ENVIRONMENTS = (
+  {"JAX_ENABLE_X64": "1"}, {"JAX_DEBUG_NANS": "1"}, {"JAX_DEBUG_INFS": "1"}, {"JAX_DISABLE_JIT": "1"},
+  {"JAX_NUMPY_RANK_PROMOTION": "raise"}, {"JAX_NUMPY_DTYPE_PROMOTION": "strict"}, {"JAX_TRANSFER_GUARD": "disallow"},
+  {"JAX_DEFAULT_PRNG_IMPL": "rbg"}, {"JAX_THREEFRY_PARTITIONABLE": "0"}, {"PYTHONOPTIMIZE": "2"},
+  {"PYTHONWARNINGS": "error"}, {"PYTHONHASHSEED": "7"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+  {"PYTHONIOENCODING": "ascii"}, {"TERM": "dumb", "COLUMNS": "1"}, {"OMP_NUM_THREADS": "1"},
+  {"JAX_PLATFORMS": "nosuch"}, {"JAX_ENABLE_X64": "perhaps"},
+)  # fmt: skip
+REDIRECTIONS = (">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "| true")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -120,14 +134,20 @@ class Run:
   environment: dict[str, str]
   output: pathlib.Path
 
-  def start(self, *, fresh_cache: bool = False, limit: str = "unlimited") -> Process:
-    """Starts the program; `limit` is of the size of its files, in blocks of `ulimit -f`."""
+  def start(self, *, fresh_cache: bool = False, limit: str = "unlimited", redirection: str = "") -> Process:
+    """Starts the program.
+
+    Args:
+      fresh_cache: whether it compiles everything.
+      limit: of the size of its files, in blocks of `ulimit -f`.
+      redirection: of its standard streams, as a shell takes it; the status is the program's.
+    """
     fields = [f"--config.{name}={value}" for name, value in (self.settings | {"data.path": self.data}).items()]
-    environment = dict(self.environment)
+    environment, run = dict(self.environment), '"$@"' if "|" in redirection else 'exec "$@"'
     if fresh_cache:
       environment["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(dir=self.output.parent)
     command = [
-      "sh", "-c", f'ulimit -f {limit}; exec "$@"', "sh", sys.executable, "-m", "bbqrec_jax.main",
+      "bash", "-c", f'set -o pipefail; ulimit -f {limit}; {run} {redirection}', "bash", sys.executable, "-m", "bbqrec_jax.main",
       f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={self.workdir}", *fields,
     ]  # fmt: skip
     return Process(command, environment, self.output)
@@ -296,8 +316,8 @@ def killed(part: str, signum: int) -> str:
   return f"{signal.Signals(signum).name} {'' if part == 'anywhere' else 'during '}{part}"
 
 
-def kill(bench: Bench, run: Run, part: str, signum: int, *, early: bool = False) -> None:
-  """Starts a run and sends it a signal; sees that it ends as a signal should end it.
+def kill(bench: Bench, run: Run, part: str, signum: int, *, early: bool = False, second: bool = False) -> None:
+  """Starts a run (with `second` once more, when it is underway) and sends it a signal; sees that it ends as it should.
 
   Raises:
     Unfit: if the run was over before the moment came.
@@ -305,6 +325,8 @@ def kill(bench: Bench, run: Run, part: str, signum: int, *, early: bool = False)
   process = run.start(fresh_cache=part == "compilation")
   try:
     moments(bench, run, process, early=early)[part]()
+    if second:
+      started_twice(bench, run, process)
   finally:
     begun = bool(process.said())
     process.send(signum)
@@ -458,6 +480,51 @@ def spoil(bench: Bench, path: pathlib.Path, how: str) -> None:
     path.write_bytes(content)
 
 
+def started_twice(bench: Bench, run: Run, process: Process) -> None:
+  """Starts a run that is underway once more: the second is told in one line who is there, and writes nothing."""
+  fault = "a second start of a run that is underway"
+  second = dataclasses.replace(run, output=run.output.with_suffix(".second"))
+  process.send(signal.SIGSTOP)
+  before = sorted(os.walk(run.workdir))
+  status, out, err = second.start().end()
+  same = sorted(os.walk(run.workdir)) == before
+  process.send(signal.SIGCONT)
+  refused = status == 2 and err.count("\n") == 1 and err.startswith("error: ") and same
+  bench.note(fault, "refused" if refused else "wrong", f"status {status}, files as before: {same}\n{out}\n{err}")
+
+
+def underway(bench: Bench) -> None:
+  """A run is started a second time amid its steps, and ends well all the same."""
+  run = bench.fresh()
+  process = run.start()
+  with contextlib.suppress(Unfit):
+    moments(bench, run, process, early=False)["step"]()
+    started_twice(bench, run, process)
+  status, out, err = process.end()
+  if status or err:
+    bench.note("a run whose second start was refused", "wrong", f"status {status}\n{out}\n{err}")
+  else:
+    bench.judge("a run whose second start was refused", run, log=True)
+
+
+def oddities(bench: Bench, base: Run) -> None:
+  """A run goes on in folders of odd names, in odd environments, and with odd standard streams."""
+  for name in NAMES:
+    run = bench.fresh(base, folder=bench.folder / name)
+    bench.judge("goes on in a folder of an odd name", run)
+  for settings in ENVIRONMENTS:
+    run = bench.fresh(base)
+    run.environment = run.environment | settings
+    bench.judge(f"environment: {' '.join(f'{name}={value}' for name, value in settings.items())}", run)
+  for redirection in REDIRECTIONS:
+    run = bench.fresh(base)
+    status, out, err = run.start(redirection=redirection).end()
+    if status or err:
+      bench.note(f"standard streams: {redirection}", "wrong", f"status {status}\n{out}\n{err}")
+    else:
+      bench.judge(f"standard streams: {redirection}", run)
+
+
 HOWS = ("flipped bit", "cut off", "missing")
 
 
@@ -509,23 +576,26 @@ def long(bench: Bench, count: int) -> None:
       bench.not_run("disk full (tmpfs)", "no leave to mount")
   for _ in range(max(1, count // 16)):
     twice(bench)
+    underway(bench)
+  oddities(bench, recommending)
   kills(bench, count)
 
 
 def short(bench: Bench) -> None:
   """A few of all, one after the other on one run, whose end tells of them all."""
-  run = bench.fresh()
-  faults = []
+  run = bench.fresh(folder=bench.folder / NAMES[0])
+  faults = ["goes on in a folder of an odd name"]
   for part, signum in (("step", signal.SIGTERM), ("save", signal.SIGKILL), ("evaluation", signal.SIGINT)):
     with contextlib.suppress(Unfit):
-      kill(bench, run, part, signum, early=True)
+      kill(bench, run, part, signum, early=True, second=part == "step")
       faults.append(killed(part, signum))
   checkpoints = [path for path in (run.workdir / "checkpoints" / "recommender").iterdir() if path.name.isdecimal()]
   newest = max(checkpoints, key=lambda path: int(path.name))
   spoil(bench, bench.pick(sorted(newest.glob("state/**/d/*"))), "flipped bit")
   faults.append("checkpoint of the recommender: flipped bit")
   status, out, err = run.start(limit="4").end()
-  faults.append("file size limit (ulimit -f)")
+  run.environment = run.environment | ENVIRONMENTS[0]
+  faults += ["environment: JAX_ENABLE_X64=1", "file size limit (ulimit -f)"]
   verdict = bench.judge(faults.pop(), run, log=True) if one_line(status, err) else "wrong"
   for fault in faults:
     bench.note(fault, verdict, f"see the last\n{out}\n{err}")
