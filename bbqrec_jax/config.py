@@ -72,7 +72,7 @@ def read_config(config: Any, *, tokenizer_alone: bool = False) -> RunSettings:
     InputError: for an unknown or missing field, a value of another type or out of its range or choices, or fields that
       do not fit one another.
   """
-  own = tokenizer_alone or trains_tokenizer(config)
+  own = trains_tokenizer(config, alone=tokenizer_alone)
   settings = from_config(RunSettings, config, unchecked=None if own else "tokenizer.")
   if own:
     _check_tokenizer_use(settings)

@@ -147,7 +147,8 @@ class Run:
     if fresh_cache:
       environment["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(dir=self.output.parent)
     command = [
-      "bash", "-c", f'set -o pipefail; ulimit -f {limit}; {run} {redirection}', "bash", sys.executable, "-m", "bbqrec_jax.main",
+      "bash", "-c", f'set -o pipefail; ulimit -f {limit}; {run} {redirection}', "bash",
+      sys.executable, "-m", "bbqrec_jax.main",
       f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={self.workdir}", *fields,
     ]  # fmt: skip
     return Process(command, environment, self.output)

@@ -192,9 +192,9 @@ def needs_semantic_ids(config: Any) -> bool:
   return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or bool(codes)
 
 
-def trains_tokenizer(config: Any) -> bool:
-  """Whether a run makes semantic IDs of its own."""
-  return needs_semantic_ids(config) and not config.tokenizer.artefact
+def trains_tokenizer(config: Any, *, alone: bool = False) -> bool:
+  """Whether a run makes semantic IDs of its own; `alone`: if they are wanted whatever the recommender reads."""
+  return (alone or needs_semantic_ids(config)) and not config.tokenizer.artefact
 
 
 def needs_features(config: Any) -> bool:

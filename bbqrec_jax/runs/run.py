@@ -84,7 +84,7 @@ def read_data(
 
 
 def _check_stages(
-  config: ml_collections.ConfigDict, dataset: Dataset, split: Split, *, num_devices: int, tokenizer_alone: bool
+  config: ml_collections.ConfigDict, dataset: Dataset, *, num_devices: int, tokenizer_alone: bool
 ) -> None:
   """Refuses, of the stages that are to be trained, what would only come to light hours into the run.
 
@@ -93,7 +93,7 @@ def _check_stages(
       none, or a batch cannot be spread evenly over the devices.
   """
   t, r, batches = config.tokenizer, config.recommender, []
-  if tokenizer_alone or trains_tokenizer(config):
+  if trains_tokenizer(config, alone=tokenizer_alone):
     check_capacity(dataset.num_items, id_length(config, len(dataset.modalities)), t.num_codes)
     if t.quantizer == RQ_KMEANS:
       check_varied(dataset)
@@ -110,7 +110,7 @@ def _check_stages(
     if rows % (num_devices * parts)
   ]
   if wrong:
-    raise InputError(f"config field {', '.join(wrong)}; set it so, or use fewer devices (partitioner = 'single')")
+    raise InputError(f"config field {', '.join(wrong)}; correct it, or use one device (partitioner = 'single')")
 
 
 class _Run(NamedTuple):
@@ -139,7 +139,7 @@ def _begun(
   ids = None
   done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
   if not done:  # What is done needs none of it any more.
-    _check_stages(config, dataset, split, num_devices=partitioner.num_devices, tokenizer_alone=tokenizer_alone)
+    _check_stages(config, dataset, num_devices=partitioner.num_devices, tokenizer_alone=tokenizer_alone)
     if config.tokenizer.artefact:
       ids = load_ids(config, workdir, dataset, figures)
     if not tokenizer_alone:

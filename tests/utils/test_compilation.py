@@ -41,6 +41,21 @@ def test_a_folder_that_was_chosen_stays_and_none_is_used_where_that_was_chosen(t
   assert jax.config.jax_compilation_cache_dir is None
 
 
+def test_a_place_that_can_hold_nothing_is_named_and_not_used(tmp_path, monkeypatch, capsys):
+  (tmp_path / "file").write_text("")
+  for place in (str(tmp_path / "file"), str(tmp_path / "file" / "below"), "http://nowhere/cache"):
+    jax.config.update("jax_compilation_cache_dir", place)
+    keep_compiled()
+    assert jax.config.jax_compilation_cache_dir is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: JAX_COMPILATION_CACHE_DIR={place} cannot be used")
+  # Nobody chose the usual one.
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  keep_compiled()
+  assert jax.config.jax_compilation_cache_dir is None
+  assert not capsys.readouterr().out
+
+
 def test_a_user_without_a_home_folder_keeps_nothing(monkeypatch):
   monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
   monkeypatch.setattr(os.path, "expanduser", lambda path: path)
