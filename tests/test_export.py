@@ -31,8 +31,7 @@ SHAPES = {
   "parallel": {"head": "parallel"},
   "dense": {"head": "dense"},
   "dense, by the time": {"head": "dense", "time_buckets": 8},
-  "hybrid": {"head": "hybrid"},
-  "hybrid of two towers": {"head": "hybrid", "dense_width": 6, "dense_mlp_width": 8, "history_offsets": True},
+  "hybrid": {"head": "hybrid", "dense_width": 6, "dense_mlp_width": 8, "history_offsets": True},
   "encoder_decoder": {"backbone": "encoder_decoder", "num_columns": LEVELS, "softmax_over": "all"},
 }
 

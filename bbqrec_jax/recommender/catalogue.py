@@ -41,18 +41,11 @@ class RecommenderSettings:
     num_streams: streams whose similarity reweights attention; 0 gives the plain backbone.
     cross_pairs: whether pairs of different streams have tables too.
     num_buckets: similarity buckets; 0 where the bias is continuous.
-    layer_tables: whether each layer has bias tables of its own.
-    multiply_bias: whether attention scores are multiplied by 1 + bias instead of added to.
     attention: its implementation, see `ops.attention`.
     num_negatives: items that stand for the catalogue in a training step of the dense head; 0: the catalogue itself.
     softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
       "all" K.
-    generative_weight: of the generative head's loss in the hybrid one's, where the dense head's has 1 and both share a
-      backbone.
-    rerank: the order of the hybrid head's candidates: by the product of "both" heads' probabilities, or "dense", where
-      items that came after training are candidates, too.
-    dense_width: of the dense tower, where the hybrid recommender has two, see `TwoTowers`; 0: its heads share one
-      backbone.
+    dense_width: of the dense tower of the hybrid, see `TwoTowers`, like `width`.
     dense_mlp_width: of the dense tower, like `mlp_width`.
     dense_dropout: of the dense tower, like `dropout`.
     node_scores: whether the generative head also scores a code by the items that it leads on to, see `NodeScores`.
@@ -83,14 +76,10 @@ class RecommenderSettings:
   num_streams: int = 2
   cross_pairs: bool = True
   num_buckets: int = 32
-  layer_tables: bool = False
-  multiply_bias: bool = False
   attention: str = "einsum"
   num_negatives: int = 0
   softmax_over: str = "existing"
-  generative_weight: float = 1.0
-  rerank: str = "both"
-  dense_width: int = 0
+  dense_width: int = 128
   dense_mlp_width: int = 512
   dense_dropout: float = 0.5
   node_scores: bool = False
@@ -104,9 +93,8 @@ class RecommenderSettings:
 
   @property
   def table_shape(self) -> tuple[int, ...]:
-    """[P, H, n_buckets + 2], or [P, H, 3] where the bias is continuous; one of these a layer where they differ."""
-    shape = (len(self.pairs), self.num_heads, self.num_buckets + 2 if self.num_buckets else 3)
-    return (self.num_layers, *shape) if self.layer_tables else shape
+    """[P, H, n_buckets + 2], or [P, H, 3] where the bias is continuous."""
+    return (len(self.pairs), self.num_heads, self.num_buckets + 2 if self.num_buckets else 3)
 
 
 @flax.struct.dataclass

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from bbqrec_jax.layers.dense import Dense, DenseGeneral
 from bbqrec_jax.layers.dropout import Dropout
-from bbqrec_jax.layers.transformer import KeyValue, RelativeBias, reweighting
+from bbqrec_jax.layers.transformer import KeyValue, RelativeBias, summed_bias
 from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.ops.products import repeat_rows
 from bbqrec_jax.recommender.catalogue import RecommenderSettings
@@ -49,7 +49,6 @@ class Shape(NamedTuple):
     head_width: of each head; H times it need not be d.
     mlp_width: of the feed-forward parts.
     dropout: rate on the input, each residual branch and the output.
-    multiply_bias: whether the similarity bias multiplies scores by 1 + bias instead of being added.
     implementation: of the attention, see `ops.attention`.
   """
 
@@ -58,7 +57,6 @@ class Shape(NamedTuple):
   head_width: int
   mlp_width: int
   dropout: float = 0.0
-  multiply_bias: bool = False
   implementation: str = "einsum"
 
 
@@ -77,17 +75,10 @@ class Attention(nn.Module):
     """Keys and values of [B, S, d], each [B, S, H, d_head]."""
     return self.key(x), self.value(x)
 
-  def __call__(
-    self,
-    x: jax.Array,
-    keys_values: KeyValue,
-    mask: jax.Array,
-    bias: jax.Array | None = None,
-    scale: jax.Array | None = None,
-  ) -> jax.Array:
-    """[B, T, d] attends to S places; mask, bias and scale broadcast to [B, H, T, S]; scores x (1 + scale) + bias."""
+  def __call__(self, x: jax.Array, keys_values: KeyValue, mask: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """[B, T, d] attends to S places; mask and bias, which is added to the scores, broadcast to [B, H, T, S]."""
     query, (key, value) = self.query(x), keys_values
-    mixed = attention(query, key, value, mask=mask, bias=bias, scale=scale, implementation=self.shape.implementation)
+    mixed = attention(query, key, value, mask=mask, bias=bias, implementation=self.shape.implementation)
     return self.out(mixed)
 
 
@@ -113,7 +104,6 @@ class Layer(nn.Module):
     mask: jax.Array,
     bias: jax.Array | None,
     *,
-    scale: jax.Array | None = None,
     past: KeyValue | None = None,
     memory: tuple[KeyValue, jax.Array] | None = None,
     deterministic: bool,
@@ -123,8 +113,7 @@ class Layer(nn.Module):
     Args:
       x: [B, T, d].
       mask: broadcasts to [B, H, T, P + T].
-      bias: likewise, or None; of relative positions, and of similarity where that is added.
-      scale: likewise; of similarity where that multiplies.
+      bias: likewise, or None; of relative positions and of similarity.
       past: keys and values of P earlier places.
       memory: the cross-attention's keys and values, and its mask, broadcast to [B, H, T, S].
       deterministic: no dropout.
@@ -133,7 +122,7 @@ class Layer(nn.Module):
     present = self.self_attention.keys_values(normed)
     if past is not None:
       present = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, present)
-    x = x + self.drop(self.self_attention(normed, present, mask, bias, scale), deterministic=deterministic)
+    x = x + self.drop(self.self_attention(normed, present, mask, bias), deterministic=deterministic)
     if memory is not None:
       x = x + self.drop(self.cross_attention(self.cross_norm(x), *memory), deterministic=deterministic)
     hidden = self.drop(nn.relu(self.mlp_in(self.mlp_norm(x))), deterministic=deterministic)
@@ -162,7 +151,7 @@ class Encoder(nn.Module):
     Args:
       tokens: [B, T, L, d], of each item's codes.
       real: [B, T] bool, False at padding.
-      bias: [B, H, T, T] between items, the same in every layer, [layers, B, H, T, T] one for each, or None.
+      bias: [B, H, T, T] between items, the same in every layer, or None.
       deterministic: no dropout.
 
     Returns:
@@ -178,12 +167,11 @@ class Encoder(nn.Module):
     position = repeat_rows(position[0], batch)
     drop = Dropout(self.shape.dropout, deterministic=deterministic)
     x = drop(x)
+    if bias is not None:
+      bias = jnp.repeat(jnp.repeat(bias, levels, axis=2), levels, axis=3)
+    added = summed_bias(position, bias)
     for index in range(self.num_layers):
-      own = bias[index] if bias is not None and bias.ndim == 5 else bias
-      if own is not None:
-        own = jnp.repeat(jnp.repeat(own, levels, axis=2), levels, axis=3)
-      added, scale = reweighting(own, position, multiply=self.shape.multiply_bias)
-      x, _ = Layer(self.shape, name=f"layer_{index}")(x, mask, added, scale=scale, deterministic=deterministic)
+      x, _ = Layer(self.shape, name=f"layer_{index}")(x, mask, added, deterministic=deterministic)
     return Memory(drop(nn.RMSNorm(name="final_norm")(x)), here)
 
 
@@ -202,7 +190,7 @@ class DecoderHead(nn.Module):
   def setup(self):
     """Makes the parameters and submodules."""
     s = self.settings
-    shape = encoder_shape(s)._replace(multiply_bias=False)
+    shape = encoder_shape(s)
     self.code_embedding = self.param(
       "code_embedding", nn.initializers.normal(1.0), (s.num_levels, s.num_codes, s.width), jnp.float32
     )
@@ -324,4 +312,4 @@ class DecoderHead(nn.Module):
 
 def encoder_shape(s: RecommenderSettings) -> Shape:
   """The widths that the settings give."""
-  return Shape(s.width, s.num_heads, s.head_width, s.mlp_width, s.dropout, s.multiply_bias, s.attention)
+  return Shape(s.width, s.num_heads, s.head_width, s.mlp_width, s.dropout, s.attention)

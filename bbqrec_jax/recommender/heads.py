@@ -8,8 +8,7 @@ A head is a flax module with
 - `reads_history = True`, where it is to be told of the history behind each state (`items.past`);
 - where it knows a faster way to them than through each, `summed_losses(items, states, targets, weights [P], *,
   deterministic)` -> the parts, each summed over the positions as they weigh; and `log_probs(items, states [B, d],
-  some [B, n])` -> [B, n], the sum of the parts for `some` items, with the sign turned;
-- where the loss is not the sum of its parts, `loss_weight(name)` -> what a part counts in it.
+  some [B, n])` -> [B, n], the sum of the parts for `some` items, with the sign turned.
 
 `items` is an `Items`: the catalogue, and the vectors that the sequence model knows its items by.
 """
@@ -22,14 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from bbqrec_jax.layers.dense import Dense
-from bbqrec_jax.ops.ranking import add_to, without
+from bbqrec_jax.ops.ranking import add_to
 from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy, weighted_cross_entropy
 from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.recommender.encoder_decoder import DecoderHead
 from bbqrec_jax.recommender.generative import GenerativeHead
 from bbqrec_jax.recommender.node_scores import OFFSET_UNIT
 from bbqrec_jax.recommender.settings import HEADS
-from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 from bbqrec_jax.utils.named import named
 
 
@@ -111,25 +109,11 @@ class DenseHead(nn.Module):
       return weighted(self.losses(items, states, targets, deterministic=deterministic), weights)
     return {"nll_dense": weighted_cross_entropy(states, items.vectors(), targets, weights, raised=self.raised(items))}
 
-  def scores(self, items: Items, states: jax.Array, *, first: int = 0) -> jax.Array:
-    """Logits of all items, or of those from number `first` on: [B, N - first] float32."""
-    vectors = items.vectors(jnp.arange(first, items.catalogue.num_items, dtype=jnp.int32)) if first else items.vectors()
-    logits = jnp.dot(states, vectors.T, preferred_element_type=jnp.float32)
+  def scores(self, items: Items, states: jax.Array) -> jax.Array:
+    """Logits of all items, [B, N] float32."""
+    logits = jnp.dot(states, items.vectors().T, preferred_element_type=jnp.float32)
     more = self.raised(items)
-    return logits if more is None else add_to(logits, _counted_from(more.items, first), more.by)
-
-  def scores_of(self, items: Items, states: jax.Array, some: jax.Array) -> jax.Array:
-    """Logits of `some` items, [B, n] int -> [B, n] float32."""
-    logits = jnp.einsum("bd,bnd->bn", states, items.vectors(some), preferred_element_type=jnp.float32)
-    more = self.raised(items)
-    if more is None:
-      return logits
-    return logits + jnp.where(jnp.any(some[..., None] == more.items[:, None], axis=-1), more.by, 0.0)
-
-
-def _counted_from(items: jax.Array, first: int) -> jax.Array:
-  """Items by their place from `first` on; -1 for those before it, as for what fills."""
-  return jnp.where(items < first, -1, items - first)
+    return logits if more is None else add_to(logits, more.items, more.by)
 
 
 class ParallelHead(nn.Module):
@@ -174,61 +158,6 @@ class ParallelHead(nn.Module):
     codes = items.catalogue.semantic_ids
     levels = [log_probs[:, codes[:, level]] for level, log_probs in enumerate(self(states))]
     return sum(levels[1:], start=levels[0])
-
-
-class HybridHead(nn.Module):
-  """The generative head finds candidates, which are ranked with the dense one (as LIGER does); both are trained.
-
-  Attributes:
-    settings: of the recommender.
-  """
-
-  settings: RecommenderSettings
-  exact: ClassVar[bool] = False
-  reads_history: ClassVar[bool] = True
-
-  def setup(self):
-    """Makes the two heads."""
-    self.generative, self.dense = generative(self.settings), dense(self.settings)
-
-  def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
-    """Those of both heads."""
-    return self.generative.losses(items, states, targets, deterministic=deterministic) | self.dense.losses(
-      items, states, targets, deterministic=deterministic
-    )
-
-  def summed_losses(
-    self, items: Items, states: jax.Array, targets: jax.Array, weights: jax.Array, *, deterministic: bool
-  ) -> dict[str, jax.Array]:
-    """Those of both heads."""
-    parts: dict[str, jax.Array] = {}
-    for head in (self.generative, self.dense):
-      parts |= summed_losses(head, items, states, targets, weights, deterministic=deterministic)
-    return parts
-
-  def loss_weight(self, name: str) -> float:
-    """The parts of the generative head weigh what the settings say, that of the dense one 1."""
-    return 1.0 if name == "nll_dense" else self.settings.generative_weight
-
-  def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
-    """The candidates of the beam, ordered as the settings say; log-probabilities are among the candidates.
-
-    By "both" is by the product of the heads' probabilities (this project's choice). By "dense", as in LIGER, items that
-    came after training are candidates, too, all of them: no beam was ever trained to find them.
-    """
-    found, generative = self.generative.search(items, states, width=width, exclude=exclude)
-    scores = self.dense.scores_of(items, states, jnp.maximum(found, 0))
-    if self.settings.rerank == "both":
-      scores = scores + generative
-    known = self.settings.num_items
-    if self.settings.rerank == "dense" and items.catalogue.num_items > known:
-      more = self.dense.scores(items, states, first=known)
-      if exclude is not None:
-        more = without(more, _counted_from(exclude, known))
-      new = jnp.broadcast_to(jnp.arange(known, items.catalogue.num_items, dtype=jnp.int32), more.shape)
-      found = jnp.concatenate([jnp.where(found < known, found, -1), jnp.where(jnp.isneginf(more), -1, new)], axis=1)
-      scores = jnp.concatenate([scores, more], axis=1)
-    return best_candidates(found, scores, width=width)
 
 
 def generative(s: RecommenderSettings) -> GenerativeHead:

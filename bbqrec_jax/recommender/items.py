@@ -8,7 +8,7 @@ import numpy as np
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.ops.similarity import equal_frequency_edges, equal_width_edges, overlap_edges, stream_pairs
+from bbqrec_jax.ops.similarity import equal_frequency_edges, overlap_edges, stream_pairs
 from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.recommender.settings import needs_semantic_ids
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -110,8 +110,6 @@ def comparison(
   vectors = np.stack([ids.vectors(name) for name in streams], axis=1)
   if r.similarity_kind == "continuous":
     return vectors, np.zeros((len(pairs), 0), np.float32)
-  if r.similarity_kind == "equal_width":
-    return vectors, np.tile(equal_width_edges(r.num_buckets), (len(pairs), 1))
   samples = _some_of_each(config, vectors, histories, streams, pairs)
   return vectors, np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
 
@@ -228,14 +226,10 @@ def recommender_settings(
     num_streams=sum({"modalities": num_modalities, "fused": 1}[name] for name in r.similarity),
     cross_pairs=compares_streams(config, ids),
     num_buckets=buckets if r.similarity and r.similarity_kind != "continuous" else 0,
-    layer_tables=r.layer_tables,
-    multiply_bias=r.multiply_bias,
     attention=r.attention,
     num_negatives=r.num_negatives,
     softmax_over=r.softmax_over,
-    rerank=r.rerank,
-    generative_weight=r.generative_weight,
-    dense_width=r.dense_tower.width if r.head == "hybrid" else 0,
+    dense_width=r.dense_tower.width,
     dense_mlp_width=r.dense_tower.mlp_width,
     dense_dropout=r.dense_tower.dropout,
     node_scores=r.node_scores,

@@ -1,6 +1,5 @@
 """Stage 2, the semantics-aware sequence model: item vectors, backbone with similarity bias, and a head."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -29,7 +28,6 @@ def causal(s: RecommenderSettings) -> CausalBackbone:
     s.mlp_width,
     s.max_length,
     s.dropout,
-    s.multiply_bias,
     s.attention,
     s.position_buckets if s.positions == "relative" else 0,
     s.time_buckets,
@@ -164,21 +162,15 @@ class Recommender(nn.Module):
     return self.backbone(tokens, segments > 0, bias, deterministic=deterministic)
 
   def bias(self, catalogue: Catalogue, items: jax.Array, segments: jax.Array) -> jax.Array | None:
-    """The attention bias [B, H, T, T] of histories `items` [B, T], one of these a layer where each has its own tables.
-
-    None where similarity is switched off.
-    """
+    """The attention bias [B, H, T, T] of histories `items` [B, T]; None where similarity is switched off."""
     s = self.settings
     if not s.num_streams:
       return None
     streams, real = catalogue.streams[items], segments > 0
-    if s.num_buckets:
-      buckets = similarity_buckets(streams, real, catalogue.edges, pairs=s.pairs)
-      read = functools.partial(bucket_bias, buckets=buckets)
-    else:
-      read = functools.partial(continuous_bias, streams=streams, real=real, pairs=s.pairs)
     tables = self.similarity_tables.astype(jnp.float32)
-    return jax.vmap(read)(tables) if s.layer_tables else read(tables)
+    if not s.num_buckets:
+      return continuous_bias(tables, streams, real, pairs=s.pairs)
+    return bucket_bias(tables, similarity_buckets(streams, real, catalogue.edges, pairs=s.pairs))
 
   def states(
     self,
@@ -253,7 +245,7 @@ class Recommender(nn.Module):
 
     Returns:
       (loss, terms): the weighted sum over real positions; `terms` has the loss as `nll`, and each part of it that the
-      head tells apart, before the head's `loss_weight`.
+      head tells apart.
     """
     items, segments, targets = batch["items"], batch["segments"], batch["targets"].reshape(-1)
     if weights is None:
@@ -270,8 +262,7 @@ class Recommender(nn.Module):
     past = self.past(batch, packed=self.settings.backbone != "encoder_decoder")
     of_items = self._items(catalogue, past, known=known)
     terms = summed_losses(self.head, of_items, states, targets, weights, deterministic=deterministic)
-    weight = getattr(self.head, "loss_weight", lambda name: 1.0)
-    loss = sum((weight(name) * term for name, term in terms.items()), start=jnp.zeros((), jnp.float32))
+    loss = sum(terms.values(), start=jnp.zeros((), jnp.float32))
     return loss, terms | {"nll": loss}
 
   def _from_memory(self, memory: Memory) -> Any:

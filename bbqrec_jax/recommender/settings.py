@@ -17,7 +17,7 @@ HEADS = {
   "generative": "bbqrec_jax.recommender.heads:generative",
   "dense": "bbqrec_jax.recommender.heads:dense",
   "parallel": "bbqrec_jax.recommender.heads:parallel",
-  "hybrid": "bbqrec_jax.recommender.heads:HybridHead",
+  "hybrid": "bbqrec_jax.recommender.two_towers:TwoTowers",
 }
 
 
@@ -25,8 +25,7 @@ HEADS = {
 class DenseTowerSettings:
   """The dense tower of the hybrid: a backbone that knows items without codes, and attends without similarities."""
 
-  width: int = setting(0, "d of a backbone that is the dense head's alone, in the hybrid; 0: the heads share one.",
-                       least=0)  # fmt: skip
+  width: int = setting(128, "d of its backbone.")
   mlp_width: int = setting(512, "Of its feed-forward parts.")
   dropout: float = setting(0.5, "Of its layers.", below=1)
 
@@ -40,7 +39,7 @@ class RecommenderSettings:
     parts=BACKBONES,
   )  # fmt: skip
   head: str = setting(
-    "generative", "Codes one by one with beam search, full softmax, each code by itself, or both of the first two.",
+    "generative", "Codes one by one with beam search, full softmax, each code by itself, or the first two as towers.",
     parts=HEADS,
   )  # fmt: skip
   item_inputs: tuple[str, ...] = setting(
@@ -55,11 +54,9 @@ class RecommenderSettings:
   cross_pairs: bool = setting(True, "Bias tables for pairs of different streams too, where these share codebooks.")
   similarity_kind: str = setting(
     "equal_frequency", "Buckets of the cosines; the number of first codes that two IDs share; a slope, no buckets.",
-    choices=("equal_frequency", "equal_width", "overlap", "continuous"),
+    choices=("equal_frequency", "overlap", "continuous"),
   )  # fmt: skip
   num_buckets: int = setting(32, "Of each similarity, where they are of the cosines.", most=10**4)
-  layer_tables: bool = setting(False, "Bias tables per layer instead of one set for all.")
-  multiply_bias: bool = setting(False, "Multiply attention scores by 1 + bias instead of adding the bias.")
   attention: str = setting("einsum", "Implementation of attention: einsum, or those of jax.nn.dot_product_attention.",
                            choices=("einsum", "xla", "cudnn"))  # fmt: skip
   width: int = setting(64, "d of the sequence model.")
@@ -86,9 +83,6 @@ class RecommenderSettings:
   history_offsets: bool = setting(
     True, "Learn a number that is added to the scores of the history's items, or to codes that lead on to them."
   )
-  rerank: str = setting("both", "Order of the hybrid's candidates: by both heads' probabilities, or the dense one's.",
-                        choices=("both", "dense"))  # fmt: skip
-  generative_weight: float = setting(1.0, "Of the generative loss in the hybrid whose heads share a backbone.")
   dense_tower: DenseTowerSettings = section(DenseTowerSettings, "Of the hybrid.")
   num_negatives: int = setting(
     0, "Items drawn per step to stand for the catalogue in the dense head's softmax, for catalogues past 100,000"
@@ -128,15 +122,10 @@ class RecommenderSettings:
         f"{field}backbone = 'encoder_decoder' reads items by their IDs' codes, and works with any head but hybrid: put"
         f" fused into {prefix}item_inputs, or choose another head"
       )
-    if self.head == "hybrid" and self.dense_tower.width and not {"item", "features"} & set(self.item_inputs):
+    if self.head == "hybrid" and not {"item", "features"} & set(self.item_inputs):
       raise InputError(
-        f"{field}dense_tower.width: the dense tower reads no codes; put features or item into {prefix}item_inputs, or"
-        " set it to 0"
-      )
-    if self.dense_tower.width > 0 and self.head != "hybrid":
-      raise InputError(
-        f"{field}dense_tower.width = {self.dense_tower.width} works with {prefix}head = 'hybrid': set it so, or the"
-        " width to 0"
+        f"{field}head = 'hybrid' has a dense tower, which reads no codes: put features or item into"
+        f" {prefix}item_inputs, or choose another head"
       )
     places = self.position_buckets
     if t5 and not (4 <= places <= 254 and places % 2 == 0):
@@ -164,9 +153,9 @@ class RecommenderSettings:
         f"{field}length_buckets must be ascending whole numbers from 1 to {prefix}max_length - 1 ="
         f" {self.max_length - 1}, got {self.length_buckets!r}"
       )
-    if self.multiply_bias and self.attention != "einsum":
-      raise InputError(f"{field}multiply_bias works with {prefix}attention = 'einsum' alone")
-    for name, width in (("width", 0 if t5 else self.width), ("dense_tower.width", self.dense_tower.width)):
+    widths = {} if t5 else {"width": self.width}
+    widths |= {"dense_tower.width": self.dense_tower.width} if self.head == "hybrid" else {}
+    for name, width in widths.items():
       if width % self.num_heads:
         raise InputError(f"{field}{name} = {width} must be a multiple of {prefix}num_heads = {self.num_heads}")
     if self.row_length < self.max_length:

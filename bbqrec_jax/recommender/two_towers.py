@@ -18,8 +18,12 @@ def make_recommender(settings: RecommenderSettings) -> Recommender:
   Raises:
     InputError: if its head or its backbone cannot be made.
   """
-  check_parts(settings)
-  return TwoTowers(settings) if settings.dense_width else Recommender(settings)
+  if settings.head != "hybrid":
+    check_parts(settings)
+    return Recommender(settings)
+  for tower in tower_settings(settings):
+    check_parts(tower)
+  return TwoTowers(settings)
 
 
 def tower_settings(settings: RecommenderSettings) -> tuple[RecommenderSettings, RecommenderSettings]:
@@ -27,7 +31,7 @@ def tower_settings(settings: RecommenderSettings) -> tuple[RecommenderSettings, 
 
   Where it has no features, either, it is never made to do without items' own vectors.
   """
-  generative = dataclasses.replace(settings, head="generative", dense_width=0)
+  generative = dataclasses.replace(settings, head="generative")
   dense = dataclasses.replace(
     generative,
     head="dense",
@@ -99,8 +103,7 @@ class TwoTowers(Recommender):
   ) -> BeamResult:
     """The best of the beam's W items and of the W best of the full softmax, by the product of both probabilities.
 
-    By "dense" (`settings.rerank`) the order is that of the full softmax alone. Log-probabilities are among the
-    candidates.
+    Log-probabilities are among the candidates.
     """
     of_generative, of_dense = states
     beam = self.generative.search(catalogue, of_generative, width=width, exclude=exclude, past=past)
@@ -110,8 +113,7 @@ class TwoTowers(Recommender):
     best, ranked = jax.lax.top_k(scores, min(width, scores.shape[1]))
     twice = jnp.any(ranked[:, :, None] == beam.items[:, None], axis=-1)
     found = jnp.concatenate([beam.items, jnp.where(twice | jnp.isneginf(best), -1, ranked)], axis=1)
+    generated = self.generative.log_probs(catalogue, of_generative, ranked, past)
     total = jnp.take_along_axis(scores, jnp.maximum(found, 0), axis=1)
-    if self.settings.rerank == "both":
-      generated = self.generative.log_probs(catalogue, of_generative, ranked, past)
-      total = total + jnp.concatenate([beam.log_probs, generated], axis=1)
+    total = total + jnp.concatenate([beam.log_probs, generated], axis=1)
     return best_candidates(found, total, width=width)

@@ -189,7 +189,7 @@ def test_dropout_is_on_inputs_on_every_branch_and_on_outputs_in_training_alone(p
 
 @pytest.mark.parametrize(
   "changes",
-  [{}, {"layer_tables": True}, {"multiply_bias": True}, {"num_buckets": 0}, {"dtype": "bfloat16"}],
+  [{}, {"num_buckets": 0}, {"dtype": "bfloat16"}],
   ids=str,
 )
 def test_zero_tables_make_it_the_plain_backbone_bit_for_bit(random_params, catalogue, batch, changes):

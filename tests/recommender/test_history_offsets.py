@@ -20,11 +20,10 @@ GENERATIVE = RecommenderSettings(
   head_width=4, mlp_width=12, depth_layers=1, dropout=0.0, max_length=LENGTH, num_streams=0, history_offsets=True,
 )  # fmt: skip
 DENSE = dataclasses.replace(GENERATIVE, head="dense")
-HYBRID = dataclasses.replace(GENERATIVE, head="hybrid")
 NODES = dataclasses.replace(GENERATIVE, node_scores=True)
 T5 = dataclasses.replace(GENERATIVE, backbone="encoder_decoder", node_scores=True)
 EACH = pytest.mark.parametrize(
-  "settings", [GENERATIVE, DENSE, HYBRID, NODES, T5], ids=["generative", "dense", "hybrid", "nodes", "encoder_decoder"]
+  "settings", [GENERATIVE, DENSE, NODES, T5], ids=["generative", "dense", "nodes", "encoder_decoder"]
 )
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
 POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 0, 0]])
@@ -235,19 +234,6 @@ def test_the_gradient_of_the_generative_heads_offsets_is_their_slope(random_para
     slope = (value(offsets + step) - value(offsets - step)) / 0.02
     assert abs(slope) > 0.01
     assert gradient[level] == pytest.approx(float(slope), rel=0.02)
-
-
-def test_the_hybrid_head_adds_the_offsets_of_both(random_params, catalogue, items):
-  batch = batch_of(HYBRID, items)
-  params = with_offsets(random_params(Recommender(HYBRID), catalogue, batch), -0.15)
-  rows, _ = histories(items)
-  past, states = Recommender(HYBRID).past(rows), call(HYBRID, "last_states", params, catalogue, rows)
-  every = jnp.tile(jnp.arange(ITEMS), (3, 1))
-  parts = {**params, "head": params["head"]["generative"]}, {**params, "head": params["head"]["dense"]}
-  total = np.asarray(call(GENERATIVE, "log_probs", parts[0], catalogue, states, every, past), np.float64)
-  total += np.asarray(call(DENSE, "scores", parts[1], catalogue, states, past), np.float64)
-  found = call(HYBRID, "search", params, catalogue, states, width=ITEMS, past=past)
-  assert_array_equal(found.items, np.argsort(-total, axis=1))
 
 
 def test_drawn_items_know_of_the_history_too(random_params, catalogue, items):

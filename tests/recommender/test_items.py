@@ -75,12 +75,6 @@ def test_buckets_are_those_of_the_items_that_the_model_is_shown_the_last_ones_of
   assert found(6) == found(20) == pytest.approx({-1.0: 1 / 16, 0.0: 8 / 16, 1.0: 7 / 16}, abs=0.01)
 
 
-def test_equal_width_buckets_need_no_history(ids, histories):
-  catalogue, settings = build(ids, histories, similarity_kind="equal_width", num_buckets=4)
-  assert settings.num_buckets == 4
-  assert_allclose(catalogue.edges, np.tile([-0.5, 0.0, 0.5], (3, 1)))
-
-
 def test_overlap_compares_the_streams_codes(ids, histories):
   catalogue, settings = build(ids, histories, similarity_kind="overlap", similarity=("modalities", "fused"))
   assert len(settings.pairs) == 6
@@ -94,8 +88,8 @@ def test_overlap_compares_the_streams_codes(ids, histories):
 
 
 def test_a_continuous_bias_has_a_slope_and_no_buckets(ids, histories):
-  catalogue, settings = build(ids, histories, similarity_kind="continuous", layer_tables=True, cross_pairs=False)
-  assert settings.table_shape == (2, 2, 2, 3)
+  catalogue, settings = build(ids, histories, similarity_kind="continuous", cross_pairs=False)
+  assert settings.table_shape == (2, 2, 3)
   assert catalogue.streams.dtype == np.float32
 
 
@@ -175,7 +169,7 @@ FIELDS = [field.name for field in dataclasses.fields(RecommenderSettings) if fie
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_setting_of_a_configs_field_is_what_that_field_says(others, ids, histories, name):
   for value in others(default_config().recommender[name]):
-    _, settings = build(ids, histories, similarity_kind="equal_width", **{name: value})
+    _, settings = build(ids, histories, **{name: value})
     assert getattr(settings, name) == value
 
 
@@ -183,8 +177,6 @@ def test_settings_of_the_dense_tower_are_those_of_its_fields(ids, histories):
   changes = {"dense_tower.width": 10, "dense_tower.mlp_width": 11, "dense_tower.dropout": 0.125}
   _, settings = build(ids, histories, similarity=(), head="hybrid", **changes)
   assert (settings.dense_width, settings.dense_mlp_width, settings.dense_dropout) == (10, 11, 0.125)
-  _, settings = build(ids, histories, similarity=(), head="dense", **changes)
-  assert settings.dense_width == 0, "there are two towers in the hybrid alone"
 
 
 @pytest.mark.parametrize(

@@ -114,14 +114,9 @@ def test_zero_tables_make_it_the_plain_backbone_bit_for_bit_and_other_tables_do_
   assert_array_equal(changed, (POSITIONS > 0) & (SEGMENTS > 0))
 
 
-@pytest.mark.parametrize(
-  "changes",
-  [{"layer_tables": True}, {"multiply_bias": True}, {"num_buckets": 0}, {"attention": "xla"}],
-  ids=str,
-)
+@pytest.mark.parametrize("changes", [{"num_buckets": 0}, {"attention": "xla"}], ids=str)
 def test_other_ways_to_reweight_start_as_the_plain_backbone_too(random_params, catalogue, batch, changes):
-  """Two layers, so that tables of their own make a difference."""
-  settings = dataclasses.replace(SETTINGS, num_layers=2, **changes)
+  settings = dataclasses.replace(SETTINGS, **changes)
   params = random_params(Recommender(settings), catalogue, batch)
   tables = params["similarity_tables"]
   assert tables.shape == settings.table_shape
@@ -131,10 +126,6 @@ def test_other_ways_to_reweight_start_as_the_plain_backbone_too(random_params, c
   zero = shared | {"similarity_tables": np.zeros_like(tables)}
   assert_array_equal(states(zero, catalogue, batch, settings=settings), expected)
   assert (states(params, catalogue, batch, settings=settings) != expected).any()
-  if settings.layer_tables:
-    for layer in range(2):
-      one = shared | {"similarity_tables": np.where(np.arange(2)[:, None, None, None] == layer, tables, 0)}
-      assert (states(one, catalogue, batch, settings=settings) != expected).any()
 
 
 def test_zero_tables_have_a_gradient_and_so_can_leave_zero(fresh, catalogue, batch):
@@ -380,17 +371,12 @@ def test_generating_leaves_out_excluded_items_and_changes_no_others_probability(
   assert_allclose(result.log_probs[:, : ITEMS - 4], np.take_along_axis(log_probs, order[:, 4:], axis=1), atol=1e-5)
 
 
-PARALLEL, HYBRID = (dataclasses.replace(SETTINGS, head=head) for head in ("parallel", "hybrid"))
+PARALLEL = dataclasses.replace(SETTINGS, head="parallel")
 
 
 @pytest.fixture(scope="module")
 def parallel_params(random_params, catalogue, batch):
   return random_params(Recommender(PARALLEL), catalogue, batch)
-
-
-@pytest.fixture(scope="module")
-def hybrid_params(random_params, catalogue, batch):
-  return random_params(Recommender(HYBRID), catalogue, batch)
 
 
 def test_parallel_scores_are_sums_of_log_probabilities_that_know_nothing_of_one_another(
@@ -422,44 +408,15 @@ def test_parallel_scores_are_sums_of_log_probabilities_that_know_nothing_of_one_
   assert_allclose(call(PARALLEL, "log_probs", parallel_params, catalogue, queries, every), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["parallel", "hybrid"])
-def test_the_loss_of_other_heads_is_minus_their_log_probabilities(
-  parallel_params, hybrid_params, catalogue, batch, head
-):
-  settings, own = (PARALLEL, parallel_params) if head == "parallel" else (HYBRID, hybrid_params)
-  every = jnp.asarray(states(own, catalogue, batch, settings=settings).reshape(-1, WIDTH))
+def test_the_loss_of_the_parallel_head_is_minus_its_log_probabilities(parallel_params, catalogue, batch):
+  every = jnp.asarray(states(parallel_params, catalogue, batch, settings=PARALLEL).reshape(-1, WIDTH))
   targets = batch["targets"].reshape(-1, 1)
-  expected = call(settings, "log_probs", own, catalogue, every, targets)[:, 0]
-  if head == "hybrid":
-    generative = {**own, "head": own["head"]["generative"]}
-    dense = {name: value for name, value in own.items() if name != "head"}
-    parts = (
-      call(SETTINGS, "log_probs", generative, catalogue, every, targets),
-      call(DENSE, "log_probs", dense, catalogue, every, targets),
-    )
-    assert_allclose(expected, (parts[0] + parts[1])[:, 0], rtol=1e-5)
-  (value, terms), gradient = loss_and_gradient(settings, own, catalogue, batch)
+  expected = call(PARALLEL, "log_probs", parallel_params, catalogue, every, targets)[:, 0]
+  (value, terms), gradient = loss_and_gradient(PARALLEL, parallel_params, catalogue, batch)
   real = SEGMENTS.reshape(-1) > 0
   assert_allclose(value, -np.asarray(expected, np.float64)[real].mean(), rtol=1e-5)
   assert {f"nll_level_{level + 1}" for level in range(LEVELS)} <= set(terms)
   assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
-
-
-def test_the_generative_heads_loss_weighs_in_the_hybrid_what_it_is_told(hybrid_params, catalogue, batch):
-  def of(weight):
-    return loss_and_gradient(dataclasses.replace(HYBRID, generative_weight=weight), hybrid_params, catalogue, batch)
-
-  (dense, terms), of_dense = of(0.0)
-  (both, same), of_both = of(1.0)
-  (value, _), gradient = of(0.25)
-  assert_allclose(dense, terms["nll_dense"])
-  parts = terms.keys() - {"nll"}
-  assert_allclose([terms[name] for name in parts], [same[name] for name in parts], rtol=1e-5)
-  assert_allclose(value, 0.75 * dense + 0.25 * both, rtol=1e-6)
-  mixed = jax.tree.map(lambda one, two: 0.75 * one + 0.25 * two, of_dense, of_both)
-  jax.tree.map(functools.partial(assert_allclose, rtol=1e-4, atol=1e-6), gradient, mixed)
-  assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_dense["head"]["generative"]))
-  assert any(np.any(leaf) for leaf in jax.tree.leaves(of_both["head"]["generative"]))
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "width"))
@@ -482,32 +439,10 @@ def test_an_exact_head_finds_the_best_items_that_are_not_excluded(parallel_param
     assert np.isneginf(found.log_probs[:, ITEMS - 2 :]).all()
 
 
-@pytest.mark.parametrize("width", [4, ITEMS + 2])
-@pytest.mark.parametrize("rerank", ["both", "dense"])
-def test_the_hybrid_head_ranks_the_beams_candidates(hybrid_params, catalogue, queries, rerank, width):
-  exclude = jnp.asarray([[0, 5], [-1, -1], [3, -1]])
-  generative = {**hybrid_params, "head": hybrid_params["head"]["generative"]}
-  beam = search(SETTINGS, generative, catalogue, queries, exclude, width=width)
-  candidates, log_probs = np.asarray(beam.items), np.asarray(beam.log_probs, np.float64)
-  dense = {name: value for name, value in hybrid_params.items() if name != "head"}
-  scores = np.asarray(call(DENSE, "scores", dense, catalogue, queries), np.float64)
-  settings = dataclasses.replace(HYBRID, rerank=rerank)
-  found = search(settings, hybrid_params, catalogue, queries, exclude, width=width)
-  for b in range(3):
-    among = candidates[b][candidates[b] >= 0]
-    if rerank == "both":
-      scores[b, among] += log_probs[b][candidates[b] >= 0]
-    order = among[np.argsort(-scores[b, among])]
-    assert_array_equal(found.items[b], np.pad(order, (0, width - len(order)), constant_values=-1))
-    total = np.log(np.exp(scores[b, among]).sum())
-    assert_allclose(found.log_probs[b, : len(order)], scores[b, order] - total, atol=1e-4)
-    assert np.isneginf(found.log_probs[b, len(order) :]).all()
-
-
 @pytest.mark.parametrize(
   ("changes", "reads"),
   [
-    ({"head": "generative"}, True), ({"head": "dense"}, True), ({"head": "hybrid"}, True),
+    ({"head": "generative"}, True), ({"head": "dense"}, True),
     ({"head": "hybrid", "dense_width": 6}, True), ({"head": "parallel"}, False),
     ({"backbone": "encoder_decoder"}, True), ({"backbone": "encoder_decoder", "head": "parallel"}, False),
   ],
@@ -525,37 +460,6 @@ def test_a_head_that_does_not_look_at_the_history_needs_none(parallel_params, ca
     call(settings, "scores", parallel_params, catalogue, queries),
     call(PARALLEL, "scores", parallel_params, catalogue, queries),
   )
-
-
-@pytest.mark.parametrize("offsets", [False, True])
-def test_items_that_came_after_training_are_candidates_of_the_hybrid_head(
-  random_params, catalogue, batch, queries, offsets
-):
-  width, known = 4, ITEMS - 3
-  settings = dataclasses.replace(HYBRID, num_items=known, rerank="dense", history_offsets=offsets)
-  own = random_params(Recommender(settings), catalogue, batch)
-  past = jnp.asarray([[0, 1], [ITEMS - 1, 2], [ITEMS - 2, -1]]) if offsets else None
-  exclude = jnp.asarray([[0, 5], [ITEMS - 3, -1], [3, ITEMS - 1]])
-
-  def of(head):
-    parts = {"head": own["head"][head]} if own["head"].get(head) else {}
-    rest = {name: value for name, value in own.items() if name != "head"}
-    return dataclasses.replace(settings, head=head), rest | parts
-
-  given = {"width": width, "exclude": exclude, "past": past}
-  beam = search(*of("generative"), catalogue, queries, **given)
-  dense, params = of("dense")
-  scores = np.asarray(call(dense, "scores", params, catalogue, queries, past), np.float64)
-  found = search(settings, own, catalogue, queries, **given)
-  for b in range(3):
-    candidates = ({*np.asarray(beam.items[b]).tolist(), *range(known, ITEMS)} - {*np.asarray(exclude[b]).tolist()}) - {
-      -1
-    }
-    among = np.array(sorted(candidates))
-    order = among[np.argsort(-scores[b, among])][:width]
-    assert_array_equal(found.items[b], order)
-    assert_allclose(found.log_probs[b], scores[b, order] - np.log(np.exp(scores[b, among]).sum()), atol=1e-4)
-  assert np.any(np.asarray(found.items) >= known)
 
 
 def test_the_readmes_head_of_ones_own_works(dense_params, catalogue, batch, queries, tmp_path, monkeypatch):
@@ -613,7 +517,7 @@ def test_bfloat16_starts_as_the_plain_backbone_bit_for_bit_and_stays_near_float3
   assert np.abs(got - states(params, catalogue, batch))[real].max() < 0.1
 
 
-@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid"])
+@pytest.mark.parametrize("head", ["generative", "dense", "parallel"])
 def test_bfloat16_losses_and_gradients_are_float32(random_params, catalogue, batch, head):
   settings = dataclasses.replace(BFLOAT16, head=head, node_scores=True)
   own = random_params(Recommender(settings), catalogue, batch)
@@ -670,7 +574,7 @@ def test_items_that_come_later_have_the_mean_prior_of_the_known_ones(extended):
   jax.tree.map(functools.partial(assert_allclose, rtol=1e-5, atol=1e-6), tables, as_if_known)
 
 
-@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid"])
+@pytest.mark.parametrize("head", ["generative", "dense", "parallel"])
 def test_items_that_come_later_are_found_and_known_ones_keep_their_vectors(
   random_params, catalogue, extended, batch, head
 ):
@@ -686,7 +590,7 @@ def test_items_that_come_later_are_found_and_known_ones_keep_their_vectors(
   assert_array_equal(np.sort(found.items, axis=1), np.tile(np.arange(ITEMS + 3), (3, 1)))
 
 
-@pytest.mark.parametrize("changes", [{"head": "dense"}, {"head": "hybrid"}, {"backbone": "encoder_decoder"}], ids=str)
+@pytest.mark.parametrize("changes", [{"head": "dense"}, {"backbone": "encoder_decoder"}], ids=str)
 def test_dropped_items_are_known_by_what_else_they_are(random_params, catalogue, batch, changes):
   settings = dataclasses.replace(SETTINGS, dropout=0.0, item_dropout=0.4, node_scores=True, head_width=4, **changes)
   if settings.backbone == "encoder_decoder":

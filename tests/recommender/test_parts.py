@@ -14,7 +14,7 @@ ITEMS = 30
 
 
 @pytest.mark.parametrize("backbone", ["causal", "encoder_decoder"])
-@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid"])
+@pytest.mark.parametrize("head", ["generative", "dense", "parallel"])
 def test_every_head_and_backbone_of_this_project_can_be_made(head, backbone):
   check_parts(RecommenderSettings(ITEMS, head=head, backbone=backbone))
 

@@ -65,9 +65,9 @@ def towers(settings=SETTINGS):
   return zip(("generative", "dense"), map(Recommender, tower_settings(settings)), strict=True)
 
 
-def test_one_tower_where_the_settings_give_the_dense_one_no_width():
+def test_the_hybrid_is_two_towers_and_nothing_else_is():
   assert isinstance(make_recommender(SETTINGS), TwoTowers)
-  assert type(make_recommender(dataclasses.replace(SETTINGS, dense_width=0))) is Recommender
+  assert type(make_recommender(dataclasses.replace(SETTINGS, head="dense"))) is Recommender
 
 
 def test_the_towers_share_nothing_and_the_dense_one_has_no_semantics(params):
@@ -134,42 +134,38 @@ def test_log_probs_are_the_sum_of_both_towers(params, catalogue, queries):
   assert_allclose(found, sum(both(params, catalogue, queries)), atol=1e-4)
 
 
-def expected_order(generative, dense, *, width, rerank, exclude):
+def expected_order(generative, dense, *, width, exclude):
   """For one user: the candidates of both towers in order, and their log-probabilities among one another."""
   allowed = np.setdiff1d(np.arange(len(dense)), exclude)
   candidates = {*allowed[np.argsort(-dense[allowed])][:width], *allowed[np.argsort(-generative[allowed])][:width]}
   among = np.array(sorted(candidates))
-  scores = dense[among] + (generative[among] if rerank == "both" else 0.0)
+  scores = dense[among] + generative[among]
   order = np.argsort(-scores)[:width]
   return among[order], scores[order] - np.log(np.exp(scores).sum())
 
 
-@pytest.mark.parametrize("rerank", ["both", "dense"])
 @pytest.mark.parametrize("width", [ITEMS, ITEMS + 3])
-def test_a_search_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogue, queries, rerank, width):
-  settings = dataclasses.replace(SETTINGS, rerank=rerank)
-  model = make_recommender(settings)
+def test_a_search_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogue, queries, width):
+  model = make_recommender(SETTINGS)
   exclude = np.array([[0, 5], [-1, -1], [3, -1]])
   states = call(model, "last_states", params, catalogue, queries)
   past = model.past(queries)
   found = call(model, "search", params, catalogue, states, width=width, exclude=jnp.asarray(exclude), past=past)
   for row, (generative, dense) in enumerate(zip(*both(params, catalogue, queries), strict=True)):
-    items, log_probs = expected_order(generative, dense, width=width, rerank=rerank, exclude=exclude[row])
+    items, log_probs = expected_order(generative, dense, width=width, exclude=exclude[row])
     assert len(items) == ITEMS - np.count_nonzero(exclude[row] >= 0)
     assert_array_equal(found.items[row], np.pad(items, (0, width - len(items)), constant_values=-1))
     assert_allclose(found.log_probs[row, : len(items)], log_probs, atol=1e-4)
     assert np.isneginf(found.log_probs[row, len(items) :]).all()
 
 
-@pytest.mark.parametrize("rerank", ["both", "dense"])
-def test_a_narrow_search_ranks_the_candidates_of_both_towers(params, catalogue, queries, rerank):
+def test_a_narrow_search_ranks_the_candidates_of_both_towers(params, catalogue, queries):
   width = 3
-  settings = dataclasses.replace(SETTINGS, rerank=rerank)
-  model = make_recommender(settings)
+  model = make_recommender(SETTINGS)
   states, past = call(model, "last_states", params, catalogue, queries), model.past(queries)
   found = call(model, "search", params, catalogue, states, width=width, past=past)
   beam = call(
-    Recommender(tower_settings(settings)[0]), "search", params["generative"], catalogue, states[0], width=width,
+    Recommender(tower_settings(SETTINGS)[0]), "search", params["generative"], catalogue, states[0], width=width,
     past=past,
   )  # fmt: skip
   generative, dense = both(params, catalogue, queries)
@@ -177,7 +173,7 @@ def test_a_narrow_search_ranks_the_candidates_of_both_towers(params, catalogue, 
   for row in range(ROWS):
     best = np.argsort(-dense[row])[:width]
     among = np.union1d(best, beam.items[row])
-    scores = dense[row, among] + (generative[row, among] if rerank == "both" else 0.0)
+    scores = dense[row, among] + generative[row, among]
     order = np.argsort(-scores)[:width]
     assert_array_equal(found.items[row], among[order])
     assert_allclose(found.log_probs[row], scores[order] - np.log(np.exp(scores).sum()), atol=1e-4)
@@ -203,6 +199,6 @@ def test_items_that_came_after_training_are_candidates(random_params, catalogue,
   states, past = call(model, "last_states", own, catalogue, queries), model.past(queries)
   found = call(model, "search", own, catalogue, states, width=ITEMS, past=past)
   for row, (generative, dense) in enumerate(zip(*both(own, catalogue, queries, settings), strict=True)):
-    items, log_probs = expected_order(generative, dense, width=ITEMS, rerank="both", exclude=[])
+    items, log_probs = expected_order(generative, dense, width=ITEMS, exclude=[])
     assert_array_equal(found.items[row], items)
     assert_allclose(found.log_probs[row], log_probs, atol=1e-4)

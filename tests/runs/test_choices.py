@@ -48,7 +48,6 @@ def artefact(tmp_path_factory, compile_cache):
   "changes",
   [
     {"recommender.head": "parallel"},
-    {"recommender.head": "hybrid"},
     {
       "recommender.head": "hybrid",
       "recommender.dense_tower.width": 8,
