@@ -77,8 +77,8 @@ def export_recommender(
     if times:
       batch["times"] = jnp.where(real, times[0], 0)
     states = apply(model, params, "last_states", catalogue, batch)
-    past = model.past(batch)
-    found = apply(model, params, "search", catalogue, states, width=width, exclude=exclude, past=past)
+    seen = model.seen(batch)
+    found = apply(model, params, "search", catalogue, states, width=width, exclude=exclude, seen=seen)
     return found.items[:, :top], found.log_probs[:, :top]
 
   rows, excluded = jax.export.symbolic_shape("b, e", constraints=("b >= 1", "e >= 1"))

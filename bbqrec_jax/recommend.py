@@ -144,7 +144,7 @@ def recommend_all(
     exclude = (
       np.full((batch_size, 1), -1, np.int32) if repeat else distinct_items(histories, users, num_rows=batch_size)
     )
-    found = call(params, "search", catalogue, states, width=width, exclude=exclude, past=model.past(batch))
+    found = call(params, "search", catalogue, states, width=width, exclude=exclude, seen=model.seen(batch))
     every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
     for user, items, scores in zip(users, *every, strict=False):  # Without the rows that fill the last batch.
       yield str(histories.users[user]), items[items >= 0], scores[items >= 0]

@@ -330,11 +330,11 @@ def test_empty_subsets():
     ({"shard_rows": 63, "partitioner": "mesh"}, ("shard_rows must be 0 or at least 64, got 63",)),
     (
       {"recommender.softmax_over": "all"},
-      ("recommender.softmax_over = 'all'", "set recommender.node_scores and recommender.history_offsets to False"),
+      ("recommender.softmax_over = 'all'", "set recommender.subtree_logits and recommender.seen_item_bias to False"),
     ),
     (
-      {"recommender.softmax_over": "all", "recommender.node_scores": False},
-      ("recommender.softmax_over = 'all'", "set recommender.history_offsets to False"),
+      {"recommender.softmax_over": "all", "recommender.subtree_logits": False},
+      ("recommender.softmax_over = 'all'", "set recommender.seen_item_bias to False"),
     ),
     *(
       ({"recommender.item_dropout": 0.1, "recommender.item_inputs": inputs}, ("item_dropout", "something else"))

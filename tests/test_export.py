@@ -25,13 +25,13 @@ from bbqrec_jax.utils.json_files import read_json, write_json
 
 ITEMS, LEVELS, CODES, LENGTH, TOP = 30, 3, 4, 6, 5
 SHAPES = {
-  "generative": {"node_scores": True},
-  "generative, by the history": {"history_offsets": True},
-  "dense, by the history": {"head": "dense", "history_offsets": True},
+  "generative": {"subtree_logits": True},
+  "generative, by the history": {"seen_item_bias": True},
+  "dense, by the history": {"head": "dense", "seen_item_bias": True},
   "parallel": {"head": "parallel"},
   "dense": {"head": "dense"},
   "dense, by the time": {"head": "dense", "time_buckets": 8},
-  "hybrid": {"head": "hybrid", "dense_width": 6, "dense_mlp_width": 8, "history_offsets": True},
+  "hybrid": {"head": "hybrid", "dense_width": 6, "dense_mlp_width": 8, "seen_item_bias": True},
   "encoder_decoder": {"backbone": "encoder_decoder", "num_columns": LEVELS, "softmax_over": "all"},
 }
 

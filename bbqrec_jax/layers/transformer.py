@@ -29,24 +29,24 @@ class SelfAttention(nn.Module):
     x: jax.Array,
     mask: jax.Array,
     bias: jax.Array | None = None,
-    past: KeyValue | None = None,
+    cache: KeyValue | None = None,
   ) -> tuple[jax.Array, KeyValue]:
-    """Attends from each position of `x` to `past` and to `x` itself.
+    """Attends from each position of `x` to `cache` and to `x` itself.
 
     Args:
       x: [B, T, d].
       mask: bool, broadcasts to [B, H, T, P + T].
       bias: broadcasts like `mask`, or None.
-      past: keys and values [B, P, H, d / H] of earlier positions, or None.
+      cache: keys and values [B, P, H, d / H] of earlier positions, or None.
 
     Returns:
-      [B, T, d], and the keys and values [B, P + T, H, d / H] to pass on as the next call's past.
+      [B, T, d], and the keys and values [B, P + T, H, d / H] to pass on as the next call's cache.
     """
     width = x.shape[-1]
     heads = (self.num_heads, width // self.num_heads)
     query, key, value = (DenseGeneral(heads, name=name)(x) for name in ("query", "key", "value"))
-    if past is not None:
-      key, value = jnp.concatenate([past[0], key], axis=1), jnp.concatenate([past[1], value], axis=1)
+    if cache is not None:
+      key, value = jnp.concatenate([cache[0], key], axis=1), jnp.concatenate([cache[1], value], axis=1)
     mixed = attention(query, key, value, mask=mask, bias=bias, implementation=self.implementation)
     return DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
 
@@ -72,17 +72,17 @@ class TransformerLayer(nn.Module):
     x: jax.Array,
     mask: jax.Array,
     bias: jax.Array | None = None,
-    past: KeyValue | None = None,
+    cache: KeyValue | None = None,
     *,
     deterministic: bool,
   ) -> tuple[jax.Array, KeyValue]:
     """As `SelfAttention`: [B, T, d] -> [B, T, d], and the keys and values."""
     drop = Dropout(self.dropout, deterministic=deterministic)
     attend = SelfAttention(self.num_heads, self.implementation, name="attention")
-    mixed, present = attend(nn.LayerNorm()(x), mask, bias, past)
+    mixed, cache = attend(nn.LayerNorm()(x), mask, bias, cache)
     x = x + drop(mixed)
     hidden = nn.gelu(Dense(self.mlp_width)(nn.LayerNorm()(x)))
-    return x + drop(Dense(x.shape[-1])(hidden)), present
+    return x + drop(Dense(x.shape[-1])(hidden)), cache
 
 
 class RelativeBias(nn.Module):

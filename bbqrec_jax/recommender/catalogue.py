@@ -48,8 +48,8 @@ class RecommenderSettings:
     dense_width: of the dense tower of the hybrid, see `TwoTowers`, like `width`.
     dense_mlp_width: of the dense tower, like `mlp_width`.
     dense_dropout: of the dense tower, like `dropout`.
-    node_scores: whether the generative head also scores a code by the items that it leads on to, see `NodeScores`.
-    history_offsets: whether what is in the history already has a learned number added to its score.
+    subtree_logits: whether the generative head also scores a code by the items that it leads on to.
+    seen_item_bias: whether what is in the history already has a learned number added to its score.
     dtype: that the model computes in; parameters, scores, softmaxes and losses are float32 whatever it is.
   """
 
@@ -82,8 +82,8 @@ class RecommenderSettings:
   dense_width: int = 128
   dense_mlp_width: int = 512
   dense_dropout: float = 0.5
-  node_scores: bool = False
-  history_offsets: bool = False
+  subtree_logits: bool = False
+  seen_item_bias: bool = False
   dtype: str = "float32"
 
   @property
@@ -130,7 +130,7 @@ class Catalogue:
     items: jax.Array,
     *,
     softmax_over: str,
-    node_scores: Callable[[int, jax.Array], jax.Array] | None = None,
+    subtree_logits: Callable[[int, jax.Array], jax.Array] | None = None,
   ) -> jax.Array:
     """Log-probability of each code of given items' IDs, each given those before it.
 
@@ -142,7 +142,7 @@ class Catalogue:
       logits: L times [P, K], of every level given the item's codes before it.
       items: [P] int.
       softmax_over: "existing" or "all".
-      node_scores: (level, nodes of the trie [P, F]) -> [P, F], added to the logits of the nodes' codes; None adds
+      subtree_logits: (level, nodes of the trie [P, F]) -> [P, F], added to the logits of the nodes' codes; None adds
         nothing. Only over "existing" codes.
 
     Returns:
@@ -158,8 +158,8 @@ class Catalogue:
       assert self.trie is not None
       nodes, among, valid = self.trie.children(level, self.trie.parents(level, items))
       children = jnp.take_along_axis(of_level, among, axis=-1)
-      if node_scores is not None:
-        children = children + node_scores(level, nodes)
+      if subtree_logits is not None:
+        children = children + subtree_logits(level, nodes)
       children = jax.nn.log_softmax(jnp.where(valid, children, -jnp.inf), axis=-1)
       own = valid & (among == codes[:, level, None])
       log_probs.append(jnp.sum(jnp.where(own, children, 0.0), axis=-1))

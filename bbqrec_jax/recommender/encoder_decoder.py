@@ -18,7 +18,7 @@ from bbqrec_jax.layers.transformer import KeyValue, RelativeBias, summed_bias
 from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.ops.products import repeat_rows
 from bbqrec_jax.recommender.catalogue import RecommenderSettings
-from bbqrec_jax.recommender.node_scores import Addition, NodeScores, additions, search_scores, training_scores
+from bbqrec_jax.recommender.subtree_logits import Addition, SubtreeLogits, additions, search_logits, training_logits
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search, item_log_probs
 
 
@@ -104,29 +104,29 @@ class Layer(nn.Module):
     mask: jax.Array,
     bias: jax.Array | None,
     *,
-    past: KeyValue | None = None,
+    cache: KeyValue | None = None,
     memory: tuple[KeyValue, jax.Array] | None = None,
     deterministic: bool,
   ) -> tuple[jax.Array, KeyValue]:
-    """[B, T, d] -> [B, T, d], and the keys and values [B, P + T, H, d_head] of past and present places.
+    """[B, T, d] -> [B, T, d], and the keys and values [B, P + T, H, d_head] of earlier and own places.
 
     Args:
       x: [B, T, d].
       mask: broadcasts to [B, H, T, P + T].
       bias: likewise, or None; of relative positions and of similarity.
-      past: keys and values of P earlier places.
+      cache: keys and values of P earlier places.
       memory: the cross-attention's keys and values, and its mask, broadcast to [B, H, T, S].
       deterministic: no dropout.
     """
     normed = self.self_norm(x)
-    present = self.self_attention.keys_values(normed)
-    if past is not None:
-      present = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, present)
-    x = x + self.drop(self.self_attention(normed, present, mask, bias), deterministic=deterministic)
+    keys_values = self.self_attention.keys_values(normed)
+    if cache is not None:
+      keys_values = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), cache, keys_values)
+    x = x + self.drop(self.self_attention(normed, keys_values, mask, bias), deterministic=deterministic)
     if memory is not None:
       x = x + self.drop(self.cross_attention(self.cross_norm(x), *memory), deterministic=deterministic)
     hidden = self.drop(nn.relu(self.mlp_in(self.mlp_norm(x))), deterministic=deterministic)
-    return x + self.drop(self.mlp_out(hidden), deterministic=deterministic), present
+    return x + self.drop(self.mlp_out(hidden), deterministic=deterministic), keys_values
 
 
 class Encoder(nn.Module):
@@ -199,15 +199,15 @@ class DecoderHead(nn.Module):
     self.layers = [Layer(shape, cross=True, name=f"layer_{index}") for index in range(s.num_layers)]
     self.norm = nn.RMSNorm()
     self.drop = Dropout(s.dropout)
-    if s.node_scores:
-      self.node_scores = NodeScores(s.num_items)
-    if s.history_offsets:
-      self.offsets = self.param("history_offsets", nn.initializers.zeros, (s.num_levels,), jnp.float32)
+    if s.subtree_logits:
+      self.subtree_logits = SubtreeLogits(s.num_items)
+    if s.seen_item_bias:
+      self.offsets = self.param("seen_item_bias", nn.initializers.zeros, (s.num_levels,), jnp.float32)
 
   def _additions(self, items: Any) -> Addition | None:
     """What is added to the scores of the trie's nodes; None where nothing."""
-    tables = self.node_scores(items) if self.settings.node_scores else None
-    return additions(items, tables, self.offsets if self.settings.history_offsets else None)
+    tables = self.subtree_logits(items) if self.settings.subtree_logits else None
+    return additions(items, tables, self.offsets if self.settings.seen_item_bias else None)
 
   def _logits(self, x: jax.Array, level: int) -> jax.Array:
     """Of one level, tied to the embeddings of its codes: [..., d] -> [..., K] float32."""
@@ -242,9 +242,9 @@ class DecoderHead(nn.Module):
     """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [B] and on."""
     codes = items.catalogue.semantic_ids[targets]
     logits, hidden = self(memory, codes, deterministic=deterministic)
-    add = training_scores(self._additions(items), hidden)
+    add = training_logits(self._additions(items), hidden)
     log_probs = items.catalogue.code_log_probs(
-      logits, targets, softmax_over=self.settings.softmax_over, node_scores=add
+      logits, targets, softmax_over=self.settings.softmax_over, subtree_logits=add
     )
     return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.settings.num_levels)}
 
@@ -255,7 +255,7 @@ class DecoderHead(nn.Module):
 
     Args:
       memories: see `_memories`; of the histories, not of the beams: all beams of a history attend to one memory.
-      state: `past`, for each layer keys and values [B, w, P, H, d_head] of the levels before, and `hidden` [B, w, d];
+      state: `caches`, for each layer keys and values [B, w, P, H, d_head] of the levels before, and `hidden` [B, w, d];
         None at level 0.
       level: the level to predict, from 0.
       codes: [B, w] chosen at the level before; None at level 0.
@@ -275,20 +275,20 @@ class DecoderHead(nn.Module):
     def fold(leaf):
       return leaf.reshape(batch * beams, *leaf.shape[2:])
 
-    presents = []
+    caches = []
     for index, (layer, keys_values) in enumerate(zip(self.layers, memories, strict=True)):
       # Self-attention is of each beam alone, [B w, 1, d]; cross-attention takes a history's beams as its queries.
       normed = fold(layer.self_norm(x))[:, None]
-      present = layer.self_attention.keys_values(normed)
+      cache = layer.self_attention.keys_values(normed)
       if state is not None:
-        past = jax.tree.map(fold, state["past"][index])
-        present = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, present)
-      x = x + layer.self_attention(normed, present, mask, bias).reshape(batch, beams, -1)
+        earlier = jax.tree.map(fold, state["caches"][index])
+        cache = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), earlier, cache)
+      x = x + layer.self_attention(normed, cache, mask, bias).reshape(batch, beams, -1)
       x = x + layer.cross_attention(layer.cross_norm(x), *keys_values)
       x = x + layer.mlp_out(nn.relu(layer.mlp_in(layer.mlp_norm(x))))
-      presents.append(jax.tree.map(lambda leaf: leaf.reshape(batch, beams, *leaf.shape[1:]), present))
+      caches.append(jax.tree.map(lambda leaf: leaf.reshape(batch, beams, *leaf.shape[1:]), cache))
     x = self.norm(x)
-    return jax.nn.log_softmax(self._logits(x, level)), {"past": presents, "hidden": x}
+    return jax.nn.log_softmax(self._logits(x, level)), {"caches": caches, "hidden": x}
 
   def _walk(self, items: Any, memory: Memory) -> dict[str, Any]:
     """What `beam_search` and `item_log_probs` take; the histories are encoded once."""
@@ -298,7 +298,7 @@ class DecoderHead(nn.Module):
       "step": functools.partial(self.step, memories),
       "state": None,
       "normalize": self.settings.softmax_over == "existing",
-      "node_scores": search_scores(self._additions(items)),
+      "subtree_logits": search_logits(self._additions(items)),
     }
 
   def search(self, items: Any, memory: Memory, *, width: int, exclude: jax.Array | None = None) -> BeamResult:

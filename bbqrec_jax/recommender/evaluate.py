@@ -32,13 +32,13 @@ def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalo
   """
 
   def rank(params: Any, catalogue: Catalogue, batch: Any) -> dict[str, jax.Array]:
-    exclude, past = batch.get("exclude"), model.past(batch)
+    exclude, seen = batch.get("exclude"), model.seen(batch)
     states = apply(model, params, "last_states", catalogue, batch)
     if not model.exact:
-      beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude, past=past)
+      beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude, seen=seen)
       ranks = ranks_in_list(beam.items, beam.log_probs, batch["targets"])
       return {"ranks": ranks, "top": beam.items[:, :_COVERAGE_CUTOFF]}
-    return rank_scores(apply(model, params, "scores", catalogue, states, past), batch["targets"], exclude)
+    return rank_scores(apply(model, params, "scores", catalogue, states, seen), batch["targets"], exclude)
 
   return rank
 

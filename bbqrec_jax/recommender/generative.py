@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bbqrec_jax.layers.dense import Dense
 from bbqrec_jax.layers.transformer import TransformerLayer
-from bbqrec_jax.recommender.node_scores import Addition, NodeScores, additions, search_scores, training_scores
+from bbqrec_jax.recommender.subtree_logits import Addition, SubtreeLogits, additions, search_logits, training_logits
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search, item_log_probs
 
 
@@ -29,8 +29,8 @@ class GenerativeHead(nn.Module):
     mlp_width: width of its feed-forward parts.
     dropout: its dropout rate.
     softmax_over: what a code competes with: the codes that lead on to items ("existing"), or "all" K.
-    num_items: N, where a code is also scored by the items that it leads on to, see `NodeScores`; 0: by itself alone.
-    history_offsets: whether what the history has of the items that a code leads on to counts more, or less, than other
+    num_items: N, where a code is also scored by the items that it leads on to, see `SubtreeLogits`; 0: by itself alone.
+    seen_item_bias: whether what the history has of the items that a code leads on to counts more, or less, than other
       items do, by a learned number a level, see `additions`.
   """
 
@@ -43,16 +43,16 @@ class GenerativeHead(nn.Module):
   dropout: float = 0.0
   softmax_over: str = "existing"
   num_items: int = 0
-  history_offsets: bool = False
+  seen_item_bias: bool = False
   exact: ClassVar[bool] = False
   reads_history: ClassVar[bool] = True
 
   def setup(self):
     """Makes the parameters and submodules."""
     if self.num_items:
-      self.node_scores = NodeScores(self.num_items)
-    if self.history_offsets:
-      self.offsets = self.param("history_offsets", nn.initializers.zeros, (self.num_levels,), jnp.float32)
+      self.subtree_logits = SubtreeLogits(self.num_items)
+    if self.seen_item_bias:
+      self.offsets = self.param("seen_item_bias", nn.initializers.zeros, (self.num_levels,), jnp.float32)
     # Unit-variance rows: codes carry all that one level knows of the level before (0.02 starves their logits).
     self.code_embedding = self.param(
       "code_embedding", nn.initializers.normal(1.0), (self.num_levels, self.num_codes, self.width), jnp.float32
@@ -94,7 +94,7 @@ class GenerativeHead(nn.Module):
 
   def start(self, states: jax.Array) -> dict[str, Any]:
     """The decoder state before the first code: states [B, d] -> leaves [B, 1, ...] for `beam_search`."""
-    return {"input": states[:, None], "past": None, "hidden": None}
+    return {"input": states[:, None], "caches": None, "hidden": None}
 
   def step(self, state: dict[str, Any], level: int, codes: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
     """Log-probabilities of one level's codes for every beam, each computed once: earlier levels are cached.
@@ -117,29 +117,29 @@ class GenerativeHead(nn.Module):
 
     x = (summed + self.level_embedding[level][None, None]).reshape(batch * beams, 1, width)
     mask = jnp.ones((1, level + 1), bool)
-    presents = []
+    caches = []
     for index, layer in enumerate(self.layers):
-      past = None if state["past"] is None else jax.tree.map(fold, state["past"][index])
-      x, present = layer(x, mask, past=past, deterministic=True)
-      presents.append(present)
+      cache = None if state["caches"] is None else jax.tree.map(fold, state["caches"][index])
+      x, cache = layer(x, mask, cache=cache, deterministic=True)
+      caches.append(cache)
     hidden = self.norm(x[:, 0])
     logits = self.outputs[level](hidden)
-    unfolded = jax.tree.map(lambda leaf: leaf.reshape(batch, beams, *leaf.shape[1:]), presents)
+    unfolded = jax.tree.map(lambda leaf: leaf.reshape(batch, beams, *leaf.shape[1:]), caches)
     log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, self.num_codes)
-    return log_probs, {"input": summed, "past": unfolded, "hidden": hidden.reshape(batch, beams, width)}
+    return log_probs, {"input": summed, "caches": unfolded, "hidden": hidden.reshape(batch, beams, width)}
 
   def losses(self, items: Any, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [P] and on."""
     logits, hidden = self(states, items.catalogue.semantic_ids[targets], deterministic=deterministic)
     log_probs = items.catalogue.code_log_probs(
-      logits, targets, softmax_over=self.softmax_over, node_scores=training_scores(self._additions(items), hidden)
+      logits, targets, softmax_over=self.softmax_over, subtree_logits=training_logits(self._additions(items), hidden)
     )
     return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.num_levels)}
 
   def _additions(self, items: Any) -> Addition | None:
     """What is added to the scores of the trie's nodes; None where nothing."""
-    tables = self.node_scores(items) if self.num_items else None
-    return additions(items, tables, self.offsets if self.history_offsets else None)
+    tables = self.subtree_logits(items) if self.num_items else None
+    return additions(items, tables, self.offsets if self.seen_item_bias else None)
 
   def _walk(self, items: Any, states: jax.Array) -> dict[str, Any]:
     """What `beam_search` and `item_log_probs` take."""
@@ -148,7 +148,7 @@ class GenerativeHead(nn.Module):
       "step": self.step,
       "state": self.start(states),
       "normalize": self.softmax_over == "existing",
-      "node_scores": search_scores(self._additions(items)),
+      "subtree_logits": search_logits(self._additions(items)),
     }
 
   def search(self, items: Any, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:

@@ -5,7 +5,7 @@ A head is a flax module with
 - `losses(items, states [P, d], targets [P], *, deterministic)` -> the parts of its loss by name, each [P] float32;
 - `exact`, and where that is True `scores(items, states [B, d])` -> [B, N], else
   `search(items, states [B, d], *, width, exclude)` -> `BeamResult`;
-- `reads_history = True`, where it is to be told of the history behind each state (`items.past`);
+- `reads_history = True`, where it is to be told of the history behind each state (`items.seen`);
 - where it knows a faster way to them than through each, `summed_losses(items, states, targets, weights [P], *,
   deterministic)` -> the parts, each summed over the positions as they weigh; and `log_probs(items, states [B, d],
   some [B, n])` -> [B, n], the sum of the parts for `some` items, with the sign turned.
@@ -26,8 +26,8 @@ from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy,
 from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.recommender.encoder_decoder import DecoderHead
 from bbqrec_jax.recommender.generative import GenerativeHead
-from bbqrec_jax.recommender.node_scores import OFFSET_UNIT
 from bbqrec_jax.recommender.settings import HEADS
+from bbqrec_jax.recommender.subtree_logits import BIAS_UNIT
 from bbqrec_jax.utils.named import named
 
 
@@ -37,13 +37,13 @@ class Items(NamedTuple):
   Attributes:
     catalogue: their semantic IDs, and the trie of those.
     vectors: items [...] int -> their vectors [..., d]; None gives all, [N, d].
-    past: [P, T] (or [B, T]) int, the items of the history behind each state, each once, -1 fills; None where the
+    seen: [P, T] (or [B, T]) int, deduplicated history items per state, -1-padded; None where the
       settings, or the head, do without.
   """
 
   catalogue: Catalogue
   vectors: Callable[..., jax.Array]
-  past: jax.Array | None = None
+  seen: jax.Array | None = None
 
 
 def weighted(parts: dict[str, jax.Array], weights: jax.Array) -> dict[str, jax.Array]:
@@ -67,26 +67,26 @@ class DenseHead(nn.Module):
 
   Attributes:
     num_negatives: items drawn at random in a training step to stand for the whole catalogue; 0 takes the catalogue.
-    history_offset: whether the items of the history have a learned number added to their logits (this project's
+    seen_item_bias: whether the items of the history have a learned number added to their logits (this project's
       choice): a product of vectors cannot well say "the like of these, but none of them".
   """
 
   num_negatives: int = 0
-  history_offset: bool = False
+  seen_item_bias: bool = False
   exact: ClassVar[bool] = True
   reads_history: ClassVar[bool] = True
 
   def setup(self):
     """Makes the parameter."""
-    if self.history_offset:
-      self.offset = self.param("history_offset", nn.initializers.zeros, (), jnp.float32)
+    if self.seen_item_bias:
+      self.offset = self.param("seen_item_bias", nn.initializers.zeros, (), jnp.float32)
 
   def raised(self, items: Items) -> Raised | None:
     """What the items of the history have added to their scores; None where nothing."""
-    if not self.history_offset:
+    if not self.seen_item_bias:
       return None
-    assert items.past is not None
-    return Raised(items.past, OFFSET_UNIT * self.offset.astype(jnp.float32))
+    assert items.seen is not None
+    return Raised(items.seen, BIAS_UNIT * self.offset.astype(jnp.float32))
 
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each target, `nll_dense` [P]; of drawn items an estimate of it, in training."""
@@ -164,13 +164,13 @@ def generative(s: RecommenderSettings) -> GenerativeHead:
   """The generative head of the settings."""
   return GenerativeHead(
     s.num_levels, s.num_codes, s.width, s.depth_layers, s.num_heads, s.mlp_width, s.dropout, s.softmax_over,
-    s.num_items if s.node_scores else 0, s.history_offsets,
+    s.num_items if s.subtree_logits else 0, s.seen_item_bias,
   )  # fmt: skip
 
 
 def dense(s: RecommenderSettings) -> DenseHead:
   """The dense head of the settings."""
-  return DenseHead(s.num_negatives, s.history_offsets)
+  return DenseHead(s.num_negatives, s.seen_item_bias)
 
 
 def parallel(s: RecommenderSettings) -> ParallelHead:

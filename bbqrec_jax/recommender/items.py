@@ -232,8 +232,8 @@ def recommender_settings(
     dense_width=r.dense_tower.width,
     dense_mlp_width=r.dense_tower.mlp_width,
     dense_dropout=r.dense_tower.dropout,
-    node_scores=r.node_scores,
-    history_offsets=r.history_offsets,
+    subtree_logits=r.subtree_logits,
+    seen_item_bias=r.seen_item_bias,
     dtype=r.dtype,
   )
 

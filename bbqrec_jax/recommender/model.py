@@ -193,7 +193,7 @@ class Recommender(nn.Module):
     return self.backbone(x, segments, positions, bias, deterministic=deterministic, **more)
 
   @nn.nowrap  # It is called outside `apply`, too, where a module's own methods cannot make heads.
-  def past(self, batch: dict[str, jax.Array], *, packed: bool = False) -> jax.Array | None:
+  def seen(self, batch: dict[str, jax.Array], *, packed: bool = False) -> jax.Array | None:
     """The items of the history behind each state, each once, for heads that look at them; None where none does.
 
     Args:
@@ -212,14 +212,14 @@ class Recommender(nn.Module):
       items, segments = items[:, None, :], jnp.where(before, segments[:, None, :], 0)
     return each_once(jnp.where(segments > 0, items, -1)).reshape(-1, segments.shape[-1])
 
-  def _items(self, catalogue: Catalogue, past: jax.Array | None = None, *, known: jax.Array | None = None) -> Items:
+  def _items(self, catalogue: Catalogue, seen: jax.Array | None = None, *, known: jax.Array | None = None) -> Items:
     """The items as heads see them."""
-    if self.reads_history and past is None:
-      raise ValueError("this model scores by what the history has: give it `past`, as the method of this name makes it")
-    return Items(catalogue, lambda items=None: self.item_vectors(catalogue, items, known=known), past)
+    if self.reads_history and seen is None:
+      raise ValueError("this model scores by what the history has: give it `seen`, as the method of this name makes it")
+    return Items(catalogue, lambda items=None: self.item_vectors(catalogue, items, known=known), seen)
 
-  def counted(self, batch: dict[str, jax.Array]) -> jax.Array:
-    """What of a batch has a next item to learn from: bool, [B, T] positions or, of the encoder-decoder, [B] rows."""
+  def target_mask(self, batch: dict[str, jax.Array]) -> jax.Array:
+    """Where a batch has a next item to learn from: bool, [B, T] positions or, of the encoder-decoder, [B] rows."""
     real = batch["segments"] > 0
     return real[:, 0] if self.settings.backbone == "encoder_decoder" else real
 
@@ -240,8 +240,8 @@ class Recommender(nn.Module):
         has time buckets there are `times` [B, T] in seconds; for the
         encoder-decoder a row is a history, and `targets` [B] what follows it. Padding (segment 0) is masked out.
       deterministic: no dropout.
-      weights: what each of `counted` weighs, float32 of its shape, where the batch is a part of a larger one; None: all
-        alike, so that the loss is their mean.
+      weights: what each of `target_mask` weighs, float32 of its shape, where the batch is a part of a larger one; None:
+        all alike, so that the loss is their mean.
 
     Returns:
       (loss, terms): the weighted sum over real positions; `terms` has the loss as `nll`, and each part of it that the
@@ -249,7 +249,7 @@ class Recommender(nn.Module):
     """
     items, segments, targets = batch["items"], batch["segments"], batch["targets"].reshape(-1)
     if weights is None:
-      weights = mean_weights(self.counted(batch))
+      weights = mean_weights(self.target_mask(batch))
     known = self._known(catalogue, deterministic=deterministic)
     if self.settings.backbone == "encoder_decoder":
       states = self._from_memory(self.memory(catalogue, items, segments, deterministic=deterministic, known=known))
@@ -259,8 +259,8 @@ class Recommender(nn.Module):
       )
       states = states.reshape(-1, states.shape[-1])
     weights = weights.reshape(-1)
-    past = self.past(batch, packed=self.settings.backbone != "encoder_decoder")
-    of_items = self._items(catalogue, past, known=known)
+    seen = self.seen(batch, packed=self.settings.backbone != "encoder_decoder")
+    of_items = self._items(catalogue, seen, known=known)
     terms = summed_losses(self.head, of_items, states, targets, weights, deterministic=deterministic)
     loss = sum(terms.values(), start=jnp.zeros((), jnp.float32))
     return loss, terms | {"nll": loss}
@@ -284,30 +284,30 @@ class Recommender(nn.Module):
   def reads_history(self) -> bool:
     """Whether the head looks at what the history has."""
     head = make_head(self.settings) if self.scope is None else self.head
-    return self.settings.history_offsets and getattr(head, "reads_history", False)
+    return self.settings.seen_item_bias and getattr(head, "reads_history", False)
 
   @property
   def exact(self) -> bool:
     """Whether the head scores every item; otherwise it searches, and what its beam drops has no score."""
     return make_head(self.settings).exact
 
-  def scores(self, catalogue: Catalogue, states: jax.Array, past: jax.Array | None = None) -> jax.Array:
+  def scores(self, catalogue: Catalogue, states: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """Score of every item, of an exact head: states [B, d] -> [B, N] float32; its softmax is over the catalogue.
 
-    `past` is that of the method of this name, here and below.
+    `seen` is that of the method of this name, here and below.
     """
-    return self.head.scores(self._items(catalogue, past), states)
+    return self.head.scores(self._items(catalogue, seen), states)
 
-  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, past: jax.Array | None = None) -> jax.Array:
+  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """What the loss counts for given items, with the sign turned: states [B, d], items [B, n] -> [B, n] float32.
 
     The log-probability of an item's semantic ID (generative, parallel), or of the item among all (dense).
     """
     if hasattr(self.head, "log_probs"):
-      return self.head.log_probs(self._items(catalogue, past), states, items)
+      return self.head.log_probs(self._items(catalogue, seen), states, items)
     batch, count = items.shape
-    repeated, past = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), (states, past))
-    parts = self.head.losses(self._items(catalogue, past), repeated, items.reshape(-1), deterministic=True)
+    repeated, seen = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), (states, seen))
+    parts = self.head.losses(self._items(catalogue, seen), repeated, items.reshape(-1), deterministic=True)
     return -sum(parts.values(), start=jnp.zeros((), jnp.float32)).reshape(batch, count)
 
   def search(
@@ -317,7 +317,7 @@ class Recommender(nn.Module):
     *,
     width: int,
     exclude: jax.Array | None = None,
-    past: jax.Array | None = None,
+    seen: jax.Array | None = None,
   ) -> BeamResult:
     """The best items.
 
@@ -326,12 +326,12 @@ class Recommender(nn.Module):
       states: of B histories, as `last_states` gives them.
       width: W, of the beam, and how many items come back.
       exclude: [B, E] int, items that must not; -1 fills.
-      past: see `scores`.
+      seen: see `scores`.
 
     Returns:
       A `BeamResult` of W columns.
     """
-    items = self._items(catalogue, past)
+    items = self._items(catalogue, seen)
     if not self.head.exact:
       return self.head.search(items, states, width=width, exclude=exclude)
     scores = jax.nn.log_softmax(self.head.scores(items, states), axis=-1)

@@ -79,8 +79,8 @@ class RecommenderSettings:
     "existing", "What a code of the generative head competes with: codes that lead on to items, or all of its level.",
     choices=("existing", "all"),
   )  # fmt: skip
-  node_scores: bool = setting(True, "Score a code of the generative head also by the items that it leads on to.")
-  history_offsets: bool = setting(
+  subtree_logits: bool = setting(True, "Score a code of the generative head also by the items that it leads on to.")
+  seen_item_bias: bool = setting(
     True, "Learn a number that is added to the scores of the history's items, or to codes that lead on to them."
   )
   dense_tower: DenseTowerSettings = section(DenseTowerSettings, "Of the hybrid.")
@@ -143,7 +143,7 @@ class RecommenderSettings:
       raise InputError(
         f"{field}max_length = 1 leaves no two items to compare: set it to at least 2, or {prefix}similarity to ()"
       )
-    by_items = [f"{prefix}{name}" for name in ("node_scores", "history_offsets") if getattr(self, name)]
+    by_items = [f"{prefix}{name}" for name in ("subtree_logits", "seen_item_bias") if getattr(self, name)]
     if by_items and self.softmax_over == "all":
       raise InputError(
         f"{field}softmax_over = 'all' scores codes that lead on to no item: set {' and '.join(by_items)} to False"

@@ -37,7 +37,7 @@ def make_recommender_step(
     def shares(*part):
       return jax.value_and_grad(share, has_aux=True)(state.params, *part)
 
-    weights = mean_weights(model.counted(batch), axis_name=axis_name)
+    weights = mean_weights(model.target_mask(batch), axis_name=axis_name)
     key = step_key(state, axis_name)
     if accumulation == 1:
       total = shares(batch, weights, key)

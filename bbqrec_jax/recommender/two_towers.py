@@ -64,7 +64,7 @@ class TwoTowers(Recommender):
   @property
   def reads_history(self) -> bool:
     """Whether the heads look at what the history has."""
-    return self.settings.history_offsets
+    return self.settings.seen_item_bias
 
   def loss(
     self,
@@ -86,11 +86,11 @@ class TwoTowers(Recommender):
     """The states of the generative and of the dense tower after the whole history."""
     return self.generative.last_states(catalogue, batch), self.dense.last_states(catalogue, batch)
 
-  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, past: jax.Array | None = None) -> jax.Array:
+  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """What the loss counts for given items, with the sign turned: both towers' log-probabilities summed, [B, n]."""
     towers = zip((self.generative, self.dense), states, strict=True)
     nothing = jnp.zeros((), jnp.float32)
-    return sum((tower.log_probs(catalogue, own, items, past) for tower, own in towers), start=nothing)
+    return sum((tower.log_probs(catalogue, own, items, seen) for tower, own in towers), start=nothing)
 
   def search(
     self,
@@ -99,21 +99,21 @@ class TwoTowers(Recommender):
     *,
     width: int,
     exclude: jax.Array | None = None,
-    past: jax.Array | None = None,
+    seen: jax.Array | None = None,
   ) -> BeamResult:
     """The best of the beam's W items and of the W best of the full softmax, by the product of both probabilities.
 
     Log-probabilities are among the candidates.
     """
     of_generative, of_dense = states
-    beam = self.generative.search(catalogue, of_generative, width=width, exclude=exclude, past=past)
-    scores = jax.nn.log_softmax(self.dense.scores(catalogue, of_dense, past), axis=-1)
+    beam = self.generative.search(catalogue, of_generative, width=width, exclude=exclude, seen=seen)
+    scores = jax.nn.log_softmax(self.dense.scores(catalogue, of_dense, seen), axis=-1)
     if exclude is not None:
       scores = without(scores, exclude)
     best, ranked = jax.lax.top_k(scores, min(width, scores.shape[1]))
     twice = jnp.any(ranked[:, :, None] == beam.items[:, None], axis=-1)
     found = jnp.concatenate([beam.items, jnp.where(twice | jnp.isneginf(best), -1, ranked)], axis=1)
-    generated = self.generative.log_probs(catalogue, of_generative, ranked, past)
+    generated = self.generative.log_probs(catalogue, of_generative, ranked, seen)
     total = jnp.take_along_axis(scores, jnp.maximum(found, 0), axis=1)
     total = total + jnp.concatenate([beam.log_probs, generated], axis=1)
     return best_candidates(found, total, width=width)

@@ -132,15 +132,15 @@ def test_a_layer_fed_one_position_at_a_time_gives_what_it_gives_in_one_pass(para
 
   @jax.jit
   def both(x):
-    def step(x, mask, past=None):
-      return layer.apply({"params": params["layer_0"]}, x, mask, None, past, deterministic=True)
+    def step(x, mask, cache=None):
+      return layer.apply({"params": params["layer_0"]}, x, mask, None, cache, deterministic=True)
 
     whole = step(x[:, :3], jnp.tril(jnp.ones((1, 1, 3, 3), bool)))
-    outs, past = [], None
+    outs, cache = [], None
     for t in range(3):
-      out, past = step(x[:, t : t + 1], jnp.ones((1, 1, 1, t + 1), bool), past)
+      out, cache = step(x[:, t : t + 1], jnp.ones((1, 1, 1, t + 1), bool), cache)
       outs.append(out)
-    return whole, (jnp.concatenate(outs, axis=1), past)
+    return whole, (jnp.concatenate(outs, axis=1), cache)
 
   whole, stepped = both(x)
   jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), stepped, whole)

@@ -219,8 +219,8 @@ def test_a_beam_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogue,
   settings = dataclasses.replace(SETTINGS, softmax_over=over)
   if over == "nodes":
     prior = np.random.default_rng(5).normal(size=ITEMS).astype(np.float32)
-    params = params | {"head": params["head"] | {"node_scores": {"prior": prior}}}
-    settings = dataclasses.replace(SETTINGS, node_scores=True)
+    params = params | {"head": params["head"] | {"subtree_logits": {"prior": prior}}}
+    settings = dataclasses.replace(SETTINGS, subtree_logits=True)
   memory = call(settings, "last_states", params, catalogue, batch)
   every = jnp.tile(jnp.arange(ITEMS), (3, 1))
   log_probs = np.asarray(call(settings, "log_probs", params, catalogue, memory, every))

@@ -18,7 +18,7 @@ from bbqrec_jax.recommender import heads
 from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
 from bbqrec_jax.recommender.heads import DenseHead, GenerativeHead, ParallelHead
 from bbqrec_jax.recommender.model import Recommender
-from bbqrec_jax.recommender.node_scores import NodeScores
+from bbqrec_jax.recommender.subtree_logits import SubtreeLogits
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.trie import build_trie
 
@@ -68,7 +68,7 @@ def params(random_params, catalogue, batch):
 def node_params(params):
   """The same and a prior of each item."""
   prior = np.random.default_rng(5).normal(size=ITEMS).astype(np.float32)
-  return params | {"head": params["head"] | {"node_scores": {"prior": prior}}}
+  return params | {"head": params["head"] | {"subtree_logits": {"prior": prior}}}
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def generate(settings, params, catalogue, queries, exclude):
 
 
 ALL_CODES = dataclasses.replace(SETTINGS, softmax_over="all")
-NODES = dataclasses.replace(SETTINGS, node_scores=True)
+NODES = dataclasses.replace(SETTINGS, subtree_logits=True)
 EACH = pytest.mark.parametrize("settings", [SETTINGS, ALL_CODES, NODES], ids=["existing", "all", "nodes"])
 
 
@@ -321,7 +321,7 @@ def test_log_probs_are_those_of_the_heads_logits_among_the_codes_they_compete_wi
     LEVELS, CODES, WIDTH, SETTINGS.depth_layers, SETTINGS.num_heads, SETTINGS.mlp_width, SETTINGS.dropout
   )
   vectors = np.asarray(call(settings, "item_vectors", node_params, catalogue), np.float64)
-  prior = np.exp(node_params["head"]["node_scores"]["prior"].astype(np.float64))
+  prior = np.exp(node_params["head"]["subtree_logits"]["prior"].astype(np.float64))
   log_probs = exact(settings)
   alone = 0
   for query in range(len(queries)):
@@ -335,7 +335,7 @@ def test_log_probs_are_those_of_the_heads_logits_among_the_codes_they_compete_wi
         among = sorted(siblings) if settings.softmax_over == "existing" else range(CODES)
         alone += len(siblings) == 1
         row = logits[item, level].copy()
-        for code in siblings if settings.node_scores else ():
+        for code in siblings if settings.subtree_logits else ():
           below = np.all(ids[:, : level + 1] == [*ids[item, :level], code], axis=1)
           mean = prior[below] @ vectors[below] / prior[below].sum()
           row[code] += np.log(prior[below].sum()) + hidden[item, level] @ mean
@@ -420,9 +420,9 @@ def test_the_loss_of_the_parallel_head_is_minus_its_log_probabilities(parallel_p
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "width"))
-def search(settings, params, catalogue, queries, exclude=None, *, width, past=None):
+def search(settings, params, catalogue, queries, exclude=None, *, width, seen=None):
   return Recommender(settings).apply(
-    {"params": params}, catalogue, queries, width=width, exclude=exclude, past=past, method="search"
+    {"params": params}, catalogue, queries, width=width, exclude=exclude, seen=seen, method="search"
   )
 
 
@@ -450,12 +450,12 @@ def test_an_exact_head_finds_the_best_items_that_are_not_excluded(parallel_param
 )  # fmt: skip
 def test_heads_that_look_at_the_history_are_told_of_it_where_the_settings_say_so(batch, changes, reads):
   settings = dataclasses.replace(SETTINGS, **changes)
-  assert make_recommender(settings).past(batch) is None
-  assert (make_recommender(dataclasses.replace(settings, history_offsets=True)).past(batch) is not None) == reads
+  assert make_recommender(settings).seen(batch) is None
+  assert (make_recommender(dataclasses.replace(settings, seen_item_bias=True)).seen(batch) is not None) == reads
 
 
 def test_a_head_that_does_not_look_at_the_history_needs_none(parallel_params, catalogue, queries):
-  settings = dataclasses.replace(PARALLEL, history_offsets=True)
+  settings = dataclasses.replace(PARALLEL, seen_item_bias=True)
   assert_array_equal(
     call(settings, "scores", parallel_params, catalogue, queries),
     call(PARALLEL, "scores", parallel_params, catalogue, queries),
@@ -519,7 +519,7 @@ def test_bfloat16_starts_as_the_plain_backbone_bit_for_bit_and_stays_near_float3
 
 @pytest.mark.parametrize("head", ["generative", "dense", "parallel"])
 def test_bfloat16_losses_and_gradients_are_float32(random_params, catalogue, batch, head):
-  settings = dataclasses.replace(BFLOAT16, head=head, node_scores=True)
+  settings = dataclasses.replace(BFLOAT16, head=head, subtree_logits=True)
   own = random_params(Recommender(settings), catalogue, batch)
 
   def loss(params):
@@ -567,10 +567,10 @@ def test_items_that_come_later_have_the_mean_prior_of_the_known_ones(extended):
   prior = np.random.default_rng(5).normal(1.0, size=ITEMS).astype(np.float32)
   vectors = jnp.asarray(np.random.default_rng(6).normal(size=(ITEMS + 3, WIDTH)), jnp.float32)
   items = heads.Items(extended, lambda: vectors)
-  tables = NodeScores(ITEMS).apply({"params": {"prior": prior}}, items)
+  tables = SubtreeLogits(ITEMS).apply({"params": {"prior": prior}}, items)
   known = np.append(prior, np.full(3, prior.mean()))
   assert_allclose(tables.masses[-1], known[extended.trie.items], rtol=1e-6)
-  as_if_known = NodeScores(ITEMS + 3).apply({"params": {"prior": known}}, items)
+  as_if_known = SubtreeLogits(ITEMS + 3).apply({"params": {"prior": known}}, items)
   jax.tree.map(functools.partial(assert_allclose, rtol=1e-5, atol=1e-6), tables, as_if_known)
 
 
@@ -579,7 +579,7 @@ def test_items_that_come_later_are_found_and_known_ones_keep_their_vectors(
   random_params, catalogue, extended, batch, head
 ):
   columns = np.asarray(extended.columns)
-  settings = dataclasses.replace(SETTINGS, head=head, node_scores=True)
+  settings = dataclasses.replace(SETTINGS, head=head, subtree_logits=True)
   own = random_params(Recommender(settings), catalogue, batch)
   vectors = np.asarray(call(settings, "item_vectors", own, extended))
   assert_array_equal(vectors[:ITEMS], call(settings, "item_vectors", own, catalogue))
@@ -592,7 +592,7 @@ def test_items_that_come_later_are_found_and_known_ones_keep_their_vectors(
 
 @pytest.mark.parametrize("changes", [{"head": "dense"}, {"backbone": "encoder_decoder"}], ids=str)
 def test_dropped_items_are_known_by_what_else_they_are(random_params, catalogue, batch, changes):
-  settings = dataclasses.replace(SETTINGS, dropout=0.0, item_dropout=0.4, node_scores=True, head_width=4, **changes)
+  settings = dataclasses.replace(SETTINGS, dropout=0.0, item_dropout=0.4, subtree_logits=True, head_width=4, **changes)
   if settings.backbone == "encoder_decoder":
     batch = batch | {"targets": batch["targets"][:, 0]}
   params = random_params(Recommender(settings), catalogue, batch)

@@ -18,7 +18,7 @@ ITEMS, LEVELS, CODES, FEATURES = 14, 3, 4, 5
 SETTINGS = RecommenderSettings(
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=LEVELS, feature_width=FEATURES, head="hybrid",
   width=8, num_layers=1, num_heads=2, mlp_width=12, depth_layers=1, dropout=0.4, max_length=6, num_streams=1,
-  num_buckets=4, node_scores=True, history_offsets=True, dense_width=6, dense_mlp_width=10, dense_dropout=0.0,
+  num_buckets=4, subtree_logits=True, seen_item_bias=True, dense_width=6, dense_mlp_width=10, dense_dropout=0.0,
 )  # fmt: skip
 ROWS = 3
 
@@ -117,12 +117,12 @@ def test_dropout_reaches_both_towers(params, catalogue, batch):
 
 def both(params, catalogue, queries, settings=SETTINGS):
   """Log-probabilities of all items [B, N], of each tower."""
-  past = make_recommender(settings).past(queries)
+  seen = make_recommender(settings).seen(queries)
   every = jnp.tile(jnp.arange(catalogue.num_items), (ROWS, 1))
   found = {}
   for name, tower in towers(settings):
     states = call(tower, "last_states", params[name], catalogue, queries)
-    found[name] = np.asarray(call(tower, "log_probs", params[name], catalogue, states, every, past), np.float64)
+    found[name] = np.asarray(call(tower, "log_probs", params[name], catalogue, states, every, seen), np.float64)
   return found["generative"], found["dense"]
 
 
@@ -130,7 +130,7 @@ def test_log_probs_are_the_sum_of_both_towers(params, catalogue, queries):
   model = make_recommender(SETTINGS)
   states = call(model, "last_states", params, catalogue, queries)
   every = jnp.tile(jnp.arange(ITEMS), (ROWS, 1))
-  found = call(model, "log_probs", params, catalogue, states, every, model.past(queries))
+  found = call(model, "log_probs", params, catalogue, states, every, model.seen(queries))
   assert_allclose(found, sum(both(params, catalogue, queries)), atol=1e-4)
 
 
@@ -149,8 +149,8 @@ def test_a_search_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogu
   model = make_recommender(SETTINGS)
   exclude = np.array([[0, 5], [-1, -1], [3, -1]])
   states = call(model, "last_states", params, catalogue, queries)
-  past = model.past(queries)
-  found = call(model, "search", params, catalogue, states, width=width, exclude=jnp.asarray(exclude), past=past)
+  seen = model.seen(queries)
+  found = call(model, "search", params, catalogue, states, width=width, exclude=jnp.asarray(exclude), seen=seen)
   for row, (generative, dense) in enumerate(zip(*both(params, catalogue, queries), strict=True)):
     items, log_probs = expected_order(generative, dense, width=width, exclude=exclude[row])
     assert len(items) == ITEMS - np.count_nonzero(exclude[row] >= 0)
@@ -162,11 +162,11 @@ def test_a_search_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogu
 def test_a_narrow_search_ranks_the_candidates_of_both_towers(params, catalogue, queries):
   width = 3
   model = make_recommender(SETTINGS)
-  states, past = call(model, "last_states", params, catalogue, queries), model.past(queries)
-  found = call(model, "search", params, catalogue, states, width=width, past=past)
+  states, seen = call(model, "last_states", params, catalogue, queries), model.seen(queries)
+  found = call(model, "search", params, catalogue, states, width=width, seen=seen)
   beam = call(
     Recommender(tower_settings(SETTINGS)[0]), "search", params["generative"], catalogue, states[0], width=width,
-    past=past,
+    seen=seen,
   )  # fmt: skip
   generative, dense = both(params, catalogue, queries)
   only_dense = 0
@@ -183,9 +183,9 @@ def test_a_narrow_search_ranks_the_candidates_of_both_towers(params, catalogue, 
 
 def test_nothing_is_found_where_all_is_excluded(params, catalogue, queries):
   model = make_recommender(SETTINGS)
-  states, past = call(model, "last_states", params, catalogue, queries), model.past(queries)
+  states, seen = call(model, "last_states", params, catalogue, queries), model.seen(queries)
   exclude = jnp.tile(jnp.arange(ITEMS), (ROWS, 1))
-  found = call(model, "search", params, catalogue, states, width=4, exclude=exclude, past=past)
+  found = call(model, "search", params, catalogue, states, width=4, exclude=exclude, seen=seen)
   assert_array_equal(found.items, np.full((ROWS, 4), -1))
   assert np.isneginf(found.log_probs).all()
 
@@ -196,8 +196,8 @@ def test_items_that_came_after_training_are_candidates(random_params, catalogue,
   model = make_recommender(settings)
   own = random_params(model, catalogue, batch)
   assert own["dense"]["item_embedding"].shape == (known, 6)
-  states, past = call(model, "last_states", own, catalogue, queries), model.past(queries)
-  found = call(model, "search", own, catalogue, states, width=ITEMS, past=past)
+  states, seen = call(model, "last_states", own, catalogue, queries), model.seen(queries)
+  found = call(model, "search", own, catalogue, states, width=ITEMS, seen=seen)
   for row, (generative, dense) in enumerate(zip(*both(own, catalogue, queries, settings), strict=True)):
     items, log_probs = expected_order(generative, dense, width=ITEMS, exclude=[])
     assert_array_equal(found.items[row], items)

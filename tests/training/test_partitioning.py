@@ -143,10 +143,10 @@ def tokenizer_problem(*, revival_threshold, steps=STEPS, **choices):
 
 
 PROBLEMS = {
-  "generative": lambda: recommender_problem("generative", node_scores=True, history_offsets=True),
-  "dense": lambda: recommender_problem("dense", history_offsets=True),
-  "parts": lambda: recommender_problem("dense", accumulation=2, history_offsets=True),
-  "many parts": lambda: recommender_problem("dense", accumulation=8, history_offsets=True),
+  "generative": lambda: recommender_problem("generative", subtree_logits=True, seen_item_bias=True),
+  "dense": lambda: recommender_problem("dense", seen_item_bias=True),
+  "parts": lambda: recommender_problem("dense", accumulation=2, seen_item_bias=True),
+  "many parts": lambda: recommender_problem("dense", accumulation=8, seen_item_bias=True),
   # Dropout and negatives, which the mesh draws as one device does.
   "drawn": lambda: recommender_problem("dense", dropout=0.2, item_dropout=0.3, num_negatives=16),
   # Without revival: which residual a code out of use moves to is a draw of its own.
