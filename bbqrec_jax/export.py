@@ -23,7 +23,7 @@ from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.files import check_file, check_new, read_archive, unfinished
@@ -33,7 +33,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export_recommender(
-  model: Recommender,
+  model: SequenceModel,
   params: Any,
   catalogue: Catalogue,
   *,
@@ -91,7 +91,7 @@ def export_recommender(
 
 def write_export(
   folder: pathlib.Path,
-  model: Recommender,
+  model: SequenceModel,
   params: Any,
   catalogue: Catalogue,
   *,

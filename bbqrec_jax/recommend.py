@@ -26,7 +26,7 @@ from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
 from bbqrec_jax.errors import InputError, printable, refuse, shown
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.files import check_new, unfinished
@@ -76,7 +76,7 @@ def parse_times(text: str | None, *, count: int) -> np.ndarray | None:
 
 
 def recommend(
-  model: Recommender,
+  model: SequenceModel,
   params: Any,
   catalogue: Catalogue,
   history: np.ndarray,
@@ -108,7 +108,7 @@ def recommend(
 
 
 def recommend_all(
-  model: Recommender,
+  model: SequenceModel,
   params: Any,
   catalogue: Catalogue,
   histories: Interactions,

@@ -5,71 +5,34 @@ similarity bias of the items is one optional argument of the encoder and is expa
 """
 
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.dense import Dense, DenseGeneral
 from bbqrec_jax.layers.dropout import Dropout
 from bbqrec_jax.layers.transformer import KeyValue, RelativeBias, summed_bias
 from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.ops.products import repeat_rows
-from bbqrec_jax.recommender.catalogue import RecommenderSettings
+from bbqrec_jax.recommender.parts import Backbone, Head, Items, Memory
+from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.subtree_logits import Addition, SubtreeLogits, additions, search_logits, training_logits
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search, item_log_probs
-
-
-@flax.struct.dataclass
-class Memory:
-  """What the encoder makes of histories.
-
-  Attributes:
-    tokens: [B, S, d].
-    real: [B, S] bool, False at padding.
-  """
-
-  tokens: jax.Array
-  real: jax.Array
-
-  def pooled(self) -> jax.Array:
-    """Mean of the real tokens, [B, d]."""
-    weight = self.real[..., None].astype(self.tokens.dtype)
-    return jnp.sum(self.tokens * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
-
-
-class Shape(NamedTuple):
-  """Widths of a stack of layers.
-
-  Attributes:
-    width: d.
-    num_heads: H.
-    head_width: of each head; H times it need not be d.
-    mlp_width: of the feed-forward parts.
-    dropout: rate on the input, each residual branch and the output.
-    implementation: of the attention, see `ops.attention`.
-  """
-
-  width: int
-  num_heads: int
-  head_width: int
-  mlp_width: int
-  dropout: float = 0.0
-  implementation: str = "einsum"
 
 
 class Attention(nn.Module):
   """Attention whose keys and values may be made ahead."""
 
-  shape: Shape
+  settings: RecommenderSettings
 
   def setup(self):
     """Makes the products."""
-    heads = (self.shape.num_heads, self.shape.head_width)
+    heads = (self.settings.num_heads, self.settings.head_width)
     self.query, self.key, self.value = (DenseGeneral(heads, use_bias=False) for _ in range(3))
-    self.out = DenseGeneral(self.shape.width, axis=(-2, -1), use_bias=False)
+    self.out = DenseGeneral(self.settings.width, axis=(-2, -1), use_bias=False)
 
   def keys_values(self, x: jax.Array) -> KeyValue:
     """Keys and values of [B, S, d], each [B, S, H, d_head]."""
@@ -78,25 +41,25 @@ class Attention(nn.Module):
   def __call__(self, x: jax.Array, keys_values: KeyValue, mask: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """[B, T, d] attends to S places; mask and bias, which is added to the scores, broadcast to [B, H, T, S]."""
     query, (key, value) = self.query(x), keys_values
-    mixed = attention(query, key, value, mask=mask, bias=bias, implementation=self.shape.implementation)
+    mixed = attention(query, key, value, mask=mask, bias=bias, implementation=self.settings.attention)
     return self.out(mixed)
 
 
 class Layer(nn.Module):
   """One layer of the encoder, or with `cross` of the decoder."""
 
-  shape: Shape
+  settings: RecommenderSettings
   cross: bool = False
 
   def setup(self):
     """Makes the parts."""
     self.self_norm, self.mlp_norm = nn.RMSNorm(), nn.RMSNorm()
-    self.self_attention = Attention(self.shape)
+    self.self_attention = Attention(self.settings)
     if self.cross:
-      self.cross_norm, self.cross_attention = nn.RMSNorm(), Attention(self.shape)
-    self.mlp_in = Dense(self.shape.mlp_width, use_bias=False)
-    self.mlp_out = Dense(self.shape.width, use_bias=False)
-    self.drop = Dropout(self.shape.dropout)
+      self.cross_norm, self.cross_attention = nn.RMSNorm(), Attention(self.settings)
+    self.mlp_in = Dense(self.settings.mlp_width, use_bias=False)
+    self.mlp_out = Dense(self.settings.width, use_bias=False)
+    self.drop = Dropout(self.settings.dropout)
 
   def __call__(
     self,
@@ -129,85 +92,94 @@ class Layer(nn.Module):
     return x + self.drop(self.mlp_out(hidden), deterministic=deterministic), keys_values
 
 
-class Encoder(nn.Module):
-  """Encodes histories of items, each a run of code tokens.
+class Encoder(Backbone):
+  """Encodes histories of items, each a run of code tokens."""
 
-  Attributes:
-    shape: widths.
-    num_layers: layers.
-    num_buckets: of relative positions.
-  """
+  rows: ClassVar[str] = "history"
+  reads_codes: ClassVar[bool] = True
+  makes_memory: ClassVar[bool] = True
 
-  shape: Shape
-  num_layers: int
-  num_buckets: int = 32
+  @classmethod
+  def check(cls, settings: RecommenderSettings, prefix: str) -> None:
+    """See `Backbone`."""
+    places = settings.position_buckets
+    if not (4 <= places <= 254 and places % 2 == 0):
+      raise InputError(f"config field {prefix}position_buckets must be an even number from 4 to 254, got {places}")
+    if settings.time_buckets:
+      raise InputError(f"config field {prefix}time_buckets works with the causal backbone: set it to 0")
 
   @nn.compact
   def __call__(
-    self, tokens: jax.Array, real: jax.Array, bias: jax.Array | None = None, *, deterministic: bool = True
+    self,
+    x: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array,
+    bias: jax.Array | None = None,
+    times: jax.Array | None = None,
+    *,
+    deterministic: bool = True,
   ) -> Memory:
     """Runs the layers.
 
     Args:
-      tokens: [B, T, L, d], of each item's codes.
-      real: [B, T] bool, False at padding.
+      x: [B, T, L, d], tokens of each item's codes.
+      segments: [B, T] int, 0 at padding.
+      positions: not read: those of the tokens follow from their order.
       bias: [B, H, T, T] between items, the same in every layer, or None.
+      times: not read.
       deterministic: no dropout.
 
     Returns:
       A `Memory` of S = T L tokens; those at padding mean nothing.
     """
-    batch, length, levels, width = tokens.shape
-    x = tokens.reshape(batch, length * levels, width)
-    here = jnp.repeat(real, levels, axis=1)
+    del positions, times
+    s = self.settings
+    batch, length, levels, width = x.shape
+    x = x.reshape(batch, length * levels, width)
+    here = jnp.repeat(segments > 0, levels, axis=1)
     places = jnp.arange(length * levels, dtype=jnp.int32)
     # A token of padding sees itself, so that its softmax is finite.
     mask = here[:, None, None, :] | jnp.eye(length * levels, dtype=bool)[None, None]
-    position = RelativeBias(self.shape.num_heads, self.num_buckets, name="position")(places[None, :] - places[:, None])
+    position = RelativeBias(s.num_heads, s.position_buckets, name="position")(places[None, :] - places[:, None])
     position = repeat_rows(position[0], batch)
-    drop = Dropout(self.shape.dropout, deterministic=deterministic)
+    drop = Dropout(s.dropout, deterministic=deterministic)
     x = drop(x)
     if bias is not None:
       bias = jnp.repeat(jnp.repeat(bias, levels, axis=2), levels, axis=3)
     added = summed_bias(position, bias)
-    for index in range(self.num_layers):
-      x, _ = Layer(self.shape, name=f"layer_{index}")(x, mask, added, deterministic=deterministic)
+    for index in range(s.num_layers):
+      x, _ = Layer(s, name=f"layer_{index}")(x, mask, added, deterministic=deterministic)
     return Memory(drop(nn.RMSNorm(name="final_norm")(x)), here)
 
 
-class DecoderHead(nn.Module):
-  """Predicts the L codes of the next item one after another from the encoder's memory; the head of T5's kind.
+class DecoderHead(Head):
+  """Predicts the L codes of the next item one after another from the encoder's memory; the head of T5's kind."""
 
-  Attributes:
-    settings: of the recommender.
-  """
-
-  settings: RecommenderSettings
   exact: ClassVar[bool] = False
-  reads_memory: ClassVar[bool] = True
   reads_history: ClassVar[bool] = True
+  reads_codes: ClassVar[bool] = True
+  reads_memory: ClassVar[bool] = True
 
   def setup(self):
     """Makes the parameters and submodules."""
     s = self.settings
-    shape = encoder_shape(s)
     self.code_embedding = self.param(
       "code_embedding", nn.initializers.normal(1.0), (s.num_levels, s.num_codes, s.width), jnp.float32
     )
     self.start_embedding = self.param("start_embedding", nn.initializers.normal(1.0), (s.width,), jnp.float32)
     self.position = RelativeBias(s.num_heads, s.position_buckets, bidirectional=False)
-    self.layers = [Layer(shape, cross=True, name=f"layer_{index}") for index in range(s.num_layers)]
+    self.layers = [Layer(s, cross=True, name=f"layer_{index}") for index in range(s.num_layers)]
     self.norm = nn.RMSNorm()
     self.drop = Dropout(s.dropout)
     if s.subtree_logits:
       self.subtree_logits = SubtreeLogits(s.num_items)
     if s.seen_item_bias:
-      self.offsets = self.param("seen_item_bias", nn.initializers.zeros, (s.num_levels,), jnp.float32)
+      self.seen_item_bias = self.param("seen_item_bias", nn.initializers.zeros, (s.num_levels,), jnp.float32)
 
-  def _additions(self, items: Any) -> Addition | None:
+  def _additions(self, items: Items) -> Addition | None:
     """What is added to the scores of the trie's nodes; None where nothing."""
     tables = self.subtree_logits(items) if self.settings.subtree_logits else None
-    return additions(items, tables, self.offsets if self.settings.seen_item_bias else None)
+    return additions(items, tables, self.seen_item_bias if self.settings.seen_item_bias else None)
 
   def _logits(self, x: jax.Array, level: int) -> jax.Array:
     """Of one level, tied to the embeddings of its codes: [..., d] -> [..., K] float32."""
@@ -238,7 +210,7 @@ class DecoderHead(nn.Module):
     x = self.drop(self.norm(x), deterministic=deterministic)
     return [self._logits(x[:, level], level) for level in range(levels)], x
 
-  def losses(self, items: Any, memory: Memory, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
+  def losses(self, items: Items, memory: Memory, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [B] and on."""
     codes = items.catalogue.semantic_ids[targets]
     logits, hidden = self(memory, codes, deterministic=deterministic)
@@ -290,7 +262,7 @@ class DecoderHead(nn.Module):
     x = self.norm(x)
     return jax.nn.log_softmax(self._logits(x, level)), {"caches": caches, "hidden": x}
 
-  def _walk(self, items: Any, memory: Memory) -> dict[str, Any]:
+  def _walk(self, items: Items, memory: Memory) -> dict[str, Any]:
     """What `beam_search` and `item_log_probs` take; the histories are encoded once."""
     memories = self._memories(memory)
     return {
@@ -301,15 +273,10 @@ class DecoderHead(nn.Module):
       "subtree_logits": search_logits(self._additions(items)),
     }
 
-  def search(self, items: Any, memory: Memory, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
+  def search(self, items: Items, memory: Memory, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The `width` most probable items by beam search over the trie."""
     return beam_search(**self._walk(items, memory), batch=memory.real.shape[0], width=width, exclude=exclude)
 
-  def log_probs(self, items: Any, memory: Memory, some: jax.Array) -> jax.Array:
+  def log_probs(self, items: Items, memory: Memory, some: jax.Array) -> jax.Array:
     """Log-probabilities of the IDs of `some` items, [B, n] int -> [B, n] float32; as `losses` counts them."""
     return item_log_probs(**self._walk(items, memory), items=some)
-
-
-def encoder_shape(s: RecommenderSettings) -> Shape:
-  """The widths that the settings give."""
-  return Shape(s.width, s.num_heads, s.head_width, s.mlp_width, s.dropout, s.attention)

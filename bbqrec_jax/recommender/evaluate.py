@@ -13,13 +13,13 @@ from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.ranking import MISS, ranking_metrics, ranks_in_list, target_ranks, without
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.model import SequenceModel
 
 WITHOUT_HISTORY = "_without_history"  # After the name of figures of a ranking that leaves out the user's history.
 _COVERAGE_CUTOFF = 10
 
 
-def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalogue, Any], Any]:
+def make_ranker(model: SequenceModel, *, beam_width: int) -> Callable[[Any, Catalogue, Any], Any]:
   """The function that ranks one batch, ready to be compiled by a partitioner.
 
   Args:

@@ -8,14 +8,15 @@ import optax
 
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.reduction import mean_weights
-from bbqrec_jax.recommender.model import Catalogue, Recommender
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.training.partitioning import StepFunction, reduce_shares
 from bbqrec_jax.training.state import TrainState, step_key
 from bbqrec_jax.training.step import Metrics, updated
 
 
 def make_recommender_step(
-  model: Recommender, optimizer: optax.GradientTransformation, *, accumulation: int = 1
+  model: SequenceModel, optimizer: optax.GradientTransformation, *, accumulation: int = 1
 ) -> StepFunction:
   """The step of stage 2.
 

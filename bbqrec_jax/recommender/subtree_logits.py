@@ -48,7 +48,7 @@ class SubtreeLogits(nn.Module):
 
   @nn.compact
   def __call__(self, items: Any) -> SubtreeTables:
-    """The tables of all nodes, from `heads.Items`."""
+    """The tables of all nodes, from `parts.Items`."""
     prior = self.param("prior", nn.initializers.zeros, (self.num_items,), jnp.float32).astype(jnp.float32)
     new = items.catalogue.num_items - self.num_items
     if new:
@@ -68,7 +68,7 @@ def additions(items: Any, tables: SubtreeTables | None, biases: jax.Array | None
   share f then has log(1 - f + f exp(o)) added to its score: o once all that it leads to is in the history.
 
   Args:
-    items: `heads.Items`.
+    items: `parts.Items`.
     tables: of `SubtreeLogits`, or None.
     biases: [L], of each level, in `BIAS_UNIT`, or None.
 

@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 
 from bbqrec_jax.ops.ranking import without
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
-from bbqrec_jax.recommender.model import Recommender, check_parts
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.model import Recommender, SequenceModel, check_parts
+from bbqrec_jax.recommender.settings import TOWERS, RecommenderSettings
 from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 
+_OF_CODES = {"fused", "modalities", "content"}  # Item inputs that the dense tower does without.
 
-def make_recommender(settings: RecommenderSettings) -> Recommender:
+
+def make_recommender(settings: RecommenderSettings) -> SequenceModel:
   """The recommender that the settings describe: of one tower, or of two, see `TwoTowers`.
 
   Raises:
     InputError: if its head or its backbone cannot be made.
   """
-  if settings.head != "hybrid":
+  if settings.head not in TOWERS:
     check_parts(settings)
     return Recommender(settings)
   for tower in tower_settings(settings):
@@ -31,40 +34,34 @@ def tower_settings(settings: RecommenderSettings) -> tuple[RecommenderSettings, 
 
   Where it has no features, either, it is never made to do without items' own vectors.
   """
-  generative = dataclasses.replace(settings, head="generative")
+  first, second = TOWERS[settings.head]
+  generative = dataclasses.replace(settings, head=first)
   dense = dataclasses.replace(
     generative,
-    head="dense",
+    head=second,
+    item_inputs=tuple(name for name in settings.item_inputs if name not in _OF_CODES),
     num_columns=0,
     num_streams=0,
-    width=settings.dense_width,
-    mlp_width=settings.dense_mlp_width,
-    dropout=settings.dense_dropout,
+    width=settings.dense_tower.width,
+    mlp_width=settings.dense_tower.mlp_width,
+    dropout=settings.dense_tower.dropout,
     item_dropout=settings.item_dropout if settings.feature_width else 0.0,
   )
   return generative, dense
 
 
-class TwoTowers(Recommender):
+class TwoTowers(SequenceModel):
   """The generative and the dense head, each on item vectors and a backbone of its own (this project's choice).
 
   Heads of one backbone are in one another's way, and make the same mistakes; towers do neither. The generative one
   knows items by all that the settings name. The dense one knows them without codes, and its attention without
   similarities: it is SASRec, with features where the settings name them. Each head's candidates are scored by both.
-
-  Attributes:
-    settings: of both; `head` is "hybrid".
   """
 
   def setup(self) -> None:
     """Makes the towers."""
     generative, dense = tower_settings(self.settings)
     self.generative, self.dense = Recommender(generative), Recommender(dense)
-
-  @property
-  def reads_history(self) -> bool:
-    """Whether the heads look at what the history has."""
-    return self.settings.seen_item_bias
 
   def loss(
     self,
@@ -74,7 +71,7 @@ class TwoTowers(Recommender):
     deterministic: bool,
     weights: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The sum of both towers' losses; see `Recommender.loss`."""
+    """The sum of both towers' losses; see `SequenceModel`."""
     total = jnp.zeros((), jnp.float32)
     every: dict[str, jax.Array] = {}
     for tower in (self.generative, self.dense):

@@ -5,7 +5,6 @@ import functools
 import pathlib
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +14,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.softmax import sampled_cross_entropy
 from bbqrec_jax.recommender import heads
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
-from bbqrec_jax.recommender.heads import DenseHead, GenerativeHead, ParallelHead
+from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
+from bbqrec_jax.recommender.generative import GenerativeHead
+from bbqrec_jax.recommender.heads import DenseHead, ParallelHead
 from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.parts import Backbone, Items
+from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.subtree_logits import SubtreeLogits
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.trie import build_trie
@@ -25,7 +27,8 @@ from bbqrec_jax.semantic_ids.trie import build_trie
 ITEMS, LEVELS, CODES, STREAMS, WIDTH = 12, 3, 4, 2, 8
 SETTINGS = RecommenderSettings(
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=2 * LEVELS, width=WIDTH, num_layers=1, num_heads=2,
-  mlp_width=12, depth_layers=1, dropout=0.4, max_length=6, num_streams=STREAMS, num_buckets=4,
+  mlp_width=12, depth_layers=1, dropout=0.4, max_length=6, num_streams=STREAMS, cross_streams=True, table_buckets=4,
+  subtree_logits=False, seen_item_bias=False,
 )  # fmt: skip
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
 POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 0, 0]])
@@ -41,7 +44,7 @@ def catalogue():
   )
   vectors = rng.normal(size=(ITEMS, STREAMS, 5))
   vectors[~present, 1] = 0
-  edges = np.sort(rng.uniform(-0.6, 0.6, size=(len(SETTINGS.pairs), SETTINGS.num_buckets - 1)), axis=1)
+  edges = np.sort(rng.uniform(-0.6, 0.6, size=(len(SETTINGS.pairs), SETTINGS.table_buckets - 1)), axis=1)
   return Catalogue(
     semantic_ids=jnp.asarray(ids, jnp.int32),
     columns=jnp.asarray(columns),
@@ -83,8 +86,7 @@ def call(settings, method, params, catalogue, *args):
 
 
 def states(params, catalogue, batch, settings=SETTINGS):
-  parts = (batch[name] for name in ("items", "segments", "positions"))
-  return np.asarray(call(settings, "states", params, catalogue, *parts))
+  return np.asarray(call(settings, "states", params, catalogue, batch))
 
 
 @functools.partial(jax.jit, static_argnames=("settings",))
@@ -100,7 +102,7 @@ def test_tables_start_at_zero(catalogue, batch):
     return Recommender(SETTINGS).init(key, catalogue, batch)["params"]["similarity_tables"]
 
   start = jax.jit(tables)(jax.random.key(0))
-  assert_array_equal(start, np.zeros((len(SETTINGS.pairs), SETTINGS.num_heads, SETTINGS.num_buckets + 2)))
+  assert_array_equal(start, np.zeros((len(SETTINGS.pairs), SETTINGS.num_heads, SETTINGS.table_buckets + 2)))
 
 
 def test_zero_tables_make_it_the_plain_backbone_bit_for_bit_and_other_tables_do_not(fresh, params, catalogue, batch):
@@ -114,7 +116,7 @@ def test_zero_tables_make_it_the_plain_backbone_bit_for_bit_and_other_tables_do_
   assert_array_equal(changed, (POSITIONS > 0) & (SEGMENTS > 0))
 
 
-@pytest.mark.parametrize("changes", [{"num_buckets": 0}, {"attention": "xla"}], ids=str)
+@pytest.mark.parametrize("changes", [{"table_buckets": 0}, {"attention": "xla"}], ids=str)
 def test_other_ways_to_reweight_start_as_the_plain_backbone_too(random_params, catalogue, batch, changes):
   settings = dataclasses.replace(SETTINGS, **changes)
   params = random_params(Recommender(settings), catalogue, batch)
@@ -251,8 +253,8 @@ def test_every_item_can_be_drawn_as_a_negative_and_none_beside_them(catalogue, m
     return sampled_cross_entropy(*args, num_items=num_items, **options)
 
   monkeypatch.setattr(heads, "sampled_cross_entropy", spy)
-  items = heads.Items(catalogue, lambda some: jnp.ones((*some.shape, WIDTH)))
-  head, targets = DenseHead(num_negatives=600), jnp.arange(5)
+  items = Items(catalogue, lambda some: jnp.ones((*some.shape, WIDTH)))
+  head, targets = DenseHead(dataclasses.replace(DENSE, num_negatives=600)), jnp.arange(5)
   head.apply(
     {}, items, jnp.ones((5, WIDTH)), targets, deterministic=False, method="losses", rngs={"dropout": jax.random.key(0)}
   )
@@ -317,9 +319,7 @@ def test_log_probs_are_those_of_the_heads_logits_among_the_codes_they_compete_wi
   node_params, catalogue, queries, exact, settings
 ):
   ids = np.asarray(catalogue.semantic_ids)
-  head = GenerativeHead(
-    LEVELS, CODES, WIDTH, SETTINGS.depth_layers, SETTINGS.num_heads, SETTINGS.mlp_width, SETTINGS.dropout
-  )
+  head = GenerativeHead(SETTINGS)
   vectors = np.asarray(call(settings, "item_vectors", node_params, catalogue), np.float64)
   prior = np.exp(node_params["head"]["subtree_logits"]["prior"].astype(np.float64))
   log_probs = exact(settings)
@@ -382,9 +382,7 @@ def parallel_params(random_params, catalogue, batch):
 def test_parallel_scores_are_sums_of_log_probabilities_that_know_nothing_of_one_another(
   parallel_params, catalogue, queries
 ):
-  per_level = np.asarray(
-    ParallelHead(LEVELS, CODES, SETTINGS.mlp_width).apply({"params": parallel_params["head"]}, queries), np.float64
-  )
+  per_level = np.asarray(ParallelHead(PARALLEL).apply({"params": parallel_params["head"]}, queries), np.float64)
   head, states = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (parallel_params["head"], queries))
 
   def dense(x, name):
@@ -443,7 +441,7 @@ def test_an_exact_head_finds_the_best_items_that_are_not_excluded(parallel_param
   ("changes", "reads"),
   [
     ({"head": "generative"}, True), ({"head": "dense"}, True),
-    ({"head": "hybrid", "dense_width": 6}, True), ({"head": "parallel"}, False),
+    ({"head": "hybrid"}, True), ({"head": "parallel"}, False),
     ({"backbone": "encoder_decoder"}, True), ({"backbone": "encoder_decoder", "head": "parallel"}, False),
   ],
   ids=str,
@@ -467,7 +465,7 @@ def test_the_readmes_head_of_ones_own_works(dense_params, catalogue, batch, quer
   (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "my_heads.py" in block]
   (tmp_path / "my_heads.py").write_text(code, encoding="utf-8")
   monkeypatch.syspath_prepend(tmp_path)
-  settings = dataclasses.replace(SETTINGS, head="my_heads:nearest")
+  settings = dataclasses.replace(SETTINGS, head="my_heads:NearestHead")
   vectors = numpy_item_vectors(dense_params, catalogue)
   distance = np.square(np.asarray(queries)[:, None] - vectors[None]).sum(axis=-1)
   found = search(settings, dense_params, catalogue, queries, width=3)
@@ -478,20 +476,15 @@ def test_the_readmes_head_of_ones_own_works(dense_params, catalogue, batch, quer
   assert np.any(gradient["item_embedding"])
 
 
-class SumBackbone(nn.Module):
+class Sums(Backbone):
   """A backbone of one's own: each position's state is the sum of the row up to it."""
 
-  def __call__(self, x, segments, positions, bias=None, *, deterministic=True):
+  def __call__(self, x, segments, positions, bias=None, times=None, *, deterministic=True):
     return jnp.cumsum(x, axis=1)
 
 
-def sums(settings):
-  assert settings.width == WIDTH
-  return SumBackbone()
-
-
-def test_a_backbone_of_ones_own_is_a_function_that_the_config_names(dense_params, catalogue, batch):
-  settings = dataclasses.replace(DENSE, backbone=f"{__name__}:sums")
+def test_a_backbone_of_ones_own_is_a_class_that_the_config_names(dense_params, catalogue, batch):
+  settings = dataclasses.replace(DENSE, backbone=f"{__name__}:Sums")
   expected = np.cumsum(numpy_item_vectors(dense_params, catalogue)[batch["items"]], axis=1)
   assert_allclose(states(dense_params, catalogue, batch, settings=settings), expected, atol=1e-5)
 
@@ -505,14 +498,13 @@ def in_its_type(settings, method, params, catalogue, *args):
 
 
 def test_bfloat16_starts_as_the_plain_backbone_bit_for_bit_and_stays_near_float32(fresh, params, catalogue, batch):
-  parts = [batch[name] for name in ("items", "segments", "positions")]
   plain = dataclasses.replace(BFLOAT16, num_streams=0)
   shared = {name: value for name, value in fresh.items() if name != "similarity_tables"}
-  expected = in_its_type(plain, "states", shared, catalogue, *parts)
+  expected = in_its_type(plain, "states", shared, catalogue, batch)
   assert expected.dtype == jnp.bfloat16
-  assert_array_equal(in_its_type(BFLOAT16, "states", fresh, catalogue, *parts), expected)
-  assert (in_its_type(BFLOAT16, "states", params, catalogue, *parts) != expected).any()
-  got = np.asarray(in_its_type(BFLOAT16, "states", params, catalogue, *parts), np.float32)
+  assert_array_equal(in_its_type(BFLOAT16, "states", fresh, catalogue, batch), expected)
+  assert (in_its_type(BFLOAT16, "states", params, catalogue, batch) != expected).any()
+  got = np.asarray(in_its_type(BFLOAT16, "states", params, catalogue, batch), np.float32)
   real = SEGMENTS > 0
   assert np.abs(got - states(params, catalogue, batch))[real].max() < 0.1
 
@@ -566,7 +558,7 @@ def extended(catalogue):
 def test_items_that_come_later_have_the_mean_prior_of_the_known_ones(extended):
   prior = np.random.default_rng(5).normal(1.0, size=ITEMS).astype(np.float32)
   vectors = jnp.asarray(np.random.default_rng(6).normal(size=(ITEMS + 3, WIDTH)), jnp.float32)
-  items = heads.Items(extended, lambda: vectors)
+  items = Items(extended, lambda: vectors)
   tables = SubtreeLogits(ITEMS).apply({"params": {"prior": prior}}, items)
   known = np.append(prior, np.full(3, prior.mean()))
   assert_allclose(tables.masses[-1], known[extended.trie.items], rtol=1e-6)

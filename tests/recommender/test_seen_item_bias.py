@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.subtree_logits import BIAS_UNIT
 from bbqrec_jax.semantic_ids.trie import build_trie
 
 ITEMS, LEVELS, CODES, WIDTH, LENGTH = 12, 3, 3, 8, 6
 GENERATIVE = RecommenderSettings(
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=LEVELS, width=WIDTH, num_layers=1, num_heads=2,
-  head_width=4, mlp_width=12, depth_layers=1, dropout=0.0, max_length=LENGTH, num_streams=0, seen_item_bias=True,
+  head_width=4, mlp_width=12, depth_layers=1, dropout=0.0, max_length=LENGTH, subtree_logits=False, seen_item_bias=True,
 )  # fmt: skip
 DENSE = dataclasses.replace(GENERATIVE, head="dense")
 NODES = dataclasses.replace(GENERATIVE, subtree_logits=True)
@@ -117,8 +118,7 @@ def test_biases_start_at_zero_and_then_change_nothing(random_params, settings, c
 def test_the_dense_head_adds_its_bias_to_the_items_of_the_history(random_params, catalogue, items):
   batch, value = batch_of(DENSE, items), -0.17
   params = with_biases(random_params(Recommender(DENSE), catalogue, batch), value)
-  parts = (batch[name] for name in ("items", "segments", "positions"))
-  states = np.asarray(call(DENSE, "states", params, catalogue, *parts), np.float64).reshape(-1, WIDTH)
+  states = np.asarray(call(DENSE, "states", params, catalogue, batch), np.float64).reshape(-1, WIDTH)
   vectors = np.asarray(call(DENSE, "item_vectors", params, catalogue), np.float64)
   seen = np.asarray(Recommender(DENSE).seen(batch, packed=True))
 

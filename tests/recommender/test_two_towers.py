@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.settings import DenseTowerSettings, RecommenderSettings
 from bbqrec_jax.recommender.two_towers import TwoTowers, make_recommender, tower_settings
 from bbqrec_jax.semantic_ids.trie import build_trie
 
@@ -18,7 +19,8 @@ ITEMS, LEVELS, CODES, FEATURES = 14, 3, 4, 5
 SETTINGS = RecommenderSettings(
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=LEVELS, feature_width=FEATURES, head="hybrid",
   width=8, num_layers=1, num_heads=2, mlp_width=12, depth_layers=1, dropout=0.4, max_length=6, num_streams=1,
-  num_buckets=4, subtree_logits=True, seen_item_bias=True, dense_width=6, dense_mlp_width=10, dense_dropout=0.0,
+  table_buckets=4, item_inputs=("fused", "features", "item"),
+  dense_tower=DenseTowerSettings(width=6, mlp_width=10, dropout=0.0),
 )  # fmt: skip
 ROWS = 3
 
@@ -107,7 +109,9 @@ def test_loss_and_gradient_are_those_of_each_tower_by_itself(params, catalogue, 
 
 
 def test_dropout_reaches_both_towers(params, catalogue, batch):
-  model = make_recommender(dataclasses.replace(SETTINGS, dense_dropout=0.4))
+  model = make_recommender(
+    dataclasses.replace(SETTINGS, dense_tower=dataclasses.replace(SETTINGS.dense_tower, dropout=0.4))
+  )
   first, second = (
     call(model, "loss", params, catalogue, batch, deterministic=False, rngs={"dropout": jax.random.key(seed)})[1]
     for seed in (0, 1)
