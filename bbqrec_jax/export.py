@@ -23,7 +23,7 @@ from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.environment import settle_jax
@@ -34,7 +34,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export_recommender(
-  model: Recommender,
+  model: SequenceModel,
   params: Any,
   catalogue: Catalogue,
   *,
@@ -78,8 +78,8 @@ def export_recommender(
     if times:
       batch["times"] = jnp.where(real, times[0], 0)
     states = apply(model, params, "last_states", catalogue, batch)
-    past = model.past(batch)
-    found = apply(model, params, "search", catalogue, states, width=width, exclude=exclude, past=past)
+    seen = model.seen(batch)
+    found = apply(model, params, "search", catalogue, states, width=width, exclude=exclude, seen=seen)
     return found.items[:, :top], found.log_probs[:, :top]
 
   rows, excluded = jax.export.symbolic_shape("b, e", constraints=("b >= 1", "e >= 1"))
@@ -92,7 +92,7 @@ def export_recommender(
 
 def write_export(
   folder: pathlib.Path,
-  model: Recommender,
+  model: SequenceModel,
   params: Any,
   catalogue: Catalogue,
   *,

@@ -31,8 +31,6 @@ def system_config(system: str) -> ml_collections.ConfigDict:
   recommender.head = "dense" if system in SASREC else system
   recommender.item_inputs = SASREC.get(system, ("fused", "modalities", "features", "item"))
   recommender.item_dropout = 0.0 if system == "sasrec" else 0.2
-  if system == "hybrid":
-    recommender.dense_tower.width = 128
   if system in SASREC:
     recommender.similarity = ()
   if is_wide(system):

@@ -28,7 +28,7 @@ from bbqrec_jax.data.times import in_seconds_as, long_gaps
 from bbqrec_jax.errors import InputError, printable, refuse, shown
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.environment import settle_jax
@@ -82,7 +82,7 @@ def parse_times(text: str | None, *, count: int) -> np.ndarray | None:
 
 
 def recommend(
-  model: Recommender,
+  model: SequenceModel,
   params: Any,
   catalogue: Catalogue,
   history: np.ndarray,
@@ -114,7 +114,7 @@ def recommend(
 
 
 def recommend_all(
-  model: Recommender,
+  model: SequenceModel,
   params: Any,
   catalogue: Catalogue,
   histories: Interactions,
@@ -167,7 +167,7 @@ def recommend_all(
     for places, batch in batches(users=users):
       exclude = batch.pop("exclude", None)
       states = call(params, "last_states", catalogue, batch)
-      found = call(params, "search", catalogue, states, width=width, exclude=exclude, past=model.past(batch))
+      found = call(params, "search", catalogue, states, width=width, exclude=exclude, seen=model.seen(batch))
       every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
       answers |= dict(zip(places.tolist(), zip(*every, strict=True), strict=False))  # Without the rows that only fill.
     for place, user in enumerate(users):

@@ -58,6 +58,6 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
   }
   if size != "small":
     shape = {"width": 128, "num_layers": 4, "num_heads": 6, "head_width": 64, "mlp_width": 1024, "batch_rows": 64}
-  shape |= {"max_length": 20, "row_length": 20, "softmax_over": "all", "node_scores": False, "history_offsets": False}
+  shape |= {"max_length": 20, "row_length": 20, "softmax_over": "all", "subtree_logits": False, "seen_item_bias": False}
   config.encoder_decoder = shape
   return config

@@ -44,8 +44,8 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
   recommender.item_inputs = ("fused",)
   recommender.similarity = ()
   recommender.softmax_over = "all"
-  recommender.node_scores = False
-  recommender.history_offsets = False
+  recommender.subtree_logits = False
+  recommender.seen_item_bias = False
   recommender.length_buckets = (2, 5, 10)
   recommender.dropout = 0.1
   recommender.update(_SIZES[size])

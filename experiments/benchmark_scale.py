@@ -146,7 +146,7 @@ def history_paths(
     levels = {"dense": 0, "generative": codes.shape[1]}[head]
     settings = RecommenderSettings(
       items, num_levels=levels, num_codes=64, num_columns=0, head=head, width=32, num_layers=1, mlp_width=32,
-      max_length=max_length, num_streams=0, history_offsets=True,
+      max_length=max_length, num_streams=0, seen_item_bias=True,
     )  # fmt: skip
     model, trie = make_recommender(settings), build_trie(codes) if levels else None
     catalogue = Catalogue(

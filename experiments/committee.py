@@ -59,7 +59,7 @@ def judge(
     total = jnp.zeros(())
     for model, own, catalogue in zip(models, params, catalogues, strict=True):
       states = apply(model, own, "last_states", catalogue, batch)
-      total = total + jax.nn.log_softmax(apply(model, own, "scores", catalogue, states, model.past(batch)), axis=-1)
+      total = total + jax.nn.log_softmax(apply(model, own, "scores", catalogue, states, model.seen(batch)), axis=-1)
     return rank_scores(total, batch["targets"], batch.get("exclude"))
 
   rankings = {

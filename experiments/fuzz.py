@@ -53,8 +53,7 @@ from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommender.heads import HEADS
-from bbqrec_jax.recommender.model import BACKBONES
+from bbqrec_jax.recommender.settings import BACKBONES, HEADS
 from bbqrec_jax.recommender.train import check_fingerprint
 from bbqrec_jax.runs.workdir import PARTS, SHOWN, claim, load_config, load_results, tokenizer_figure
 from bbqrec_jax.semantic_ids.artefact import SemanticIds

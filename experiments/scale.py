@@ -53,7 +53,7 @@ _PARTS = ("parameters", "optimizer", "catalogue", "temporaries", "total")
 RECOMMENDERS = {
   "dense, sampled softmax": {"recommender.head": "dense", "recommender.num_negatives": 8192},
   "generative, codes alone": {
-    "recommender.head": "generative", "recommender.node_scores": False,
+    "recommender.head": "generative", "recommender.subtree_logits": False,
     "recommender.item_inputs": ("fused", "modalities"),
   },
 }  # fmt: skip

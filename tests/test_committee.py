@@ -58,7 +58,7 @@ def test_the_product_is_that_of_both_runs(script, runs, tmp_path):
     (batch,) = evaluation_batches(histories, targets, batch_size=len(targets), max_length=run.model.settings.max_length)
     del batch["valid"]
     states = apply(run.model, run.params, "last_states", run.catalogue, batch)
-    scores = apply(run.model, run.params, "scores", run.catalogue, states, run.model.past(batch))
+    scores = apply(run.model, run.params, "scores", run.catalogue, states, run.model.seen(batch))
     total += np.asarray(jax.nn.log_softmax(scores, axis=-1), np.float64)
   above = total > np.take_along_axis(total, targets[:, None], axis=1)
   left = above.copy()

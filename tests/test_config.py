@@ -169,7 +169,7 @@ def test_a_value_of_another_type_cannot_be_set():
 
 
 FROM_ZERO = (".warmup_steps", "seed", ".validation_users", ".num_negatives", ".time_buckets", "shard_rows",
-             "_tower.width", ".device_features")  # fmt: skip
+             ".device_features")  # fmt: skip
 INTEGERS_FROM_ONE = [
   name
   for name, value in flatten(default_config()).items()
@@ -306,7 +306,6 @@ def test_empty_subsets():
       {"recommender.head": "hybrid", "recommender.dense_tower.width": 63},
       ("recommender.dense_tower.width = 63", "recommender.num_heads = 2"),
     ),
-    ({"recommender.dense_tower.width": 64}, ("recommender.dense_tower.width = 64", "recommender.head = 'hybrid'")),
     *(
       ({"recommender.position_buckets": count, "recommender.positions": "relative"}, ("from 2 to 255", f"got {count}"))
       for count in (1, 256)
@@ -320,8 +319,8 @@ def test_empty_subsets():
     ),
     ({"recommender.item_inputs": ("text",), "recommender.item_dropout": 0.2}, ("may hold each of fused, modalities",)),
     (
-      {"recommender.head": "hybrid", "recommender.dense_tower.width": 64, "recommender.item_inputs": ("fused",)},
-      ("recommender.dense_tower.width", "put features or item into recommender.item_inputs"),
+      {"recommender.head": "hybrid", "recommender.item_inputs": ("fused",)},
+      ("recommender.head = 'hybrid'", "put features or item into recommender.item_inputs"),
     ),
     ({"recommender.num_heads": 3}, ("recommender.width = 64", "recommender.num_heads = 3")),
     ({"tokenizer.code_width": 33}, ("tokenizer.code_width = 33", "tokenizer.history_heads = 2")),
@@ -332,11 +331,11 @@ def test_empty_subsets():
     ({"shard_rows": 63, "partitioner": "mesh"}, ("shard_rows must be 0 or at least 64, got 63",)),
     (
       {"recommender.softmax_over": "all"},
-      ("recommender.softmax_over = 'all'", "set recommender.node_scores and recommender.history_offsets to False"),
+      ("recommender.softmax_over = 'all'", "set recommender.subtree_logits and recommender.seen_item_bias to False"),
     ),
     (
-      {"recommender.softmax_over": "all", "recommender.node_scores": False},
-      ("recommender.softmax_over = 'all'", "set recommender.history_offsets to False"),
+      {"recommender.softmax_over": "all", "recommender.subtree_logits": False},
+      ("recommender.softmax_over = 'all'", "set recommender.seen_item_bias to False"),
     ),
     *(
       ({"recommender.item_dropout": 0.1, "recommender.item_inputs": inputs}, ("item_dropout", "something else"))

@@ -18,21 +18,21 @@ from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.export import export_recommender, load_export, write_export
 from bbqrec_jax.recommend import recommend_all
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
+from bbqrec_jax.recommender.settings import DenseTowerSettings, RecommenderSettings
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.utils.json_files import read_json, write_json
 
 ITEMS, LEVELS, CODES, LENGTH, TOP = 30, 3, 4, 6, 5
 SHAPES = {
-  "generative": {"node_scores": True},
-  "generative, by the history": {"history_offsets": True},
-  "dense, by the history": {"head": "dense", "history_offsets": True},
+  "generative": {"subtree_logits": True},
+  "generative, by the history": {"seen_item_bias": True},
+  "dense, by the history": {"head": "dense", "seen_item_bias": True},
   "parallel": {"head": "parallel"},
   "dense": {"head": "dense"},
   "dense, by the time": {"head": "dense", "time_buckets": 8},
-  "hybrid": {"head": "hybrid"},
-  "hybrid of two towers": {"head": "hybrid", "dense_width": 6, "dense_mlp_width": 8, "history_offsets": True},
+  "hybrid": {"head": "hybrid", "dense_tower": DenseTowerSettings(width=6, mlp_width=8), "seen_item_bias": True},
   "encoder_decoder": {"backbone": "encoder_decoder", "num_columns": LEVELS, "softmax_over": "all"},
 }
 
@@ -41,9 +41,8 @@ def make(random_params, **changes):
   """A recommender, random parameters and a catalogue."""
   rng = np.random.default_rng(0)
   fields = {"num_columns": LEVELS, "width": 8, "num_layers": 1, "num_heads": 2, "mlp_width": 12, "head_width": 4}
-  settings = RecommenderSettings(
-    ITEMS, LEVELS, CODES, **(fields | {"num_streams": 0, "max_length": LENGTH, "depth_layers": 1} | changes)
-  )
+  fields |= {"num_items": ITEMS, "num_levels": LEVELS, "num_codes": CODES, "max_length": LENGTH, "depth_layers": 1}
+  settings = RecommenderSettings(**(fields | {"subtree_logits": False, "seen_item_bias": False} | changes))
   ids = np.stack(np.unravel_index(rng.choice(CODES**LEVELS, ITEMS, replace=False), (CODES,) * LEVELS), axis=1)
   catalogue = Catalogue(
     semantic_ids=jnp.asarray(ids, jnp.int32),

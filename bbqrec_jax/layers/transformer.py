@@ -29,28 +29,25 @@ class SelfAttention(nn.Module):
     x: jax.Array,
     mask: jax.Array,
     bias: jax.Array | None = None,
-    past: KeyValue | None = None,
-    *,
-    scale: jax.Array | None = None,
+    cache: KeyValue | None = None,
   ) -> tuple[jax.Array, KeyValue]:
-    """Attends from each position of `x` to `past` and to `x` itself.
+    """Attends from each position of `x` to `cache` and to `x` itself.
 
     Args:
       x: [B, T, d].
       mask: bool, broadcasts to [B, H, T, P + T].
       bias: broadcasts like `mask`, or None.
-      past: keys and values [B, P, H, d / H] of earlier positions, or None.
-      scale: broadcasts like `mask`, or None; scores are multiplied by 1 + scale.
+      cache: keys and values [B, P, H, d / H] of earlier positions, or None.
 
     Returns:
-      [B, T, d], and the keys and values [B, P + T, H, d / H] to pass on as the next call's past.
+      [B, T, d], and the keys and values [B, P + T, H, d / H] to pass on as the next call's cache.
     """
     width = x.shape[-1]
     heads = (self.num_heads, width // self.num_heads)
     query, key, value = (DenseGeneral(heads, name=name)(x) for name in ("query", "key", "value"))
-    if past is not None:
-      key, value = jnp.concatenate([past[0], key], axis=1), jnp.concatenate([past[1], value], axis=1)
-    mixed = attention(query, key, value, mask=mask, bias=bias, scale=scale, implementation=self.implementation)
+    if cache is not None:
+      key, value = jnp.concatenate([cache[0], key], axis=1), jnp.concatenate([cache[1], value], axis=1)
+    mixed = attention(query, key, value, mask=mask, bias=bias, implementation=self.implementation)
     return DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
 
 
@@ -75,18 +72,17 @@ class TransformerLayer(nn.Module):
     x: jax.Array,
     mask: jax.Array,
     bias: jax.Array | None = None,
-    past: KeyValue | None = None,
+    cache: KeyValue | None = None,
     *,
-    scale: jax.Array | None = None,
     deterministic: bool,
   ) -> tuple[jax.Array, KeyValue]:
     """As `SelfAttention`: [B, T, d] -> [B, T, d], and the keys and values."""
     drop = Dropout(self.dropout, deterministic=deterministic)
     attend = SelfAttention(self.num_heads, self.implementation, name="attention")
-    mixed, present = attend(nn.LayerNorm()(x), mask, bias, past, scale=scale)
+    mixed, cache = attend(nn.LayerNorm()(x), mask, bias, cache)
     x = x + drop(mixed)
     hidden = nn.gelu(Dense(self.mlp_width)(nn.LayerNorm()(x)))
-    return x + drop(Dense(x.shape[-1])(hidden)), present
+    return x + drop(Dense(x.shape[-1])(hidden)), cache
 
 
 class RelativeBias(nn.Module):
@@ -130,18 +126,10 @@ class ElapsedBias(nn.Module):
     return jnp.moveaxis(table[bucket], -1, 1)
 
 
-def reweighting(
-  similarity: jax.Array | None, position: jax.Array | None, *, multiply: bool
-) -> tuple[jax.Array | None, jax.Array | None]:
-  """What is added to attention scores, and what they are multiplied by (1 + it), of similarity and relative position.
-
-  Either may be None. A similarity of zeros gives what no similarity gives.
-  """
-  if multiply:
-    return position, similarity
-  if similarity is None or position is None:
-    return (position if similarity is None else similarity), None
-  return position + similarity, None
+def summed_bias(*parts: jax.Array | None) -> jax.Array | None:
+  """The sum of what is added to attention scores, of what is not None; None where nothing is."""
+  given = [part for part in parts if part is not None]
+  return sum(given[1:], start=given[0]) if given else None
 
 
 class CausalBackbone(nn.Module):
@@ -156,7 +144,6 @@ class CausalBackbone(nn.Module):
     mlp_width: width of the feed-forward parts.
     max_length: positions that have an embedding; places from `max_length` on share the last.
     dropout: rate on the input and on each residual branch.
-    multiply_bias: whether scores are multiplied by 1 + bias instead of added to.
     implementation: see `SelfAttention`.
     position_buckets: of relative positions, which then take the place of embeddings of the places; 0: embeddings.
     time_buckets: of the time between interactions, a bias like that of relative positions; 0: none.
@@ -167,7 +154,6 @@ class CausalBackbone(nn.Module):
   mlp_width: int
   max_length: int
   dropout: float = 0.0
-  multiply_bias: bool = False
   implementation: str = "einsum"
   position_buckets: int = 0
   time_buckets: int = 0
@@ -189,28 +175,25 @@ class CausalBackbone(nn.Module):
       x: [B, T, d] item vectors.
       segments: [B, T] int; 0 is padding, equal positive numbers in a row are one history.
       positions: [B, T] int, the place of each item in its history, from 0.
-      bias: [B, H, T, T] added to the attention scores of every layer, [layers, B, H, T, T] one for each, or None.
+      bias: [B, H, T, T] added to the attention scores of every layer, or None.
       times: [B, T] int, the second of each interaction, counted from anywhere; only read where there are time buckets.
       deterministic: no dropout.
 
     Returns:
       [B, T, d] normalised states; those at padding mean nothing.
     """
-    relative = None
+    position, elapsed = None, None
     if self.position_buckets:
       distance = positions[:, None, :] - positions[:, :, None]
-      relative = RelativeBias(self.num_heads, self.position_buckets, bidirectional=False, name="position")(distance)
+      position = RelativeBias(self.num_heads, self.position_buckets, bidirectional=False, name="position")(distance)
     else:
       place = nn.Embed(self.max_length, x.shape[-1], embedding_init=nn.initializers.normal(0.02), name="position")
       x = x + place(jnp.minimum(positions, self.max_length - 1))
     if self.time_buckets and times is not None:
       elapsed = ElapsedBias(self.num_heads, self.time_buckets, name="time")(times)
-      relative = elapsed if relative is None else relative + elapsed
     x = Dropout(self.dropout, deterministic=deterministic)(x)
-    mask = history_mask(segments)
+    mask, added = history_mask(segments), summed_bias(position, elapsed, bias)
     for index in range(self.num_layers):
       layer = TransformerLayer(self.num_heads, self.mlp_width, self.dropout, self.implementation, name=f"layer_{index}")
-      own = bias[index] if bias is not None and bias.ndim == 5 else bias
-      added, scale = reweighting(own, relative, multiply=self.multiply_bias)
-      x, _ = layer(x, mask, added, scale=scale, deterministic=deterministic)
+      x, _ = layer(x, mask, added, deterministic=deterministic)
     return nn.LayerNorm(name="final_norm")(x)

@@ -70,12 +70,11 @@ def attention(
   *,
   mask: jax.Array,
   bias: jax.Array | None = None,
-  scale: jax.Array | None = None,
   implementation: str = "einsum",
 ) -> jax.Array:
-  """softmax(q k / sqrt(d_head) (1 + scale) + bias) v over the positions that `mask` allows.
+  """softmax(q k / sqrt(d_head) + bias) v over the positions that `mask` allows.
 
-  A bias or a scale of zeros gives, bit for bit, what none gives.
+  A bias of zeros gives, bit for bit, what none gives.
 
   Args:
     query: [B, T, H, d_head].
@@ -83,20 +82,14 @@ def attention(
     value: [B, T, H, d_head].
     mask: bool, broadcasts to [B, H, T, T].
     bias: float, broadcasts to [B, H, T, T], or None.
-    scale: float, likewise; "einsum" alone can.
     implementation: "einsum", the reference; "xla" or "cudnn", those of `jax.nn.dot_product_attention`. Where cuDNN's
       conditions do not hold (an NVIDIA GPU, 16-bit inputs, a head width that is a multiple of 8, even lengths), "xla"
       steps in, and one line says so.
 
   Returns:
     [B, T, H, d_head], in the type of `query`; scores and softmax are float32.
-
-  Raises:
-    ValueError: if another implementation than "einsum" is given a scale.
   """
   if implementation != "einsum":
-    if scale is not None:
-      raise ValueError(f"a scale of the scores needs implementation 'einsum', got {implementation!r}")
     if implementation == "cudnn" and not _cudnn_can(query, key):
       implementation = "xla"
     full = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
@@ -114,9 +107,7 @@ def attention(
     scores = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2)[:, :, None]
   else:
     scores = _pair_products(query, key)
-  # One product with the whole factor, so that a scale of zeros is rounded as no scale is.
-  factor = query.shape[-1] ** -0.5
-  scores = scores * (factor if scale is None else factor * (1.0 + scale.astype(jnp.float32)))
+  scores = scores * query.shape[-1] ** -0.5
   if bias is not None:
     scores = scores + bias.astype(jnp.float32)
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)

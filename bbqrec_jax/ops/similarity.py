@@ -186,11 +186,6 @@ def equal_frequency_edges(samples: np.ndarray, num_buckets: int) -> np.ndarray:
   return (quantiles - _ROUNDING).astype(np.float32)
 
 
-def equal_width_edges(num_buckets: int) -> np.ndarray:
-  """Edges [num_buckets - 1] float32 that split the cosines, -1 to 1, into buckets of one width."""
-  return np.linspace(-1.0, 1.0, num_buckets + 1)[1:-1].astype(np.float32)
-
-
 def overlap_edges(num_levels: int) -> np.ndarray:
   """Edges [2 L] float32 that give each half of a shared code a bucket of its own: 0, 1/2, 1, up to L."""
   return (np.arange(2 * num_levels) / 2 + 0.25).astype(np.float32)

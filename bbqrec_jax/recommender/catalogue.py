@@ -1,6 +1,5 @@
-"""What the recommender is told: its shapes, and the items of the catalogue."""
+"""What the recommender is told of the items of the catalogue."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -8,105 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bbqrec_jax.ops.similarity import stream_pairs
 from bbqrec_jax.semantic_ids.trie import Trie
-
-
-@dataclasses.dataclass(frozen=True)
-class RecommenderSettings:
-  """Shapes of the recommender.
-
-  Attributes:
-    num_items: N.
-    num_levels: L.
-    num_codes: K.
-    num_columns: code columns of the catalogue (see `Catalogue.columns`); 0 where items are known by number alone.
-    item_embedding: whether each item also has a vector of its own.
-    feature_width: F, of the features that an item's vector also has a linear map of; 0: none.
-    backbone: "causal", "encoder_decoder", or "module:function" for one of your own.
-    head: a name of `models.heads.HEADS`, or "module:function" for one of your own.
-    width: d of the sequence model.
-    num_layers: backbone layers.
-    num_heads: H.
-    head_width: of each attention head of the encoder-decoder; the causal backbone's is d / H.
-    positions: of the causal backbone: "learned" embeddings of the places, or "relative"; the encoder-decoder's are
-      relative.
-    position_buckets: of relative positions.
-    time_buckets: of the time between interactions, in the causal backbone; 0: none.
-    mlp_width: width of the feed-forward parts.
-    depth_layers: layers of the generative head's depth transformer.
-    dropout: rate everywhere.
-    item_dropout: share of the items that lack their own vectors in a training step.
-    max_length: T, the longest history.
-    num_streams: streams whose similarity reweights attention; 0 gives the plain backbone.
-    cross_pairs: whether pairs of different streams have tables too.
-    num_buckets: similarity buckets; 0 where the bias is continuous.
-    layer_tables: whether each layer has bias tables of its own.
-    multiply_bias: whether attention scores are multiplied by 1 + bias instead of added to.
-    attention: its implementation, see `ops.attention`.
-    num_negatives: items that stand for the catalogue in a training step of the dense head; 0: the catalogue itself.
-    softmax_over: what a code of the generative head competes with: the codes that lead on to items ("existing"), or
-      "all" K.
-    generative_weight: of the generative head's loss in the hybrid one's, where the dense head's has 1 and both share a
-      backbone.
-    rerank: the order of the hybrid head's candidates: by the product of "both" heads' probabilities, or "dense", where
-      items that came after training are candidates, too.
-    dense_width: of the dense tower, where the hybrid recommender has two, see `TwoTowers`; 0: its heads share one
-      backbone.
-    dense_mlp_width: of the dense tower, like `mlp_width`.
-    dense_dropout: of the dense tower, like `dropout`.
-    node_scores: whether the generative head also scores a code by the items that it leads on to, see `NodeScores`.
-    history_offsets: whether what is in the history already has a learned number added to its score.
-    dtype: that the model computes in; parameters, scores, softmaxes and losses are float32 whatever it is.
-  """
-
-  num_items: int
-  num_levels: int = 4
-  num_codes: int = 256
-  num_columns: int = 4
-  item_embedding: bool = True
-  feature_width: int = 0
-  backbone: str = "causal"
-  head: str = "generative"
-  width: int = 64
-  num_layers: int = 2
-  num_heads: int = 2
-  head_width: int = 32
-  positions: str = "learned"
-  position_buckets: int = 32
-  time_buckets: int = 0
-  mlp_width: int = 256
-  depth_layers: int = 1
-  dropout: float = 0.3
-  item_dropout: float = 0.0
-  max_length: int = 20
-  num_streams: int = 2
-  cross_pairs: bool = True
-  num_buckets: int = 32
-  layer_tables: bool = False
-  multiply_bias: bool = False
-  attention: str = "einsum"
-  num_negatives: int = 0
-  softmax_over: str = "existing"
-  generative_weight: float = 1.0
-  rerank: str = "both"
-  dense_width: int = 0
-  dense_mlp_width: int = 512
-  dense_dropout: float = 0.5
-  node_scores: bool = False
-  history_offsets: bool = False
-  dtype: str = "float32"
-
-  @property
-  def pairs(self) -> tuple[tuple[int, int], ...]:
-    """The stream pairs that have a bias table."""
-    return stream_pairs(self.num_streams, cross=self.cross_pairs)
-
-  @property
-  def table_shape(self) -> tuple[int, ...]:
-    """[P, H, n_buckets + 2], or [P, H, 3] where the bias is continuous; one of these a layer where they differ."""
-    shape = (len(self.pairs), self.num_heads, self.num_buckets + 2 if self.num_buckets else 3)
-    return (self.num_layers, *shape) if self.layer_tables else shape
 
 
 @flax.struct.dataclass
@@ -142,7 +43,7 @@ class Catalogue:
     items: jax.Array,
     *,
     softmax_over: str,
-    node_scores: Callable[[int, jax.Array], jax.Array] | None = None,
+    subtree_logits: Callable[[int, jax.Array], jax.Array] | None = None,
   ) -> jax.Array:
     """Log-probability of each code of given items' IDs, each given those before it.
 
@@ -154,7 +55,7 @@ class Catalogue:
       logits: L times [P, K], of every level given the item's codes before it.
       items: [P] int.
       softmax_over: "existing" or "all".
-      node_scores: (level, nodes of the trie [P, F]) -> [P, F], added to the logits of the nodes' codes; None adds
+      subtree_logits: (level, nodes of the trie [P, F]) -> [P, F], added to the logits of the nodes' codes; None adds
         nothing. Only over "existing" codes.
 
     Returns:
@@ -170,8 +71,8 @@ class Catalogue:
       assert self.trie is not None
       nodes, among, valid = self.trie.children(level, self.trie.parents(level, items))
       children = jnp.take_along_axis(of_level, among, axis=-1)
-      if node_scores is not None:
-        children = children + node_scores(level, nodes)
+      if subtree_logits is not None:
+        children = children + subtree_logits(level, nodes)
       children = jax.nn.log_softmax(jnp.where(valid, children, -jnp.inf), axis=-1)
       own = valid & (among == codes[:, level, None])
       log_probs.append(jnp.sum(jnp.where(own, children, 0.0), axis=-1))

@@ -12,13 +12,13 @@ from bbqrec_jax.data.pipeline import ranking_batches
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.ranking import MISS, ranking_metrics, ranks_in_list, target_ranks, without
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.model import SequenceModel
 
 WITHOUT_HISTORY = "_without_history"  # After the name of figures of a ranking that leaves out the user's history.
 _COVERAGE_CUTOFF = 10
 
 
-def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalogue, Any], Any]:
+def make_ranker(model: SequenceModel, *, beam_width: int) -> Callable[[Any, Catalogue, Any], Any]:
   """The function that ranks one batch, ready to be compiled by a partitioner.
 
   Args:
@@ -31,13 +31,13 @@ def make_ranker(model: Recommender, *, beam_width: int) -> Callable[[Any, Catalo
   """
 
   def rank(params: Any, catalogue: Catalogue, batch: Any) -> dict[str, jax.Array]:
-    exclude, past = batch.get("exclude"), model.past(batch)
+    exclude, seen = batch.get("exclude"), model.seen(batch)
     states = apply(model, params, "last_states", catalogue, batch)
     if not model.exact:
-      beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude, past=past)
+      beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude, seen=seen)
       ranks = ranks_in_list(beam.items, beam.log_probs, batch["targets"])
       return {"ranks": ranks, "top": beam.items[:, :_COVERAGE_CUTOFF]}
-    return rank_scores(apply(model, params, "scores", catalogue, states, past), batch["targets"], exclude)
+    return rank_scores(apply(model, params, "scores", catalogue, states, seen), batch["targets"], exclude)
 
   return rank
 

@@ -1,7 +1,4 @@
-"""The generative head of the causal backbone: the next item's codes one by one, from one state.
-
-Its `items` are `heads.Items`.
-"""
+"""The generative head of the causal backbone: the next item's codes one by one, from one state."""
 
 from typing import Any, ClassVar
 
@@ -9,65 +6,57 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.dense import Dense
 from bbqrec_jax.layers.transformer import TransformerLayer
-from bbqrec_jax.recommender.node_scores import Addition, NodeScores, additions, search_scores, training_scores
+from bbqrec_jax.recommender.encoder_decoder import DecoderHead
+from bbqrec_jax.recommender.parts import Head, Items
+from bbqrec_jax.recommender.settings import RecommenderSettings
+from bbqrec_jax.recommender.subtree_logits import Addition, SubtreeLogits, additions, search_logits, training_logits
 from bbqrec_jax.semantic_ids.beam import BeamResult, beam_search, item_log_probs
 
 
-class GenerativeHead(nn.Module):
+class GenerativeHead(Head):
   """Predicts the L codes of the next item one after another, from one state: a depth transformer (RQ-Transformer).
 
   The input of level l is the state, plus the embeddings of the codes before it, plus an embedding of the level.
-
-  Attributes:
-    num_levels: L.
-    num_codes: K.
-    width: d.
-    num_layers: layers of the depth transformer.
-    num_heads: its heads.
-    mlp_width: width of its feed-forward parts.
-    dropout: its dropout rate.
-    softmax_over: what a code competes with: the codes that lead on to items ("existing"), or "all" K.
-    num_items: N, where a code is also scored by the items that it leads on to, see `NodeScores`; 0: by itself alone.
-    history_offsets: whether what the history has of the items that a code leads on to counts more, or less, than other
-      items do, by a learned number a level, see `additions`.
+  With `subtree_logits` a code is also scored by the items that it leads on to, see `SubtreeLogits`. With
+  `seen_item_bias` what the history has of these counts more, or less, than other items do, by a learned number a level,
+  see `additions`.
   """
 
-  num_levels: int
-  num_codes: int
-  width: int
-  num_layers: int
-  num_heads: int
-  mlp_width: int
-  dropout: float = 0.0
-  softmax_over: str = "existing"
-  num_items: int = 0
-  history_offsets: bool = False
   exact: ClassVar[bool] = False
   reads_history: ClassVar[bool] = True
+  reads_codes: ClassVar[bool] = True
+  memory_head: ClassVar[Any] = DecoderHead
+
+  @classmethod
+  def check(cls, settings: RecommenderSettings, prefix: str) -> None:
+    """See `Head`."""
+    if settings.width % settings.num_heads:
+      raise InputError(
+        f"config field {prefix}width = {settings.width} must be a multiple of {prefix}num_heads = {settings.num_heads}"
+      )
 
   def setup(self):
     """Makes the parameters and submodules."""
-    if self.num_items:
-      self.node_scores = NodeScores(self.num_items)
-    if self.history_offsets:
-      self.offsets = self.param("history_offsets", nn.initializers.zeros, (self.num_levels,), jnp.float32)
+    s = self.settings
+    if s.subtree_logits:
+      self.subtree_logits = SubtreeLogits(s.num_items)
+    if s.seen_item_bias:
+      self.seen_item_bias = self.param("seen_item_bias", nn.initializers.zeros, (s.num_levels,), jnp.float32)
     # Unit-variance rows: codes carry all that one level knows of the level before (0.02 starves their logits).
     self.code_embedding = self.param(
-      "code_embedding", nn.initializers.normal(1.0), (self.num_levels, self.num_codes, self.width), jnp.float32
+      "code_embedding", nn.initializers.normal(1.0), (s.num_levels, s.num_codes, s.width), jnp.float32
     )
     self.level_embedding = self.param(
-      "level_embedding", nn.initializers.normal(0.02), (self.num_levels, self.width), jnp.float32
+      "level_embedding", nn.initializers.normal(0.02), (s.num_levels, s.width), jnp.float32
     )
     self.layers = [
-      TransformerLayer(self.num_heads, self.mlp_width, self.dropout, name=f"layer_{index}")
-      for index in range(self.num_layers)
+      TransformerLayer(s.num_heads, s.mlp_width, s.dropout, name=f"layer_{index}") for index in range(s.depth_layers)
     ]
     self.norm = nn.LayerNorm()
-    self.outputs = [
-      Dense(self.num_codes, dtype=jnp.float32, name=f"output_{level}") for level in range(self.num_levels)
-    ]
+    self.outputs = [Dense(s.num_codes, dtype=jnp.float32, name=f"output_{level}") for level in range(s.num_levels)]
 
   def __call__(
     self, states: jax.Array, codes: jax.Array, *, deterministic: bool = True
@@ -83,10 +72,10 @@ class GenerativeHead(nn.Module):
       L times [P, K] float32, and [P, L, d].
     """
     before = [jnp.zeros_like(states)]
-    for level in range(self.num_levels - 1):
+    for level in range(self.settings.num_levels - 1):
       before.append(before[-1] + self.code_embedding[level][codes[:, level]])
     x = states[:, None] + jnp.stack(before, axis=1) + self.level_embedding[None]
-    mask = jnp.tril(jnp.ones((self.num_levels, self.num_levels), bool))
+    mask = jnp.tril(jnp.ones((self.settings.num_levels, self.settings.num_levels), bool))
     for layer in self.layers:
       x, _ = layer(x, mask, deterministic=deterministic)
     x = self.norm(x)
@@ -94,7 +83,7 @@ class GenerativeHead(nn.Module):
 
   def start(self, states: jax.Array) -> dict[str, Any]:
     """The decoder state before the first code: states [B, d] -> leaves [B, 1, ...] for `beam_search`."""
-    return {"input": states[:, None], "past": None, "hidden": None}
+    return {"input": states[:, None], "caches": None, "hidden": None}
 
   def step(self, state: dict[str, Any], level: int, codes: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
     """Log-probabilities of one level's codes for every beam, each computed once: earlier levels are cached.
@@ -117,44 +106,48 @@ class GenerativeHead(nn.Module):
 
     x = (summed + self.level_embedding[level][None, None]).reshape(batch * beams, 1, width)
     mask = jnp.ones((1, level + 1), bool)
-    presents = []
+    caches = []
     for index, layer in enumerate(self.layers):
-      past = None if state["past"] is None else jax.tree.map(fold, state["past"][index])
-      x, present = layer(x, mask, past=past, deterministic=True)
-      presents.append(present)
+      cache = None if state["caches"] is None else jax.tree.map(fold, state["caches"][index])
+      x, cache = layer(x, mask, cache=cache, deterministic=True)
+      caches.append(cache)
     hidden = self.norm(x[:, 0])
     logits = self.outputs[level](hidden)
-    unfolded = jax.tree.map(lambda leaf: leaf.reshape(batch, beams, *leaf.shape[1:]), presents)
-    log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, self.num_codes)
-    return log_probs, {"input": summed, "past": unfolded, "hidden": hidden.reshape(batch, beams, width)}
+    unfolded = jax.tree.map(lambda leaf: leaf.reshape(batch, beams, *leaf.shape[1:]), caches)
+    log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, self.settings.num_codes)
+    return log_probs, {"input": summed, "caches": unfolded, "hidden": hidden.reshape(batch, beams, width)}
 
-  def losses(self, items: Any, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
+  def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each code of the targets' IDs, `nll_level_1` [P] and on."""
     logits, hidden = self(states, items.catalogue.semantic_ids[targets], deterministic=deterministic)
     log_probs = items.catalogue.code_log_probs(
-      logits, targets, softmax_over=self.softmax_over, node_scores=training_scores(self._additions(items), hidden)
+      logits,
+      targets,
+      softmax_over=self.settings.softmax_over,
+      subtree_logits=training_logits(self._additions(items), hidden),
     )
-    return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.num_levels)}
+    return {f"nll_level_{level + 1}": -log_probs[:, level] for level in range(self.settings.num_levels)}
 
-  def _additions(self, items: Any) -> Addition | None:
+  def _additions(self, items: Items) -> Addition | None:
     """What is added to the scores of the trie's nodes; None where nothing."""
-    tables = self.node_scores(items) if self.num_items else None
-    return additions(items, tables, self.offsets if self.history_offsets else None)
+    s = self.settings
+    tables = self.subtree_logits(items) if s.subtree_logits else None
+    return additions(items, tables, self.seen_item_bias if s.seen_item_bias else None)
 
-  def _walk(self, items: Any, states: jax.Array) -> dict[str, Any]:
+  def _walk(self, items: Items, states: jax.Array) -> dict[str, Any]:
     """What `beam_search` and `item_log_probs` take."""
     return {
       "trie": items.catalogue.trie,
       "step": self.step,
       "state": self.start(states),
-      "normalize": self.softmax_over == "existing",
-      "node_scores": search_scores(self._additions(items)),
+      "normalize": self.settings.softmax_over == "existing",
+      "subtree_logits": search_logits(self._additions(items)),
     }
 
-  def search(self, items: Any, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
+  def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The `width` most probable items by beam search over the trie; see `beam_search`."""
     return beam_search(**self._walk(items, states), batch=states.shape[0], width=width, exclude=exclude)
 
-  def log_probs(self, items: Any, states: jax.Array, some: jax.Array) -> jax.Array:
+  def log_probs(self, items: Items, states: jax.Array, some: jax.Array) -> jax.Array:
     """Log-probabilities of the IDs of `some` items, [B, n] int -> [B, n] float32; as `losses` counts them."""
     return item_log_probs(**self._walk(items, states), items=some)

@@ -1,100 +1,45 @@
-"""Prediction heads: what turns the state of a history into a ranking of items.
+"""Heads that score every item from one state: the dense one and the parallel one. The base is in `parts`."""
 
-A head is a flax module with
-
-- `losses(items, states [P, d], targets [P], *, deterministic)` -> the parts of its loss by name, each [P] float32;
-- `exact`, and where that is True `scores(items, states [B, d])` -> [B, N], else
-  `search(items, states [B, d], *, width, exclude)` -> `BeamResult`;
-- `reads_history = True`, where it is to be told of the history behind each state (`items.past`);
-- where it knows a faster way to them than through each, `summed_losses(items, states, targets, weights [P], *,
-  deterministic)` -> the parts, each summed over the positions as they weigh; and `log_probs(items, states [B, d],
-  some [B, n])` -> [B, n], the sum of the parts for `some` items, with the sign turned;
-- where the loss is not the sum of its parts, `loss_weight(name)` -> what a part counts in it.
-
-`items` is an `Items`: the catalogue, and the vectors that the sequence model knows its items by.
-"""
-
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from bbqrec_jax.layers.dense import Dense
-from bbqrec_jax.ops.ranking import add_to, without
+from bbqrec_jax.ops.ranking import add_to
 from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy, weighted_cross_entropy
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
-from bbqrec_jax.recommender.encoder_decoder import DecoderHead
-from bbqrec_jax.recommender.generative import GenerativeHead
-from bbqrec_jax.recommender.node_scores import OFFSET_UNIT
-from bbqrec_jax.recommender.settings import HEADS
-from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
-from bbqrec_jax.utils.named import named
+from bbqrec_jax.recommender.parts import Head, Items
+from bbqrec_jax.recommender.subtree_logits import BIAS_UNIT
 
 
-class Items(NamedTuple):
-  """What a head is told of the items.
-
-  Attributes:
-    catalogue: their semantic IDs, and the trie of those.
-    vectors: items [...] int -> their vectors [..., d]; None gives all, [N, d].
-    past: [P, T] (or [B, T]) int, the items of the history behind each state, each once, -1 fills; None where the
-      settings, or the head, do without.
-  """
-
-  catalogue: Catalogue
-  vectors: Callable[..., jax.Array]
-  past: jax.Array | None = None
-
-
-def weighted(parts: dict[str, jax.Array], weights: jax.Array) -> dict[str, jax.Array]:
-  """Sums each part [P] as the positions weigh; what weighs nothing may be anything."""
-  return {
-    name: jnp.sum(jnp.where(weights > 0, part.astype(jnp.float32) * weights, 0.0)) for name, part in parts.items()
-  }
-
-
-def summed_losses(
-  head: Any, items: Items, states: Any, targets: jax.Array, weights: jax.Array, *, deterministic: bool
-) -> dict[str, jax.Array]:
-  """The parts of a head's loss, each a float32 scalar: the sum over positions as they weigh, [P] float32."""
-  if hasattr(head, "summed_losses"):
-    return head.summed_losses(items, states, targets, weights, deterministic=deterministic)
-  return weighted(head.losses(items, states, targets, deterministic=deterministic), weights)
-
-
-class DenseHead(nn.Module):
+class DenseHead(Head):
   """Full softmax over the catalogue: the product of the state and each item's vector (SASRec with cross-entropy).
 
-  Attributes:
-    num_negatives: items drawn at random in a training step to stand for the whole catalogue; 0 takes the catalogue.
-    history_offset: whether the items of the history have a learned number added to their logits (this project's
-      choice): a product of vectors cannot well say "the like of these, but none of them".
+  With `num_negatives`, items drawn at random in a training step stand for the whole catalogue. With `seen_item_bias`
+  the items of the history have a learned number added to their logits (this project's choice): a product of vectors
+  cannot well say "the like of these, but none of them".
   """
 
-  num_negatives: int = 0
-  history_offset: bool = False
-  exact: ClassVar[bool] = True
   reads_history: ClassVar[bool] = True
 
   def setup(self):
     """Makes the parameter."""
-    if self.history_offset:
-      self.offset = self.param("history_offset", nn.initializers.zeros, (), jnp.float32)
+    if self.settings.seen_item_bias:
+      self.seen_item_bias = self.param("seen_item_bias", nn.initializers.zeros, (), jnp.float32)
 
   def raised(self, items: Items) -> Raised | None:
     """What the items of the history have added to their scores; None where nothing."""
-    if not self.history_offset:
+    if not self.settings.seen_item_bias:
       return None
-    assert items.past is not None
-    return Raised(items.past, OFFSET_UNIT * self.offset.astype(jnp.float32))
+    assert items.seen is not None
+    return Raised(items.seen, BIAS_UNIT * self.seen_item_bias.astype(jnp.float32))
 
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each target, `nll_dense` [P]; of drawn items an estimate of it, in training."""
-    if self.num_negatives and not deterministic:
+    if self.settings.num_negatives and not deterministic:
       key, num_items = self.make_rng("dropout"), items.catalogue.num_items
-      drawn = jax.random.randint(key, (self.num_negatives,), 0, num_items, jnp.int32)
+      drawn = jax.random.randint(key, (self.settings.num_negatives,), 0, num_items, jnp.int32)
       surprise = sampled_cross_entropy(
         states, items.vectors(targets), items.vectors(drawn), targets, drawn, num_items=num_items,
         raised=self.raised(items),
@@ -107,55 +52,33 @@ class DenseHead(nn.Module):
     self, items: Items, states: jax.Array, targets: jax.Array, weights: jax.Array, *, deterministic: bool
   ) -> dict[str, jax.Array]:
     """The sum of `losses` as the positions weigh; the full softmax forms its gradient with its value."""
-    if self.num_negatives and not deterministic:
-      return weighted(self.losses(items, states, targets, deterministic=deterministic), weights)
+    if self.settings.num_negatives and not deterministic:
+      return super().summed_losses(items, states, targets, weights, deterministic=deterministic)
     return {"nll_dense": weighted_cross_entropy(states, items.vectors(), targets, weights, raised=self.raised(items))}
 
-  def scores(self, items: Items, states: jax.Array, *, first: int = 0) -> jax.Array:
-    """Logits of all items, or of those from number `first` on: [B, N - first] float32."""
-    vectors = items.vectors(jnp.arange(first, items.catalogue.num_items, dtype=jnp.int32)) if first else items.vectors()
-    logits = jnp.dot(states, vectors.T, preferred_element_type=jnp.float32)
+  def scores(self, items: Items, states: jax.Array) -> jax.Array:
+    """Logits of all items, [B, N] float32."""
+    logits = jnp.dot(states, items.vectors().T, preferred_element_type=jnp.float32)
     more = self.raised(items)
-    return logits if more is None else add_to(logits, _counted_from(more.items, first), more.by)
-
-  def scores_of(self, items: Items, states: jax.Array, some: jax.Array) -> jax.Array:
-    """Logits of `some` items, [B, n] int -> [B, n] float32."""
-    logits = jnp.einsum("bd,bnd->bn", states, items.vectors(some), preferred_element_type=jnp.float32)
-    more = self.raised(items)
-    if more is None:
-      return logits
-    return logits + jnp.where(jnp.any(some[..., None] == more.items[:, None], axis=-1), more.by, 0.0)
+    return logits if more is None else add_to(logits, more.items, more.by)
 
 
-def _counted_from(items: jax.Array, first: int) -> jax.Array:
-  """Items by their place from `first` on; -1 for those before it, as for what fills."""
-  return jnp.where(items < first, -1, items - first)
-
-
-class ParallelHead(nn.Module):
+class ParallelHead(Head):
   """Predicts the L codes of the next item from one state, each without regard to the others (as RPG does).
 
   Items are scored exactly: the score of an item is the sum of its codes' log-probabilities.
-
-  Attributes:
-    num_levels: L.
-    num_codes: K.
-    mlp_width: width of each level's residual feed-forward part.
   """
 
-  num_levels: int
-  num_codes: int
-  mlp_width: int
-  exact: ClassVar[bool] = True
+  reads_codes: ClassVar[bool] = True
 
   @nn.compact
   def __call__(self, states: jax.Array) -> jax.Array:
     """Log-probabilities of the codes of every level: [P, d] -> [L, P, K] float32."""
-    levels = []
-    for level in range(self.num_levels):
-      hidden = nn.gelu(Dense(self.mlp_width, name=f"hidden_{level}")(states))
+    s, levels = self.settings, []
+    for level in range(s.num_levels):
+      hidden = nn.gelu(Dense(s.mlp_width, name=f"hidden_{level}")(states))
       hidden = states + Dense(states.shape[-1], name=f"out_{level}")(hidden)
-      output = Dense(self.num_codes, dtype=jnp.float32, name=f"output_{level}")
+      output = Dense(s.num_codes, dtype=jnp.float32, name=f"output_{level}")
       levels.append(jax.nn.log_softmax(output(nn.LayerNorm(name=f"norm_{level}")(hidden))))
     return jnp.stack(levels)
 
@@ -166,7 +89,7 @@ class ParallelHead(nn.Module):
     log_probs = self(states)
     return {
       f"nll_level_{level + 1}": -jnp.take_along_axis(log_probs[level], codes[:, level, None], axis=1)[:, 0]
-      for level in range(self.num_levels)
+      for level in range(self.settings.num_levels)
     }
 
   def scores(self, items: Items, states: jax.Array) -> jax.Array:
@@ -174,91 +97,3 @@ class ParallelHead(nn.Module):
     codes = items.catalogue.semantic_ids
     levels = [log_probs[:, codes[:, level]] for level, log_probs in enumerate(self(states))]
     return sum(levels[1:], start=levels[0])
-
-
-class HybridHead(nn.Module):
-  """The generative head finds candidates, which are ranked with the dense one (as LIGER does); both are trained.
-
-  Attributes:
-    settings: of the recommender.
-  """
-
-  settings: RecommenderSettings
-  exact: ClassVar[bool] = False
-  reads_history: ClassVar[bool] = True
-
-  def setup(self):
-    """Makes the two heads."""
-    self.generative, self.dense = generative(self.settings), dense(self.settings)
-
-  def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
-    """Those of both heads."""
-    return self.generative.losses(items, states, targets, deterministic=deterministic) | self.dense.losses(
-      items, states, targets, deterministic=deterministic
-    )
-
-  def summed_losses(
-    self, items: Items, states: jax.Array, targets: jax.Array, weights: jax.Array, *, deterministic: bool
-  ) -> dict[str, jax.Array]:
-    """Those of both heads."""
-    parts: dict[str, jax.Array] = {}
-    for head in (self.generative, self.dense):
-      parts |= summed_losses(head, items, states, targets, weights, deterministic=deterministic)
-    return parts
-
-  def loss_weight(self, name: str) -> float:
-    """The parts of the generative head weigh what the settings say, that of the dense one 1."""
-    return 1.0 if name == "nll_dense" else self.settings.generative_weight
-
-  def search(self, items: Items, states: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
-    """The candidates of the beam, ordered as the settings say; log-probabilities are among the candidates.
-
-    By "both" is by the product of the heads' probabilities (this project's choice). By "dense", as in LIGER, items that
-    came after training are candidates, too, all of them: no beam was ever trained to find them.
-    """
-    found, generative = self.generative.search(items, states, width=width, exclude=exclude)
-    scores = self.dense.scores_of(items, states, jnp.maximum(found, 0))
-    if self.settings.rerank == "both":
-      scores = scores + generative
-    known = self.settings.num_items
-    if self.settings.rerank == "dense" and items.catalogue.num_items > known:
-      more = self.dense.scores(items, states, first=known)
-      if exclude is not None:
-        more = without(more, _counted_from(exclude, known))
-      new = jnp.broadcast_to(jnp.arange(known, items.catalogue.num_items, dtype=jnp.int32), more.shape)
-      found = jnp.concatenate([jnp.where(found < known, found, -1), jnp.where(jnp.isneginf(more), -1, new)], axis=1)
-      scores = jnp.concatenate([scores, more], axis=1)
-    return best_candidates(found, scores, width=width)
-
-
-def generative(s: RecommenderSettings) -> GenerativeHead:
-  """The generative head of the settings."""
-  return GenerativeHead(
-    s.num_levels, s.num_codes, s.width, s.depth_layers, s.num_heads, s.mlp_width, s.dropout, s.softmax_over,
-    s.num_items if s.node_scores else 0, s.history_offsets,
-  )  # fmt: skip
-
-
-def dense(s: RecommenderSettings) -> DenseHead:
-  """The dense head of the settings."""
-  return DenseHead(s.num_negatives, s.history_offsets)
-
-
-def parallel(s: RecommenderSettings) -> ParallelHead:
-  """The parallel head of the settings."""
-  return ParallelHead(s.num_levels, s.num_codes, s.mlp_width)
-
-
-def make_head(settings: RecommenderSettings) -> Any:
-  """The head that the settings name.
-
-  Args:
-    settings: `head` is one of `HEADS`, or "module:function", where the function is given the settings and returns a
-      head.
-
-  Raises:
-    ValueError: if there is no such module or function.
-  """
-  if settings.backbone == "encoder_decoder" and settings.head == "generative":
-    return DecoderHead(settings)
-  return named(settings.head, HEADS)(settings)

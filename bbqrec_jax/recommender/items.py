@@ -1,5 +1,6 @@
 """What a recommender is told of the items, made from a config, semantic IDs and training histories."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.ops.similarity import equal_frequency_edges, equal_width_edges, overlap_edges, stream_pairs
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
-from bbqrec_jax.recommender.settings import needs_semantic_ids
+from bbqrec_jax.ops.similarity import equal_frequency_edges, overlap_edges, stream_pairs
+from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
+from bbqrec_jax.recommender.settings import RecommenderSettings, needs_semantic_ids, parts_of
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.tokenizer.frozen import RQ_KMEANS
+from bbqrec_jax.utils.settings import from_config
 
 
 def id_length(config: Any, num_modalities: int) -> int:
@@ -110,8 +112,6 @@ def comparison(
   vectors = np.stack([ids.vectors(name) for name in streams], axis=1)
   if r.similarity_kind == "continuous":
     return vectors, np.zeros((len(pairs), 0), np.float32)
-  if r.similarity_kind == "equal_width":
-    return vectors, np.tile(equal_width_edges(r.num_buckets), (len(pairs), 1))
   samples = _some_of_each(config, vectors, histories, streams, pairs)
   return vectors, np.stack([equal_frequency_edges(sample, r.num_buckets) for sample in samples])
 
@@ -187,7 +187,7 @@ def check_content(config: Any, ids: SemanticIds) -> None:
 def recommender_settings(
   config: Any, ids: SemanticIds | None, *, num_items: int, num_modalities: int, feature_width: int
 ) -> RecommenderSettings:
-  """The shapes of the recommender that a config describes.
+  """The settings of the recommender that a config describes, with the shapes that follow from its data.
 
   Args:
     config: of the run.
@@ -204,43 +204,16 @@ def recommender_settings(
     length = codes = 0
   columns = {"fused": length, "modalities": num_modalities * levels, "content": (num_modalities + 1) * levels}
   buckets = 2 * levels + 1 if r.similarity_kind == "overlap" else r.num_buckets
-  return RecommenderSettings(
+  return dataclasses.replace(
+    from_config(RecommenderSettings, r, prefix="recommender."),
     num_items=num_items,
     num_levels=length,
     num_codes=codes,
     num_columns=sum(columns.get(name, 0) for name in r.item_inputs),
-    item_embedding="item" in r.item_inputs,
     feature_width=feature_width if "features" in r.item_inputs else 0,
-    backbone=r.backbone,
-    head=r.head,
-    width=r.width,
-    num_layers=r.num_layers,
-    num_heads=r.num_heads,
-    head_width=r.head_width,
-    positions=r.positions,
-    position_buckets=r.position_buckets,
-    time_buckets=r.time_buckets,
-    mlp_width=r.mlp_width,
-    depth_layers=r.depth_layers,
-    dropout=r.dropout,
-    item_dropout=r.item_dropout,
-    max_length=r.max_length,
     num_streams=sum({"modalities": num_modalities, "fused": 1}[name] for name in r.similarity),
-    cross_pairs=compares_streams(config, ids),
-    num_buckets=buckets if r.similarity and r.similarity_kind != "continuous" else 0,
-    layer_tables=r.layer_tables,
-    multiply_bias=r.multiply_bias,
-    attention=r.attention,
-    num_negatives=r.num_negatives,
-    softmax_over=r.softmax_over,
-    rerank=r.rerank,
-    generative_weight=r.generative_weight,
-    dense_width=r.dense_tower.width if r.head == "hybrid" else 0,
-    dense_mlp_width=r.dense_tower.mlp_width,
-    dense_dropout=r.dense_tower.dropout,
-    node_scores=r.node_scores,
-    history_offsets=r.history_offsets,
-    dtype=r.dtype,
+    cross_streams=compares_streams(config, ids),
+    table_buckets=buckets if r.similarity and r.similarity_kind != "continuous" else 0,
   )
 
 
@@ -288,7 +261,7 @@ def build_catalogue(
       columns = code_columns(list(codes), list(present), num_codes=ids.num_codes)
   if ids is not None and settings.num_streams:
     compared, edges = comparison(config, ids, histories, similarity_streams(config, ids), settings.pairs)
-  trie = build_trie(semantic_ids) if r.head != "dense" else None
+  trie = build_trie(semantic_ids) if any(head.reads_codes for head in parts_of(r)[1]) else None
   catalogue = Catalogue(
     semantic_ids=jnp.asarray(semantic_ids),
     columns=jnp.asarray(columns),

@@ -6,80 +6,190 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.layers.transformer import CausalBackbone
 from bbqrec_jax.ops.embedding import summed_embedding
-from bbqrec_jax.ops.ranking import each_once, without
+from bbqrec_jax.ops.ranking import each_once
 from bbqrec_jax.ops.reduction import mean_weights
 from bbqrec_jax.ops.similarity import bucket_bias, continuous_bias, similarity_buckets
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
-from bbqrec_jax.recommender.encoder_decoder import Encoder, Memory, encoder_shape
-from bbqrec_jax.recommender.heads import Items, make_head, summed_losses
-from bbqrec_jax.recommender.settings import BACKBONES
-from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
-from bbqrec_jax.utils.named import named
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.parts import Items, Memory
+from bbqrec_jax.recommender.settings import BACKBONES, RecommenderSettings, parts_of
+from bbqrec_jax.semantic_ids.beam import BeamResult
 
 
-def causal(s: RecommenderSettings) -> CausalBackbone:
-  """The causal backbone of the settings."""
-  return CausalBackbone(
-    s.num_layers,
-    s.num_heads,
-    s.mlp_width,
-    s.max_length,
-    s.dropout,
-    s.multiply_bias,
-    s.attention,
-    s.position_buckets if s.positions == "relative" else 0,
-    s.time_buckets,
-  )
-
-
-def encoder_decoder(s: RecommenderSettings) -> Encoder:
-  """The encoder of the settings, for the encoder-decoder."""
-  return Encoder(encoder_shape(s), s.num_layers, s.position_buckets)
-
-
-def make_backbone(settings: RecommenderSettings) -> Any:
-  """The backbone that the settings name: one of `BACKBONES`, or what "module:function" makes of them.
-
-  Raises:
-    ValueError: if there is no such module or function.
-  """
-  return named(settings.backbone, BACKBONES)(settings)
-
-
+@functools.cache
 def check_parts(settings: RecommenderSettings) -> None:
-  """Makes the head and the backbone that the settings name, which may be somebody's own, and looks at them.
+  """Makes the backbone and the head that the settings name, which may be somebody's own, and tries a backbone out.
 
   Raises:
-    InputError: if one cannot be made, or what is made is none.
+    InputError: if one is none or cannot be made, they do not fit each other, or the backbone gives states of another
+      shape than it says, or mixes the users of a row.
   """
-  for part, name, make in (("head", settings.head, make_head), ("backbone", settings.backbone, make_backbone)):
+  chosen = {"backbone": settings.backbone_class, "head": settings.head_class}
+  for kind, part in chosen.items():
+    name = getattr(settings, kind)
     try:
-      made = make(settings)
-      search = "scores" if part == "head" and getattr(made, "exact", False) else "search"
-      needed = ("losses", "exact", search) if part == "head" else ("__call__",)
-      lacking = [attribute for attribute in needed if not hasattr(made, attribute)]
-      came = f"a {type(made).__name__} without {', '.join(lacking)}" if lacking else ""
+      made = part(settings)
+      if kind == "backbone" and name not in BACKBONES:
+        _try_backbone(made)
+    except InputError as error:
+      raise InputError(f"config field recommender.{kind} = {name!r}: {error}") from error
     except Exception as error:  # It may be anybody's code.
-      came = f"{type(error).__name__}: {error}"
-    if came:
-      raise InputError(
-        f"config field recommender.{part} = {name!r}: expected a function that makes a {part} of the settings (see"
-        f" bbqrec_jax/models/{part}s.py), got {came}"
-      )
+      raise InputError(f"config field recommender.{kind} = {name!r}: {type(error).__name__}: {error}") from error
+  if chosen["head"].reads_memory and not chosen["backbone"].makes_memory:
+    raise InputError(
+      f"config field recommender.head = {settings.head!r} reads a memory, which recommender.backbone ="
+      f" {settings.backbone!r} does not make: choose another of them"
+    )
 
 
-class Recommender(nn.Module):
-  """Item vectors -> causal backbone with similarity bias -> head.
+def _try_backbone(backbone: Any) -> None:
+  """Runs a backbone with random parameters on two users in one row, and on the second of them alone.
+
+  Raises:
+    InputError: if its output is not of the shape that it should be, or the second user's states are not the same.
+  """
+  s, rng = backbone.settings, np.random.default_rng(0)
+  shape = (2, 4, s.num_levels, s.width) if backbone.reads_codes else (2, 4, s.width)
+  x = rng.normal(size=shape).astype(np.float32)
+  x[1, :2] = x[0, 2:]
+  segments = jnp.asarray([[1, 1, 2, 2], [1, 1, 0, 0]], jnp.int32)
+  positions = jnp.asarray([[0, 1, 0, 1], [0, 1, 0, 0]], jnp.int32)
+  bias = jnp.zeros((2, s.num_heads, 4, 4), jnp.float32) if s.num_streams else None
+  inputs = (jnp.asarray(x), segments, positions, bias, positions if s.time_buckets else None)
+  shapes = jax.eval_shape(backbone.init, jax.random.key(0), *inputs).get("params", {})
+  params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes)
+  states = jax.jit(backbone.apply)({"params": params}, *inputs)
+  if backbone.makes_memory:
+    if not (isinstance(states, Memory) and states.tokens.shape == (*states.real.shape, s.width)):
+      raise InputError(f"expected a Memory of [B, S, {s.width}] tokens and [B, S] which are real")
+  elif getattr(states, "shape", None) != (2, 4, s.width):
+    raise InputError(f"expected states [B, T, {s.width}], got {getattr(states, 'shape', type(states).__name__)}")
+  elif backbone.rows == "packed" and not np.allclose(states[0, 2:], states[1, :2], rtol=1e-3, atol=1e-4):
+    raise InputError(
+      "a user's states depend on the other user of the row: let a position see its own segment alone, counted from its"
+      " own start, or declare rows = 'history'"
+    )
+
+
+class SequenceModel(nn.Module):
+  """What trains and ranks, whatever is inside.
 
   Attributes:
-    settings: the shapes.
+    settings: of the recommender.
   """
 
   settings: RecommenderSettings
+
+  @property
+  def exact(self) -> bool:
+    """Whether every item has a score; otherwise `search` drops some."""
+    return False
+
+  @property
+  def reads_history(self) -> bool:
+    """Whether a head looks at what the history has."""
+    return self.settings.seen_item_bias and any(head.reads_history for head in parts_of(self.settings)[1])
+
+  @nn.nowrap  # It is called outside `apply`, too.
+  def seen(self, batch: dict[str, jax.Array], *, packed: bool = False) -> jax.Array | None:
+    """Deduplicated history items per state, -1-padded, for heads that look at them; None where none does.
+
+    Args:
+      batch: `items` and `segments` [B, T].
+      packed: whether every position has a state; otherwise every row has one, after all its items.
+
+    Returns:
+      [B, T] int, or [B T, T] of packed histories.
+    """
+    if not self.reads_history:
+      return None
+    items, segments = batch["items"], batch["segments"]
+    if packed:
+      place = jnp.arange(items.shape[1], dtype=jnp.int32)
+      before = (segments[:, None, :] == segments[:, :, None]) & (place[None, :] <= place[:, None])[None]
+      items, segments = items[:, None, :], jnp.where(before, segments[:, None, :], 0)
+    return each_once(jnp.where(segments > 0, items, -1)).reshape(-1, segments.shape[-1])
+
+  @nn.nowrap
+  def target_mask(self, batch: dict[str, jax.Array]) -> jax.Array:
+    """Where a batch has a next item to learn from: bool, [B, T] packed positions, or [B] rows of one history each."""
+    real = batch["segments"] > 0
+    return real if self.settings.packed else real[:, 0]
+
+  def loss(
+    self,
+    catalogue: Catalogue,
+    batch: dict[str, jax.Array],
+    *,
+    deterministic: bool,
+    weights: jax.Array | None = None,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of the next item wherever there is one.
+
+    Args:
+      catalogue: the items.
+      batch: `items`, `segments`, `positions`, each [B, T] int, and `targets`. Where histories are packed, nearly every
+        position is real, and `targets` [B, T] has the next item of each, and where the model has time buckets there are
+        `times` [B, T] in seconds; where a row is a history, `targets` [B] has what follows it. Padding (segment 0) is
+        masked out.
+      deterministic: no dropout.
+      weights: what each of `target_mask` weighs, float32 of its shape, where the batch is a part of a larger one; None:
+        all alike, so that the loss is their mean.
+
+    Returns:
+      (loss, terms): the weighted sum over real positions; `terms` has the loss as `nll`, and each part of it that the
+      head tells apart.
+    """
+    raise NotImplementedError
+
+  def last_states(self, catalogue: Catalogue, batch: dict[str, jax.Array]) -> Any:
+    """The state after the whole history, one history a row: `items`, `segments`, `positions` [B, T] -> [B, d].
+
+    A `Memory` where the head reads one, and a tuple of two towers' states.
+    """
+    raise NotImplementedError
+
+  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """What the loss counts for given items, with the sign turned: states [B, d], items [B, n] -> [B, n] float32.
+
+    The log-probability of an item's semantic ID (generative, parallel), or of the item among all (dense), or both
+    towers' summed. `seen` is that of the method of this name.
+    """
+    raise NotImplementedError
+
+  def search(
+    self,
+    catalogue: Catalogue,
+    states: Any,
+    *,
+    width: int,
+    exclude: jax.Array | None = None,
+    seen: jax.Array | None = None,
+  ) -> BeamResult:
+    """The best items.
+
+    Args:
+      catalogue: the items.
+      states: of B histories, as `last_states` gives them.
+      width: W, of the beam, and how many items come back.
+      exclude: [B, E] int, items that must not; -1 fills.
+      seen: see `log_probs`.
+
+    Returns:
+      A `BeamResult` of W columns.
+    """
+    raise NotImplementedError
+
+  def __call__(self, catalogue: Catalogue, batch: dict[str, Any]) -> jax.Array:
+    """The loss, without dropout; touches every parameter, for `init`."""
+    return self.loss(catalogue, batch, deterministic=True)[0]
+
+
+class Recommender(SequenceModel):
+  """Item vectors -> backbone with similarity bias -> head."""
 
   def setup(self):
     """Makes the parameters and submodules."""
@@ -99,8 +209,13 @@ class Recommender(nn.Module):
     if s.num_streams:
       # Zero tables: at step 0 the model is the plain backbone, bit for bit.
       self.similarity_tables = self.param("similarity_tables", nn.initializers.zeros, s.table_shape, jnp.float32)
-    self.backbone = make_backbone(s)
-    self.head = make_head(s)
+    self.backbone = s.backbone_class(s)
+    self.head = s.head_class(s)
+
+  @property
+  def exact(self) -> bool:
+    """See `parts.Head`."""
+    return self.settings.head_class.exact
 
   def item_vectors(
     self,
@@ -136,6 +251,17 @@ class Recommender(nn.Module):
       total = total + summed_embedding(tables, (columns - first_row)[..., first_column:])
     return jnp.asarray(total)
 
+  def _tokens(self, catalogue: Catalogue, items: jax.Array, *, known: jax.Array | None) -> jax.Array:
+    """The tokens that an item is to a backbone that reads codes: items [B, T] -> [B, T, L, d].
+
+    They are its ID's codes; what else it is known by, other codes or a vector of its own, is added to each.
+    """
+    s = self.settings
+    tokens = self.code_embedding[catalogue.columns[items][..., : s.num_levels]]
+    if s.item_embedding or s.feature_width or s.num_columns > s.num_levels:
+      tokens = tokens + self.item_vectors(catalogue, items, first_column=s.num_levels, known=known)[..., None, :]
+    return tokens
+
   def _known(self, catalogue: Catalogue, *, deterministic: bool) -> jax.Array | None:
     """Which items have their own vectors in this step, [N] bool; None: all."""
     s = self.settings
@@ -143,93 +269,51 @@ class Recommender(nn.Module):
       return None
     return jax.random.bernoulli(self.make_rng("dropout"), jnp.float32(1.0 - s.item_dropout), (catalogue.num_items,))
 
-  def memory(
-    self,
-    catalogue: Catalogue,
-    items: jax.Array,
-    segments: jax.Array,
-    *,
-    deterministic: bool = True,
-    known: jax.Array | None = None,
-  ) -> Memory:
-    """What the encoder makes of histories, one a row: items, segments [B, T] -> a `Memory` of B rows.
-
-    An item's tokens are its ID's codes; what else it is known by, other codes or a vector of its own, is added to each.
-    """
-    s = self.settings
-    tokens = self.code_embedding[catalogue.columns[items][..., : s.num_levels]]
-    if s.item_embedding or s.feature_width or s.num_columns > s.num_levels:
-      tokens = tokens + self.item_vectors(catalogue, items, first_column=s.num_levels, known=known)[..., None, :]
-    bias = self.bias(catalogue, items, segments)
-    return self.backbone(tokens, segments > 0, bias, deterministic=deterministic)
-
   def bias(self, catalogue: Catalogue, items: jax.Array, segments: jax.Array) -> jax.Array | None:
-    """The attention bias [B, H, T, T] of histories `items` [B, T], one of these a layer where each has its own tables.
-
-    None where similarity is switched off.
-    """
+    """The attention bias [B, H, T, T] of histories `items` [B, T]; None where similarity is switched off."""
     s = self.settings
     if not s.num_streams:
       return None
     streams, real = catalogue.streams[items], segments > 0
-    if s.num_buckets:
-      buckets = similarity_buckets(streams, real, catalogue.edges, pairs=s.pairs)
-      read = functools.partial(bucket_bias, buckets=buckets)
-    else:
-      read = functools.partial(continuous_bias, streams=streams, real=real, pairs=s.pairs)
     tables = self.similarity_tables.astype(jnp.float32)
-    return jax.vmap(read)(tables) if s.layer_tables else read(tables)
+    if not s.table_buckets:
+      return continuous_bias(tables, streams, real, pairs=s.pairs)
+    return bucket_bias(tables, similarity_buckets(streams, real, catalogue.edges, pairs=s.pairs))
 
   def states(
     self,
     catalogue: Catalogue,
-    items: jax.Array,
-    segments: jax.Array,
-    positions: jax.Array,
-    times: jax.Array | None = None,
+    batch: dict[str, jax.Array],
     *,
     deterministic: bool = True,
     known: jax.Array | None = None,
-  ) -> jax.Array:
-    """The state at each position of each history: items, segments, positions (and times) [B, T] int -> [B, T, d].
-
-    `known` is that of `item_vectors`, here and in `memory`.
-    """
-    x = self.item_vectors(catalogue, items, known=known)
-    bias = self.bias(catalogue, items, segments)
-    more = {} if times is None else {"times": times}
-    return self.backbone(x, segments, positions, bias, deterministic=deterministic, **more)
-
-  @nn.nowrap  # It is called outside `apply`, too, where a module's own methods cannot make heads.
-  def past(self, batch: dict[str, jax.Array], *, packed: bool = False) -> jax.Array | None:
-    """The items of the history behind each state, each once, for heads that look at them; None where none does.
+  ) -> Any:
+    """What the backbone makes of histories: the states at all positions [B, T, d], or a `Memory` of B rows.
 
     Args:
-      batch: `items` and `segments` [B, T].
-      packed: whether every position has a state; otherwise every row has one, after all its items.
-
-    Returns:
-      [B, T] int, or [B T, T] of packed histories; -1 fills.
+      catalogue: the items.
+      batch: `items`, `segments`, `positions` and, if any, `times`, each [B, T] int.
+      deterministic: no dropout.
+      known: see `item_vectors`.
     """
-    if not self.reads_history:
-      return None
     items, segments = batch["items"], batch["segments"]
-    if packed:
-      place = jnp.arange(items.shape[1], dtype=jnp.int32)
-      before = (segments[:, None, :] == segments[:, :, None]) & (place[None, :] <= place[:, None])[None]
-      items, segments = items[:, None, :], jnp.where(before, segments[:, None, :], 0)
-    return each_once(jnp.where(segments > 0, items, -1)).reshape(-1, segments.shape[-1])
+    read = self._tokens if self.settings.backbone_class.reads_codes else self.item_vectors
+    x = read(catalogue, items, known=known)
+    bias = self.bias(catalogue, items, segments)
+    return self.backbone(x, segments, batch["positions"], bias, batch.get("times"), deterministic=deterministic)
 
-  def _items(self, catalogue: Catalogue, past: jax.Array | None = None, *, known: jax.Array | None = None) -> Items:
+  def _whole(self, states: Any, segments: jax.Array) -> Any:
+    """What the head reads of a whole history, one a row: the memory or its mean, or the last real position's state."""
+    if isinstance(states, Memory):
+      return states if self.settings.head_class.reads_memory else states.pooled()
+    last = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
+    return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+
+  def _items(self, catalogue: Catalogue, seen: jax.Array | None = None, *, known: jax.Array | None = None) -> Items:
     """The items as heads see them."""
-    if self.reads_history and past is None:
-      raise ValueError("this model scores by what the history has: give it `past`, as the method of this name makes it")
-    return Items(catalogue, lambda items=None: self.item_vectors(catalogue, items, known=known), past)
-
-  def counted(self, batch: dict[str, jax.Array]) -> jax.Array:
-    """What of a batch has a next item to learn from: bool, [B, T] positions or, of the encoder-decoder, [B] rows."""
-    real = batch["segments"] > 0
-    return real[:, 0] if self.settings.backbone == "encoder_decoder" else real
+    if self.reads_history and seen is None:
+      raise ValueError("this model scores by what the history has: give it `seen`, as the method of this name makes it")
+    return Items(catalogue, lambda items=None: self.item_vectors(catalogue, items, known=known), seen)
 
   def loss(
     self,
@@ -239,85 +323,31 @@ class Recommender(nn.Module):
     deterministic: bool,
     weights: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of the next item at every position that has one.
-
-    Args:
-      catalogue: the items.
-      batch: `items`, `segments`, `positions`, each [B, T] int, and `targets`. For a causal backbone histories are
-        packed, so nearly every position is real, and `targets` [B, T] has the next item of each, and where the model
-        has time buckets there are `times` [B, T] in seconds; for the
-        encoder-decoder a row is a history, and `targets` [B] what follows it. Padding (segment 0) is masked out.
-      deterministic: no dropout.
-      weights: what each of `counted` weighs, float32 of its shape, where the batch is a part of a larger one; None: all
-        alike, so that the loss is their mean.
-
-    Returns:
-      (loss, terms): the weighted sum over real positions; `terms` has the loss as `nll`, and each part of it that the
-      head tells apart, before the head's `loss_weight`.
-    """
-    items, segments, targets = batch["items"], batch["segments"], batch["targets"].reshape(-1)
+    """See `SequenceModel`."""
+    packed = self.settings.packed
     if weights is None:
-      weights = mean_weights(self.counted(batch))
+      weights = mean_weights(self.target_mask(batch))
     known = self._known(catalogue, deterministic=deterministic)
-    if self.settings.backbone == "encoder_decoder":
-      states = self._from_memory(self.memory(catalogue, items, segments, deterministic=deterministic, known=known))
-    else:
-      states = self.states(
-        catalogue, items, segments, batch["positions"], batch.get("times"), deterministic=deterministic, known=known
-      )
-      states = states.reshape(-1, states.shape[-1])
-    weights = weights.reshape(-1)
-    past = self.past(batch, packed=self.settings.backbone != "encoder_decoder")
-    of_items = self._items(catalogue, past, known=known)
-    terms = summed_losses(self.head, of_items, states, targets, weights, deterministic=deterministic)
-    weight = getattr(self.head, "loss_weight", lambda name: 1.0)
-    loss = sum((weight(name) * term for name, term in terms.items()), start=jnp.zeros((), jnp.float32))
+    states = self.states(catalogue, batch, deterministic=deterministic, known=known)
+    states = states.reshape(-1, states.shape[-1]) if packed else self._whole(states, batch["segments"])
+    of_items = self._items(catalogue, self.seen(batch, packed=packed), known=known)
+    terms = self.head.summed_losses(
+      of_items, states, batch["targets"].reshape(-1), weights.reshape(-1), deterministic=deterministic
+    )
+    loss = sum(terms.values(), start=jnp.zeros((), jnp.float32))
     return loss, terms | {"nll": loss}
 
-  def _from_memory(self, memory: Memory) -> Any:
-    """What the head reads: the memory itself, or one vector of each history."""
-    return memory if getattr(self.head, "reads_memory", False) else memory.pooled()
-
   def last_states(self, catalogue: Catalogue, batch: dict[str, jax.Array]) -> Any:
-    """The state after the whole history, one history a row: `items`, `segments`, `positions` [B, T] -> [B, d].
+    """See `SequenceModel`."""
+    return self._whole(self.states(catalogue, batch), batch["segments"])
 
-    Of the encoder-decoder with the generative head, a `Memory`.
-    """
-    if self.settings.backbone == "encoder_decoder":
-      return self._from_memory(self.memory(catalogue, batch["items"], batch["segments"]))
-    states = self.states(catalogue, batch["items"], batch["segments"], batch["positions"], batch.get("times"))
-    last = jnp.maximum(jnp.sum(batch["segments"] > 0, axis=1, dtype=jnp.int32) - 1, 0)
-    return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+  def scores(self, catalogue: Catalogue, states: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """Score of every item, of an exact head: states [B, d] -> [B, N] float32; its softmax is over the catalogue."""
+    return self.head.scores(self._items(catalogue, seen), states)
 
-  @property
-  def reads_history(self) -> bool:
-    """Whether the head looks at what the history has."""
-    head = make_head(self.settings) if self.scope is None else self.head
-    return self.settings.history_offsets and getattr(head, "reads_history", False)
-
-  @property
-  def exact(self) -> bool:
-    """Whether the head scores every item; otherwise it searches, and what its beam drops has no score."""
-    return make_head(self.settings).exact
-
-  def scores(self, catalogue: Catalogue, states: jax.Array, past: jax.Array | None = None) -> jax.Array:
-    """Score of every item, of an exact head: states [B, d] -> [B, N] float32; its softmax is over the catalogue.
-
-    `past` is that of the method of this name, here and below.
-    """
-    return self.head.scores(self._items(catalogue, past), states)
-
-  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, past: jax.Array | None = None) -> jax.Array:
-    """What the loss counts for given items, with the sign turned: states [B, d], items [B, n] -> [B, n] float32.
-
-    The log-probability of an item's semantic ID (generative, parallel), or of the item among all (dense).
-    """
-    if hasattr(self.head, "log_probs"):
-      return self.head.log_probs(self._items(catalogue, past), states, items)
-    batch, count = items.shape
-    repeated, past = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), (states, past))
-    parts = self.head.losses(self._items(catalogue, past), repeated, items.reshape(-1), deterministic=True)
-    return -sum(parts.values(), start=jnp.zeros((), jnp.float32)).reshape(batch, count)
+  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """See `SequenceModel`."""
+    return self.head.log_probs(self._items(catalogue, seen), states, items)
 
   def search(
     self,
@@ -326,29 +356,7 @@ class Recommender(nn.Module):
     *,
     width: int,
     exclude: jax.Array | None = None,
-    past: jax.Array | None = None,
+    seen: jax.Array | None = None,
   ) -> BeamResult:
-    """The best items.
-
-    Args:
-      catalogue: the items.
-      states: of B histories, as `last_states` gives them.
-      width: W, of the beam, and how many items come back.
-      exclude: [B, E] int, items that must not; -1 fills.
-      past: see `scores`.
-
-    Returns:
-      A `BeamResult` of W columns.
-    """
-    items = self._items(catalogue, past)
-    if not self.head.exact:
-      return self.head.search(items, states, width=width, exclude=exclude)
-    scores = jax.nn.log_softmax(self.head.scores(items, states), axis=-1)
-    if exclude is not None:
-      scores = without(scores, exclude)
-    best, chosen = jax.lax.top_k(scores, min(width, scores.shape[1]))
-    return filled_beam(jnp.where(jnp.isneginf(best), -1, chosen), best, width=width)
-
-  def __call__(self, catalogue: Catalogue, batch: dict[str, Any]) -> jax.Array:
-    """The loss, without dropout; touches every parameter, for `init`."""
-    return self.loss(catalogue, batch, deterministic=True)[0]
+    """See `SequenceModel`."""
+    return self.head.search(self._items(catalogue, seen), states, width=width, exclude=exclude)

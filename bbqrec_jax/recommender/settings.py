@@ -1,46 +1,82 @@
-"""The settings of stage 2 and of evaluation, and the shapes that follow from them and from the data."""
+"""The settings of stage 2 and of evaluation, with the shapes that follow from the data."""
 
 import dataclasses
 import itertools
 from typing import Any
 
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.ops.similarity import stream_pairs
 from bbqrec_jax.training.settings import OptimizerSettings
-from bbqrec_jax.utils.settings import section, setting
+from bbqrec_jax.utils.named import named
+from bbqrec_jax.utils.settings import derived, section, setting
 
 # Parts by name: what makes one of the settings.
 BACKBONES = {
-  "causal": "bbqrec_jax.recommender.model:causal",
-  "encoder_decoder": "bbqrec_jax.recommender.model:encoder_decoder",
+  "causal": "bbqrec_jax.recommender.causal:Causal",
+  "encoder_decoder": "bbqrec_jax.recommender.encoder_decoder:Encoder",
 }
 HEADS = {
-  "generative": "bbqrec_jax.recommender.heads:generative",
-  "dense": "bbqrec_jax.recommender.heads:dense",
-  "parallel": "bbqrec_jax.recommender.heads:parallel",
-  "hybrid": "bbqrec_jax.recommender.heads:HybridHead",
+  "generative": "bbqrec_jax.recommender.generative:GenerativeHead",
+  "dense": "bbqrec_jax.recommender.heads:DenseHead",
+  "parallel": "bbqrec_jax.recommender.heads:ParallelHead",
+  "hybrid": "bbqrec_jax.recommender.two_towers:TwoTowers",
 }
+# Of recommenders of several towers, the head of each.
+TOWERS = {"hybrid": ("generative", "dense")}
+
+
+def part(kind: str, name: str) -> Any:
+  """The class that a config names as its "head" or "backbone", see `bbqrec_jax.recommender.parts`.
+
+  Raises:
+    InputError: if it is not there, or is no such class.
+  """
+  try:
+    found = named(name, {"head": HEADS, "backbone": BACKBONES}[kind])
+  except ValueError as error:
+    raise InputError(f"config field recommender.{kind}: {error}") from error
+  base = named(f"bbqrec_jax.recommender.parts:{kind.capitalize()}", {})
+  if not (isinstance(found, type) and issubclass(found, base)):
+    raise InputError(
+      f"config field recommender.{kind} = {name!r}: expected a subclass of {base.__module__}.{base.__name__}, got"
+      f" {found!r}"
+    )
+  return found
+
+
+def parts_of(recommender: Any) -> tuple[Any, tuple[Any, ...]]:
+  """The backbone that a recommender's config or settings name, and its head, or that of each tower.
+
+  Raises:
+    InputError: as `part`.
+  """
+  backbone = part("backbone", recommender.backbone)
+  heads = [part("head", name) for name in TOWERS.get(recommender.head, (recommender.head,))]
+  return backbone, tuple((head.memory_head or head) if backbone.makes_memory else head for head in heads)
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseTowerSettings:
   """The dense tower of the hybrid: a backbone that knows items without codes, and attends without similarities."""
 
-  width: int = setting(0, "d of a backbone that is the dense head's alone, in the hybrid; 0: the heads share one.",
-                       least=0)  # fmt: skip
+  width: int = setting(128, "d of its backbone.")
   mlp_width: int = setting(512, "Of its feed-forward parts.")
   dropout: float = setting(0.5, "Of its layers.", below=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class RecommenderSettings:
-  """The sequence model: its shape, its head, its training."""
+  """The sequence model: its shape, its head, its training.
+
+  The last fields are derived: the data and the semantic IDs give them, see `items.recommender_settings`.
+  """
 
   backbone: str = setting(
     "causal", "One position per item and histories packed into rows, or T5 style over the codes of all items.",
     parts=BACKBONES,
   )  # fmt: skip
   head: str = setting(
-    "generative", "Codes one by one with beam search, full softmax, each code by itself, or both of the first two.",
+    "generative", "Codes one by one with beam search, full softmax, each code by itself, or the first two as towers.",
     parts=HEADS,
   )  # fmt: skip
   item_inputs: tuple[str, ...] = setting(
@@ -55,11 +91,9 @@ class RecommenderSettings:
   cross_pairs: bool = setting(True, "Bias tables for pairs of different streams too, where these share codebooks.")
   similarity_kind: str = setting(
     "equal_frequency", "Buckets of the cosines; the number of first codes that two IDs share; a slope, no buckets.",
-    choices=("equal_frequency", "equal_width", "overlap", "continuous"),
+    choices=("equal_frequency", "overlap", "continuous"),
   )  # fmt: skip
   num_buckets: int = setting(32, "Of each similarity, where they are of the cosines.", most=10**4)
-  layer_tables: bool = setting(False, "Bias tables per layer instead of one set for all.")
-  multiply_bias: bool = setting(False, "Multiply attention scores by 1 + bias instead of adding the bias.")
   attention: str = setting("einsum", "Implementation of attention: einsum, or those of jax.nn.dot_product_attention.",
                            choices=("einsum", "xla", "cudnn"))  # fmt: skip
   width: int = setting(64, "d of the sequence model.")
@@ -82,13 +116,10 @@ class RecommenderSettings:
     "existing", "What a code of the generative head competes with: codes that lead on to items, or all of its level.",
     choices=("existing", "all"),
   )  # fmt: skip
-  node_scores: bool = setting(True, "Score a code of the generative head also by the items that it leads on to.")
-  history_offsets: bool = setting(
+  subtree_logits: bool = setting(True, "Score a code of the generative head also by the items that it leads on to.")
+  seen_item_bias: bool = setting(
     True, "Learn a number that is added to the scores of the history's items, or to codes that lead on to them."
   )
-  rerank: str = setting("both", "Order of the hybrid's candidates: by both heads' probabilities, or the dense one's.",
-                        choices=("both", "dense"))  # fmt: skip
-  generative_weight: float = setting(1.0, "Of the generative loss in the hybrid whose heads share a backbone.")
   dense_tower: DenseTowerSettings = section(DenseTowerSettings, "Of the hybrid.")
   num_negatives: int = setting(
     0, "Items drawn per step to stand for the catalogue in the dense head's softmax, for catalogues past 100,000"
@@ -113,6 +144,44 @@ class RecommenderSettings:
   evaluate_every: int = setting(500, "Steps between two validations (and checkpoints).")
   patience: int = setting(5, "Validations without a better NDCG@10 after which training stops.")
   optimizer: OptimizerSettings = section(OptimizerSettings, "Of all parameters.")
+  num_items: int = derived(0, "N, of the data that the model is trained on.")
+  num_levels: int = derived(0, "L, codes of an item's own ID; 0 where nothing reads codes.")
+  num_codes: int = derived(0, "K, codes of a level; 0 where nothing reads codes.")
+  num_columns: int = derived(0, "Code columns of the catalogue, see `Catalogue.columns`.")
+  feature_width: int = derived(0, "F, of the features that an item's vector has a linear map of; 0: none.")
+  num_streams: int = derived(0, "Streams whose similarity reweights attention.")
+  cross_streams: bool = derived(False, "Whether pairs of different streams have bias tables too.")
+  table_buckets: int = derived(0, "Buckets of a bias table; 0: a slope in their place.")
+
+  @property
+  def item_embedding(self) -> bool:
+    """Whether each item has a vector of its own."""
+    return "item" in self.item_inputs
+
+  @property
+  def pairs(self) -> tuple[tuple[int, int], ...]:
+    """The stream pairs that have a bias table."""
+    return stream_pairs(self.num_streams, cross=self.cross_streams)
+
+  @property
+  def table_shape(self) -> tuple[int, int, int]:
+    """[P, H, buckets + 2], or [P, H, 3] where the bias is a slope."""
+    return len(self.pairs), self.num_heads, self.table_buckets + 2 if self.table_buckets else 3
+
+  @property
+  def backbone_class(self) -> Any:
+    """The `parts.Backbone` that the settings name."""
+    return parts_of(self)[0]
+
+  @property
+  def head_class(self) -> Any:
+    """The `parts.Head` of a recommender of one tower."""
+    return parts_of(self)[1][0]
+
+  @property
+  def packed(self) -> bool:
+    """Whether a row is of several histories, each position predicting the item after it."""
+    return self.backbone_class.rows == "packed"
 
   def check(self, prefix: str) -> None:
     """Refuses fields that do not fit one another.
@@ -120,41 +189,32 @@ class RecommenderSettings:
     Raises:
       InputError: if some do not.
     """
-    field, t5 = f"config field {prefix}", self.backbone == "encoder_decoder"
+    field = f"config field {prefix}"
+    backbone, heads = parts_of(self)
+    for chosen in (backbone, *heads):
+      chosen.check(self, prefix)
     if not self.item_inputs:
       raise InputError(f"{field}item_inputs is empty: name some of fused, modalities, content, features, item")
-    if t5 and ("fused" not in self.item_inputs or self.head == "hybrid"):
+    if backbone.reads_codes and ("fused" not in self.item_inputs or self.head in TOWERS):
       raise InputError(
-        f"{field}backbone = 'encoder_decoder' reads items by their IDs' codes, and works with any head but hybrid: put"
+        f"{field}backbone = {self.backbone!r} reads items by their IDs' codes, and works with any head but hybrid: put"
         f" fused into {prefix}item_inputs, or choose another head"
       )
-    if self.head == "hybrid" and self.dense_tower.width and not {"item", "features"} & set(self.item_inputs):
+    if self.head in TOWERS and not {"item", "features"} & set(self.item_inputs):
       raise InputError(
-        f"{field}dense_tower.width: the dense tower reads no codes; put features or item into {prefix}item_inputs, or"
-        " set it to 0"
+        f"{field}head = 'hybrid' has a dense tower, which reads no codes: put features or item into"
+        f" {prefix}item_inputs, or choose another head"
       )
-    if self.dense_tower.width > 0 and self.head != "hybrid":
-      raise InputError(
-        f"{field}dense_tower.width = {self.dense_tower.width} works with {prefix}head = 'hybrid': set it so, or the"
-        " width to 0"
-      )
-    places = self.position_buckets
-    if t5 and not (4 <= places <= 254 and places % 2 == 0):
-      raise InputError(f"{field}position_buckets must be an even number from 4 to 254, got {places}")
-    if not t5 and self.positions == "relative" and not 2 <= places <= 255:
-      raise InputError(f"{field}position_buckets must be from 2 to 255, got {places}")
     if self.item_dropout and not {"item"} < set(self.item_inputs):
       raise InputError(
         f"{field}item_dropout takes items' own vectors away, and needs others beside them: put item and something else"
         f" into {prefix}item_inputs, or set {prefix}item_dropout to 0"
       )
-    if self.time_buckets and t5:
-      raise InputError(f"{field}time_buckets works with the causal backbone: set it to 0")
     if self.similarity and self.max_length == 1:
       raise InputError(
         f"{field}max_length = 1 leaves no two items to compare: set it to at least 2, or {prefix}similarity to ()"
       )
-    by_items = [f"{prefix}{name}" for name in ("node_scores", "history_offsets") if getattr(self, name)]
+    by_items = [f"{prefix}{name}" for name in ("subtree_logits", "seen_item_bias") if getattr(self, name)]
     if by_items and self.softmax_over == "all":
       raise InputError(
         f"{field}softmax_over = 'all' scores codes that lead on to no item: set {' and '.join(by_items)} to False"
@@ -164,11 +224,11 @@ class RecommenderSettings:
         f"{field}length_buckets must be ascending whole numbers from 1 to {prefix}max_length - 1 ="
         f" {self.max_length - 1}, got {self.length_buckets!r}"
       )
-    if self.multiply_bias and self.attention != "einsum":
-      raise InputError(f"{field}multiply_bias works with {prefix}attention = 'einsum' alone")
-    for name, width in (("width", 0 if t5 else self.width), ("dense_tower.width", self.dense_tower.width)):
-      if width % self.num_heads:
-        raise InputError(f"{field}{name} = {width} must be a multiple of {prefix}num_heads = {self.num_heads}")
+    if self.head in TOWERS and self.dense_tower.width % self.num_heads:
+      raise InputError(
+        f"{field}dense_tower.width = {self.dense_tower.width} must be a multiple of {prefix}num_heads ="
+        f" {self.num_heads}"
+      )
     if self.row_length < self.max_length:
       raise InputError(
         f"{field}row_length = {self.row_length} must be at least {prefix}max_length = {self.max_length}: a full history"
@@ -189,7 +249,8 @@ def needs_semantic_ids(config: Any) -> bool:
   """Whether anything in the recommender reads codes; SASRec, say, does not."""
   r = config.recommender
   codes = {"fused", "modalities", "content"} & set(r.item_inputs)
-  return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or bool(codes)
+  backbone, heads = parts_of(r)
+  return bool(r.similarity or codes) or any(each.reads_codes for each in (backbone, *heads))
 
 
 def trains_tokenizer(config: Any, *, alone: bool = False) -> bool:

@@ -8,14 +8,15 @@ import optax
 
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.reduction import mean_weights
-from bbqrec_jax.recommender.model import Catalogue, Recommender
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.training.partitioning import StepFunction, reduce_shares
 from bbqrec_jax.training.state import TrainState, step_key
 from bbqrec_jax.training.step import Metrics, updated
 
 
 def make_recommender_step(
-  model: Recommender, optimizer: optax.GradientTransformation, *, accumulation: int = 1
+  model: SequenceModel, optimizer: optax.GradientTransformation, *, accumulation: int = 1
 ) -> StepFunction:
   """The step of stage 2.
 
@@ -37,7 +38,7 @@ def make_recommender_step(
     def shares(*part):
       return jax.value_and_grad(share, has_aux=True)(state.params, *part)
 
-    weights = mean_weights(model.counted(batch), axis_name=axis_name)
+    weights = mean_weights(model.target_mask(batch), axis_name=axis_name)
     key = step_key(state, axis_name)
     if accumulation == 1:
       total = shares(batch, weights, key)

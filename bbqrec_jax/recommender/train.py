@@ -18,7 +18,8 @@ from bbqrec_jax.ops.ranking import LARGEST_CUTOFF
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, Ranking, evaluate, make_ranker, sample_users
 from bbqrec_jax.recommender.items import build_catalogue, item_features
-from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.model import SequenceModel
+from bbqrec_jax.recommender.settings import parts_of
 from bbqrec_jax.recommender.step import make_recommender_step
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -64,16 +65,16 @@ def check_fingerprint(workdir: pathlib.Path, ids: SemanticIds, *, trained: bool 
 
 def build_recommender(
   config: Any, ids: SemanticIds | None, histories: Interactions, *, num_items: int, features: np.ndarray | None = None
-) -> tuple[Recommender, Catalogue]:
+) -> tuple[SequenceModel, Catalogue]:
   """The model, and the catalogue it reads; the arguments are those of `build_catalogue`."""
   catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items, features=features)
   return make_recommender(settings), catalogue
 
 
-def initial_state(config: Any, model: Recommender, catalogue: Catalogue) -> TrainState:
+def initial_state(config: Any, model: SequenceModel, catalogue: Catalogue) -> TrainState:
   """The state before the first step; of the catalogue the shapes are enough."""
   example = {name: jnp.zeros((1, 2), jnp.int32) for name in ("items", "targets", "segments", "positions", "times")}
-  if config.recommender.backbone == "encoder_decoder":
+  if not model.settings.packed:
     example["targets"] = jnp.zeros(1, jnp.int32)
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (catalogue, example))
   params = model.lazy_init(base_key(config.seed), *shapes)["params"]
@@ -86,7 +87,7 @@ def training_batches(config: Any, histories: Interactions) -> grain.IterDataset:
   r = config.recommender
   shape = {"batch_rows": r.batch_rows, "max_length": r.max_length, "seed": config.seed}
   shape |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
-  if r.backbone == "encoder_decoder":
+  if parts_of(r)[0].rows == "history":
     return recommender_batches(PrefixHistories(histories, bounds=tuple(r.length_buckets), **shape))
   return recommender_batches(PackedHistories(histories, row_length=r.row_length, whole=False, **shape))
 

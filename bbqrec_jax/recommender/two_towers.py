@@ -7,19 +7,26 @@ import jax
 import jax.numpy as jnp
 
 from bbqrec_jax.ops.ranking import without
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
-from bbqrec_jax.recommender.model import Recommender, check_parts
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.model import Recommender, SequenceModel, check_parts
+from bbqrec_jax.recommender.settings import TOWERS, RecommenderSettings
 from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 
+_OF_CODES = {"fused", "modalities", "content"}  # Item inputs that the dense tower does without.
 
-def make_recommender(settings: RecommenderSettings) -> Recommender:
+
+def make_recommender(settings: RecommenderSettings) -> SequenceModel:
   """The recommender that the settings describe: of one tower, or of two, see `TwoTowers`.
 
   Raises:
     InputError: if its head or its backbone cannot be made.
   """
-  check_parts(settings)
-  return TwoTowers(settings) if settings.dense_width else Recommender(settings)
+  if settings.head not in TOWERS:
+    check_parts(settings)
+    return Recommender(settings)
+  for tower in tower_settings(settings):
+    check_parts(tower)
+  return TwoTowers(settings)
 
 
 def tower_settings(settings: RecommenderSettings) -> tuple[RecommenderSettings, RecommenderSettings]:
@@ -27,40 +34,34 @@ def tower_settings(settings: RecommenderSettings) -> tuple[RecommenderSettings, 
 
   Where it has no features, either, it is never made to do without items' own vectors.
   """
-  generative = dataclasses.replace(settings, head="generative", dense_width=0)
+  first, second = TOWERS[settings.head]
+  generative = dataclasses.replace(settings, head=first)
   dense = dataclasses.replace(
     generative,
-    head="dense",
+    head=second,
+    item_inputs=tuple(name for name in settings.item_inputs if name not in _OF_CODES),
     num_columns=0,
     num_streams=0,
-    width=settings.dense_width,
-    mlp_width=settings.dense_mlp_width,
-    dropout=settings.dense_dropout,
+    width=settings.dense_tower.width,
+    mlp_width=settings.dense_tower.mlp_width,
+    dropout=settings.dense_tower.dropout,
     item_dropout=settings.item_dropout if settings.feature_width else 0.0,
   )
   return generative, dense
 
 
-class TwoTowers(Recommender):
+class TwoTowers(SequenceModel):
   """The generative and the dense head, each on item vectors and a backbone of its own (this project's choice).
 
   Heads of one backbone are in one another's way, and make the same mistakes; towers do neither. The generative one
   knows items by all that the settings name. The dense one knows them without codes, and its attention without
   similarities: it is SASRec, with features where the settings name them. Each head's candidates are scored by both.
-
-  Attributes:
-    settings: of both; `head` is "hybrid".
   """
 
   def setup(self) -> None:
     """Makes the towers."""
     generative, dense = tower_settings(self.settings)
     self.generative, self.dense = Recommender(generative), Recommender(dense)
-
-  @property
-  def reads_history(self) -> bool:
-    """Whether the heads look at what the history has."""
-    return self.settings.history_offsets
 
   def loss(
     self,
@@ -70,7 +71,7 @@ class TwoTowers(Recommender):
     deterministic: bool,
     weights: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The sum of both towers' losses; see `Recommender.loss`."""
+    """The sum of both towers' losses; see `SequenceModel`."""
     total = jnp.zeros((), jnp.float32)
     every: dict[str, jax.Array] = {}
     for tower in (self.generative, self.dense):
@@ -82,11 +83,11 @@ class TwoTowers(Recommender):
     """The states of the generative and of the dense tower after the whole history."""
     return self.generative.last_states(catalogue, batch), self.dense.last_states(catalogue, batch)
 
-  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, past: jax.Array | None = None) -> jax.Array:
+  def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """What the loss counts for given items, with the sign turned: both towers' log-probabilities summed, [B, n]."""
     towers = zip((self.generative, self.dense), states, strict=True)
     nothing = jnp.zeros((), jnp.float32)
-    return sum((tower.log_probs(catalogue, own, items, past) for tower, own in towers), start=nothing)
+    return sum((tower.log_probs(catalogue, own, items, seen) for tower, own in towers), start=nothing)
 
   def search(
     self,
@@ -95,23 +96,21 @@ class TwoTowers(Recommender):
     *,
     width: int,
     exclude: jax.Array | None = None,
-    past: jax.Array | None = None,
+    seen: jax.Array | None = None,
   ) -> BeamResult:
     """The best of the beam's W items and of the W best of the full softmax, by the product of both probabilities.
 
-    By "dense" (`settings.rerank`) the order is that of the full softmax alone. Log-probabilities are among the
-    candidates.
+    Log-probabilities are among the candidates.
     """
     of_generative, of_dense = states
-    beam = self.generative.search(catalogue, of_generative, width=width, exclude=exclude, past=past)
-    scores = jax.nn.log_softmax(self.dense.scores(catalogue, of_dense, past), axis=-1)
+    beam = self.generative.search(catalogue, of_generative, width=width, exclude=exclude, seen=seen)
+    scores = jax.nn.log_softmax(self.dense.scores(catalogue, of_dense, seen), axis=-1)
     if exclude is not None:
       scores = without(scores, exclude)
     best, ranked = jax.lax.top_k(scores, min(width, scores.shape[1]))
     twice = jnp.any(ranked[:, :, None] == beam.items[:, None], axis=-1)
     found = jnp.concatenate([beam.items, jnp.where(twice | jnp.isneginf(best), -1, ranked)], axis=1)
+    generated = self.generative.log_probs(catalogue, of_generative, ranked, seen)
     total = jnp.take_along_axis(scores, jnp.maximum(found, 0), axis=1)
-    if self.settings.rerank == "both":
-      generated = self.generative.log_probs(catalogue, of_generative, ranked, past)
-      total = total + jnp.concatenate([beam.log_probs, generated], axis=1)
+    total = total + jnp.concatenate([beam.log_probs, generated], axis=1)
     return best_candidates(found, total, width=width)

@@ -17,7 +17,7 @@ from bbqrec_jax.data.features import feature_widths, load_new_items
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.items import item_features
-from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.recommender.settings import needs_semantic_ids
 from bbqrec_jax.recommender.train import build_recommender, check_fingerprint, initial_state
 from bbqrec_jax.runs.run import load_ids, read_data
@@ -45,7 +45,7 @@ class Restored(NamedTuple):
 
   dataset: Dataset
   ids: SemanticIds | None
-  model: Recommender
+  model: SequenceModel
   params: Any
   catalogue: Catalogue
   config: ml_collections.ConfigDict
@@ -181,7 +181,7 @@ def _point_to_data(config: ml_collections.ConfigDict, workdir: pathlib.Path, dat
     )
 
 
-def _like(config: ml_collections.ConfigDict, model: Recommender, catalogue: Catalogue) -> TrainState:
+def _like(config: ml_collections.ConfigDict, model: SequenceModel, catalogue: Catalogue) -> TrainState:
   """Shapes and dtypes of the state that a config makes, on the first device; nothing is allocated."""
   where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.eval_shape(lambda: initial_state(config, model, catalogue))

@@ -52,7 +52,7 @@ def beam_search(
   batch: int,
   width: int,
   normalize: bool = False,
-  node_scores: NodeFunction[DecoderState] | None = None,
+  subtree_logits: NodeFunction[DecoderState] | None = None,
   exclude: jax.Array | None = None,
 ) -> BeamResult:
   """Searches the trie level by level; meant to be traced once, inside jit, as one program.
@@ -70,8 +70,8 @@ def beam_search(
     width: W, how many beams are kept and returned.
     normalize: whether each level's probabilities are made to sum to one over the children of a beam's node, so that
       those of all items do; `step` may then return any logits.
-    node_scores: (state, level, nodes [B, w, F]) -> [B, w, F], added to the log-probabilities of the codes; `state` is
-      what `step` has just returned.
+    subtree_logits: (state, level, nodes [B, w, F]) -> [B, w, F], added to the log-probabilities of the codes; `state`
+      is what `step` has just returned.
     exclude: [B, E] int, items that must not be returned; -1 fills. A node with nothing else under it is passed over at
       every level, so a beam of any width stays full while there are items.
 
@@ -85,7 +85,7 @@ def beam_search(
     scores = scores.reshape(batch, -1)
     return jax.lax.top_k(scores, min(width, scores.shape[1], trie.codes[level].shape[0]))
 
-  nodes, scores = _walk(trie, step, state, best, batch=batch, normalize=normalize, node_scores=node_scores)
+  nodes, scores = _walk(trie, step, state, best, batch=batch, normalize=normalize, subtree_logits=subtree_logits)
   return filled_beam(jnp.where(jnp.isneginf(scores), -1, trie.items[nodes]), scores, width=width)
 
 
@@ -96,7 +96,7 @@ def item_log_probs(
   items: jax.Array,
   *,
   normalize: bool = False,
-  node_scores: NodeFunction[DecoderState] | None = None,
+  subtree_logits: NodeFunction[DecoderState] | None = None,
 ) -> jax.Array:
   """Log-probabilities of given items' IDs, those that a beam search that kept them would give.
 
@@ -108,7 +108,7 @@ def item_log_probs(
     state: as in `beam_search`, leaves [B, 1, ...].
     items: [B, n] int.
     normalize: as in `beam_search`.
-    node_scores: as in `beam_search`.
+    subtree_logits: as in `beam_search`.
 
   Returns:
     [B, n] float32.
@@ -122,7 +122,7 @@ def item_log_probs(
     return jnp.take_along_axis(scores.reshape(items.shape[0], -1), chosen, axis=1), chosen
 
   batch = items.shape[0]
-  return _walk(trie, step, state, theirs, batch=batch, normalize=normalize, node_scores=node_scores)[1]
+  return _walk(trie, step, state, theirs, batch=batch, normalize=normalize, subtree_logits=subtree_logits)[1]
 
 
 def _walk(
@@ -133,7 +133,7 @@ def _walk(
   *,
   batch: int,
   normalize: bool,
-  node_scores: NodeFunction[DecoderState] | None,
+  subtree_logits: NodeFunction[DecoderState] | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Goes down the trie, and at each level on from chosen nodes alone.
 
@@ -145,7 +145,7 @@ def _walk(
       of the chosen ones [B, k], and their places among the w F, [B, k] int.
     batch: B.
     normalize: whether the log-probabilities of siblings are made to sum to one.
-    node_scores: (state, level, nodes [B, w, F]) -> [B, w, F].
+    subtree_logits: (state, level, nodes [B, w, F]) -> [B, w, F].
 
   Returns:
     The nodes of the last level that were reached and their log-probabilities, each [B, k].
@@ -157,8 +157,8 @@ def _walk(
     log_probs, state = step(state, level, codes)
     children, child_codes, valid = trie.children(level, nodes)
     log_probs = jnp.take_along_axis(log_probs.astype(jnp.float32), child_codes, axis=-1)
-    if node_scores is not None:
-      log_probs = log_probs + node_scores(state, level, children)
+    if subtree_logits is not None:
+      log_probs = log_probs + subtree_logits(state, level, children)
     log_probs = jnp.where(valid, log_probs, -jnp.inf)
     if normalize:
       log_probs = jax.nn.log_softmax(log_probs, axis=-1)

@@ -87,9 +87,10 @@ def recommender(what, sequences):
   """
   from bbqrec_jax.data.interactions import from_lengths
   from bbqrec_jax.layers.apply import apply
-  from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+  from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
   from bbqrec_jax.recommender.evaluate import evaluate
   from bbqrec_jax.recommender.model import Recommender
+  from bbqrec_jax.recommender.settings import RecommenderSettings
   from bbqrec_jax.semantic_ids.trie import build_trie
 
   ids = semantic_ids()
@@ -108,8 +109,9 @@ def recommender(what, sequences):
     }  # fmt: skip
   model = Recommender(
     RecommenderSettings(
-      ITEMS, LEVELS, CODES, num_columns=0 if what == "sasrec" else LEVELS, item_embedding=what == "sasrec",
-      num_streams=0, max_length=length, softmax_over="all", **shape,
+      num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=0 if what == "sasrec" else LEVELS,
+      item_inputs=("item",) if what == "sasrec" else ("fused",), max_length=length, softmax_over="all",
+      subtree_logits=False, seen_item_bias=False, **shape,
     )
   )  # fmt: skip
   catalogue = Catalogue(

@@ -11,8 +11,9 @@ from bbqrec_jax.benchmarks.counting import compulsory_bytes, matmul_flops
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.attention import attention
 from bbqrec_jax.ops.softmax import cross_entropy, weighted_cross_entropy
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.semantic_ids.trie import build_trie
 
 
@@ -61,8 +62,8 @@ def test_a_whole_loss_and_gradient_agree_with_the_compilers_count(head):
   items, levels, codes, rng = 300, 3, 32, np.random.default_rng(0)
   ids = np.stack(np.unravel_index(rng.choice(codes**levels, items, replace=False), (codes,) * levels), axis=1)
   settings = RecommenderSettings(
-    items, levels, codes, num_columns=levels, head=head, width=128, mlp_width=512, num_streams=0, max_length=16,
-    dropout=0.0,
+    num_items=items, num_levels=levels, num_codes=codes, num_columns=levels, head=head, width=128, mlp_width=512,
+    max_length=16, dropout=0.0, subtree_logits=False, seen_item_bias=False,
   )  # fmt: skip
   catalogue = Catalogue(
     semantic_ids=jnp.asarray(ids, jnp.int32),

@@ -22,14 +22,13 @@ def inputs(seed=0):
   return query, key, value, rng.normal(size=(BATCH, HEADS, LENGTH, LENGTH)).astype(np.float32)
 
 
-def oracle(query, key, value, mask, bias, scale=0.0):
+def oracle(query, key, value, mask, bias):
   query, key, value, bias = (x.astype(np.float64) for x in (query, key, value, bias))
   out = np.zeros(query.shape)
   for b, h, t in np.ndindex(BATCH, HEADS, LENGTH):
     seen = np.flatnonzero(mask[b, 0, t])
     scores = np.array([query[b, t, h] @ key[b, s, h] / np.sqrt(WIDTH) for s in seen])
-    factor = np.broadcast_to(1 + np.asarray(scale, np.float64), bias.shape)[b, h, t, seen]
-    scores = scores * factor + bias[b, h, t, seen]
+    scores = scores + bias[b, h, t, seen]
     weights = np.exp(scores - scores.max())
     out[b, t, h] = (weights / weights.sum()) @ value[b, seen, h]
   return out
@@ -50,16 +49,6 @@ def test_attention_equals_numpy_with_and_without_a_bias():
   assert_allclose(got, oracle(query, key, value, np.asarray(mask), bias), atol=1e-5)
   plain = attention(*map(jnp.asarray, (query, key, value)), mask=mask)
   assert_allclose(plain, oracle(query, key, value, np.asarray(mask), np.zeros_like(bias)), atol=1e-5)
-
-
-def test_a_scale_multiplies_the_scores_before_the_bias_is_added():
-  query, key, value, bias = inputs()
-  mask = history_mask(jnp.asarray(SEGMENTS))
-  scale = np.random.default_rng(3).normal(size=bias.shape).astype(np.float32)
-  got = attention(*map(jnp.asarray, (query, key, value)), mask=mask, bias=jnp.asarray(bias), scale=jnp.asarray(scale))
-  assert_allclose(got, oracle(query, key, value, np.asarray(mask), bias, scale), atol=1e-5)
-  with pytest.raises(ValueError, match="needs implementation 'einsum', got 'xla'"):
-    attention(query, key, value, mask=mask, scale=scale, implementation="xla")
 
 
 @pytest.mark.parametrize("shape", [(BATCH, HEADS, LENGTH, LENGTH), (1, HEADS, LENGTH, LENGTH), (BATCH, 1, 1, LENGTH)])
@@ -132,15 +121,15 @@ def test_where_cudnn_cannot_xla_does_and_one_line_says_so(caplog):
     assert part in line
 
 
-@pytest.mark.parametrize(("part", "implementation"), [("bias", "einsum"), ("scale", "einsum"), ("bias", "xla")])
-def test_zero_bias_gives_bit_for_bit_what_no_bias_gives(part, implementation):
+@pytest.mark.parametrize("implementation", ["einsum", "xla"])
+def test_zero_bias_gives_bit_for_bit_what_no_bias_gives(implementation):
   query, key, value, bias = inputs()
   mask = history_mask(jnp.asarray(SEGMENTS))
   bound = functools.partial(attention, implementation=implementation)
   for run in (bound, jax.jit(bound, static_argnames="implementation")):
     plain = run(query, key, value, mask=mask)
-    assert_array_equal(run(query, key, value, mask=mask, **{part: jnp.zeros_like(jnp.asarray(bias))}), plain)
-    assert (np.asarray(run(query, key, value, mask=mask, **{part: jnp.asarray(bias)})) != np.asarray(plain)).any()
+    assert_array_equal(run(query, key, value, mask=mask, bias=jnp.zeros_like(jnp.asarray(bias))), plain)
+    assert (np.asarray(run(query, key, value, mask=mask, bias=jnp.asarray(bias))) != np.asarray(plain)).any()
 
 
 def test_padding_positions_see_themselves_alone_and_stay_finite():

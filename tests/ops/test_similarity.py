@@ -11,7 +11,6 @@ from bbqrec_jax.ops.similarity import (
   bucket_bias,
   continuous_bias,
   equal_frequency_edges,
-  equal_width_edges,
   overlap_edges,
   pair_similarity,
   similarity_buckets,
@@ -142,12 +141,6 @@ def test_the_continuous_bias_is_a_slope_times_the_similarity():
       else:
         expected += slope * (cosine(first[s], second[t]) + cosine(first[t], second[s])) / 2
     assert_allclose(got[b, h, i, j], expected, atol=1e-5)
-
-
-def test_equal_width_edges_split_the_cosines_into_buckets_of_one_width():
-  edges = equal_width_edges(8)
-  assert edges.dtype == np.float32
-  assert_allclose(edges, [-0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75])
 
 
 def test_equal_frequency_edges_split_the_samples_evenly():

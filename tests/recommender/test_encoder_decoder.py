@@ -11,15 +11,16 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.positions import relative_buckets
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.semantic_ids.trie import build_trie
 
 ITEMS, LEVELS, CODES, STREAMS, WIDTH, HEADS, HEAD_WIDTH, LAYERS = 11, 3, 4, 2, 8, 2, 3, 2
 SETTINGS = RecommenderSettings(
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=2 * LEVELS, backbone="encoder_decoder", width=WIDTH,
   num_layers=LAYERS, num_heads=HEADS, head_width=HEAD_WIDTH, position_buckets=8, mlp_width=12, dropout=0.4,
-  max_length=4, num_streams=STREAMS, num_buckets=4,
+  max_length=4, num_streams=STREAMS, cross_streams=True, table_buckets=4, subtree_logits=False, seen_item_bias=False,
 )  # fmt: skip
 SEGMENTS = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
 
@@ -189,7 +190,7 @@ def test_dropout_is_on_inputs_on_every_branch_and_on_outputs_in_training_alone(p
 
 @pytest.mark.parametrize(
   "changes",
-  [{}, {"layer_tables": True}, {"multiply_bias": True}, {"num_buckets": 0}, {"dtype": "bfloat16"}],
+  [{}, {"table_buckets": 0}, {"dtype": "bfloat16"}],
   ids=str,
 )
 def test_zero_tables_make_it_the_plain_backbone_bit_for_bit(random_params, catalogue, batch, changes):
@@ -197,18 +198,17 @@ def test_zero_tables_make_it_the_plain_backbone_bit_for_bit(random_params, catal
   params = random_params(Recommender(settings), catalogue, batch)
   tables = params["similarity_tables"]
   shared = {name: value for name, value in params.items() if name != "similarity_tables"}
-  parts = catalogue, batch["items"], SEGMENTS
-  plain = np.asarray(call(dataclasses.replace(settings, num_streams=0), "memory", shared, *parts).tokens)
+  plain = np.asarray(call(dataclasses.replace(settings, num_streams=0), "states", shared, catalogue, batch).tokens)
   zero = shared | {"similarity_tables": np.zeros_like(tables)}
-  assert_array_equal(call(settings, "memory", zero, *parts).tokens, plain)
-  moved = (np.asarray(call(settings, "memory", params, *parts).tokens) != plain).any(axis=-1)
+  assert_array_equal(call(settings, "states", zero, catalogue, batch).tokens, plain)
+  moved = (np.asarray(call(settings, "states", params, catalogue, batch).tokens) != plain).any(axis=-1)
   assert moved[0].all()
 
 
 def test_what_stands_at_padding_changes_no_real_token(params, catalogue, batch):
-  before = call(SETTINGS, "memory", params, catalogue, batch["items"], SEGMENTS)
-  other = np.where(SEGMENTS == 0, (batch["items"] + 1) % ITEMS, batch["items"])
-  after = call(SETTINGS, "memory", params, catalogue, other, SEGMENTS)
+  before = call(SETTINGS, "states", params, catalogue, batch)
+  other = batch | {"items": np.where(SEGMENTS == 0, (batch["items"] + 1) % ITEMS, batch["items"])}
+  after = call(SETTINGS, "states", params, catalogue, other, SEGMENTS)
   real = np.asarray(before.real)
   assert_array_equal(real, SEGMENTS.repeat(LEVELS, axis=1) > 0)
   assert_array_equal(np.asarray(after.tokens)[real], np.asarray(before.tokens)[real])
@@ -219,8 +219,8 @@ def test_a_beam_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogue,
   settings = dataclasses.replace(SETTINGS, softmax_over=over)
   if over == "nodes":
     prior = np.random.default_rng(5).normal(size=ITEMS).astype(np.float32)
-    params = params | {"head": params["head"] | {"node_scores": {"prior": prior}}}
-    settings = dataclasses.replace(SETTINGS, node_scores=True)
+    params = params | {"head": params["head"] | {"subtree_logits": {"prior": prior}}}
+    settings = dataclasses.replace(SETTINGS, subtree_logits=True)
   memory = call(settings, "last_states", params, catalogue, batch)
   every = jnp.tile(jnp.arange(ITEMS), (3, 1))
   log_probs = np.asarray(call(settings, "log_probs", params, catalogue, memory, every))
@@ -236,7 +236,7 @@ def test_a_beam_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogue,
 def test_other_heads_read_the_mean_of_the_memory(random_params, catalogue, batch, head):
   settings = dataclasses.replace(SETTINGS, head=head)
   params = random_params(Recommender(settings), catalogue, batch)
-  memory = call(settings, "memory", params, catalogue, batch["items"], SEGMENTS)
+  memory = call(settings, "states", params, catalogue, batch)
   state = call(settings, "last_states", params, catalogue, batch)
   for row, count in enumerate(SEGMENTS.sum(axis=1)):
     assert_allclose(state[row], np.asarray(memory.tokens)[row, : count * LEVELS].mean(axis=0), atol=1e-5)

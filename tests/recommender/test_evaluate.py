@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
+from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.evaluate import evaluate, make_ranker, popularity_metrics, sample_users, summarize
 from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.settings import RecommenderSettings
 
 NUM_ITEMS, MAX_LENGTH = 30, 6
 MISS = np.iinfo(np.int32).max
@@ -58,8 +59,8 @@ def test_dense_evaluation_against_brute_force(stage):
   targets = split.validation_target if stage == "validation" else split.test_target
   model = Recommender(
     RecommenderSettings(
-      num_items=NUM_ITEMS, num_levels=0, num_columns=0, head="dense", width=8, num_layers=1, mlp_width=8,
-      max_length=MAX_LENGTH, num_streams=0,
+      num_items=NUM_ITEMS, head="dense", width=8, num_layers=1, mlp_width=8,
+      max_length=MAX_LENGTH, seen_item_bias=False,
     )
   )  # fmt: skip
   catalogue = Catalogue(

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.recommender.heads import GenerativeHead
+from bbqrec_jax.recommender.generative import GenerativeHead
+from bbqrec_jax.recommender.settings import RecommenderSettings
 
 BATCH, LEVELS, CODES, WIDTH = 2, 3, 3, 8
 EVERY_ID = np.array(list(itertools.product(range(CODES), repeat=LEVELS)))
 MODEL = GenerativeHead(
-  num_levels=LEVELS, num_codes=CODES, width=WIDTH, num_layers=2, num_heads=2, mlp_width=12, dropout=0.3
-)
+  RecommenderSettings(
+    num_levels=LEVELS, num_codes=CODES, width=WIDTH, depth_layers=2, num_heads=2, mlp_width=12, dropout=0.3,
+    subtree_logits=False, seen_item_bias=False,
+  )
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.similarity import similarities
-from bbqrec_jax.recommender.catalogue import RecommenderSettings
 from bbqrec_jax.recommender.items import (
   build_catalogue,
   check_compared,
@@ -21,6 +20,7 @@ from bbqrec_jax.recommender.items import (
   sampled_similarities,
 )
 from bbqrec_jax.recommender.settings import needs_semantic_ids
+from bbqrec_jax.utils.settings import to_config
 
 ITEMS, LEVELS, CODES = 30, 3, 4  # Of `ids`.
 
@@ -75,16 +75,10 @@ def test_buckets_are_those_of_the_items_that_the_model_is_shown_the_last_ones_of
   assert found(6) == found(20) == pytest.approx({-1.0: 1 / 16, 0.0: 8 / 16, 1.0: 7 / 16}, abs=0.01)
 
 
-def test_equal_width_buckets_need_no_history(ids, histories):
-  catalogue, settings = build(ids, histories, similarity_kind="equal_width", num_buckets=4)
-  assert settings.num_buckets == 4
-  assert_allclose(catalogue.edges, np.tile([-0.5, 0.0, 0.5], (3, 1)))
-
-
 def test_overlap_compares_the_streams_codes(ids, histories):
   catalogue, settings = build(ids, histories, similarity_kind="overlap", similarity=("modalities", "fused"))
   assert len(settings.pairs) == 6
-  assert settings.num_buckets == 2 * LEVELS + 1
+  assert settings.table_buckets == 2 * LEVELS + 1
   assert catalogue.edges.shape == (6, 2 * LEVELS)
   streams = np.asarray(catalogue.streams)
   for stream in range(3):
@@ -94,8 +88,8 @@ def test_overlap_compares_the_streams_codes(ids, histories):
 
 
 def test_a_continuous_bias_has_a_slope_and_no_buckets(ids, histories):
-  catalogue, settings = build(ids, histories, similarity_kind="continuous", layer_tables=True, cross_pairs=False)
-  assert settings.table_shape == (2, 2, 2, 3)
+  catalogue, settings = build(ids, histories, similarity_kind="continuous", cross_pairs=False)
+  assert settings.table_shape == (2, 2, 3)
   assert catalogue.streams.dtype == np.float32
 
 
@@ -166,25 +160,13 @@ def test_without_similarity_there_is_nothing_to_compare(ids, histories):
   assert settings.num_streams == catalogue.streams.shape[1] == 0
 
 
-# What follows from the data or the tokenizer, and what has another name, in the config.
-NOT_OF_THE_CONFIG = {"num_items", "num_levels", "num_codes", "num_columns", "num_streams", "item_embedding",
-                     "feature_width", "dense_width", "dense_mlp_width", "dense_dropout"}  # fmt: skip
-FIELDS = [field.name for field in dataclasses.fields(RecommenderSettings) if field.name not in NOT_OF_THE_CONFIG]
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_every_setting_of_a_configs_field_is_what_that_field_says(others, ids, histories, name):
-  for value in others(default_config().recommender[name]):
-    _, settings = build(ids, histories, similarity_kind="equal_width", **{name: value})
-    assert getattr(settings, name) == value
-
-
-def test_settings_of_the_dense_tower_are_those_of_its_fields(ids, histories):
-  changes = {"dense_tower.width": 10, "dense_tower.mlp_width": 11, "dense_tower.dropout": 0.125}
-  _, settings = build(ids, histories, similarity=(), head="hybrid", **changes)
-  assert (settings.dense_width, settings.dense_mlp_width, settings.dense_dropout) == (10, 11, 0.125)
-  _, settings = build(ids, histories, similarity=(), head="dense", **changes)
-  assert settings.dense_width == 0, "there are two towers in the hybrid alone"
+def test_the_settings_are_those_of_the_config_with_what_the_data_gives(ids, histories):
+  _, settings = build(ids, histories, width=10, similarity=("fused",), **{"dense_tower.width": 12})
+  config = default_config().recommender
+  config.width, config.similarity, config.dense_tower.width = 10, ("fused",), 12
+  assert to_config(settings) == config
+  assert (settings.num_items, settings.num_levels, settings.num_codes) == (ITEMS, LEVELS, CODES)
+  assert (settings.num_columns, settings.num_streams, settings.feature_width) == (3 * LEVELS, 1, 0)
 
 
 @pytest.mark.parametrize(

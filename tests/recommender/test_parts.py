@@ -1,22 +1,83 @@
-"""Heads and backbones by name: this project's, the README's own, and what is none."""
+"""Heads and backbones by name: this project's, the README's own, others, and what is none."""
 
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommender.catalogue import RecommenderSettings
-from bbqrec_jax.recommender.model import check_parts
+from bbqrec_jax.recommender.causal import Causal
+from bbqrec_jax.recommender.items import build_catalogue
+from bbqrec_jax.recommender.model import Recommender, check_parts
+from bbqrec_jax.recommender.parts import Backbone, Head, Memory
+from bbqrec_jax.recommender.settings import RecommenderSettings, needs_semantic_ids
 from bbqrec_jax.recommender.two_towers import make_recommender
 
-ITEMS = 30
+SHAPES = {"num_items": 30, "num_levels": 3, "num_codes": 4, "num_columns": 3, "width": 8, "num_layers": 1}
 
 
-@pytest.mark.parametrize("backbone", ["causal", "encoder_decoder"])
-@pytest.mark.parametrize("head", ["generative", "dense", "parallel", "hybrid"])
-def test_every_head_and_backbone_of_this_project_can_be_made(head, backbone):
-  check_parts(RecommenderSettings(ITEMS, head=head, backbone=backbone))
+def settings_of(**fields):
+  return RecommenderSettings(**(SHAPES | fields))
+
+
+class Nearest(Head):
+  """A head that reads no codes."""
+
+  def scores(self, items, states):
+    return states @ items.vectors().T
+
+  def losses(self, items, states, targets, *, deterministic):
+    return {"nll": -jnp.take_along_axis(jax.nn.log_softmax(self.scores(items, states)), targets[:, None], 1)[:, 0]}
+
+
+class Sums(Backbone):
+  """One that takes a row for one history."""
+
+  def __call__(self, x, segments, positions, bias=None, times=None, *, deterministic=True):
+    return jnp.cumsum(x * (segments > 0)[..., None], axis=1)
+
+
+class SumsOfOne(Sums):
+  """The same, and says so."""
+
+  rows = "history"
+
+
+class Own(Causal):
+  """As good as this project's."""
+
+
+class Flat(Backbone):
+  """One whose states have another shape."""
+
+  def __call__(self, x, segments, positions, bias=None, times=None, *, deterministic=True):
+    return x[..., 0]
+
+
+class Tokens(Backbone):
+  """An encoder without layers."""
+
+  rows = "history"
+  reads_codes = True
+  makes_memory = True
+
+  def __call__(self, x, segments, positions, bias=None, times=None, *, deterministic=True):
+    batch, length, levels, width = x.shape
+    return Memory(x.reshape(batch, length * levels, width), jnp.repeat(segments > 0, levels, axis=1))
+
+
+def here(name):
+  return f"{__name__}:{name}"
+
+
+@pytest.mark.parametrize("backbone", ["causal", "encoder_decoder", here("Own"), here("SumsOfOne"), here("Tokens")])
+@pytest.mark.parametrize("head", ["generative", "dense", "parallel", here("Nearest")])
+def test_parts_that_can_be_made(head, backbone):
+  check_parts(settings_of(head=head, backbone=backbone))
 
 
 def test_the_readmes_own_head_can_be_made(tmp_path, monkeypatch):
@@ -24,20 +85,67 @@ def test_the_readmes_own_head_can_be_made(tmp_path, monkeypatch):
   (lines,) = re.findall(r"```python\n# my_heads\.py\n(.*?)```", readme, flags=re.DOTALL)
   (tmp_path / "my_heads.py").write_text(lines)
   monkeypatch.syspath_prepend(tmp_path)
-  check_parts(RecommenderSettings(ITEMS, head="my_heads:nearest"))
+  check_parts(settings_of(head="my_heads:NearestHead"))
 
 
 @pytest.mark.parametrize("part", ["head", "backbone"])
-@pytest.mark.parametrize(
-  ("name", "came"),
-  [
-    ("json:loads", "TypeError: the JSON object must be str"),
-    ("builtins:id", "a int without "),
-    ("bbqrec_jax.recommender.heads:ParallelHead", "TypeError: "),
-  ],
-)
-def test_a_function_that_makes_no_part_of_a_model_is_named_in_one_line(part, name, came):
+@pytest.mark.parametrize("name", ["json:loads", "builtins:int", "bbqrec_jax.recommender.model:Recommender"])
+def test_what_is_no_part_of_a_model_is_named_in_one_line(part, name):
   with pytest.raises(InputError) as error:
-    make_recommender(RecommenderSettings(ITEMS, **{part: name}))
-  expected = f"expected a function that makes a {part} of the settings (see bbqrec_jax/models/{part}s.py), got {came}"
+    make_recommender(settings_of(**{part: name}))
+  expected = f"expected a subclass of bbqrec_jax.recommender.parts.{part.capitalize()}, got <"
   assert str(error.value).startswith(f"config field recommender.{part} = {name!r}: {expected}")
+
+
+@pytest.mark.parametrize(
+  ("name", "said"), [("Sums", "the other user of the row"), ("Flat", "expected states [B, T, 8]")]
+)
+def test_a_backbone_that_breaks_its_contract_is_refused_by_name(name, said):
+  with pytest.raises(InputError) as error:
+    make_recommender(settings_of(backbone=here(name), head="dense"))
+  assert str(error.value).startswith(f"config field recommender.backbone = {here(name)!r}: ")
+  assert said in str(error.value)
+
+
+def test_a_head_that_reads_a_memory_needs_a_backbone_that_makes_one():
+  name = "bbqrec_jax.recommender.encoder_decoder:DecoderHead"
+  with pytest.raises(InputError, match=r"reads a memory, which recommender\.backbone = 'causal' does not make"):
+    make_recommender(settings_of(head=name))
+  check_parts(settings_of(head=name, backbone="encoder_decoder"))
+
+
+@pytest.mark.parametrize(
+  ("head", "backbone", "needed"),
+  [
+    ("dense", "causal", False), (here("Nearest"), "causal", False), (here("Nearest"), here("SumsOfOne"), False),
+    ("generative", "causal", True), ("parallel", "causal", True), ("hybrid", "causal", True),
+    ("dense", "encoder_decoder", True), (here("Nearest"), here("Tokens"), True),
+  ],
+)  # fmt: skip
+def test_semantic_ids_are_needed_where_a_part_reads_codes(head, backbone, needed):
+  config = default_config()
+  config.recommender.update({"head": head, "backbone": backbone, "item_inputs": ("item",), "similarity": ()})
+  assert needs_semantic_ids(config) == needed
+  if not needed:
+    catalogue, settings = build_catalogue(config, None, None, num_items=30)
+    assert catalogue.trie is None
+    assert (settings.num_levels, settings.num_codes, settings.num_columns) == (0, 0, 0)
+
+
+def test_a_backbone_of_one_history_a_row_learns_from_the_whole():
+  settings = settings_of(head=here("Nearest"), backbone=here("SumsOfOne"), item_inputs=("item",), num_columns=0)
+  config = default_config()
+  config.recommender.update({"head": settings.head, "backbone": settings.backbone, "item_inputs": ("item",)})
+  config.recommender.similarity = ()
+  catalogue, _ = build_catalogue(config, None, None, num_items=30)
+  items = np.array([[3, 1, 4], [1, 5, 0]])
+  batch = {"items": items, "segments": np.array([[1, 1, 1], [1, 1, 0]]), "positions": np.tile(np.arange(3), (2, 1)),
+           "targets": np.array([9, 2])}  # fmt: skip
+  vectors = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+  loss, _ = Recommender(settings).apply(
+    {"params": {"item_embedding": vectors}}, catalogue, batch, method="loss", deterministic=True
+  )
+  states = np.stack([vectors[[3, 1, 4]].sum(0), vectors[[1, 5]].sum(0)])
+  scores = states.astype(np.float64) @ vectors.T
+  expected = np.log(np.exp(scores).sum(axis=1)) - scores[[0, 1], [9, 2]]
+  np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.settings import DenseTowerSettings, RecommenderSettings
 from bbqrec_jax.recommender.two_towers import TwoTowers, make_recommender, tower_settings
 from bbqrec_jax.semantic_ids.trie import build_trie
 
@@ -18,7 +19,8 @@ ITEMS, LEVELS, CODES, FEATURES = 14, 3, 4, 5
 SETTINGS = RecommenderSettings(
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=LEVELS, feature_width=FEATURES, head="hybrid",
   width=8, num_layers=1, num_heads=2, mlp_width=12, depth_layers=1, dropout=0.4, max_length=6, num_streams=1,
-  num_buckets=4, node_scores=True, history_offsets=True, dense_width=6, dense_mlp_width=10, dense_dropout=0.0,
+  table_buckets=4, item_inputs=("fused", "features", "item"),
+  dense_tower=DenseTowerSettings(width=6, mlp_width=10, dropout=0.0),
 )  # fmt: skip
 ROWS = 3
 
@@ -65,9 +67,9 @@ def towers(settings=SETTINGS):
   return zip(("generative", "dense"), map(Recommender, tower_settings(settings)), strict=True)
 
 
-def test_one_tower_where_the_settings_give_the_dense_one_no_width():
+def test_the_hybrid_is_two_towers_and_nothing_else_is():
   assert isinstance(make_recommender(SETTINGS), TwoTowers)
-  assert type(make_recommender(dataclasses.replace(SETTINGS, dense_width=0))) is Recommender
+  assert type(make_recommender(dataclasses.replace(SETTINGS, head="dense"))) is Recommender
 
 
 def test_the_towers_share_nothing_and_the_dense_one_has_no_semantics(params):
@@ -107,7 +109,9 @@ def test_loss_and_gradient_are_those_of_each_tower_by_itself(params, catalogue, 
 
 
 def test_dropout_reaches_both_towers(params, catalogue, batch):
-  model = make_recommender(dataclasses.replace(SETTINGS, dense_dropout=0.4))
+  model = make_recommender(
+    dataclasses.replace(SETTINGS, dense_tower=dataclasses.replace(SETTINGS.dense_tower, dropout=0.4))
+  )
   first, second = (
     call(model, "loss", params, catalogue, batch, deterministic=False, rngs={"dropout": jax.random.key(seed)})[1]
     for seed in (0, 1)
@@ -117,12 +121,12 @@ def test_dropout_reaches_both_towers(params, catalogue, batch):
 
 def both(params, catalogue, queries, settings=SETTINGS):
   """Log-probabilities of all items [B, N], of each tower."""
-  past = make_recommender(settings).past(queries)
+  seen = make_recommender(settings).seen(queries)
   every = jnp.tile(jnp.arange(catalogue.num_items), (ROWS, 1))
   found = {}
   for name, tower in towers(settings):
     states = call(tower, "last_states", params[name], catalogue, queries)
-    found[name] = np.asarray(call(tower, "log_probs", params[name], catalogue, states, every, past), np.float64)
+    found[name] = np.asarray(call(tower, "log_probs", params[name], catalogue, states, every, seen), np.float64)
   return found["generative"], found["dense"]
 
 
@@ -130,54 +134,50 @@ def test_log_probs_are_the_sum_of_both_towers(params, catalogue, queries):
   model = make_recommender(SETTINGS)
   states = call(model, "last_states", params, catalogue, queries)
   every = jnp.tile(jnp.arange(ITEMS), (ROWS, 1))
-  found = call(model, "log_probs", params, catalogue, states, every, model.past(queries))
+  found = call(model, "log_probs", params, catalogue, states, every, model.seen(queries))
   assert_allclose(found, sum(both(params, catalogue, queries)), atol=1e-4)
 
 
-def expected_order(generative, dense, *, width, rerank, exclude):
+def expected_order(generative, dense, *, width, exclude):
   """For one user: the candidates of both towers in order, and their log-probabilities among one another."""
   allowed = np.setdiff1d(np.arange(len(dense)), exclude)
   candidates = {*allowed[np.argsort(-dense[allowed])][:width], *allowed[np.argsort(-generative[allowed])][:width]}
   among = np.array(sorted(candidates))
-  scores = dense[among] + (generative[among] if rerank == "both" else 0.0)
+  scores = dense[among] + generative[among]
   order = np.argsort(-scores)[:width]
   return among[order], scores[order] - np.log(np.exp(scores).sum())
 
 
-@pytest.mark.parametrize("rerank", ["both", "dense"])
 @pytest.mark.parametrize("width", [ITEMS, ITEMS + 3])
-def test_a_search_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogue, queries, rerank, width):
-  settings = dataclasses.replace(SETTINGS, rerank=rerank)
-  model = make_recommender(settings)
+def test_a_search_as_wide_as_the_catalogue_is_the_exact_ranking(params, catalogue, queries, width):
+  model = make_recommender(SETTINGS)
   exclude = np.array([[0, 5], [-1, -1], [3, -1]])
   states = call(model, "last_states", params, catalogue, queries)
-  past = model.past(queries)
-  found = call(model, "search", params, catalogue, states, width=width, exclude=jnp.asarray(exclude), past=past)
+  seen = model.seen(queries)
+  found = call(model, "search", params, catalogue, states, width=width, exclude=jnp.asarray(exclude), seen=seen)
   for row, (generative, dense) in enumerate(zip(*both(params, catalogue, queries), strict=True)):
-    items, log_probs = expected_order(generative, dense, width=width, rerank=rerank, exclude=exclude[row])
+    items, log_probs = expected_order(generative, dense, width=width, exclude=exclude[row])
     assert len(items) == ITEMS - np.count_nonzero(exclude[row] >= 0)
     assert_array_equal(found.items[row], np.pad(items, (0, width - len(items)), constant_values=-1))
     assert_allclose(found.log_probs[row, : len(items)], log_probs, atol=1e-4)
     assert np.isneginf(found.log_probs[row, len(items) :]).all()
 
 
-@pytest.mark.parametrize("rerank", ["both", "dense"])
-def test_a_narrow_search_ranks_the_candidates_of_both_towers(params, catalogue, queries, rerank):
+def test_a_narrow_search_ranks_the_candidates_of_both_towers(params, catalogue, queries):
   width = 3
-  settings = dataclasses.replace(SETTINGS, rerank=rerank)
-  model = make_recommender(settings)
-  states, past = call(model, "last_states", params, catalogue, queries), model.past(queries)
-  found = call(model, "search", params, catalogue, states, width=width, past=past)
+  model = make_recommender(SETTINGS)
+  states, seen = call(model, "last_states", params, catalogue, queries), model.seen(queries)
+  found = call(model, "search", params, catalogue, states, width=width, seen=seen)
   beam = call(
-    Recommender(tower_settings(settings)[0]), "search", params["generative"], catalogue, states[0], width=width,
-    past=past,
+    Recommender(tower_settings(SETTINGS)[0]), "search", params["generative"], catalogue, states[0], width=width,
+    seen=seen,
   )  # fmt: skip
   generative, dense = both(params, catalogue, queries)
   only_dense = 0
   for row in range(ROWS):
     best = np.argsort(-dense[row])[:width]
     among = np.union1d(best, beam.items[row])
-    scores = dense[row, among] + (generative[row, among] if rerank == "both" else 0.0)
+    scores = dense[row, among] + generative[row, among]
     order = np.argsort(-scores)[:width]
     assert_array_equal(found.items[row], among[order])
     assert_allclose(found.log_probs[row], scores[order] - np.log(np.exp(scores).sum()), atol=1e-4)
@@ -187,9 +187,9 @@ def test_a_narrow_search_ranks_the_candidates_of_both_towers(params, catalogue, 
 
 def test_nothing_is_found_where_all_is_excluded(params, catalogue, queries):
   model = make_recommender(SETTINGS)
-  states, past = call(model, "last_states", params, catalogue, queries), model.past(queries)
+  states, seen = call(model, "last_states", params, catalogue, queries), model.seen(queries)
   exclude = jnp.tile(jnp.arange(ITEMS), (ROWS, 1))
-  found = call(model, "search", params, catalogue, states, width=4, exclude=exclude, past=past)
+  found = call(model, "search", params, catalogue, states, width=4, exclude=exclude, seen=seen)
   assert_array_equal(found.items, np.full((ROWS, 4), -1))
   assert np.isneginf(found.log_probs).all()
 
@@ -200,9 +200,9 @@ def test_items_that_came_after_training_are_candidates(random_params, catalogue,
   model = make_recommender(settings)
   own = random_params(model, catalogue, batch)
   assert own["dense"]["item_embedding"].shape == (known, 6)
-  states, past = call(model, "last_states", own, catalogue, queries), model.past(queries)
-  found = call(model, "search", own, catalogue, states, width=ITEMS, past=past)
+  states, seen = call(model, "last_states", own, catalogue, queries), model.seen(queries)
+  found = call(model, "search", own, catalogue, states, width=ITEMS, seen=seen)
   for row, (generative, dense) in enumerate(zip(*both(own, catalogue, queries, settings), strict=True)):
-    items, log_probs = expected_order(generative, dense, width=ITEMS, rerank="both", exclude=[])
+    items, log_probs = expected_order(generative, dense, width=ITEMS, exclude=[])
     assert_array_equal(found.items[row], items)
     assert_allclose(found.log_probs[row], log_probs, atol=1e-4)

@@ -48,18 +48,17 @@ def artefact(tmp_path_factory, compile_cache):
   "changes",
   [
     {"recommender.head": "parallel"},
-    {"recommender.head": "hybrid"},
     {
       "recommender.head": "hybrid",
       "recommender.dense_tower.width": 8,
       "recommender.dense_tower.mlp_width": 16,
-      "recommender.history_offsets": False,
+      "recommender.seen_item_bias": False,
     },
     {"recommender.backbone": "encoder_decoder", "recommender.head_width": 8, "recommender.length_buckets": (4,)},
     {
       "recommender.softmax_over": "all",
-      "recommender.node_scores": False,
-      "recommender.history_offsets": False,
+      "recommender.subtree_logits": False,
+      "recommender.seen_item_bias": False,
       "recommender.dtype": "bfloat16",
     },
     {"recommender.item_inputs": ("fused", "content", "features"), "recommender.head": "dense"},

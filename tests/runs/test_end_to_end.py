@@ -377,7 +377,7 @@ def dense_scores(model, params, catalogue, batch):
 
   def scores(params):
     states = model.apply({"params": params}, catalogue, batch, method="last_states")
-    return model.apply({"params": params}, catalogue, states, model.past(batch), method="scores")
+    return model.apply({"params": params}, catalogue, states, model.seen(batch), method="scores")
 
   return np.asarray(jax.jit(scores)(params), np.float64)
 
@@ -564,7 +564,7 @@ def test_generative_recommendations_against_every_items_log_probability(generati
   def log_probs(params):
     state = model.apply({"params": params}, catalogue, batch, method="last_states")
     every = np.arange(NUM_ITEMS)[None]
-    return model.apply({"params": params}, catalogue, state, every, model.past(batch), method="log_probs")
+    return model.apply({"params": params}, catalogue, state, every, model.seen(batch), method="log_probs")
 
   expected = np.asarray(jax.jit(log_probs)(params))[0]
   # A beam as wide as the catalogue is an exact search.

@@ -119,7 +119,7 @@ def test_given_items_have_their_shares_of_the_existing_ids_where_those_are_to_su
   @jax.jit
   def shares(items):
     return item_log_probs(
-      trie, *decoder(tables), items, normalize=True, node_scores=lambda state, level, nodes: 0.1 * nodes
+      trie, *decoder(tables), items, normalize=True, subtree_logits=lambda state, level, nodes: 0.1 * nodes
     )
 
   found = np.asarray(shares(every), np.float64)

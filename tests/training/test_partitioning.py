@@ -22,9 +22,10 @@ from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.pipeline import CatalogueSample, PackedHistories, tokenizer_batches
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings, code_columns
+from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.evaluate import make_ranker
 from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.step import make_recommender_step
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.tokenizer.club import ClubCritic, Disentangling
@@ -81,7 +82,8 @@ def make_catalogue():
 def make_recommender(head, *, dropout=0.0, **changes):
   settings = RecommenderSettings(
     num_items=NUM_ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=2 * LEVELS, head=head, width=8, num_layers=1,
-    mlp_width=8, depth_layers=1, dropout=dropout, max_length=8, num_streams=2, num_buckets=8, **changes,
+    mlp_width=8, depth_layers=1, dropout=dropout, max_length=8, num_streams=2, cross_streams=True, table_buckets=8,
+    **({"subtree_logits": False, "seen_item_bias": False} | changes),
   )  # fmt: skip
   return Recommender(settings)
 
@@ -143,10 +145,10 @@ def tokenizer_problem(*, revival_threshold, steps=STEPS, **choices):
 
 
 PROBLEMS = {
-  "generative": lambda: recommender_problem("generative", node_scores=True, history_offsets=True),
-  "dense": lambda: recommender_problem("dense", history_offsets=True),
-  "parts": lambda: recommender_problem("dense", accumulation=2, history_offsets=True),
-  "many parts": lambda: recommender_problem("dense", accumulation=8, history_offsets=True),
+  "generative": lambda: recommender_problem("generative", subtree_logits=True, seen_item_bias=True),
+  "dense": lambda: recommender_problem("dense", seen_item_bias=True),
+  "parts": lambda: recommender_problem("dense", accumulation=2, seen_item_bias=True),
+  "many parts": lambda: recommender_problem("dense", accumulation=8, seen_item_bias=True),
   # Dropout and negatives, which the mesh draws as one device does.
   "drawn": lambda: recommender_problem("dense", dropout=0.2, item_dropout=0.3, num_negatives=16),
   # Without revival: which residual a code out of use moves to is a draw of its own.

@@ -1,4 +1,4 @@
-"""What the items under a node of the trie add to its score, beside the score of its code."""
+"""Logits of a node of the trie from the items under it, beside the logit of its code."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-class NodeTables(NamedTuple):
+class SubtreeTables(NamedTuple):
   """Of each level of the trie.
 
   Attributes:
@@ -30,8 +30,8 @@ class NodeTables(NamedTuple):
     return mass[nodes] + jnp.einsum("...d,...fd->...f", hidden, chosen, preferred_element_type=jnp.float32)
 
 
-class NodeScores(nn.Module):
-  """Scores a node by the items under it (this project's choice).
+class SubtreeLogits(nn.Module):
+  """Logits of nodes from the items under them (this project's choice).
 
   With a prior b_i and a vector v_i for each item, a full softmax gives what is under a node the score
 
@@ -47,56 +47,56 @@ class NodeScores(nn.Module):
   num_items: int
 
   @nn.compact
-  def __call__(self, items: Any) -> NodeTables:
-    """The tables of all nodes, from `heads.Items`."""
+  def __call__(self, items: Any) -> SubtreeTables:
+    """The tables of all nodes, from `parts.Items`."""
     prior = self.param("prior", nn.initializers.zeros, (self.num_items,), jnp.float32).astype(jnp.float32)
     new = items.catalogue.num_items - self.num_items
     if new:
       prior = jnp.concatenate([prior, jnp.full(new, jnp.mean(prior))])
-    return NodeTables(*items.catalogue.trie.pooled(prior, items.vectors()))
+    return SubtreeTables(*items.catalogue.trie.pooled(prior, items.vectors()))
 
 
 Addition = Callable[[jax.Array, int, jax.Array], jax.Array]
-# Of learned offsets: Adam moves a parameter by about its learning rate a step, and these have some way to go.
-OFFSET_UNIT = 10.0
+# Of learned biases: Adam moves a parameter by about its learning rate a step, and these have some way to go.
+BIAS_UNIT = 10.0
 
 
-def additions(items: Any, tables: NodeTables | None, offsets: jax.Array | None) -> Addition | None:
+def additions(items: Any, tables: SubtreeTables | None, biases: jax.Array | None) -> Addition | None:
   """What is added to the scores of nodes: (decoder's state [..., d], level, nodes [..., F]) -> [..., F] float32.
 
-  An offset o says that an item of the history counts as much as exp(o) others. A node of which the history has the
+  A bias o says that an item of the history counts as much as exp(o) others. A node of which the history has the
   share f then has log(1 - f + f exp(o)) added to its score: o once all that it leads to is in the history.
 
   Args:
-    items: `heads.Items`.
-    tables: of `NodeScores`, or None.
-    offsets: [L], of each level, in `OFFSET_UNIT`, or None.
+    items: `parts.Items`.
+    tables: of `SubtreeLogits`, or None.
+    biases: [L], of each level, in `BIAS_UNIT`, or None.
 
   Returns:
     None where nothing is added.
   """
-  if tables is None and offsets is None:
+  if tables is None and biases is None:
     return None
 
   def add(hidden: jax.Array, level: int, nodes: jax.Array) -> jax.Array:
     total = jnp.zeros((), jnp.float32) if tables is None else tables.scores(hidden, level, nodes)
-    if offsets is None:
+    if biases is None:
       return total
-    share = items.catalogue.trie.share(level, nodes, items.past)
-    offset = OFFSET_UNIT * offsets[level].astype(jnp.float32)
-    return total + jnp.logaddexp(jnp.log1p(-share), jnp.log(share) + offset)
+    share = items.catalogue.trie.share(level, nodes, items.seen)
+    bias = BIAS_UNIT * biases[level].astype(jnp.float32)
+    return total + jnp.logaddexp(jnp.log1p(-share), jnp.log(share) + bias)
 
   return add
 
 
-def training_scores(add: Addition | None, hidden: jax.Array) -> Callable[[int, jax.Array], jax.Array] | None:
+def training_logits(add: Addition | None, hidden: jax.Array) -> Callable[[int, jax.Array], jax.Array] | None:
   """For `Catalogue.code_log_probs`: hidden [P, L, d], the decoder's state before each level."""
   if add is None:
     return None
   return lambda level, nodes: add(hidden[:, level], level, nodes)
 
 
-def search_scores(add: Addition | None) -> Callable[[Any, int, jax.Array], jax.Array] | None:
+def search_logits(add: Addition | None) -> Callable[[Any, int, jax.Array], jax.Array] | None:
   """For `beam_search`, where the decoder's state has its `hidden` [B, w, d]."""
   if add is None:
     return None

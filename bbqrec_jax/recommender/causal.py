@@ -1,0 +1,52 @@
+"""The causal backbone: one position an item, histories packed into rows."""
+
+import flax.linen as nn
+import jax
+
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.layers.transformer import CausalBackbone
+from bbqrec_jax.recommender.parts import Backbone
+from bbqrec_jax.recommender.settings import RecommenderSettings
+
+
+class Causal(Backbone):
+  """`CausalBackbone` by the recommender's settings; its parameters are those of that, at the same place."""
+
+  @classmethod
+  def check(cls, settings: RecommenderSettings, prefix: str) -> None:
+    """See `Backbone`."""
+    places = settings.position_buckets
+    if settings.positions == "relative" and not 2 <= places <= 255:
+      raise InputError(f"config field {prefix}position_buckets must be from 2 to 255, got {places}")
+    if settings.width % settings.num_heads:
+      raise InputError(
+        f"config field {prefix}width = {settings.width} must be a multiple of {prefix}num_heads = {settings.num_heads}"
+      )
+
+  def setup(self):
+    """Makes the layers."""
+    s = self.settings
+    self.layers = CausalBackbone(
+      num_layers=s.num_layers,
+      num_heads=s.num_heads,
+      mlp_width=s.mlp_width,
+      max_length=s.max_length,
+      dropout=s.dropout,
+      implementation=s.attention,
+      position_buckets=s.position_buckets if s.positions == "relative" else 0,
+      time_buckets=s.time_buckets,
+    )
+    nn.share_scope(self, self.layers)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array,
+    bias: jax.Array | None = None,
+    times: jax.Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """See `CausalBackbone`."""
+    return self.layers(x, segments, positions, bias, times, deterministic=deterministic)

@@ -1,0 +1,164 @@
+"""What a recommender is made of: a backbone turns histories into states, a head ranks items by these.
+
+Both are flax modules that are made of the recommender's settings, and declare as class attributes what they need.
+A config names one of this project's, or a class of your own as "module:Class".
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from bbqrec_jax.ops.ranking import without
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.settings import RecommenderSettings
+from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
+
+
+@flax.struct.dataclass
+class Memory:
+  """What an encoder makes of histories, for a decoder to attend to.
+
+  Attributes:
+    tokens: [B, S, d].
+    real: [B, S] bool, False at padding.
+  """
+
+  tokens: jax.Array
+  real: jax.Array
+
+  def pooled(self) -> jax.Array:
+    """Mean of the real tokens, [B, d]."""
+    weight = self.real[..., None].astype(self.tokens.dtype)
+    return jnp.sum(self.tokens * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+
+
+class Items(NamedTuple):
+  """What a head is told of the items.
+
+  Attributes:
+    catalogue: their semantic IDs, and the trie of those.
+    vectors: items [...] int -> their vectors [..., d]; None gives all, [N, d].
+    seen: [P, T] (or [B, T]) int, deduplicated history items per state, -1-padded; None where the settings, or the head,
+      do without.
+  """
+
+  catalogue: Catalogue
+  vectors: Callable[..., jax.Array]
+  seen: jax.Array | None = None
+
+
+def weighted(parts: dict[str, jax.Array], weights: jax.Array) -> dict[str, jax.Array]:
+  """Sums each part [P] as the positions weigh; what weighs nothing may be anything."""
+  return {
+    name: jnp.sum(jnp.where(weights > 0, part.astype(jnp.float32) * weights, 0.0)) for name, part in parts.items()
+  }
+
+
+class Backbone(nn.Module):
+  """Histories in, states out.
+
+  Attributes:
+    settings: of the recommender.
+    rows: "packed", several histories in a row, each position attending to its own segment and before it alone, and
+      predicting the item after it; or "history", one history a row, of which the whole predicts the next item.
+    reads_codes: whether an item is the tokens of its ID's codes, [B, T, L, d], in place of one vector, [B, T, d].
+    makes_memory: whether it gives a `Memory` in place of states [B, T, d]; its rows are then one history each.
+  """
+
+  settings: RecommenderSettings
+  rows: ClassVar[str] = "packed"
+  reads_codes: ClassVar[bool] = False
+  makes_memory: ClassVar[bool] = False
+
+  @classmethod
+  def check(cls, settings: RecommenderSettings, prefix: str) -> None:
+    """Refuses settings that it does not work with; `prefix` is that of their names in the config.
+
+    Raises:
+      InputError: if there are some.
+    """
+
+  def __call__(
+    self,
+    x: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array,
+    bias: jax.Array | None = None,
+    times: jax.Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> Any:
+    """Item vectors or tokens -> states [B, T, d], or a `Memory`.
+
+    Args:
+      x: [B, T, d], or [B, T, L, d] where it reads codes.
+      segments: [B, T] int; 0 is padding, equal positive numbers in a row are one history.
+      positions: [B, T] int, the place of each item in its history, from 0.
+      bias: [B, H, T, T] to add to attention scores, or None.
+      times: [B, T] int, the second of each interaction, or None.
+      deterministic: no dropout.
+    """
+    raise NotImplementedError
+
+
+class Head(nn.Module):
+  """States in, a ranking of items out. A head defines `losses`, and `scores` if it is `exact`, else `search`.
+
+  Attributes:
+    settings: of the recommender.
+    exact: whether it scores every item; otherwise it searches, and what its search drops has no score.
+    reads_history: whether it is told of the items that the history has, as `Items.seen`.
+    reads_codes: whether it needs the items' semantic IDs and their trie.
+    reads_memory: whether its states are a `Memory`; otherwise they are [P, d].
+    memory_head: the head that takes its place over a backbone that makes a memory; None: itself, reading the mean.
+  """
+
+  settings: RecommenderSettings
+  exact: ClassVar[bool] = True
+  reads_history: ClassVar[bool] = False
+  reads_codes: ClassVar[bool] = False
+  reads_memory: ClassVar[bool] = False
+  memory_head: ClassVar[Any] = None
+
+  @classmethod
+  def check(cls, settings: RecommenderSettings, prefix: str) -> None:
+    """As `Backbone.check`."""
+
+  def losses(self, items: Items, states: Any, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
+    """The parts of the loss by name, each [P] float32; targets [P] int. The loss is their sum."""
+    raise NotImplementedError
+
+  def scores(self, items: Items, states: Any) -> jax.Array:
+    """Scores of all items, [B, N] float32; their softmax is over the catalogue."""
+    raise NotImplementedError
+
+  def summed_losses(
+    self, items: Items, states: Any, targets: jax.Array, weights: jax.Array, *, deterministic: bool
+  ) -> dict[str, jax.Array]:
+    """The parts of the loss, each a float32 scalar: the sum over positions as they weigh, [P] float32.
+
+    For a head that knows a faster way to them than through each.
+    """
+    return weighted(self.losses(items, states, targets, deterministic=deterministic), weights)
+
+  def log_probs(self, items: Items, states: Any, some: jax.Array) -> jax.Array:
+    """Minus the loss of each of `some` items, [B, n] int -> [B, n] float32.
+
+    For a head that knows a faster way to them than through each.
+    """
+    batch, count = some.shape
+    repeated, seen = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), (states, items.seen))
+    parts = self.losses(items._replace(seen=seen), repeated, some.reshape(-1), deterministic=True)
+    return -sum(parts.values(), start=jnp.zeros((), jnp.float32)).reshape(batch, count)
+
+  def search(self, items: Items, states: Any, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
+    """The best `width` items and their log-probabilities, without those of `exclude`, [B, E] int; -1 fills."""
+    scores = jax.nn.log_softmax(self.scores(items, states), axis=-1)
+    if exclude is not None:
+      scores = without(scores, exclude)
+    best, chosen = jax.lax.top_k(scores, min(width, scores.shape[1]))
+    return filled_beam(jnp.where(jnp.isneginf(best), -1, chosen), best, width=width)
