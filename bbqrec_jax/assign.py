@@ -65,11 +65,13 @@ def assign(
     own = suffix_collisions(raw, num_codes=ids.num_codes, taken=ids.codes)
   else:
     own = reassign_collisions(raw, id_latents, id_codebooks, taken=ids.codes)
-  extended = _extended(ids, own, codes, here, item_ids)
-  if ids.content is not None:
-    _, _, here, codes = _quantized(ids.content, features, present, block=block)
-    extended = dataclasses.replace(extended, content=_extended(ids.content, codes[-1], codes, here, item_ids))
-  return extended
+  return dataclasses.replace(
+    ids,
+    item_ids=item_ids,
+    codes=np.concatenate([ids.codes, own]),
+    stream_codes=np.concatenate([ids.stream_codes, codes], axis=1),
+    present=np.concatenate([ids.present, here], axis=1),
+  )
 
 
 def _quantized(
@@ -90,19 +92,6 @@ def _quantized(
   count = len(next(iter(ordered.values())))
   latents, here, codes = encode_blocks(lambda items: frozen(*store.rows(items)), count, block=block)
   return settings, latents, here, codes
-
-
-def _extended(
-  ids: SemanticIds, own: np.ndarray, codes: np.ndarray, present: np.ndarray, item_ids: ItemIds
-) -> SemanticIds:
-  """The IDs with those of new items after them: own [n, L'], codes [S, n, L], present [S, n]."""
-  return dataclasses.replace(
-    ids,
-    item_ids=item_ids,
-    codes=np.concatenate([ids.codes, own]),
-    stream_codes=np.concatenate([ids.stream_codes, codes], axis=1),
-    present=np.concatenate([ids.present, present], axis=1),
-  )
 
 
 def main(argv: list[str]) -> None:

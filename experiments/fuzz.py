@@ -784,8 +784,6 @@ def expect_config(files: Files, valid: Files) -> Any:
 def parse_ids(files: Files) -> SemanticIds:
   """What the files of an artefact hold, whatever it is."""
   about = document(files, "semantic_ids.json")
-  if about.get("content", False) is not False:
-    raise Bad  # There are no content codes among these files.
   arrays = {name: whole_array(files[f"{name}.npy"]) for name in ("codes", "stream_codes", "present", "codebooks")}
   with zipfile.ZipFile(io.BytesIO(files["encoder.npz"])) as archive:
     encoder = {info.filename.removesuffix(".npy"): whole_array(archive.read(info)) for info in archive.infolist()}

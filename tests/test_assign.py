@@ -61,8 +61,6 @@ def make_ids(random_params, *, repair="reassign", **choices):
   scale = np.array([1.0, 0.3], np.float32)[:, None, None]
   books = [latents[stream][drawn] * scale for stream in range(len(settings.streams))]
   codebooks = np.stack(books if settings.codebooks == "per_stream" else books[-1:])
-  if settings.codebooks == "single":
-    codebooks = np.repeat(codebooks[:, :1], LEVELS, axis=1)
   frozen = FrozenTokenizer(settings, encoder, codebooks)
   latents, here, codes = frozen(*rows, own)
   raw, id_latents, id_codebooks = id_space(settings, latents, codes, codebooks)
@@ -79,8 +77,7 @@ CHOICES = [
   {},
   {"repair": "suffix"},
   {"codebooks": "per_stream", "semantic_id": "concatenated"},
-  {"codebooks": "single", "item_id": "none", "learn_temperature": True, "normalize": False},
-  {"item_id": "stream"},
+  {"item_id": "none", "normalize": False},
   {"quantizer": "rq_kmeans"},
   {"quantizer": "rq_kmeans", "semantic_id": "concatenated", "repair": "suffix"},
 ]
@@ -112,18 +109,6 @@ def test_an_item_with_the_features_of_a_known_one_and_no_id_of_its_own_gets_its_
   extended = assign(ids, twins, {name: mask[some] for name, mask in present.items()})
   assert_array_equal(extended.stream_codes[:, ITEMS:], ids.stream_codes[:, some])
   assert_array_equal(extended.present[:, ITEMS:], ids.present[:, some])
-
-
-@pytest.mark.parametrize("repair", ["reassign", "suffix"])
-def test_content_codes_are_extended_as_they_would_be_alone(random_params, repair):
-  ids, content = make_ids(random_params, repair=repair), make_ids(random_params, quantizer="rq_kmeans")
-  extended = assign(dataclasses.replace(ids, content=content), *make_features(12, seed=3))
-  assert_array_equal(extended.codes, assign(ids, *make_features(12, seed=3)).codes)
-  alone = assign(content, *make_features(12, seed=3))
-  assert_array_equal(extended.content.stream_codes, alone.stream_codes)
-  assert_array_equal(extended.content.present, alone.present)
-  extended.check()
-  extended.check_extension(dataclasses.replace(ids, content=content), where="there")
 
 
 def test_an_unseen_items_id_vector_is_the_mean_of_the_learned_ones(random_params):

@@ -44,9 +44,9 @@ class RecommenderSettings:
     parts=HEADS,
   )  # fmt: skip
   item_inputs: tuple[str, ...] = setting(
-    ("fused", "modalities", "item"), "What an item's vector sums: its ID's codes, its modalities' own codes, its"
-    " content codes, a linear map of its features, a vector of its own. (item,) alone is SASRec, without a tokenizer.",
-    subset=("fused", "modalities", "content", "features", "item"),
+    ("fused", "modalities", "item"), "What an item's vector sums: its ID's codes, its modalities' own codes, a linear"
+    " map of its features, a vector of its own. (item,) alone is SASRec, without a tokenizer.",
+    subset=("fused", "modalities", "features", "item"),
   )  # fmt: skip
   similarity: tuple[str, ...] = setting(
     ("modalities",), "Streams whose similarity reweights attention; () is the plain backbone.",
@@ -122,7 +122,7 @@ class RecommenderSettings:
     """
     field, t5 = f"config field {prefix}", self.backbone == "encoder_decoder"
     if not self.item_inputs:
-      raise InputError(f"{field}item_inputs is empty: name some of fused, modalities, content, features, item")
+      raise InputError(f"{field}item_inputs is empty: name some of fused, modalities, features, item")
     if t5 and ("fused" not in self.item_inputs or self.head == "hybrid"):
       raise InputError(
         f"{field}backbone = 'encoder_decoder' reads items by their IDs' codes, and works with any head but hybrid: put"
@@ -188,7 +188,7 @@ class EvaluationSettings:
 def needs_semantic_ids(config: Any) -> bool:
   """Whether anything in the recommender reads codes; SASRec, say, does not."""
   r = config.recommender
-  codes = {"fused", "modalities", "content"} & set(r.item_inputs)
+  codes = {"fused", "modalities"} & set(r.item_inputs)
   return r.head != "dense" or r.backbone == "encoder_decoder" or bool(r.similarity) or bool(codes)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.layers.apply import apply
-from bbqrec_jax.ops.quantize import GRADIENTS, QUANTIZERS, residual_quantize
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings, stream_codebooks
+from bbqrec_jax.ops.quantize import QUANTIZERS, residual_quantize
+from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
 from bbqrec_jax.utils.files import is_plain_name
 
 # Codebooks by k-means of the features themselves, with no gradient training: the cheap baseline.
@@ -23,10 +23,9 @@ RQ_KMEANS = "rq_kmeans"
 # What the fields of `TokenizerSettings` that name something may be.
 CHOICES: dict[str, tuple[str, ...]] = {
   "quantizer": (*QUANTIZERS, RQ_KMEANS),
-  "codebooks": ("shared", "per_stream", "single"),
-  "gradient": tuple(GRADIENTS),
-  "item_id": ("added", "stream", "none"),
-  "semantic_id": ("fused", "concatenated", "item_id"),
+  "codebooks": ("shared", "per_stream"),
+  "item_id": ("added", "none"),
+  "semantic_id": ("fused", "concatenated"),
 }
 
 _MEND = "train the tokenizer again"
@@ -167,13 +166,12 @@ class FrozenTokenizer:
     """Takes what an artefact holds: see `semantic_ids.artefact.SemanticIds`."""
     self.settings = settings
     self._item_id = encoder.get("item_id")
-    shape = codebooks[:, :1] if settings.codebooks == "single" else codebooks
     flat = {name.removeprefix("params/"): value for name, value in encoder.items() if name.startswith("params/")}
-    self._params = flax.traverse_util.unflatten_dict(flat, sep="/") | {"codebooks": shape}
+    self._params = flax.traverse_util.unflatten_dict(flat, sep="/") | {"codebooks": codebooks}
     if settings.quantizer == RQ_KMEANS:
       self._content = jax.jit(jax.vmap(lambda rows, books: residual_quantize(rows, books).codes))
       return
-    model = Tokenizer(dataclasses.replace(settings, learn_temperature=False))
+    model = Tokenizer(settings)
 
     def encode(params, item_id, features, present):
       latents = apply(model, params, "fuse", item_id, features, present)
@@ -251,10 +249,3 @@ def encode_blocks(
     for array, part in zip(whole, results, strict=True):
       array[:, items] = part
   return tuple(whole)
-
-
-def artefact_codebooks(settings: TokenizerSettings, codebooks: np.ndarray) -> np.ndarray:
-  """Codebooks of all levels, [G, L', K, d] -> [G, L, K, d]."""
-  if settings.codebooks == "per_stream":
-    return np.asarray(codebooks)
-  return np.asarray(stream_codebooks(settings, jnp.asarray(codebooks)))[:1]

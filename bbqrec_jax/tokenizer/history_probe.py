@@ -121,7 +121,7 @@ def train_probe(
 ) -> ProbedRecall:
   """Trains a probe on the training histories, and judges it by the step that is best on validation.
 
-  The transformer, the temperature (where it starts, if the tokenizer learns it), batches and optimiser are those of
+  The transformer, the temperature, batches and optimiser are those of
   `config.tokenizer`. The vectors are centred and divided by one number, which brings their mean variance to 1.
 
   Args:

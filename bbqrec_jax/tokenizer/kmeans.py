@@ -1,6 +1,5 @@
 """Codes by residual k-means of the features: nothing is learned of behaviour, and no gradient is taken."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,7 @@ from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import feature_widths
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.kmeans import residual_kmeans
-from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.tokenizer.frozen import RQ_KMEANS, FrozenTokenizer, content_latents, encode_blocks
+from bbqrec_jax.tokenizer.frozen import RQ_KMEANS, content_latents
 from bbqrec_jax.tokenizer.model import TokenizerSettings
 
 
@@ -81,24 +79,3 @@ def kmeans_codebooks(config: Any, settings: TokenizerSettings, store: FeatureSto
     first += width
   codebooks[-1] = fitted(store, None)
   return codebooks
-
-
-def content_codes(config: Any, dataset: Dataset, *, data_hash: str) -> SemanticIds:
-  """What residual k-means makes of the features of all items, for a tokenizer's `SemanticIds.content`."""
-  settings = kmeans_settings(config, dataset, semantic_id="fused")
-  store = dataset.store
-  codebooks = kmeans_codebooks(config, settings, store)
-  frozen = FrozenTokenizer(settings, store.arrays(), codebooks)
-  # Without the latents, which are as wide as the features.
-  present, codes = encode_blocks(lambda items: frozen(*store.rows(items))[1:], dataset.num_items, block=2048)
-  return SemanticIds(
-    streams=settings.streams,
-    codes=codes[-1],
-    stream_codes=codes,
-    present=present,
-    codebooks=codebooks,
-    data_hash=data_hash,
-    item_ids=dataset.item_ids,
-    settings=dataclasses.asdict(settings),
-    encoder=store.arrays(),
-  )

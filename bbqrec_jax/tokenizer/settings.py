@@ -28,7 +28,6 @@ class LossWeights:
 class ClubSettings:
   """How the CLUB bound is fitted and taken."""
 
-  bound: str = setting("full", "Negatives: every row of the batch, or one drawn row.", choices=("full", "sampled"))
   steps: int = setting(5, "Likelihood steps of its network per batch.")
   learning_rate: float = setting(1e-3, "Of its network.")
 
@@ -45,21 +44,11 @@ class TokenizerSettings:
   quantizer: str = setting(
     "rq_vae", "Learned residual codebooks, rq_vae; or rq_kmeans, of the features themselves, where nothing is learned."
   )
-  content_codes: bool = setting(
-    False, "Also the codes that residual k-means gives the features themselves, for the item input content."
-  )
-  codebooks: str = setting("shared", "Shared by all streams, one per stream, or a single one for all levels too.",
-                           choices=("shared", "per_stream", "single"))  # fmt: skip
-  codebook_update: str = setting("loss", "Codewords follow the quantization loss, or moving averages of their rows.",
-                                 choices=("loss", "moving_average"))  # fmt: skip
-  codeword_decay: float = setting(0.98, "Of those averages.", below=1)
-  gradient: str = setting("straight_through", "How gradients pass the codewords.",
-                          choices=("straight_through", "rotation"))  # fmt: skip
-  balanced_last: bool = setting(False, "Balance the last level's codes over each batch (Sinkhorn) while training.")
-  item_id: str = setting("added", "The learnable item ID (z_ID): added to the fused latent, a stream of its own, none.",
-                         choices=("added", "stream", "none"))  # fmt: skip
-  semantic_id: str = setting("fused", "Codes of the fused stream, of the modalities in turn, or of the item ID.",
-                             choices=("fused", "concatenated", "item_id"))  # fmt: skip
+  codebooks: str = setting("shared", "Shared by all streams, or one per stream.", choices=("shared", "per_stream"))
+  item_id: str = setting("added", "The learnable item ID (z_ID): added to the fused latent, or none.",
+                         choices=("added", "none"))  # fmt: skip
+  semantic_id: str = setting("fused", "Codes of the fused stream, or of the modalities in turn.",
+                             choices=("fused", "concatenated"))  # fmt: skip
   repair: str = setting("reassign", "Colliding items: to the nearest free ID, or a counting suffix level.",
                         choices=("reassign", "suffix"))  # fmt: skip
   normalize: bool = setting(True, "Layer-normalise the modalities' and the fused latents before they are quantized.")
@@ -83,8 +72,7 @@ class TokenizerSettings:
   )  # fmt: skip
   evaluate_every: int = setting(500, "Steps between two health checks (and checkpoints).")
   commitment: float = setting(0.25, "beta of the quantization loss.")
-  temperature: float = setting(0.3, "Of the contrast, or where it starts.", above=0)
-  learn_temperature: bool = setting(False, "Whether the temperature is a parameter.")
+  temperature: float = setting(0.3, "Of the contrast.", above=0)
   level_dropout: float = setting(
     0.5, "Share of items that the contrast sees by a prefix of their codewords alone, so that each prefix tells.",
     most=1,
@@ -122,23 +110,11 @@ class TokenizerSettings:
         f"{field}row_length = {self.row_length} must be at least {prefix}max_length = {self.max_length}: a full history"
         " must fit into a row"
       )
-    if self.semantic_id == "item_id" and (self.item_id == "none" or self.quantizer == "rq_kmeans"):
-      raise InputError(
-        f"{field}semantic_id = 'item_id' needs learnable item IDs: set {prefix}item_id to added or stream, and"
-        f" {prefix}quantizer to one that learns"
-      )
     if self.own_loss and self.quantizer == "rq_kmeans":
       raise InputError(
         f"{field}own_loss: nothing learns with {prefix}quantizer = 'rq_kmeans'; leave it empty, or choose another"
         " quantizer"
       )
-    if self.content_codes and self.quantizer == "rq_kmeans":
-      raise InputError(
-        f"{field}content_codes: the codes of {prefix}quantizer = 'rq_kmeans' are those of the content already: set it"
-        " to False, and read fused in place of content"
-      )
-    if self.balanced_last and self.quantizer != "rq_vae":
-      raise InputError(f"{field}balanced_last works with {prefix}quantizer = 'rq_vae' alone")
     if self.warmup_steps >= self.steps:
       raise InputError(
         f"{field}warmup_steps = {self.warmup_steps} must be less than {prefix}steps = {self.steps}: the codebooks are"

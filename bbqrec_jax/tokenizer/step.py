@@ -10,7 +10,7 @@ import optax
 
 from bbqrec_jax.data.pipeline import features_of
 from bbqrec_jax.layers.padding import without_padding
-from bbqrec_jax.ops.codebooks import code_counts, moving_average, perplexity, revive_codes
+from bbqrec_jax.ops.codebooks import code_counts, perplexity, revive_codes
 from bbqrec_jax.tokenizer.club import Disentangling
 from bbqrec_jax.tokenizer.losses import LossWeights, OwnLoss, TokenizerOutput, tokenizer_loss
 from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings, by_codebook
@@ -21,25 +21,23 @@ from bbqrec_jax.training.step import Metrics, updated
 
 @dataclasses.dataclass(frozen=True)
 class CodebookUpkeep:
-  """What happens to the codewords beside the loss: moving averages, and revival of codes out of use.
+  """What happens to the codewords beside the loss: revival of codes out of use.
 
   Attributes:
     settings: of the tokenizer.
     revival_threshold: a code that makes up less than this share of an even use of its level is moved to a live residual
       of the streams that make the semantic IDs; 0 never moves one.
     usage_decay: of the average that share is taken of.
-    codeword_decay: of the averages that codewords follow, where they do.
   """
 
   settings: TokenizerSettings
   revival_threshold: float = 0.1
   usage_decay: float = 0.98
-  codeword_decay: float = 0.98
 
   def __call__(
     self, codebooks: jax.Array, use: CodebookUse, output: TokenizerOutput, *, key: jax.Array, axis_name: str | None
   ) -> tuple[jax.Array, CodebookUse, jax.Array]:
-    """Keeps codebooks [G, L', K, d] up after a step.
+    """Keeps codebooks [G, L, K, d] up after a step.
 
     Args:
       codebooks: after the optimiser.
@@ -49,26 +47,20 @@ class CodebookUpkeep:
       axis_name: the mapped axis over which the batch is split, or None.
 
     Returns:
-      (codebooks, use, counts [G, L', K] of this step's choices that make semantic IDs).
+      (codebooks, use, counts [G, L, K] of this step's choices that make semantic IDs).
     """
     s = self.settings
     num_codes = codebooks.shape[-2]
 
     def spread(mask):
-      """[S, B] -> one flag a row of each codebook, [G, L', R]."""
+      """[S, B] -> one flag a row of each codebook, [G, L, R]."""
       return by_codebook(s, jnp.broadcast_to(mask[:, None], (len(s.streams), s.num_levels, mask.shape[1])))
 
     # Codebooks that streams share are judged by the streams that make the IDs; its own codebook, by each stream.
     judged = jnp.array([s.codebooks == "per_stream" or name in s.id_streams for name in s.streams])
     chosen = by_codebook(s, jnp.swapaxes(output.codes, 1, 2))
     residuals = by_codebook(s, output.residuals)
-    present, counted = spread(output.present), spread(output.present & judged[:, None])
-
-    if s.moving_average:
-      average = functools.partial(moving_average, decay=self.codeword_decay, axis_name=axis_name)
-      averaged = jax.vmap(jax.vmap(average))
-      codebooks, mass, total = averaged(codebooks, use.mass, use.total, chosen, residuals, present)
-      use = use.replace(mass=mass, total=total)  # type: ignore[attr-defined]
+    counted = spread(output.present & judged[:, None])
 
     counts = jax.vmap(jax.vmap(lambda code, weight: code_counts(code, num_codes, weights=weight)))(chosen, counted)
     counts = reduce_shares(counts, axis_name)
@@ -81,13 +73,7 @@ class CodebookUpkeep:
         residuals, counted = (jax.lax.all_gather(x, axis_name, axis=2, tiled=True) for x in (residuals, counted))
       keys = jax.random.split(key, counts.shape[:2])
       revive = jax.vmap(jax.vmap(functools.partial(revive_codes, threshold=self.revival_threshold)))
-      codebooks, revived = revive(keys, codebooks, usage, residuals, counted)
-      if s.moving_average:
-        moved = revived != usage
-        mass = jnp.where(moved, 1.0, use.mass)
-        total = jnp.where(moved[..., None], codebooks, use.total)
-        use = use.replace(mass=mass, total=total)  # type: ignore[attr-defined]
-      usage = revived
+      codebooks, usage = revive(keys, codebooks, usage, residuals, counted)
     return codebooks, use.replace(usage=usage), counts  # type: ignore[attr-defined]
 
 
@@ -126,7 +112,7 @@ def make_tokenizer_step(
     key = step_key(state, axis_name)
     bound = None
     if disentangling is not None:
-      bound = disentangling.bound(state.critic, key=jax.random.fold_in(key, 2), axis_name=axis_name)
+      bound = disentangling.bound(state.critic, axis_name=axis_name)
 
     def loss_function(params):
       return tokenizer_loss(

@@ -28,12 +28,11 @@ from bbqrec_jax.tokenizer.evaluate import CatalogueEncoder, ContrastRecall, Insp
 from bbqrec_jax.tokenizer.frozen import (
   RQ_KMEANS,
   FrozenTokenizer,
-  artefact_codebooks,
   encode_blocks,
   frozen_parameters,
   id_space,
 )
-from bbqrec_jax.tokenizer.kmeans import content_codes, kmeans_codebooks, kmeans_settings
+from bbqrec_jax.tokenizer.kmeans import kmeans_codebooks, kmeans_settings
 from bbqrec_jax.tokenizer.losses import LossWeights, find_own_loss
 from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
 from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
@@ -64,10 +63,6 @@ def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
     semantic_id=t.semantic_id,
     codebooks=t.codebooks,
     quantizer=t.quantizer,
-    gradient=t.gradient,
-    balanced_last=t.balanced_last,
-    moving_average=t.codebook_update == "moving_average",
-    learn_temperature=t.learn_temperature,
     temperature=t.temperature,
     specific_dropout=t.specific_dropout,
     level_dropout=t.level_dropout,
@@ -94,23 +89,17 @@ def fit_codebooks(
     seed: of the draw and of the seeding.
 
   Returns:
-    [G, L', K, d] float32 (see `TokenizerSettings.codebook_shape`).
+    [G, L, K, d] float32 (see `TokenizerSettings.codebook_shape`).
   """
   sets, levels, num_codes, width = settings.codebook_shape
-  rows, here = latents.reshape(sets, -1, width), present.reshape(sets, -1)
-
-  def fitted(number, *, num_levels, num_codes):
-    return residual_kmeans(
-      seed, rows[number], num_levels=num_levels, num_codes=num_codes, weights=here[number].astype(np.float32),
-      iterations=iterations, sample=points,
-    )  # fmt: skip
-
-  if settings.codebooks != "single":
-    return np.stack([fitted(number, num_levels=levels, num_codes=num_codes) for number in range(sets)])
-  # One codebook for all levels: it needs codewords of each level's scale.
-  parts = np.array_split(np.arange(num_codes), min(settings.num_levels, num_codes))
-  scales = fitted(0, num_levels=len(parts), num_codes=len(parts[0]))
-  return np.concatenate([scale[: len(part)] for scale, part in zip(scales, parts, strict=True)])[None, None]
+  rows, here = latents.reshape(sets, -1, width), present.reshape(sets, -1).astype(np.float32)
+  return np.stack([
+    residual_kmeans(
+      seed, rows[number], num_levels=levels, num_codes=num_codes, weights=here[number], iterations=iterations,
+      sample=points,
+    )
+    for number in range(sets)
+  ])  # fmt: skip
 
 
 def build_semantic_ids(
@@ -239,13 +228,13 @@ def tokenizer_training(
   disentangling = None
   if t.weights.disentangle:
     critic = ClubCritic(settings.names, t.code_width)
-    disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps, t.club.bound == "full")
+    disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps)
 
   def initial_state() -> TrainState:
     items = np.arange(1, dtype=np.int32)
     example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
     params = model.init(base_key(config.seed), example)["params"]
-    use = CodebookUse.create(params["codebooks"], moving_average=settings.moving_average)
+    use = CodebookUse.create(params["codebooks"])
     state = TrainState.create(params, optimizer, seed=config.seed, codes=use)
     if disentangling is None:
       return state
@@ -260,7 +249,7 @@ def tokenizer_training(
     optimizer,
     weights=LossWeights(**t.weights),
     warmup_steps=t.warmup_steps,
-    upkeep=CodebookUpkeep(settings, t.revival_threshold, codeword_decay=t.codeword_decay),
+    upkeep=CodebookUpkeep(settings, t.revival_threshold),
     disentangling=disentangling,
     own_loss=find_own_loss(t.own_loss),
   )
@@ -300,7 +289,7 @@ def run_tokenizer(
       settings, latents, present, iterations=t.kmeans_iterations, points=t.kmeans_points, seed=config.seed
     )
     codebooks = processes.of_the_first(codebooks)
-    use = CodebookUse.create(jnp.asarray(codebooks), moving_average=settings.moving_average)
+    use = CodebookUse.create(jnp.asarray(codebooks))
     params = state.params | {"codebooks": partitioner.place(codebooks)}
     return state.replace(params=params, codes=partitioner.place(use))  # type: ignore[attr-defined]
 
@@ -308,7 +297,7 @@ def run_tokenizer(
     """The health report of a state, and the catalogue's latents, present and codes."""
     encoded = encode(state.params)
     latents, _, codes = encoded
-    codebooks = artefact_codebooks(settings, partitioner.fetch(state.params["codebooks"]))
+    codebooks = np.asarray(partitioner.fetch(state.params["codebooks"]))
     raw, _, _ = id_space(settings, latents, codes, codebooks)
     health = tokenizer_health(settings, raw, split) | inspect(state.params)
     # Without the contrast nothing has taught the history's states where to point.
@@ -349,13 +338,11 @@ def run_tokenizer(
   )
   health, (latents, present, codes) = examine(state)
   params = partitioner.fetch(state.params)
-  codebooks = artefact_codebooks(settings, params["codebooks"])
+  codebooks = np.asarray(params["codebooks"])
   encoder = frozen_parameters(settings, params) | store.arrays()
   ids, raw = build_semantic_ids(
     config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
   )
-  if t.content_codes:
-    ids = dataclasses.replace(ids, content=content_codes(config, dataset, data_hash=data_hash))
   health["seconds"] = sum(progress[f"{kind}_seconds"] for kind in ("training", "evaluation", "checkpoint"))
   health["skipped_steps"] = progress["skipped"]
   return _finish(ids, raw, health, folder)

@@ -12,26 +12,18 @@ from bbqrec_jax.ops.randomness import base_key
 
 @flax.struct.dataclass
 class CodebookUse:
-  """What is known of each codeword's use (see `TokenizerSettings.codebook_shape` for G and L').
+  """What is known of each codeword's use (see `TokenizerSettings.codebook_shape` for G).
 
   Attributes:
-    usage: [G, L', K] float32, moving average of each code's share of the choices that make semantic IDs.
-    mass: [G, L', K] float32, moving average of how many rows chose it; None unless codewords follow averages.
-    total: [G, L', K, d] float32, moving average of the sum of those rows; None likewise.
+    usage: [G, L, K] float32, moving average of each code's share of the choices that make semantic IDs.
   """
 
   usage: jax.Array
-  mass: Any = None
-  total: Any = None
 
   @classmethod
-  def create(cls, codebooks: jax.Array, *, moving_average: bool) -> "CodebookUse":
-    """Of codebooks [G, L', K, d] that are as good as new: all codes in equal use."""
-    codebooks = jnp.asarray(codebooks)
-    usage = jnp.full(codebooks.shape[:-1], 1.0 / codebooks.shape[-2], jnp.float32)
-    if not moving_average:
-      return cls(usage)
-    return cls(usage, jnp.ones(codebooks.shape[:-1], jnp.float32), codebooks.astype(jnp.float32))
+  def create(cls, codebooks: jax.Array) -> "CodebookUse":
+    """Of codebooks [G, L, K, d] that are as good as new: all codes in equal use."""
+    return cls(jnp.full(codebooks.shape[:-1], 1.0 / codebooks.shape[-2], jnp.float32))
 
 
 @flax.struct.dataclass

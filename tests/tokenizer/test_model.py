@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.club import club_full
-from bbqrec_jax.ops.quantize import QUANTIZERS, balanced_code, residual_quantize
+from bbqrec_jax.ops.quantize import QUANTIZERS, residual_quantize
 from bbqrec_jax.tokenizer.club import ClubCritic
 from bbqrec_jax.tokenizer.losses import LossWeights, check_own_loss, tokenizer_loss
 from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings, by_codebook, stream_codebooks
@@ -501,19 +501,12 @@ def test_a_row_that_lacks_a_modality_has_its_fused_latent_there(params, batch):
     assert_array_equal(np.asarray(values)[stream][absent], np.asarray(values)[-1][absent])
 
 
-def test_an_item_id_of_its_own_stream_alone_is_not_in_the_fused_latent(params, batch):
-  values, _ = latents(params, batch, dataclasses.replace(SETTINGS, item_id="stream", normalize=False))
-  added, _ = latents(params, batch, dataclasses.replace(SETTINGS, normalize=False))
-  assert_array_equal(values[2], added[2])
-  assert_allclose(added[3] - values[3], added[2], atol=1e-6)
-
-
-@pytest.mark.parametrize("codebooks", ["shared", "per_stream", "single"])
+@pytest.mark.parametrize("codebooks", ["shared", "per_stream"])
 def test_each_stream_is_quantized_with_the_codebooks_that_serve_it(batch, random_params, codebooks):
   settings = dataclasses.replace(SETTINGS, codebooks=codebooks)
   params = random_params(Tokenizer(settings), batch)
   assert params["codebooks"].shape == settings.codebook_shape
-  assert settings.codebook_shape[:2] == {"shared": (1, 2), "per_stream": (4, 2), "single": (1, 1)}[codebooks]
+  assert settings.codebook_shape[:2] == {"shared": (1, 2), "per_stream": (4, 2)}[codebooks]
   values = latents(params, batch, settings).values
   result = call(settings, "quantize", params, values)
   books = np.asarray(stream_codebooks(settings, params["codebooks"]))
@@ -527,67 +520,9 @@ def test_each_stream_is_quantized_with_the_codebooks_that_serve_it(batch, random
   assert sorted_rows.shape[:2] == settings.codebook_shape[:2]
   assert_allclose(np.sort(sorted_rows.reshape(-1)), np.sort(np.asarray(result.residuals).reshape(-1)))
   for level in range(LEVELS):
-    rows = np.asarray(sorted_rows)[-1, level % settings.codebook_shape[1]]
+    rows = np.asarray(sorted_rows)[-1, level]
     wanted = np.asarray(result.residuals)[-1, level]
     assert all(np.any(np.all(rows == row, axis=-1)) for row in wanted)
-
-
-def test_a_learned_temperature_starts_where_it_is_set_and_has_a_gradient(params, batch, run):
-  settings = dataclasses.replace(SETTINGS, learn_temperature=True)
-  start = Tokenizer(settings).init(jax.random.key(0), method="temperature")["params"]
-  params = params | {"log_temperature": start["log_temperature"]}
-  assert_allclose(call(settings, "temperature", params), 0.5, rtol=1e-6)
-  low = params | {"log_temperature": jnp.log(1e-4)}
-  assert_allclose(call(settings, "temperature", low), 0.01, rtol=1e-6)
-  of_low = jax.grad(lambda params: Tokenizer(settings).apply({"params": params}, method="temperature"))(low)
-  assert of_low["log_temperature"] > 0, "a temperature that fell below its bound could not come back"
-  assert run(params, batch, weights=only("contrast"), settings=settings)[2]["log_temperature"] != 0
-
-
-def test_codewords_that_follow_averages_get_no_gradient(params, batch, run):
-  _, output, gradient = run(params, batch, settings=dataclasses.replace(SETTINGS, moving_average=True))
-  assert not np.any(gradient["codebooks"])
-  _, plain, _ = run(params, batch)
-  assert_allclose(output.terms["quantization"], plain.terms["quantization"] * 0.25 / 1.25, rtol=1e-5)
-
-
-def test_the_rotation_trick_changes_gradients_and_no_value(params, batch, run):
-  loss, output, gradient = run(params, batch)
-  other_loss, other_output, other = run(params, batch, settings=dataclasses.replace(SETTINGS, gradient="rotation"))
-  assert_allclose(other_loss, loss, rtol=1e-6)
-  jax.tree.map(functools.partial(assert_allclose, rtol=1e-5, atol=1e-6), other_output.terms, output.terms)
-  for name in BEHAVIOUR:
-    differences = jax.tree.map(lambda one, two: np.abs(one - two).max(), other[name], gradient[name])
-    assert min(jax.tree.leaves(differences)) > 1e-3, name
-  # What the decoders are given has the same value.
-  jax.tree.map(
-    functools.partial(assert_allclose, rtol=1e-4, atol=1e-6), other["decoders_text"], gradient["decoders_text"]
-  )
-
-
-def test_while_training_the_last_codes_of_the_catalogue_sample_are_balanced_over_what_is_present(params, batch):
-  settings = dataclasses.replace(SETTINGS, balanced_last=True, dropout=0.0)
-  on_device = jax.tree.map(jnp.asarray, batch)
-
-  @functools.partial(jax.jit, static_argnames="training")
-  def codes(params, training):
-    key = jax.random.key(0) if training else None
-    return tokenizer_loss(Tokenizer(settings), params, on_device, weights=ONES, key=key)[1].codes
-
-  values, present = latents(params, batch)
-  plain = call(SETTINGS, "quantize", params, values).codes
-  assert_array_equal(codes(params, training=False), plain)
-  # All streams share the codebooks, and so the balance.
-  choose = functools.partial(balanced_code, valid=present.reshape(-1))
-  balanced = residual_quantize(values.reshape(-1, WIDTH), jnp.asarray(params["codebooks"][0]), choose_last=choose).codes
-  got = codes(params, training=True)
-  assert_array_equal(got, balanced.reshape(plain.shape))
-  assert (np.asarray(got) != plain).any(), "the nearest codes are balanced already: the example leaves that untried"
-  regardless = functools.partial(balanced_code, valid=jnp.ones(present.size, bool))
-  others = residual_quantize(
-    values.reshape(-1, WIDTH), jnp.asarray(params["codebooks"][0]), choose_last=regardless
-  ).codes
-  assert (others != balanced).any(), "absent streams would not change the balance: the example leaves that untried"
 
 
 def test_another_quantizer_is_one_function_and_one_line(params, batch, monkeypatch):

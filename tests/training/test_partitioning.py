@@ -133,10 +133,10 @@ def tokenizer_problem(*, revival_threshold, steps=STEPS, **choices):
     weights=LossWeights(quantization=0.7, contrast=0.5, modality_contrast=0.3, disentangle=0.2),
     warmup_steps=1,
     upkeep=CodebookUpkeep(model.settings, revival_threshold, usage_decay=0.5),
-    disentangling=Disentangling(critic, optimizer, steps=2, full=True),
+    disentangling=Disentangling(critic, optimizer, steps=2),
     own_loss=lambda rows: jnp.sum(jnp.square(rows.quantized["fused"]), axis=-1) * (rows.items % 3),
   )
-  use = CodebookUse.create(params["codebooks"], moving_average=model.settings.moving_average)
+  use = CodebookUse.create(params["codebooks"])
   state = TrainState.create(jax.device_get(params), optimizer, seed=0, codes=jax.device_get(use))
   state = state.replace(critic=critic_params, critic_opt_state=optimizer.init(critic_params))
   return state, step, None, batches
@@ -151,9 +151,7 @@ PROBLEMS = {
   "drawn": lambda: recommender_problem("dense", dropout=0.2, item_dropout=0.3, num_negatives=16),
   # Without revival: which residual a code out of use moves to is a draw of its own.
   "tokenizer": lambda: tokenizer_problem(revival_threshold=0.0),
-  "averages": lambda: tokenizer_problem(
-    revival_threshold=0.0, moving_average=True, balanced_last=True, learn_temperature=True, codebooks="per_stream"
-  ),
+  "per stream": lambda: tokenizer_problem(revival_threshold=0.0, codebooks="per_stream"),
   "three steps": lambda: tokenizer_problem(revival_threshold=0.0, steps=3),
   "revival": lambda: tokenizer_problem(revival_threshold=0.3, steps=3),
 }
@@ -211,7 +209,7 @@ CASES = [
   ("pmap", 4, "generative"),
   ("pmap", 4, "dense"),
   ("pmap", 4, "tokenizer"),
-  ("pmap", 4, "averages"),
+  ("pmap", 4, "per stream"),
   ("mesh", 1, "generative"),
   ("mesh", 4, "tokenizer"),
   ("sharded", 2, "tokenizer"),
