@@ -16,7 +16,7 @@ from bbqrec_jax.errors import InputError, printable, refuse
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions, suffix_collisions
 from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
-from bbqrec_jax.tokenizer.model import TokenizerSettings
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.files import check_new, unfinished
 from bbqrec_jax.utils.messages import warn
@@ -53,15 +53,14 @@ def assign(
   if item_ids is None:
     item_ids = ids.item_ids.extended(None, len(next(iter(present.values()))), where="the new items")
   settings, latents, here, codes = _quantized(ids, features, present, block=block)
-  repair = ids.settings.get("repair")
-  levels = len(settings.id_streams) * settings.num_levels + (repair == "suffix")
-  if ids.streams != settings.streams or ids.codes.shape[1] != levels or repair not in ("reassign", "suffix"):
+  levels = len(settings.id_streams) * settings.num_levels + (settings.repair == "suffix")
+  if ids.streams != settings.streams or ids.codes.shape[1] != levels:
     raise InputError(
-      f"the tokenizer's settings speak of streams {settings.streams}, {levels} codes an item and repair {repair!r}, its"
-      f" IDs are of {ids.streams} and {ids.codes.shape[1]}: they do not fit one another; train it again"
+      f"the tokenizer's settings speak of streams {settings.streams} and {levels} codes an item, its IDs are of"
+      f" {ids.streams} and {ids.codes.shape[1]}: they do not fit one another; train it again"
     )
   raw, id_latents, id_codebooks = id_space(settings, latents, codes, ids.codebooks)
-  if repair == "suffix":
+  if settings.repair == "suffix":
     own = suffix_collisions(raw, num_codes=ids.num_codes, taken=ids.codes)
   else:
     own = reassign_collisions(raw, id_latents, id_codebooks, taken=ids.codes)

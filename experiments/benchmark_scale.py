@@ -7,6 +7,7 @@ tokenizer of the default shape, and repairs collisions with `--repair`. Memory i
 mapped file included, beyond what was before the first block.
 """
 
+import dataclasses
 import pathlib
 import resource
 import threading
@@ -17,11 +18,11 @@ import numpy as np
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, start
-from bbqrec_jax.config import default_config
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions
 from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, encode_blocks, frozen_parameters
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.files import check_place
 
 WIDTH = 768
@@ -68,11 +69,10 @@ def main(argv: list[str]) -> None:
   path = folder / f"text_features_{items}.npy"
   if not path.exists():
     write_features(path, items)
-  t = default_config().tokenizer
-  settings = TokenizerSettings((("text", WIDTH),), items, t.code_width, t.num_levels, t.num_codes, tuple(t.hidden))
+  settings = TokenizerSettings((("text", WIDTH),), items)
   row = {"text": np.zeros((1, WIDTH), np.float32)}
   here = {"text": np.ones(1, bool)}
-  small = TokenizerSettings((("text", WIDTH),), 1, t.code_width, t.num_levels, t.num_codes, tuple(t.hidden))
+  small = dataclasses.replace(settings, num_items=1)
   example = {"items": np.zeros(1, np.int32), "features": row, "present": here}
   params = jax.jit(Tokenizer(small).init)(jax.random.key(0), example)["params"]
   codebooks = np.asarray(params["codebooks"])

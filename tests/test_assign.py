@@ -23,7 +23,8 @@ from bbqrec_jax.tokenizer.frozen import (
   id_space,
   settings_from_json,
 )
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 ITEMS, LEVELS, CODES, WIDTH = 30, 2, 8, 4
 MODALITIES = (("text", 8), ("image", 5))
@@ -39,10 +40,17 @@ def make_features(count, *, seed=0):
 def make_ids(random_params, *, repair="reassign", **choices):
   """An artefact as the tokenizer stage builds it, from random parameters."""
   settings = TokenizerSettings(
-    MODALITIES, num_items=ITEMS, code_width=WIDTH, num_levels=LEVELS, num_codes=CODES, hidden=(6,), **choices
+    MODALITIES,
+    num_items=ITEMS,
+    code_width=WIDTH,
+    num_levels=LEVELS,
+    num_codes=CODES,
+    hidden=(6,),
+    repair=repair,
+    **choices,
   )
   if settings.quantizer == "rq_kmeans":
-    settings = dataclasses.replace(settings, code_width=13, item_id="none", codebooks="per_stream")
+    settings = dataclasses.replace(settings, item_id="none", codebooks="per_stream")
   features, present = make_features(ITEMS)
   store = FeatureStore(features, present)
   if settings.quantizer == "rq_kmeans":
@@ -54,7 +62,8 @@ def make_ids(random_params, *, repair="reassign", **choices):
     encoder = frozen_parameters(settings, params) | store.arrays()
   own = params["item_embedding"]["embedding"] if settings.item_id != "none" else None
   rows = store.rows(np.arange(ITEMS))
-  start = np.zeros((settings.codebook_shape[0], LEVELS, CODES, settings.code_width), np.float32)
+  width = 13 if settings.quantizer == "rq_kmeans" else WIDTH
+  start = np.zeros((settings.codebook_shape[0], LEVELS, CODES, width), np.float32)
   latents, _, _ = FrozenTokenizer(settings, encoder, start)(*rows, own)
   # Codewords amid the latents, so that items are told apart at all.
   drawn = np.random.default_rng(2).permutation(ITEMS)[: LEVELS * CODES].reshape(LEVELS, CODES)
@@ -68,9 +77,8 @@ def make_ids(random_params, *, repair="reassign", **choices):
     repaired = suffix_collisions(raw, num_codes=CODES)
   else:
     repaired = reassign_collisions(raw, id_latents, id_codebooks)
-  settings = dataclasses.asdict(settings) | {"repair": repair}
-  streams, item_ids = tuple(settings_from_json(settings).streams), ItemIds.numbered(ITEMS)
-  return SemanticIds(streams, repaired, codes, here, codebooks, "hash", item_ids, settings, encoder)
+  item_ids, stored = ItemIds.numbered(ITEMS), dataclasses.asdict(settings)
+  return SemanticIds(settings.streams, repaired, codes, here, codebooks, "hash", item_ids, stored, encoder)
 
 
 CHOICES = [

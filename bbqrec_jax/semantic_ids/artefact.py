@@ -36,7 +36,7 @@ class SemanticIds:
     codebooks: [G, L, K, d] float32; G is 1 where all streams share them, S where each has its own.
     data_hash: of the features and histories that all this was learned from.
     item_ids: what the data calls the N items.
-    settings: what the tokenizer was built from, the fields of `models.tokenizer.TokenizerSettings` and `repair`.
+    settings: what the tokenizer was built from, the fields of `tokenizer.settings.TokenizerSettings`.
     encoder: what quantizes an item that was not there: parameters and feature statistics, arrays by name.
   """
 

@@ -11,21 +11,9 @@ from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops import quantize
 from bbqrec_jax.ops.contrastive import following, info_nce
 from bbqrec_jax.ops.reduction import masked_mean
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 from bbqrec_jax.utils.named import named
-
-
-class LossWeights(NamedTuple):
-  """Weight of each loss of stage 1; the sum of the weighted terms is minimised."""
-
-  reconstruction: float | jax.Array = 1.0
-  fused_reconstruction: float | jax.Array = 1.0
-  quantization: float | jax.Array = 1.0
-  contrast: float | jax.Array = 2.0
-  modality_contrast: float | jax.Array = 1.0
-  item_id: float | jax.Array = 0.05
-  disentangle: float | jax.Array = 0.01
-  own: float | jax.Array = 1.0
 
 
 class CatalogueRows(NamedTuple):

@@ -1,6 +1,5 @@
 """Stage 1, the behaviour-bind tokenizer: from item features and histories to one shared residual codebook."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,77 +10,7 @@ from bbqrec_jax.layers.dense import Dense
 from bbqrec_jax.layers.transformer import CausalBackbone
 from bbqrec_jax.ops import quantize
 from bbqrec_jax.tokenizer.encoders import MLP
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerSettings:
-  """Shapes of the tokenizer.
-
-  Attributes:
-    modalities: (name, feature width) of each modality, in order.
-    num_items: N.
-    code_width: d.
-    num_levels: L.
-    num_codes: K.
-    hidden: widths of the encoders between D and d; the decoders mirror them.
-    item_id: the learnable ID vector (the paper's z_ID): "added" to the fused latent, or "none".
-    semantic_id: what an item's ID is made of: the codes of the "fused" stream, or of the modalities "concatenated" (as
-      in MQL4GRec).
-    codebooks: "shared" by all streams (the paper's), or one "per_stream" (what it argues against).
-    quantizer: a name of `ops.quantize.QUANTIZERS`.
-    temperature: of the contrast.
-    specific_dropout: share of items whose decoders get no specific latent in a step, so that the codes must carry what
-      the item is (this project's choice: nothing else asks the codewords for content).
-    level_dropout: share of items that the contrast sees by their first codewords alone, one to L - 1 of them, so that
-      every prefix of an ID learns what follows what (this project's choice, after SoundStream's quantizer dropout).
-    commitment: beta of the quantization loss.
-    normalize: whether the modalities' and the fused latents are layer-normalised before they are quantized.
-    history_layers: layers of the small causal transformer of the sequence-to-item contrast.
-    history_heads: its heads.
-    max_length: the longest history it tells places apart in.
-    dropout: its dropout rate.
-  """
-
-  modalities: tuple[tuple[str, int], ...]
-  num_items: int
-  code_width: int = 32
-  num_levels: int = 4
-  num_codes: int = 256
-  hidden: tuple[int, ...] = (512, 256)
-  item_id: str = "added"
-  semantic_id: str = "fused"
-  codebooks: str = "shared"
-  quantizer: str = "rq_vae"
-  temperature: float = 0.3
-  specific_dropout: float = 0.5
-  level_dropout: float = 0.5
-  commitment: float = 0.25
-  normalize: bool = True
-  history_layers: int = 1
-  history_heads: int = 2
-  max_length: int = 20
-  dropout: float = 0.1
-
-  @property
-  def streams(self) -> tuple[str, ...]:
-    """Names of what the codebooks quantize, in order: each modality, "id" if there is one, and "fused"."""
-    return (*self.names, *(("id",) if self.item_id != "none" else ()), "fused")
-
-  @property
-  def names(self) -> tuple[str, ...]:
-    """The modalities."""
-    return tuple(name for name, _ in self.modalities)
-
-  @property
-  def id_streams(self) -> tuple[str, ...]:
-    """The streams whose codes make the semantic ID, in order."""
-    return self.names if self.semantic_id == "concatenated" else ("fused",)
-
-  @property
-  def codebook_shape(self) -> tuple[int, int, int, int]:
-    """[G, L, K, d]: G sets of codebooks, one for all streams or one a stream."""
-    sets = len(self.streams) if self.codebooks == "per_stream" else 1
-    return sets, self.num_levels, self.num_codes, self.code_width
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 
 def by_codebook(settings: TokenizerSettings, rows: jax.Array) -> jax.Array:
@@ -127,7 +56,7 @@ class Tokenizer(nn.Module):
   """Dual encoders a modality, a learnable item ID, one residual codebook shared by all streams (the paper's part 1-3).
 
   Attributes:
-    settings: the shapes.
+    settings: of the stage.
   """
 
   settings: TokenizerSettings

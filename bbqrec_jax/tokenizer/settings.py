@@ -5,7 +5,9 @@ import dataclasses
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.quantize import QUANTIZERS
 from bbqrec_jax.training.settings import OptimizerSettings
-from bbqrec_jax.utils.settings import section, setting
+from bbqrec_jax.utils.settings import derived, section, setting
+
+_LARGEST = 2**31 - 1  # Of what an array is as long as.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +38,19 @@ class ClubSettings:
 class TokenizerSettings:
   """The tokenizer: its shape, its losses, its training."""
 
-  code_width: int = setting(32, "d: width of latents and codewords.")
+  modalities: tuple[tuple[str, int], ...] = derived((), "(name, feature width) of each modality, in order.")
+  num_items: int = derived(0, "N: items of the catalogue.")
+  code_width: int = setting(32, "d: width of latents and codewords.", most=_LARGEST)
   num_levels: int = setting(4, "L: codes in a semantic ID.", most=100)
-  num_codes: int = setting(256, "K: codewords per level.")
+  num_codes: int = setting(256, "K: codewords per level.", most=_LARGEST)
   hidden: tuple[int, ...] = setting((512, 256), "Encoder widths between the features and d; decoders mirror them.")
   artefact: str = setting("", "Folder of a tokenizer trained before (a run's tokenizer/), to use it and train none.")
   quantizer: str = setting(
     "rq_vae", "Learned residual codebooks, rq_vae; or rq_kmeans, of the features themselves, where nothing is learned."
   )
-  codebooks: str = setting("shared", "Shared by all streams, or one per stream.", choices=("shared", "per_stream"))
+  codebooks: str = setting(
+    "shared", "Shared by all streams (the paper's), or one per stream.", choices=("shared", "per_stream")
+  )
   item_id: str = setting("added", "The learnable item ID (z_ID): added to the fused latent, or none.",
                          choices=("added", "none"))  # fmt: skip
   semantic_id: str = setting("fused", "Codes of the fused stream, or of the modalities in turn.",
@@ -54,7 +60,7 @@ class TokenizerSettings:
   normalize: bool = setting(True, "Layer-normalise the modalities' and the fused latents before they are quantized.")
   history_layers: int = setting(1, "Layers of the transformer behind the sequence-to-item contrast.", most=100)
   history_heads: int = setting(2, "Its heads.")
-  max_length: int = setting(20, "The longest history the contrast looks at, in items.")
+  max_length: int = setting(20, "The longest history the contrast looks at, in items.", most=_LARGEST)
   dropout: float = setting(0.1, "Of that transformer.", below=1)
   steps: int = setting(2000, "Training steps.")
   warmup_steps: int = setting(200, "Steps on unquantized latents, before k-means fits the codebooks to them.", least=0)
@@ -87,6 +93,27 @@ class TokenizerSettings:
     OptimizerSettings, "Of all parameters.", learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50
   )
 
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The modalities."""
+    return tuple(name for name, _ in self.modalities)
+
+  @property
+  def streams(self) -> tuple[str, ...]:
+    """Names of what the codebooks quantize, in order: each modality, "id" if there is one, and "fused"."""
+    return (*self.names, *(("id",) if self.item_id != "none" else ()), "fused")
+
+  @property
+  def id_streams(self) -> tuple[str, ...]:
+    """The streams whose codes make the semantic ID, in order."""
+    return self.names if self.semantic_id == "concatenated" else ("fused",)
+
+  @property
+  def codebook_shape(self) -> tuple[int, int, int, int]:
+    """[G, L, K, d]: G sets of codebooks, one for all streams or one a stream."""
+    sets = len(self.streams) if self.codebooks == "per_stream" else 1
+    return sets, self.num_levels, self.num_codes, self.code_width
+
   def check(self, prefix: str) -> None:
     """Refuses fields that do not fit one another.
 
@@ -97,8 +124,8 @@ class TokenizerSettings:
     known = (*QUANTIZERS, "rq_kmeans")
     if self.quantizer not in known:
       raise InputError(f"{field}quantizer must be one of {', '.join(known)}, got {self.quantizer!r}")
-    if not self.hidden or not all(width > 0 for width in self.hidden):
-      raise InputError(f"{field}hidden must be widths of at least 1, as 512,256, got {self.hidden!r}")
+    if not 0 < len(self.hidden) <= 100 or not all(0 < width <= _LARGEST for width in self.hidden):
+      raise InputError(f"{field}hidden must be 1 to 100 widths of at least 1, as 512,256, got {self.hidden!r}")
     if self.max_length == 1:
       raise InputError(f"{field}max_length must be at least 2: the contrast needs an item and the next")
     if self.code_width % self.history_heads:

@@ -32,47 +32,34 @@ from bbqrec_jax.tokenizer.frozen import (
   frozen_parameters,
   id_space,
 )
-from bbqrec_jax.tokenizer.kmeans import kmeans_codebooks, kmeans_settings
-from bbqrec_jax.tokenizer.losses import LossWeights, find_own_loss
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.kmeans import kmeans_codebooks
+from bbqrec_jax.tokenizer.losses import find_own_loss
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
+from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
 from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.loop import Plan, fit
 from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import Partitioner, StepFunction
-from bbqrec_jax.training.state import CodebookUse, TrainState
+from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.json_files import write_json
 from bbqrec_jax.utils.messages import say
+from bbqrec_jax.utils.settings import from_config
 
 
 def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
-  """The shapes and choices that a config and a data set give."""
-  t = config.tokenizer
-  if t.quantizer == RQ_KMEANS:
-    return kmeans_settings(config, dataset, semantic_id=t.semantic_id)
-  return TokenizerSettings(
-    tuple(feature_widths(dataset.features).items()),
-    num_items=dataset.num_items,
-    num_levels=t.num_levels,
-    num_codes=t.num_codes,
-    code_width=t.code_width,
-    hidden=tuple(t.hidden),
-    item_id=t.item_id,
-    semantic_id=t.semantic_id,
-    codebooks=t.codebooks,
-    quantizer=t.quantizer,
-    temperature=t.temperature,
-    specific_dropout=t.specific_dropout,
-    level_dropout=t.level_dropout,
-    commitment=t.commitment,
-    normalize=t.normalize,
-    history_layers=t.history_layers,
-    history_heads=t.history_heads,
-    max_length=t.max_length,
-    dropout=t.dropout,
-  )
+  """The settings of a (checked) config, with the shapes that a data set gives.
+
+  Where nothing is learned there are no item IDs, and each stream has codebooks in columns of its own.
+  """
+  settings = from_config(TokenizerSettings, config.tokenizer, prefix="tokenizer.", unchecked="")
+  if settings.quantizer == RQ_KMEANS:
+    settings = dataclasses.replace(settings, item_id="none", codebooks="per_stream")
+  modalities = tuple(feature_widths(dataset.features).items())
+  return dataclasses.replace(settings, modalities=modalities, num_items=dataset.num_items)
 
 
 def fit_codebooks(
@@ -103,7 +90,6 @@ def fit_codebooks(
 
 
 def build_semantic_ids(
-  config: Any,
   settings: TokenizerSettings,
   latents: np.ndarray,
   present: np.ndarray,
@@ -116,7 +102,7 @@ def build_semantic_ids(
 ) -> tuple[SemanticIds, np.ndarray]:
   """Repairs collisions: (the artefact, the IDs before repair [N, P L])."""
   raw, id_latents, id_codebooks = id_space(settings, latents, codes, codebooks)
-  if config.tokenizer.repair == "suffix":
+  if settings.repair == "suffix":
     repaired = suffix_collisions(raw, num_codes=settings.num_codes)
   else:
     repaired = reassign_collisions(raw, id_latents, id_codebooks)
@@ -128,7 +114,7 @@ def build_semantic_ids(
     codebooks=codebooks,
     data_hash=data_hash,
     item_ids=item_ids,
-    settings=dataclasses.asdict(settings) | {"repair": config.tokenizer.repair},
+    settings=dataclasses.asdict(settings),
     encoder=encoder,
   )
   return ids, raw
@@ -160,11 +146,11 @@ def run_kmeans_tokenizer(
   """
   start = time.monotonic()
   settings, store = tokenizer_settings(config, dataset), dataset.store
-  codebooks, encoder = kmeans_codebooks(config, settings, store), store.arrays()
+  codebooks, encoder = kmeans_codebooks(settings, store, seed=config.seed), store.arrays()
   frozen = FrozenTokenizer(settings, encoder, codebooks)
   latents, present, codes = encode_blocks(lambda items: frozen(*store.rows(items)), dataset.num_items, block=2048)
   ids, raw = build_semantic_ids(
-    config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
+    settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
   )
   health = tokenizer_health(settings, raw, split)
   health |= {"reconstruction": {}, "reconstruction_from_codes": {}, "contrast_recall@10": None}
@@ -192,7 +178,7 @@ class Training(NamedTuple):
   """
 
   model: Tokenizer
-  initial_state: Callable[[], TrainState]
+  initial_state: Callable[[], TokenizerState]
   step: StepFunction
   batches: grain.IterDataset
   shared: Callable[[], Any]
@@ -230,24 +216,24 @@ def tokenizer_training(
     critic = ClubCritic(settings.names, t.code_width)
     disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps)
 
-  def initial_state() -> TrainState:
+  def initial_state() -> TokenizerState:
     items = np.arange(1, dtype=np.int32)
     example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
     params = model.init(base_key(config.seed), example)["params"]
-    use = CodebookUse.create(params["codebooks"])
-    state = TrainState.create(params, optimizer, seed=config.seed, codes=use)
-    if disentangling is None:
-      return state
-    zeros = {name: jnp.zeros((1, t.code_width), jnp.float32) for name in settings.names}
-    params = disentangling.critic.init(base_key(config.seed), zeros)["params"]
-    return state.replace(  # type: ignore[attr-defined]
-      critic=params, critic_opt_state=disentangling.optimizer.init(params)
-    )
+    critic, critic_opt_state = None, None
+    if disentangling is not None:
+      zeros = {name: jnp.zeros((1, t.code_width), jnp.float32) for name in settings.names}
+      critic = disentangling.critic.init(base_key(config.seed), zeros)["params"]
+      critic_opt_state = disentangling.optimizer.init(critic)
+    return TokenizerState.create(
+      params, optimizer, seed=config.seed, usage=even_usage(settings.codebook_shape), critic=critic,
+      critic_opt_state=critic_opt_state,
+    )  # fmt: skip
 
   step = make_tokenizer_step(
     model,
     optimizer,
-    weights=LossWeights(**t.weights),
+    weights=settings.weights,
     warmup_steps=t.warmup_steps,
     upkeep=CodebookUpkeep(settings, t.revival_threshold),
     disentangling=disentangling,
@@ -289,9 +275,9 @@ def run_tokenizer(
       settings, latents, present, iterations=t.kmeans_iterations, points=t.kmeans_points, seed=config.seed
     )
     codebooks = processes.of_the_first(codebooks)
-    use = CodebookUse.create(jnp.asarray(codebooks))
     params = state.params | {"codebooks": partitioner.place(codebooks)}
-    return state.replace(params=params, codes=partitioner.place(use))  # type: ignore[attr-defined]
+    usage = partitioner.place(even_usage(settings.codebook_shape))
+    return state.replace(params=params, usage=usage)  # type: ignore[attr-defined]
 
   def examine(state: TrainState) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
     """The health report of a state, and the catalogue's latents, present and codes."""
@@ -341,7 +327,7 @@ def run_tokenizer(
   codebooks = np.asarray(params["codebooks"])
   encoder = frozen_parameters(settings, params) | store.arrays()
   ids, raw = build_semantic_ids(
-    config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
+    settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
   )
   health["seconds"] = sum(progress[f"{kind}_seconds"] for kind in ("training", "evaluation", "checkpoint"))
   health["skipped_steps"] = progress["skipped"]

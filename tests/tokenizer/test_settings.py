@@ -19,12 +19,13 @@ from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.tokenizer import train as tokenizer_stage
 from bbqrec_jax.tokenizer.club import Disentangling
-from bbqrec_jax.tokenizer.losses import LossWeights
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 from bbqrec_jax.tokenizer.step import CodebookUpkeep
 from bbqrec_jax.tokenizer.train import fit_codebooks, run_tokenizer, tokenizer_settings, tokenizer_training
 from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.partitioning import SingleDevice
+from bbqrec_jax.utils.settings import to_config
 
 ITEMS, USERS = 40, 30
 SMALL = {
@@ -51,22 +52,18 @@ def dataset():
   return Dataset("of a test", "", interactions, features, present, ItemIds.numbered(ITEMS), ("",) * ITEMS)
 
 
-# What the data says, and what the config says in other words.
-NOT_OF_THE_CONFIG = {"modalities", "num_items"}
-FIELDS = [field.name for field in dataclasses.fields(TokenizerSettings) if field.name not in NOT_OF_THE_CONFIG]
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_every_setting_of_a_configs_field_is_what_that_field_says(others, dataset, name):
-  for value in others(default_config().tokenizer[name]):
-    settings = tokenizer_settings(make_config(**{f"tokenizer.{name}": value}), dataset)
-    assert getattr(settings, name) == value
-
-
-def test_settings_that_the_data_decides(dataset):
-  settings = tokenizer_settings(make_config(), dataset)
+def test_the_settings_are_those_of_the_config_and_the_shapes_those_of_the_data(dataset):
+  config = make_config(**{"tokenizer.weights.contrast": 0.75, "tokenizer.repair": "suffix", "tokenizer.dropout": 0.375})
+  settings = tokenizer_settings(config, dataset)
+  assert to_config(settings) == config.tokenizer
   assert settings.modalities == (("text", 7), ("image", 5))
   assert settings.num_items == ITEMS
+
+
+def test_where_nothing_is_learned_there_are_no_item_ids_and_codebooks_of_their_own(dataset):
+  settings = tokenizer_settings(make_config(**{"tokenizer.quantizer": "rq_kmeans"}), dataset)
+  assert settings.streams == ("text", "image", "fused")
+  assert settings.codebook_shape[0] == 3
 
 
 def test_features_stay_on_the_device_as_long_as_they_are_not_too_large(dataset):
@@ -106,8 +103,8 @@ def test_the_step_is_made_of_the_configs_weights_upkeep_and_bound(dataset, monke
     return settings
 
   settings = made()
-  assert sorted(names) == sorted(LossWeights._fields)
-  assert given["weights"]._asdict() == weights
+  assert sorted(names) == sorted(field.name for field in dataclasses.fields(LossWeights))
+  assert vars(given["weights"]) == weights
   assert given["warmup_steps"] == 8
   expected = {"settings": settings, "revival_threshold": 0.375}
   upkeep = {field.name: getattr(given["upkeep"], field.name) for field in dataclasses.fields(CodebookUpkeep)}
@@ -181,7 +178,7 @@ def test_when_the_warm_up_ends_the_codebooks_are_fitted_to_the_latents_once(prep
     assert plan.before_step(step, state) is state
   assert not calls
   # Not as they were made: codes have been in use.
-  used = state.replace(codes=jax.tree.map(lambda leaf: leaf + 0.5, state.codes))
+  used = state.replace(usage=state.usage + 0.5)
   fitted = plan.before_step(8, used)
   ((of_settings, latents, present, options),) = calls
   assert of_settings == settings
@@ -193,8 +190,8 @@ def test_when_the_warm_up_ends_the_codebooks_are_fitted_to_the_latents_once(prep
   assert_array_equal(present, expected.present)
 
   assert_array_equal(fitted.params["codebooks"], codebooks)
-  assert_array_equal(fitted.codes.usage, np.full((1, 2, 5), 0.2, np.float32))
-  kept = fitted.replace(params=fitted.params | {"codebooks": state.params["codebooks"]}, codes=used.codes)
+  assert_array_equal(fitted.usage, np.full((1, 2, 5), 0.2, np.float32))
+  kept = fitted.replace(params=fitted.params | {"codebooks": state.params["codebooks"]}, usage=used.usage)
   assert all(map(operator.is_, *map(jax.tree.leaves, (kept, used)))), "the rest is left as it is"
 
 

@@ -28,12 +28,13 @@ from bbqrec_jax.recommender.model import Recommender
 from bbqrec_jax.recommender.step import make_recommender_step
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.tokenizer.club import ClubCritic, Disentangling
-from bbqrec_jax.tokenizer.losses import LossWeights
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
+from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
 from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
 from bbqrec_jax.training.checkpointing import Checkpointer
 from bbqrec_jax.training.partitioning import MeshJit, Pmap, SingleDevice, make_partitioner
-from bbqrec_jax.training.state import CodebookUse, TrainState, step_key
+from bbqrec_jax.training.state import TrainState, step_key
 
 # No number of devices divides the items: rows of tables are filled up where they are spread.
 NUM_ITEMS, LEVELS, CODES = 41, 3, 4
@@ -136,9 +137,10 @@ def tokenizer_problem(*, revival_threshold, steps=STEPS, **choices):
     disentangling=Disentangling(critic, optimizer, steps=2),
     own_loss=lambda rows: jnp.sum(jnp.square(rows.quantized["fused"]), axis=-1) * (rows.items % 3),
   )
-  use = CodebookUse.create(params["codebooks"])
-  state = TrainState.create(jax.device_get(params), optimizer, seed=0, codes=jax.device_get(use))
-  state = state.replace(critic=critic_params, critic_opt_state=optimizer.init(critic_params))
+  state = TokenizerState.create(
+    jax.device_get(params), optimizer, seed=0, usage=jax.device_get(even_usage(model.settings.codebook_shape)),
+    critic=critic_params, critic_opt_state=optimizer.init(critic_params),
+  )  # fmt: skip
   return state, step, None, batches
 
 
@@ -253,13 +255,13 @@ def test_parts_of_a_batch_train_as_the_whole(kind, count, name):
 
 
 def leaves_of(state):
-  return jax.tree_util.tree_leaves_with_path((state.params, state.opt_state, state.critic, state.step, state.codes))
+  return jax.tree_util.tree_leaves_with_path(state.replace(key=None))
 
 
 @pytest.mark.usefixtures("four_devices")
 @pytest.mark.parametrize(
   ("kind", "name"),
-  [("pmap", "generative"), ("pmap", "dense"), ("pmap", "tokenizer"), ("pmap", "averages"), ("pmap", "revival"),
+  [("pmap", "generative"), ("pmap", "dense"), ("pmap", "tokenizer"), ("pmap", "per stream"), ("pmap", "revival"),
    ("mesh", "tokenizer"), ("sharded", "generative")],
 )  # fmt: skip
 def test_replicas_agree(kind, name):

@@ -7,10 +7,11 @@ import optax
 import pytest
 
 from bbqrec_jax.tokenizer.club import ClubCritic, Disentangling
-from bbqrec_jax.tokenizer.losses import LossWeights, tokenizer_loss
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.losses import tokenizer_loss
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
+from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
 from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
-from bbqrec_jax.training.state import CodebookUse, TrainState
 
 MODALITIES = (("text", 6), ("image", 5))
 NAMES = tuple(name for name, _ in MODALITIES)
@@ -65,7 +66,7 @@ def test_the_bound_moves_both_encoders_and_not_its_own_network(
   tokenizer, batch, disentangling, critic_params, random_params
 ):
   params = random_params(tokenizer, batch)
-  only_bound = LossWeights(**dict.fromkeys(LossWeights._fields, 0.0))._replace(disentangle=1.0)
+  only_bound = LossWeights(**dict.fromkeys(vars(LossWeights()), 0.0) | {"disentangle": 1.0})
 
   def loss(params, critic):
     bound = disentangling.bound(critic, axis_name=None)
@@ -115,9 +116,10 @@ def test_a_step_moves_the_network_by_its_own_optimiser_alone(tokenizer, batch, c
   params = random_params(tokenizer, batch)
 
   def after(disentangling):
-    use = CodebookUse.create(params["codebooks"])
-    state = TrainState.create(params, optimizer, seed=0, codes=use)
-    state = state.replace(critic=critic_params, critic_opt_state=disentangling.optimizer.init(critic_params))
+    state = TokenizerState.create(
+      params, optimizer, seed=0, usage=even_usage(tokenizer.settings.codebook_shape), critic=critic_params,
+      critic_opt_state=disentangling.optimizer.init(critic_params),
+    )  # fmt: skip
     step = make_tokenizer_step(
       tokenizer,
       optimizer,
