@@ -16,7 +16,7 @@ from bbqrec_jax.errors import InputError, printable, refuse
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions, suffix_collisions
 from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
-from bbqrec_jax.tokenizer.model import TokenizerSettings
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.environment import settle_jax, start_devices
 from bbqrec_jax.utils.files import check_new, unfinished
@@ -54,23 +54,24 @@ def assign(
   if item_ids is None:
     item_ids = ids.item_ids.extended(None, len(next(iter(present.values()))), where="the new items")
   settings, latents, here, codes = _quantized(ids, features, present, block=block)
-  repair = ids.settings.get("repair")
-  levels = len(settings.id_streams) * settings.num_levels + (repair == "suffix")
-  if ids.streams != settings.streams or ids.codes.shape[1] != levels or repair not in ("reassign", "suffix"):
+  levels = len(settings.id_streams) * settings.num_levels + (settings.repair == "suffix")
+  if ids.streams != settings.streams or ids.codes.shape[1] != levels:
     raise InputError(
-      f"the tokenizer's settings speak of streams {settings.streams}, {levels} codes an item and repair {repair!r}, its"
-      f" IDs are of {ids.streams} and {ids.codes.shape[1]}: they do not fit one another; train it again"
+      f"the tokenizer's settings speak of streams {settings.streams} and {levels} codes an item, its IDs are of"
+      f" {ids.streams} and {ids.codes.shape[1]}: they do not fit one another; train it again"
     )
   raw, id_latents, id_codebooks = id_space(settings, latents, codes, ids.codebooks)
-  if repair == "suffix":
+  if settings.repair == "suffix":
     own = suffix_collisions(raw, num_codes=ids.num_codes, taken=ids.codes)
   else:
     own = reassign_collisions(raw, id_latents, id_codebooks, taken=ids.codes)
-  extended = _extended(ids, own, codes, here, item_ids)
-  if ids.content is not None:
-    _, _, here, codes = _quantized(ids.content, features, present, block=block)
-    extended = dataclasses.replace(extended, content=_extended(ids.content, codes[-1], codes, here, item_ids))
-  return extended
+  return dataclasses.replace(
+    ids,
+    item_ids=item_ids,
+    codes=np.concatenate([ids.codes, own]),
+    stream_codes=np.concatenate([ids.stream_codes, codes], axis=1),
+    present=np.concatenate([ids.present, here], axis=1),
+  )
 
 
 def _quantized(
@@ -91,19 +92,6 @@ def _quantized(
   count = len(next(iter(ordered.values())))
   latents, here, codes = encode_blocks(lambda items: frozen(*store.rows(items)), count, block=block)
   return settings, latents, here, codes
-
-
-def _extended(
-  ids: SemanticIds, own: np.ndarray, codes: np.ndarray, present: np.ndarray, item_ids: ItemIds
-) -> SemanticIds:
-  """The IDs with those of new items after them: own [n, L'], codes [S, n, L], present [S, n]."""
-  return dataclasses.replace(
-    ids,
-    item_ids=item_ids,
-    codes=np.concatenate([ids.codes, own]),
-    stream_codes=np.concatenate([ids.stream_codes, codes], axis=1),
-    present=np.concatenate([ids.present, present], axis=1),
-  )
 
 
 def main(argv: list[str]) -> None:

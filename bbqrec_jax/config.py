@@ -73,25 +73,4 @@ def read_config(config: Any, *, tokenizer_alone: bool = False) -> RunSettings:
       do not fit one another.
   """
   own = trains_tokenizer(config, alone=tokenizer_alone)
-  settings = from_config(RunSettings, config, unchecked=None if own else "tokenizer.")
-  if own:
-    _check_tokenizer_use(settings)
-  return settings
-
-
-def _check_tokenizer_use(settings: RunSettings) -> None:
-  """Refuses what the tokenizer is asked for and does not give.
-
-  Raises:
-    InputError: if that is so.
-  """
-  t, inputs = settings.tokenizer, settings.recommender.item_inputs
-  if "content" in inputs and t.quantizer == "rq_kmeans":
-    raise InputError(
-      "config field recommender.item_inputs has content, but the codes of tokenizer.quantizer = 'rq_kmeans' are those"
-      " of the content already: put fused in its place"
-    )
-  if "content" in inputs and not t.content_codes:
-    raise InputError(
-      "config field recommender.item_inputs has content, which a tokenizer makes with tokenizer.content_codes = True"
-    )
+  return from_config(RunSettings, config, unchecked=None if own else "tokenizer.")

@@ -15,6 +15,7 @@ each path, which the others should hardly raise.
 """
 
 import ctypes
+import dataclasses
 import functools
 import gc
 import itertools
@@ -31,7 +32,6 @@ import numpy as np
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, start
-from bbqrec_jax.config import default_config
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions, Split, from_lengths, leave_one_out
 from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories
@@ -43,7 +43,8 @@ from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, encode_blocks, frozen_parameters
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.files import check_place
 
 WIDTH = 768
@@ -87,11 +88,10 @@ def measure_items(folder: pathlib.Path, items: int, *, repair: bool) -> None:
   path = folder / f"text_features_{items}.npy"
   if not path.exists():
     write_features(path, items)
-  t = default_config().tokenizer
-  settings = TokenizerSettings((("text", WIDTH),), items, t.code_width, t.num_levels, t.num_codes, tuple(t.hidden))
+  settings = TokenizerSettings((("text", WIDTH),), items)
   row = {"text": np.zeros((1, WIDTH), np.float32)}
   here = {"text": np.ones(1, bool)}
-  small = TokenizerSettings((("text", WIDTH),), 1, t.code_width, t.num_levels, t.num_codes, tuple(t.hidden))
+  small = dataclasses.replace(settings, num_items=1)
   example = {"items": np.zeros(1, np.int32), "features": row, "present": here}
   params = jax.jit(Tokenizer(small).init)(jax.random.key(0), example)["params"]
   codebooks = np.asarray(params["codebooks"])

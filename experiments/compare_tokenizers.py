@@ -40,7 +40,6 @@ from bbqrec_jax.utils.json_files import read_json, write_json
 # codebooks of its own and bound to nothing, and an ID is the modalities' codes one after the other (as in MQL4GRec).
 VARIANTS: dict[str, dict[str, Any]] = {
   "bound": {},
-  "bound_content": {"tokenizer.content_codes": True},
   "rq_kmeans": {"tokenizer.quantizer": "rq_kmeans"},
   "fragmented": {
     "tokenizer.codebooks": "per_stream",
@@ -92,9 +91,7 @@ def do(
   """Trains what is asked for and not there yet."""
   for seed in seeds:
     for variant in variants:
-      own = change(config, {"tokenizer.content_codes": False, "seed": seed} | VARIANTS[variant])
-      content = ("content",) if own.tokenizer.content_codes else ()
-      own.recommender.item_inputs = (*(name for name in config.recommender.item_inputs if name != "content"), *content)
+      own = change(config, {"seed": seed} | VARIANTS[variant])
       folder = workdir / variant / str(seed)
       tokenize(of_any_recommender(own), folder)
       if sequence_recall:

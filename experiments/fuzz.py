@@ -58,7 +58,7 @@ from bbqrec_jax.recommender.train import check_fingerprint
 from bbqrec_jax.runs.workdir import PARTS, SHOWN, claim, load_config, load_results, tokenizer_figure
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer.frozen import check_arrays, settings_from_json
-from bbqrec_jax.tokenizer.model import TokenizerSettings
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.files import check_output
 from bbqrec_jax.utils.json_files import write_json
 from bbqrec_jax.utils.settings import flatten
@@ -685,7 +685,7 @@ def semantic_ids() -> SemanticIds:
     codebooks=rng.normal(size=(1, 3, 5, 2)).astype(np.float32),
     data_hash="0123abcd 4567cdef",
     item_ids=ItemIds([f"sku-{item}" for item in range(6)]),
-    settings=dataclasses.asdict(SETTINGS) | {"repair": "reassign"},
+    settings=dataclasses.asdict(SETTINGS),
     encoder={
       "item_id": rng.normal(size=2).astype(np.float32),
       **{f"{part}/{name}": np.ones(width, np.float32) for name, width in SETTINGS.modalities for part in STATISTICS},
@@ -804,8 +804,6 @@ def expect_config(files: Files, valid: Files) -> Any:
 def parse_ids(files: Files) -> SemanticIds:
   """What the files of an artefact hold, whatever it is."""
   about = document(files, "semantic_ids.json")
-  if about.get("content", False) is not False:
-    raise Bad  # There are no content codes among these files.
   arrays = {name: whole_array(files[f"{name}.npy"]) for name in ("codes", "stream_codes", "present", "codebooks")}
   with zipfile.ZipFile(io.BytesIO(files["encoder.npz"])) as archive:
     encoder = {info.filename.removesuffix(".npy"): whole_array(archive.read(info)) for info in archive.infolist()}
@@ -891,9 +889,11 @@ def read_settings(folder: pathlib.Path) -> Any:
 
 
 def expect_settings(files: Files) -> Any:
-  """The fields that the artefact gives, and the others as they are by default, if the arrays are as they must be."""
+  """The fields that the artefact gives, if all are there and the arrays are as they must be."""
   ids = parse_ids(files)
-  given = {name: value for name, value in ids.settings.items() if name in dataclasses.asdict(SETTINGS)}
+  if ids.settings.keys() != dataclasses.asdict(SETTINGS).keys():
+    raise Bad
+  given = dict(ids.settings)
   given["modalities"] = tuple((name, width) for name, width in given["modalities"])
   given["hidden"] = tuple(given["hidden"])
   shapes = {name: (array.shape, array.dtype.str) for name, array in ids.encoder.items()}
@@ -902,7 +902,7 @@ def expect_settings(files: Files) -> Any:
     raise Bad
   if min(ids.encoder[f"deviation/{name}"].min() for name in ("text", "image")) <= 0:
     raise Bad
-  return dataclasses.asdict(TokenizerSettings(("default", 1), 1)) | given
+  return given
 
 
 def in_files(names: tuple[str, ...], changes: tuple[Change, ...], others: tuple[str, ...] = ()) -> tuple[Damage, ...]:

@@ -23,7 +23,8 @@ from bbqrec_jax.tokenizer.frozen import (
   id_space,
   settings_from_json,
 )
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 ITEMS, LEVELS, CODES, WIDTH = 30, 2, 8, 4
 MODALITIES = (("text", 8), ("image", 5))
@@ -39,10 +40,17 @@ def make_features(count, *, seed=0):
 def make_ids(random_params, *, repair="reassign", **choices):
   """An artefact as the tokenizer stage builds it, from random parameters."""
   settings = TokenizerSettings(
-    MODALITIES, num_items=ITEMS, code_width=WIDTH, num_levels=LEVELS, num_codes=CODES, hidden=(6,), **choices
+    MODALITIES,
+    num_items=ITEMS,
+    code_width=WIDTH,
+    num_levels=LEVELS,
+    num_codes=CODES,
+    hidden=(6,),
+    repair=repair,
+    **choices,
   )
   if settings.quantizer == "rq_kmeans":
-    settings = dataclasses.replace(settings, code_width=13, item_id="none", codebooks="per_stream")
+    settings = dataclasses.replace(settings, item_id="none", codebooks="per_stream")
   features, present = make_features(ITEMS)
   store = FeatureStore(features, present)
   if settings.quantizer == "rq_kmeans":
@@ -54,15 +62,14 @@ def make_ids(random_params, *, repair="reassign", **choices):
     encoder = frozen_parameters(settings, params) | store.arrays()
   own = params["item_embedding"]["embedding"] if settings.item_id != "none" else None
   rows = store.rows(np.arange(ITEMS))
-  start = np.zeros((settings.codebook_shape[0], LEVELS, CODES, settings.code_width), np.float32)
+  width = 13 if settings.quantizer == "rq_kmeans" else WIDTH
+  start = np.zeros((settings.codebook_shape[0], LEVELS, CODES, width), np.float32)
   latents, _, _ = FrozenTokenizer(settings, encoder, start)(*rows, own)
   # Codewords amid the latents, so that items are told apart at all.
   drawn = np.random.default_rng(2).permutation(ITEMS)[: LEVELS * CODES].reshape(LEVELS, CODES)
   scale = np.array([1.0, 0.3], np.float32)[:, None, None]
   books = [latents[stream][drawn] * scale for stream in range(len(settings.streams))]
   codebooks = np.stack(books if settings.codebooks == "per_stream" else books[-1:])
-  if settings.codebooks == "single":
-    codebooks = np.repeat(codebooks[:, :1], LEVELS, axis=1)
   frozen = FrozenTokenizer(settings, encoder, codebooks)
   latents, here, codes = frozen(*rows, own)
   raw, id_latents, id_codebooks = id_space(settings, latents, codes, codebooks)
@@ -70,17 +77,15 @@ def make_ids(random_params, *, repair="reassign", **choices):
     repaired = suffix_collisions(raw, num_codes=CODES)
   else:
     repaired = reassign_collisions(raw, id_latents, id_codebooks)
-  settings = dataclasses.asdict(settings) | {"repair": repair}
-  streams, item_ids = tuple(settings_from_json(settings).streams), ItemIds.numbered(ITEMS)
-  return SemanticIds(streams, repaired, codes, here, codebooks, "hash", item_ids, settings, encoder)
+  item_ids, stored = ItemIds.numbered(ITEMS), dataclasses.asdict(settings)
+  return SemanticIds(settings.streams, repaired, codes, here, codebooks, "hash", item_ids, stored, encoder)
 
 
 CHOICES = [
   {},
   {"repair": "suffix"},
   {"codebooks": "per_stream", "semantic_id": "concatenated"},
-  {"codebooks": "single", "item_id": "none", "learn_temperature": True, "normalize": False},
-  {"item_id": "stream"},
+  {"item_id": "none", "normalize": False},
   {"quantizer": "rq_kmeans"},
   {"quantizer": "rq_kmeans", "semantic_id": "concatenated", "repair": "suffix"},
 ]
@@ -112,18 +117,6 @@ def test_an_item_with_the_features_of_a_known_one_and_no_id_of_its_own_gets_its_
   extended = assign(ids, twins, {name: mask[some] for name, mask in present.items()})
   assert_array_equal(extended.stream_codes[:, ITEMS:], ids.stream_codes[:, some])
   assert_array_equal(extended.present[:, ITEMS:], ids.present[:, some])
-
-
-@pytest.mark.parametrize("repair", ["reassign", "suffix"])
-def test_content_codes_are_extended_as_they_would_be_alone(random_params, repair):
-  ids, content = make_ids(random_params, repair=repair), make_ids(random_params, quantizer="rq_kmeans")
-  extended = assign(dataclasses.replace(ids, content=content), *make_features(12, seed=3))
-  assert_array_equal(extended.codes, assign(ids, *make_features(12, seed=3)).codes)
-  alone = assign(content, *make_features(12, seed=3))
-  assert_array_equal(extended.content.stream_codes, alone.stream_codes)
-  assert_array_equal(extended.content.present, alone.present)
-  extended.check()
-  extended.check_extension(dataclasses.replace(ids, content=content), where="there")
 
 
 def test_an_unseen_items_id_vector_is_the_mean_of_the_learned_ones(random_params):

@@ -87,24 +87,6 @@ def test_every_tokenizer_can_be_probed_and_the_report_means_over_them(script, co
   assert {one["step"] for one in found} <= {2, 4}
 
 
-def test_content_is_known_to_its_own_variant_alone(script, config, tmp_path, monkeypatch):
-  asked = []
-  monkeypatch.setattr(script, "tokenize", lambda config, folder: asked.append(config))
-  monkeypatch.setattr(script, "run", lambda config, folder: asked.append(config))
-  whole = script.change(config, {
-    "tokenizer.content_codes": True, "recommender.item_inputs": ("fused", "content", "item"),
-    "recommender.item_dropout": 0.5,
-  })  # fmt: skip
-  for variant in ("bound", "rq_kmeans", "bound_content"):
-    script.do(whole, tmp_path, variants=[variant], seeds=[0], recommender=True, ids_alone=True)
-  known = [(c.tokenizer.content_codes, tuple(c.recommender.item_inputs)) for c in asked]
-  plain, alone = ("fused", "item"), ("fused",)
-  of_any = tuple(default_config().recommender.item_inputs)
-  assert known[:6] == [(False, of_any), (False, plain), (False, alone)] * 2
-  assert known[6:] == [(True, of_any), (True, (*plain, "content")), (True, alone)]
-  assert [c.recommender.item_dropout for c in asked] == [0.0, 0.5, 0.0] * 3
-
-
 def test_ids_made_elsewhere_are_measured_by_hand_counted_figures(script):
   codes = np.array([[0, 0], [0, 1], [1, 0], [1, 0]])
   train = from_lengths(np.array([0, 1, 2, 3]), np.array([2, 2]), np.array(["a", "b"]))

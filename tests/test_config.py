@@ -46,17 +46,6 @@ def test_a_tokenizer_is_looked_at_where_one_is_trained(name):
     read_config(sasrec, tokenizer_alone=True)
 
 
-def test_what_is_advised_about_content_codes_is_taken():
-  config = default_config()
-  config.tokenizer.quantizer, config.tokenizer.content_codes = "rq_kmeans", True
-  config.recommender.item_inputs = ("content", "item")
-  message = refusal(config)
-  assert "set it to False, and read fused in place of content" in message
-  config.recommender.item_inputs = ("fused", "item")
-  config.tokenizer.content_codes = False
-  read_config(config)
-
-
 def test_histories_of_one_item_have_nothing_to_compare():
   config = default_config()
   config.recommender.max_length = 1
@@ -231,7 +220,7 @@ def test_dropout_of_everything_is_refused(name, value):
 
 CHOICES = {
   "partitioner": ("pmap", "single"),
-  "tokenizer.club.bound": ("full", "sampled"),
+  "tokenizer.codebooks": ("shared", "per_stream"),
   "data.source": ("synthetic", "directory", "recbole"),
   "tokenizer.optimizer.schedule": ("constant", "cosine"),
   "recommender.optimizer.schedule": ("constant", "cosine"),
@@ -266,15 +255,13 @@ def test_a_head_that_is_nowhere_is_refused(head):
 @pytest.mark.parametrize(
   ("name", "choices"),
   [
-    ("recommender.item_inputs", ("fused", "modalities", "content", "features", "item")),
+    ("recommender.item_inputs", ("fused", "modalities", "features", "item")),
     ("recommender.similarity", ("modalities", "fused")),
   ],
 )
 def test_subsets(name, choices):
   for value in [(choice,) for choice in choices] + [choices]:
-    config = with_field(name, value)
-    config.tokenizer.content_codes = True
-    read_config(config)
+    read_config(with_field(name, value))
   message = refusal(with_field(name, (choices[0], "nosuch")))
   assert message == f"config field {name} may hold each of {', '.join(choices)} once, got {(choices[0], 'nosuch')!r}"
   assert "once" in refusal(with_field(name, (choices[0], choices[0])))
@@ -340,11 +327,6 @@ def test_empty_subsets():
     *(
       ({"recommender.item_dropout": 0.1, "recommender.item_inputs": inputs}, ("item_dropout", "something else"))
       for inputs in (("item",), ("fused", "features"))
-    ),
-    ({"recommender.item_inputs": ("content",)}, ("recommender.item_inputs", "tokenizer.content_codes = True")),
-    (
-      {"tokenizer.content_codes": True, "tokenizer.quantizer": "rq_kmeans"},
-      ("tokenizer.content_codes", "tokenizer.quantizer = 'rq_kmeans'"),
     ),
     (
       {"tokenizer.own_loss": "my_losses:together", "tokenizer.quantizer": "rq_kmeans"},

@@ -19,39 +19,6 @@ def gaussian_log_likelihood(mean: jax.Array, log_variance: jax.Array, y: jax.Arr
   return -0.5 * jnp.sum(jnp.square(y - mean) * jnp.exp(-log_variance) + log_variance, axis=-1)
 
 
-def club_sampled(
-  mean: jax.Array,
-  log_variance: jax.Array,
-  y: jax.Array,
-  valid: jax.Array,
-  *,
-  key: jax.Array,
-  axis_name: str | None = None,
-) -> jax.Array:
-  """The bound with one negative a row: another valid row's y, from one random cyclic shift of the valid rows.
-
-  Args:
-    mean: [B, d], q's mean for each x.
-    log_variance: [B, d].
-    y: [B, d]; row i was observed together with x of row i.
-    valid: [B] bool.
-    key: random key.
-    axis_name: the mapped axis over which the batch is split, or None; negatives come from the device's own rows.
-
-  Returns:
-    This device's share of the mean over valid rows (see `masked_mean`), in nats.
-  """
-  # Valid rows first, in random order; each takes the next one's y, and the last the first's.
-  order = jnp.argsort(jnp.where(valid, jax.random.uniform(key, valid.shape, jnp.float32), 2.0))
-  count = jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)
-  place = jnp.arange(len(order), dtype=jnp.int32)
-  following = order[jnp.where(place + 1 < count, place + 1, 0)]
-  other = jnp.zeros_like(order).at[order].set(following)
-  positive = gaussian_log_likelihood(mean, log_variance, y)
-  negative = gaussian_log_likelihood(mean, log_variance, y[other])
-  return masked_mean(positive - negative, valid, axis_name=axis_name)
-
-
 def club_full(
   mean: jax.Array, log_variance: jax.Array, y: jax.Array, valid: jax.Array, *, axis_name: str | None = None
 ) -> jax.Array:

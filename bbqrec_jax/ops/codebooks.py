@@ -1,4 +1,4 @@
-"""Upkeep of a codebook beside the loss: counts, perplexity, moving averages, and revival of codes out of use."""
+"""Upkeep of a codebook beside the loss: counts, perplexity, and revival of codes out of use."""
 
 import jax
 import jax.numpy as jnp
@@ -40,41 +40,3 @@ def revive_codes(
   rows = order[turn % jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)]
   codebook = jnp.where(dead[:, None], residuals[rows].astype(codebook.dtype), codebook)
   return codebook, jnp.where(dead, 1.0 / num_codes, usage)
-
-
-def moving_average(
-  codebook: jax.Array,
-  mass: jax.Array,
-  total: jax.Array,
-  codes: jax.Array,
-  residuals: jax.Array,
-  valid: jax.Array,
-  *,
-  decay: float,
-  axis_name: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Moves the codewords of one level to the mean of what chose them lately (van den Oord et al., 2017).
-
-  Args:
-    codebook: [K, d].
-    mass: [K] float32, the moving average of how many rows chose each code.
-    total: [K, d] float32, the moving average of the sum of those rows.
-    codes: [B] int, the choices of this step.
-    residuals: [B, d] what was quantized.
-    valid: [B] bool, the rows that count.
-    decay: of the averages, in [0, 1).
-    axis_name: the mapped axis over which the batch is split, or None; the averages are of the global batch.
-
-  Returns:
-    (codebook, mass, total). A code that nothing has chosen for long keeps its place: `total` and `mass` shrink alike.
-  """
-  weights = valid.astype(jnp.float32)
-  rows = jnp.where(valid[:, None], residuals.astype(jnp.float32), 0.0)
-  count = code_counts(codes, mass.shape[0], weights=weights)
-  sums = jnp.zeros_like(total).at[codes].add(rows)
-  if axis_name is not None:
-    count, sums = jax.lax.psum((count, sums), axis_name)
-  mass = decay * mass + (1.0 - decay) * count
-  total = decay * total + (1.0 - decay) * sums
-  mean = total / jnp.maximum(mass, 1e-12)[:, None]
-  return jnp.where(mass[:, None] > 1e-12, mean, codebook).astype(codebook.dtype), mass, total

@@ -1,4 +1,4 @@
-"""Residual vector quantization: nearest or balanced codes, and gradients that pass through them.
+"""Residual vector quantization: nearest codes, and gradients that pass through them.
 
 Distances are float32 whatever the type of the latents, and no [B, K, d] array is ever formed.
 """
@@ -62,98 +62,12 @@ def nearest_code(x: jax.Array, codebook: jax.Array) -> jax.Array:
   return jnp.min(jnp.where(farther, len(codebook) - 1, index), axis=0)
 
 
-def balanced_code(
-  x: jax.Array,
-  codebook: jax.Array,
-  *,
-  valid: jax.Array | None = None,
-  epsilon: float = 0.05,
-  iterations: int = 50,
-  axis_name: str | None = None,
-) -> jax.Array:
-  """A near code for each row such that all codes are chosen about alike, by Sinkhorn iterations (Cuturi, 2013).
-
-  The codes are those of the entropic optimal transport from the rows of the global batch to the codewords, each
-  codeword taking the same mass; as for the last level of LC-Rec (Zheng et al., 2024).
-
-  Args:
-    x: [B, d].
-    codebook: [K, d].
-    valid: [B] bool; an invalid row gets a code, and takes no part in the balance. None: all are valid.
-    epsilon: of the entropy, in units of the largest distance less the smallest; smaller is nearer to the hard optimum.
-    iterations: of the scaling of columns and rows.
-    axis_name: the mapped axis over which the batch is split, or None.
-
-  Returns:
-    [B] int32.
-  """
-  x, codebook = jax.lax.stop_gradient((x, codebook))
-  distances = code_distances(x, codebook) + jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-  here = jnp.ones(x.shape[0], bool) if valid is None else valid
-
-  def over_devices(value, reduce):
-    return value if axis_name is None else reduce(value, axis_name)
-
-  largest = over_devices(jnp.max(jnp.where(here[:, None], distances, -jnp.inf)), jax.lax.pmax)
-  smallest = over_devices(jnp.min(jnp.where(here[:, None], distances, jnp.inf)), jax.lax.pmin)
-  scores = -(distances - smallest) / (jnp.maximum(largest - smallest, 1e-12) * epsilon)
-  scores = jnp.where(here[:, None], scores, 0.0)
-
-  def iterate(_, potential):
-    # Rows first: each valid row's mass is 1 after it, so that a codeword's share is the sum over rows.
-    share = jax.nn.softmax(scores + potential[None], axis=-1)
-    mass = over_devices(jnp.sum(jnp.where(here[:, None], share, 0.0), axis=0), jax.lax.psum)
-    return potential - jnp.log(jnp.maximum(mass, 1e-30))
-
-  potential = jax.lax.fori_loop(0, iterations, iterate, jnp.zeros(codebook.shape[0], jnp.float32))
-  return jnp.argmax(scores + potential[None], axis=-1).astype(jnp.int32)
-
-
 def straight_through(z: jax.Array, quantized: jax.Array) -> jax.Array:
   """The value of `quantized` with the gradient of `z` (Bengio et al., 2013): z + stop_gradient(quantized - z)."""
   return z + jax.lax.stop_gradient(quantized - z)
 
 
-def rotation_trick(z: jax.Array, quantized: jax.Array) -> jax.Array:
-  """The value of `quantized`, a gradient turned and scaled as the latent is on its way to it (Fifty et al., 2025).
-
-  `quantized` = scale x R z with R the rotation in the plane of the two; R and the scale carry no gradient, so the angle
-  between gradient and latent is kept on the way back. Where one of the two is zero it is `straight_through`.
-
-  Args:
-    z: [B, d] latents.
-    quantized: [B, d].
-
-  Returns:
-    [B, d] of z's dtype.
-  """
-  fixed = jax.lax.stop_gradient
-  z32, q32 = z.astype(jnp.float32), fixed(quantized.astype(jnp.float32))
-  lengths = [jnp.linalg.norm(fixed(x), axis=-1, keepdims=True) for x in (z32, q32)]
-  turns = (lengths[0] > 1e-6) & (lengths[1] > 1e-6)
-  u, v = (jnp.where(turns, fixed(x) / jnp.maximum(n, 1e-6), 0.0) for x, n in zip((z32, q32), lengths, strict=True))
-  middle = u + v
-  norm = jnp.linalg.norm(middle, axis=-1, keepdims=True)
-  # Opposite directions have no one rotation between them.
-  turns &= norm > 1e-6
-  middle = middle / jnp.maximum(norm, 1e-6)
-  along = jnp.sum(middle * z32, axis=-1, keepdims=True)
-  rotated = z32 - 2.0 * along * middle + 2.0 * jnp.sum(u * z32, axis=-1, keepdims=True) * v
-  rotated = rotated * jnp.where(turns, lengths[1] / jnp.maximum(lengths[0], 1e-6), 1.0)
-  # The value exactly, whatever rounding the rotation brings.
-  rotated = rotated + fixed(q32 - rotated)
-  return jnp.where(turns, rotated, straight_through(z32, q32)).astype(z.dtype)
-
-
-GRADIENTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-  "straight_through": straight_through,
-  "rotation": rotation_trick,
-}
-
-
-def residual_quantize(
-  z: jax.Array, codebooks: jax.Array, *, choose_last: Callable[[jax.Array, jax.Array], jax.Array] = nearest_code
-) -> ResidualQuantization:
+def residual_quantize(z: jax.Array, codebooks: jax.Array) -> ResidualQuantization:
   """Quantizes each row level by level, each level taking what the levels before it left over.
 
   The residual passes on no gradient to the codewords of earlier levels: each codeword is moved by its own level's loss
@@ -162,7 +76,6 @@ def residual_quantize(
   Args:
     z: [B, d] latents.
     codebooks: [L, K, d].
-    choose_last: (residuals [B, d], codebook [K, d]) -> codes [B] of the last level; a `balanced_code`, say.
 
   Returns:
     A `ResidualQuantization`.
@@ -173,8 +86,8 @@ def residual_quantize(
   if codebooks.ndim != 3:
     raise ValueError(f"codebooks must be [levels, codes, width], got shape {codebooks.shape}")
   residual, residuals, codewords, codes = z, [], [], []
-  for level, codebook in enumerate(codebooks):
-    code = (choose_last if level == len(codebooks) - 1 else nearest_code)(residual, codebook)
+  for codebook in codebooks:
+    code = nearest_code(residual, codebook)
     codeword = codebook[code]
     residuals.append(residual)
     codewords.append(codeword)
@@ -193,23 +106,19 @@ def residual_quantize(
 QUANTIZERS: dict[str, Callable[[jax.Array, jax.Array], ResidualQuantization]] = {"rq_vae": residual_quantize}
 
 
-def quantization_error(
-  result: ResidualQuantization, *, commitment: float = 0.25, learn_codebooks: bool = True
-) -> jax.Array:
+def quantization_error(result: ResidualQuantization, *, commitment: float = 0.25) -> jax.Array:
   """|sg(r) - e|^2 + commitment |r - sg(e)|^2, averaged over levels (RQ-VAE).
 
   Args:
     result: a residual quantization of B rows.
     commitment: the weight beta that pulls latents to their codewords.
-    learn_codebooks: whether the first term, which moves the codewords, is there; not where moving averages move them.
 
   Returns:
     [B] float32, one value a row; the squared norms are sums over the width.
   """
   residuals, codewords = result.residuals.astype(jnp.float32), result.codewords.astype(jnp.float32)
   error = commitment * jnp.sum(jnp.square(residuals - jax.lax.stop_gradient(codewords)), axis=-1)
-  if learn_codebooks:
-    error += jnp.sum(jnp.square(jax.lax.stop_gradient(residuals) - codewords), axis=-1)
+  error += jnp.sum(jnp.square(jax.lax.stop_gradient(residuals) - codewords), axis=-1)
   return jnp.mean(error, axis=0)
 
 

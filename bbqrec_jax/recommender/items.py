@@ -171,19 +171,6 @@ def item_features(config: Any, store: FeatureStore) -> np.ndarray | None:
   return np.concatenate(list(rows.values()), axis=1)
 
 
-def check_content(config: Any, ids: SemanticIds) -> None:
-  """Refuses IDs that lack the content codes which the recommender reads.
-
-  Raises:
-    InputError: if they do.
-  """
-  if "content" in config.recommender.item_inputs and ids.content is None:
-    raise InputError(
-      "config field recommender.item_inputs has content, but the semantic IDs came without content codes: train a"
-      " tokenizer with tokenizer.content_codes = True"
-    )
-
-
 def recommender_settings(
   config: Any, ids: SemanticIds | None, *, num_items: int, num_modalities: int, feature_width: int
 ) -> RecommenderSettings:
@@ -202,7 +189,7 @@ def recommender_settings(
     length, levels, codes = ids.codes.shape[1], ids.stream_codes.shape[2], ids.num_codes
   if not needs_semantic_ids(config):
     length = codes = 0
-  columns = {"fused": length, "modalities": num_modalities * levels, "content": (num_modalities + 1) * levels}
+  columns = {"fused": length, "modalities": num_modalities * levels}
   buckets = 2 * levels + 1 if r.similarity_kind == "overlap" else r.num_buckets
   return dataclasses.replace(
     from_config(RecommenderSettings, r, prefix="recommender."),
@@ -252,10 +239,6 @@ def build_catalogue(
     if "modalities" in r.item_inputs:
       indices = [ids.streams.index(name) for name in ids.modalities]
       sources += [(ids.stream_codes[index], ids.present[index]) for index in indices]
-    if "content" in r.item_inputs:
-      check_content(config, ids)
-      assert ids.content is not None
-      sources += zip(ids.content.stream_codes, ids.content.present, strict=True)
     if sources:
       codes, present = zip(*sources, strict=True)
       columns = code_columns(list(codes), list(present), num_codes=ids.num_codes)

@@ -80,9 +80,9 @@ class RecommenderSettings:
     parts=HEADS,
   )  # fmt: skip
   item_inputs: tuple[str, ...] = setting(
-    ("fused", "modalities", "item"), "What an item's vector sums: its ID's codes, its modalities' own codes, its"
-    " content codes, a linear map of its features, a vector of its own. (item,) alone is SASRec, without a tokenizer.",
-    subset=("fused", "modalities", "content", "features", "item"),
+    ("fused", "modalities", "item"), "What an item's vector sums: its ID's codes, its modalities' own codes, a linear"
+    " map of its features, a vector of its own. (item,) alone is SASRec, without a tokenizer.",
+    subset=("fused", "modalities", "features", "item"),
   )  # fmt: skip
   similarity: tuple[str, ...] = setting(
     ("modalities",), "Streams whose similarity reweights attention; () is the plain backbone.",
@@ -194,7 +194,7 @@ class RecommenderSettings:
     for chosen in (backbone, *heads):
       chosen.check(self, prefix)
     if not self.item_inputs:
-      raise InputError(f"{field}item_inputs is empty: name some of fused, modalities, content, features, item")
+      raise InputError(f"{field}item_inputs is empty: name some of fused, modalities, features, item")
     if backbone.reads_codes and ("fused" not in self.item_inputs or self.head in TOWERS):
       raise InputError(
         f"{field}backbone = {self.backbone!r} reads items by their IDs' codes, and works with any head but hybrid: put"
@@ -248,7 +248,7 @@ class EvaluationSettings:
 def needs_semantic_ids(config: Any) -> bool:
   """Whether anything in the recommender reads codes; SASRec, say, does not."""
   r = config.recommender
-  codes = {"fused", "modalities", "content"} & set(r.item_inputs)
+  codes = {"fused", "modalities"} & set(r.item_inputs)
   backbone, heads = parts_of(r)
   return bool(r.similarity or codes) or any(each.reads_codes for each in (backbone, *heads))
 

@@ -17,7 +17,7 @@ from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, popularity_metrics
-from bbqrec_jax.recommender.items import check_compared, check_content, id_length, recommender_settings
+from bbqrec_jax.recommender.items import check_compared, id_length, recommender_settings
 from bbqrec_jax.recommender.settings import needs_features, needs_semantic_ids, trains_tokenizer
 from bbqrec_jax.recommender.train import check_fingerprint, run_recommender, tokenizer_folder
 from bbqrec_jax.recommender.two_towers import make_recommender
@@ -172,12 +172,11 @@ def load_ids(
   """The semantic IDs of a run on a data set, whose `statistics` are the figures.
 
   Raises:
-    InputError: if they are not there, are of other data, or lack the content codes that the recommender reads.
+    InputError: if they are not there, or are of other data.
   """
   folder = tokenizer_folder(config, workdir)
   ids = SemanticIds.load(folder)
   ids.check_data(_data_hash(figures), item_ids=dataset.item_ids, where=folder)
-  check_content(config, ids)
   return ids
 
 

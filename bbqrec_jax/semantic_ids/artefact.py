@@ -36,10 +36,8 @@ class SemanticIds:
     codebooks: [G, L, K, d] float32; G is 1 where all streams share them, S where each has its own.
     data_hash: of the features and histories that all this was learned from.
     item_ids: what the data calls the N items.
-    settings: what the tokenizer was built from, the fields of `models.tokenizer.TokenizerSettings` and `repair`.
+    settings: what the tokenizer was built from, the fields of `tokenizer.settings.TokenizerSettings`.
     encoder: what quantizes an item that was not there: parameters and feature statistics, arrays by name.
-    content: codes of the same items by their features alone, one set a modality and one of all together, for
-      recommenders that are to know both; their `codes` are of no ID. None: there are none.
   """
 
   streams: tuple[str, ...]
@@ -51,7 +49,6 @@ class SemanticIds:
   item_ids: ItemIds
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   encoder: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  content: "SemanticIds | None" = None
 
   @property
   def num_codes(self) -> int:
@@ -107,21 +104,11 @@ class SemanticIds:
         f" {known.fingerprint}): make it from them with python -m bbqrec_jax.assign"
       )
     self.check_items(known.item_ids, where=where, mend="make it from the run's own with python -m bbqrec_jax.assign")
-    if (self.content is None) != (known.content is None):
-      here, there = ("no", "some") if self.content is None else ("some", "no")
-      raise InputError(
-        f"{where} has {here} content codes, what the recommender was trained on has {there}: make it from that with"
-        " python -m bbqrec_jax.assign"
-      )
-    if self.content is not None and known.content is not None:
-      self.content.check_extension(known.content, where=f"{where}/content")
 
   @property
   def fingerprint(self) -> str:
     """16 hexadecimal digits that change with any code, codeword, setting, parameter or statistic, or with the data."""
-    about: list[Any] = [self.streams, self.data_hash, self.item_ids.digest, dict(self.settings)]
-    if self.content is not None:
-      about.append(self.content.fingerprint)
+    about = [self.streams, self.data_hash, self.item_ids.digest, dict(self.settings)]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     arrays = [(name, getattr(self, name)) for name in _ARRAYS] + sorted(self.encoder.items())
     for name, values in arrays:
@@ -145,12 +132,9 @@ class SemanticIds:
   def save(self, folder: pathlib.Path) -> None:
     """Writes `codes.npy` and the other arrays, `item_ids.json`, which says whose their rows are, and `encoder.npz`.
 
-    Last comes `semantic_ids.json`; its presence says that all is there. Content codes go into a folder `content` of the
-    same kind, before all else.
+    Last comes `semantic_ids.json`; its presence says that all is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if self.content is not None:
-      self.content.save(folder / "content")
     for name in _ARRAYS:
       np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
     write_json(folder / "item_ids.json", {"items": self.item_ids.to_json()})
@@ -159,7 +143,6 @@ class SemanticIds:
       "streams": self.streams,
       "data_hash": self.data_hash,
       "settings": dict(self.settings),
-      "content": self.content is not None,
       "fingerprint": self.fingerprint,
     }
     write_json(folder / "semantic_ids.json", about)
@@ -170,12 +153,8 @@ class SemanticIds:
     return os.path.exists(folder / "semantic_ids.json")
 
   @classmethod
-  def load(cls, folder: pathlib.Path, *, with_content: bool = True) -> "SemanticIds":
+  def load(cls, folder: pathlib.Path) -> "SemanticIds":
     """Reads the folder; nothing in it is run.
-
-    Args:
-      folder: of the artefact.
-      with_content: whether it may have content codes; they have none of their own.
 
     Raises:
       InputError: if a file is missing or damaged, the arrays do not fit one another, or they are not those that the
@@ -192,10 +171,6 @@ class SemanticIds:
       arrays["encoder"] = read_archive(folder / "encoder.npz")
       streams, data_hash, settings = about["streams"], about["data_hash"], about["settings"]
       fingerprint = about["fingerprint"]
-      if about.get("content", False) is not False:
-        if not with_content:
-          raise ValueError("semantic_ids.json: content codes have no content codes of their own")
-        arrays["content"] = cls.load(folder / "content", with_content=False)
       if not isinstance(streams, list) or not isinstance(data_hash, str) or not isinstance(settings, dict):
         raise ValueError("semantic_ids.json: expected streams, data_hash and settings, got values of other types")
       loaded = cls(streams=tuple(streams), data_hash=data_hash, settings=settings, **arrays)
@@ -241,9 +216,3 @@ class SemanticIds:
         raise ValueError(f"{name}: expected codes in 0..{num_codes - 1}, got {codes.min()} to {codes.max()}")
     if not np.isfinite(self.codebooks).all():
       raise ValueError("codebooks: expected finite numbers, got others")
-    other = self.content
-    if other is not None:
-      theirs = (other.data_hash, other.modalities, len(other.codes), other.item_ids.digest, other.num_codes)
-      expected_of_them = (self.data_hash, self.modalities, items, self.item_ids.digest, num_codes)
-      if theirs != expected_of_them:
-        raise ValueError(f"content: expected codes of {expected_of_them}, got {theirs}")

@@ -102,7 +102,7 @@ def reassign_collisions(
     level = len(prefix)
     distance = np.sum(np.square(codebooks[level] - residual), axis=-1)
     if prefix == tuple(codes[item, :level]):
-      distance[codes[item, level]] = -1.0  # Its own code first, whatever chose it: rounding, or a balanced assignment.
+      distance[codes[item, level]] = -1.0  # Its own code first, whatever chose it: rounding, or another quantizer.
     for code in np.argsort(distance, kind="stable").tolist():
       if held.count(level, parent, code) >= num_codes ** (num_levels - level - 1):
         continue

@@ -10,7 +10,7 @@ import optax
 
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.layers.dense import Dense
-from bbqrec_jax.ops.club import club_full, club_sampled, gaussian_log_likelihood
+from bbqrec_jax.ops.club import club_full, gaussian_log_likelihood
 from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.tokenizer.encoders import MLP
 from bbqrec_jax.tokenizer.losses import Bound
@@ -48,26 +48,20 @@ class Disentangling:
     critic: the network q(s_m | q_m).
     optimizer: its own.
     steps: likelihood steps it takes on each batch, before the next one's main step.
-    full: every row of the global batch is a negative; otherwise one drawn row is.
   """
 
   critic: ClubCritic
   optimizer: optax.GradientTransformation
   steps: int = 5
-  full: bool = True
 
-  def bound(self, params: Any, *, key: jax.Array, axis_name: str | None) -> Bound:
-    """The bound with the network held fixed."""
+  def bound(self, params: Any, *, axis_name: str | None) -> Bound:
+    """The bound with the network held fixed; every row of the global batch is a negative."""
 
     def total(quantized, specific, present):
       predicted = apply(self.critic, jax.lax.stop_gradient(params), "__call__", quantized)
       value = jnp.zeros((), jnp.float32)
-      for index, (name, (mean, log_variance)) in enumerate(sorted(predicted.items())):
-        rows = (mean, log_variance, specific[name], present[name])
-        if self.full:
-          value += club_full(*rows, axis_name=axis_name)
-        else:
-          value += club_sampled(*rows, key=jax.random.fold_in(key, index), axis_name=axis_name)
+      for name, (mean, log_variance) in sorted(predicted.items()):
+        value += club_full(mean, log_variance, specific[name], present[name], axis_name=axis_name)
       return value
 
     return total

@@ -16,7 +16,8 @@ from bbqrec_jax.ops.contrastive import normalize
 from bbqrec_jax.ops.ranking import expected_hits
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, linear_r2
 from bbqrec_jax.tokenizer.frozen import encode_blocks
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings, stream_codebooks
+from bbqrec_jax.tokenizer.model import Tokenizer, stream_codebooks
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.partitioning import Partitioner
 
 # Items whose reconstruction and disentangling are looked at: figures about a catalogue, not work that grows with it.

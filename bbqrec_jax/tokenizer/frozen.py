@@ -12,62 +12,42 @@ import numpy as np
 
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.layers.apply import apply
-from bbqrec_jax.ops.quantize import GRADIENTS, QUANTIZERS, residual_quantize
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings, stream_codebooks
+from bbqrec_jax.ops.quantize import residual_quantize
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.files import is_plain_name
+from bbqrec_jax.utils.settings import from_config
 
 # Codebooks by k-means of the features themselves, with no gradient training: the cheap baseline.
 RQ_KMEANS = "rq_kmeans"
 
 
-# What the fields of `TokenizerSettings` that name something may be.
-CHOICES: dict[str, tuple[str, ...]] = {
-  "quantizer": (*QUANTIZERS, RQ_KMEANS),
-  "codebooks": ("shared", "per_stream", "single"),
-  "gradient": tuple(GRADIENTS),
-  "item_id": ("added", "stream", "none"),
-  "semantic_id": ("fused", "concatenated", "item_id"),
-}
-
 _MEND = "train the tokenizer again"
-
-# More layers than anyone trains, and few enough to be built before it shows that they do not fit.
-_MOST_LAYERS = 100
 
 
 def settings_from_json(values: Mapping[str, Any]) -> TokenizerSettings:
-  """`TokenizerSettings` from the fields that an artefact holds; others are passed over.
+  """`TokenizerSettings` from what an artefact holds of them, which may come from anywhere; no code of it is run.
 
   Raises:
-    InputError: if a field is missing, or its value is none that it can have.
+    InputError: if a field is missing, unknown, or breaks its rules.
   """
-  fields: dict[str, Any] = {}
-  for field in dataclasses.fields(TokenizerSettings):
-    if field.name in values:
-      fields[field.name] = value = _tuples(values[field.name])
-      if not _fits(field, value):
-        raise InputError(f"tokenizer setting {field.name}: expected another value than {shown(repr(value))}; {_MEND}")
-    elif field.default is dataclasses.MISSING:
-      raise InputError(f"tokenizer setting {field.name} is missing; {_MEND}")
-  return TokenizerSettings(**fields)
+  given = dict(values)
+  shapes = {name: _tuples(given.pop(name)) for name in ("modalities", "num_items") if name in given}
+  for name, fits in (("modalities", _are_modalities), ("num_items", _is_size)):
+    if name not in shapes:
+      raise InputError(f"tokenizer setting {name} is missing; {_MEND}")
+    if not fits(shapes[name]):
+      raise InputError(f"tokenizer setting {name}: expected another value than {shown(repr(shapes[name]))}; {_MEND}")
+  try:
+    return dataclasses.replace(from_config(TokenizerSettings, given), **shapes)
+  except InputError as error:
+    raise InputError(f"the tokenizer's settings do not fit this version ({error}); {_MEND}") from error
 
 
-def _fits(field: dataclasses.Field, value: Any) -> bool:
-  """Whether a field of the settings can have a value."""
-  if field.name == "modalities":
-    pairs = isinstance(value, tuple) and all(isinstance(one, tuple) and len(one) == 2 for one in value)
-    named = pairs and all(isinstance(name, str) and is_plain_name(name) and _is_size(width) for name, width in value)
-    return named and 0 < len(value) == len({name for name, _ in value})
-  if field.name == "hidden":
-    return isinstance(value, tuple) and all(map(_is_size, value)) and 0 < len(value) <= _MOST_LAYERS
-  if field.name in CHOICES:
-    return value in CHOICES[field.name]
-  if field.name in ("num_items", "code_width", "num_levels", "num_codes"):
-    return _is_size(value)
-  default = 0 if field.default is dataclasses.MISSING else field.default
-  if isinstance(default, bool):
-    return isinstance(value, bool)
-  return type(value) in (int, type(default)) and 0 <= value < 2**31
+def _are_modalities(value: Any) -> bool:
+  pairs = isinstance(value, tuple) and all(isinstance(one, tuple) and len(one) == 2 for one in value)
+  named = pairs and all(isinstance(name, str) and is_plain_name(name) and _is_size(width) for name, width in value)
+  return named and 0 < len(value) == len({name for name, _ in value})
 
 
 def _is_size(value: Any) -> bool:
@@ -173,13 +153,12 @@ class FrozenTokenizer:
     """Takes what an artefact holds: see `semantic_ids.artefact.SemanticIds`."""
     self.settings = settings
     self._item_id = encoder.get("item_id")
-    shape = codebooks[:, :1] if settings.codebooks == "single" else codebooks
     flat = {name.removeprefix("params/"): value for name, value in encoder.items() if name.startswith("params/")}
-    self._params = flax.traverse_util.unflatten_dict(flat, sep="/") | {"codebooks": shape}
+    self._params = flax.traverse_util.unflatten_dict(flat, sep="/") | {"codebooks": codebooks}
     if settings.quantizer == RQ_KMEANS:
       self._content = jax.jit(jax.vmap(lambda rows, books: residual_quantize(rows, books).codes))
       return
-    model = Tokenizer(dataclasses.replace(settings, learn_temperature=False))
+    model = Tokenizer(settings)
 
     def encode(params, item_id, features, present):
       latents = apply(model, params, "fuse", item_id, features, present)
@@ -257,10 +236,3 @@ def encode_blocks(
     for array, part in zip(whole, results, strict=True):
       array[:, items] = part
   return tuple(whole)
-
-
-def artefact_codebooks(settings: TokenizerSettings, codebooks: np.ndarray) -> np.ndarray:
-  """Codebooks of all levels, [G, L', K, d] -> [G, L, K, d]."""
-  if settings.codebooks == "per_stream":
-    return np.asarray(codebooks)
-  return np.asarray(stream_codebooks(settings, jnp.asarray(codebooks)))[:1]

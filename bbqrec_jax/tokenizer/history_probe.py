@@ -23,13 +23,14 @@ from bbqrec_jax.ops.contrastive import following, info_nce
 from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer.evaluate import SequenceRecall
-from bbqrec_jax.tokenizer.frozen import settings_from_json
-from bbqrec_jax.tokenizer.model import TokenizerSettings, history_reader
+from bbqrec_jax.tokenizer.model import history_reader
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import StepFunction, make_partitioner, reduce_shares
 from bbqrec_jax.training.state import TrainState, step_key
 from bbqrec_jax.training.step import Metrics, updated
 from bbqrec_jax.utils.messages import say
+from bbqrec_jax.utils.settings import from_config
 
 # The same for every tokenizer: on Scientific validation rises no more after 1,000 steps, on Beauty after some 3,500.
 STEPS, EVALUATE_EVERY = 4000, 500
@@ -83,7 +84,8 @@ def id_vectors(ids: SemanticIds) -> np.ndarray:
 
   The sum of the codewords, and nothing that no code tells; side by side where several streams make the ID.
   """
-  return np.concatenate([ids.vectors(name) for name in settings_from_json(ids.settings).id_streams], axis=1)
+  streams = ids.modalities if ids.settings["semantic_id"] == "concatenated" else ("fused",)
+  return np.concatenate([ids.vectors(name) for name in streams], axis=1)
 
 
 def make_probe_step(model: HistoryProbe, optimizer: optax.GradientTransformation) -> StepFunction:
@@ -121,7 +123,7 @@ def train_probe(
 ) -> ProbedRecall:
   """Trains a probe on the training histories, and judges it by the step that is best on validation.
 
-  The transformer, the temperature (where it starts, if the tokenizer learns it), batches and optimiser are those of
+  The transformer, the temperature, batches and optimiser are those of
   `config.tokenizer`. The vectors are centred and divided by one number, which brings their mean variance to 1.
 
   Args:
@@ -132,10 +134,7 @@ def train_probe(
     evaluate_every: steps between two validations.
   """
   t, partitioner = config.tokenizer, make_partitioner(config)
-  settings = TokenizerSettings(
-    (), num_items=len(vectors), code_width=t.code_width, temperature=t.temperature, history_layers=t.history_layers,
-    history_heads=t.history_heads, max_length=t.max_length, dropout=t.dropout,
-  )  # fmt: skip
+  settings = from_config(TokenizerSettings, t, prefix="tokenizer.", unchecked="")
   model, optimizer = HistoryProbe(settings), make_optimizer(t.optimizer, total_steps=steps)
   centred = vectors - vectors.mean(axis=0)
   frozen = partitioner.place(centred / np.sqrt(max(centred.var(axis=0).mean(), np.finfo(np.float32).tiny)))

@@ -1,28 +1,15 @@
 """Codes by residual k-means of the features: nothing is learned of behaviour, and no gradient is taken."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore
-from bbqrec_jax.data.features import feature_widths
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.kmeans import residual_kmeans
-from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.tokenizer.frozen import RQ_KMEANS, FrozenTokenizer, content_latents, encode_blocks
-from bbqrec_jax.tokenizer.model import TokenizerSettings
-
-
-def kmeans_settings(config: Any, dataset: Dataset, *, semantic_id: str) -> TokenizerSettings:
-  """Those of residual k-means of the features."""
-  t, widths = config.tokenizer, feature_widths(dataset.features)
-  return TokenizerSettings(
-    tuple(widths.items()), num_items=dataset.num_items, num_levels=t.num_levels, num_codes=t.num_codes,
-    code_width=sum(widths.values()), item_id="none", semantic_id=semantic_id, codebooks="per_stream",
-    quantizer=RQ_KMEANS,
-  )  # fmt: skip
+from bbqrec_jax.tokenizer.frozen import content_latents
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 
 def check_varied(dataset: Dataset, *, block: int = 2048) -> None:
@@ -59,20 +46,20 @@ class _Latents:
     return content_latents(*self._store.rows(np.arange(len(self))[rows]))[0][-1]
 
 
-def kmeans_codebooks(config: Any, settings: TokenizerSettings, store: FeatureStore) -> np.ndarray:
+def kmeans_codebooks(settings: TokenizerSettings, store: FeatureStore, *, seed: int) -> np.ndarray:
   """Residual k-means of the standardised features, one codebook a stream: [S, L, K, sum of D] float32."""
-  t = config.tokenizer
+  width = sum(width for _, width in settings.modalities)
 
   def fitted(some: FeatureStore, weights: np.ndarray | None) -> np.ndarray:
     points: Any = _Latents(some)
     if settings.num_items * sum(array.shape[1] for array in some.features.values()) <= _IN_MEMORY:
       points = points[:]  # Each pass over them would make them anew.
     return residual_kmeans(
-      config.seed, points, num_levels=t.num_levels, num_codes=t.num_codes, weights=weights,
-      iterations=t.kmeans_iterations, sample=t.kmeans_points, block=4096,
+      seed, points, num_levels=settings.num_levels, num_codes=settings.num_codes, weights=weights,
+      iterations=settings.kmeans_iterations, sample=settings.kmeans_points, block=4096,
     )  # fmt: skip
 
-  codebooks = np.zeros((len(settings.streams), t.num_levels, t.num_codes, settings.code_width), np.float32)
+  codebooks = np.zeros((len(settings.streams), settings.num_levels, settings.num_codes, width), np.float32)
   first = 0
   for index, (name, width) in enumerate(settings.modalities):
     # In columns of its own alone: it is zero in the others'.
@@ -81,24 +68,3 @@ def kmeans_codebooks(config: Any, settings: TokenizerSettings, store: FeatureSto
     first += width
   codebooks[-1] = fitted(store, None)
   return codebooks
-
-
-def content_codes(config: Any, dataset: Dataset, *, data_hash: str) -> SemanticIds:
-  """What residual k-means makes of the features of all items, for a tokenizer's `SemanticIds.content`."""
-  settings = kmeans_settings(config, dataset, semantic_id="fused")
-  store = dataset.store
-  codebooks = kmeans_codebooks(config, settings, store)
-  frozen = FrozenTokenizer(settings, store.arrays(), codebooks)
-  # Without the latents, which are as wide as the features.
-  present, codes = encode_blocks(lambda items: frozen(*store.rows(items))[1:], dataset.num_items, block=2048)
-  return SemanticIds(
-    streams=settings.streams,
-    codes=codes[-1],
-    stream_codes=codes,
-    present=present,
-    codebooks=codebooks,
-    data_hash=data_hash,
-    item_ids=dataset.item_ids,
-    settings=dataclasses.asdict(settings),
-    encoder=store.arrays(),
-  )

@@ -11,21 +11,9 @@ from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops import quantize
 from bbqrec_jax.ops.contrastive import following, info_nce
 from bbqrec_jax.ops.reduction import masked_mean
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 from bbqrec_jax.utils.named import named
-
-
-class LossWeights(NamedTuple):
-  """Weight of each loss of stage 1; the sum of the weighted terms is minimised."""
-
-  reconstruction: float | jax.Array = 1.0
-  fused_reconstruction: float | jax.Array = 1.0
-  quantization: float | jax.Array = 1.0
-  contrast: float | jax.Array = 2.0
-  modality_contrast: float | jax.Array = 1.0
-  item_id: float | jax.Array = 0.05
-  disentangle: float | jax.Array = 0.01
-  own: float | jax.Array = 1.0
 
 
 class CatalogueRows(NamedTuple):
@@ -160,7 +148,7 @@ def tokenizer_loss(
     quantized: False trains on the latents themselves, before the codebooks exist; may be traced.
     bound: the CLUB bound between quantized and specific latents, its own network held fixed; None leaves it out.
     own_loss: of `CatalogueRows`, added as `weights.own` says; None is none.
-    key: for dropout of activations and of specific latents; None means neither, and no balanced codes.
+    key: for dropout of activations and of specific latents; None means neither.
     axis_name: the mapped axis over which the batch is split, or None.
 
   Returns:
@@ -176,17 +164,17 @@ def tokenizer_loss(
     rngs = {"dropout": key} if training else None
     return apply(model, params, method, *args, rngs=rngs, **kwargs)
 
-  def through_codebook(latents, *, balance=False, levels=None):
+  def through_codebook(latents, *, levels=None):
     """The quantization of stacked streams, and straight-through codewords, or latents while there is no codebook.
 
     `levels` [B] says how many of each item's codewords, from the first, are passed on; None is all.
     """
-    result = run("quantize", latents.values, latents.present, balance=balance, axis_name=axis_name)
+    result = run("quantize", latents.values)
     codewords = result.quantized
     if levels is not None:
       kept = jnp.arange(s.num_levels, dtype=jnp.int32)[:, None] < levels[None]
       codewords = jnp.sum(jnp.where(kept[..., None], result.codewords, 0.0), axis=1)
-    passed = quantize.GRADIENTS[s.gradient](latents.values, codewords)
+    passed = quantize.straight_through(latents.values, codewords)
     return result, jnp.where(quantized, passed, latents.values)
 
   def mean_error(rebuilt):
@@ -198,7 +186,7 @@ def tokenizer_loss(
     return total
 
   latents = run("latents", batch["items"], batch["features"], batch["present"])
-  result, passed = through_codebook(latents, balance=s.balanced_last and training)
+  result, passed = through_codebook(latents)
   specific = run("specific", batch["features"])
   behaviour = {name: passed[streams.index(name)] for name in names}
   given = specific
@@ -211,9 +199,7 @@ def tokenizer_loss(
   nothing = jax.tree.map(jnp.zeros_like, specific)
   fused_reconstruction = mean_error(run("reconstruct", dict.fromkeys(names, passed[-1]), nothing))
 
-  error = jax.vmap(
-    lambda one: quantize.quantization_error(one, commitment=s.commitment, learn_codebooks=not s.moving_average)
-  )(result)
+  error = jax.vmap(lambda one: quantize.quantization_error(one, commitment=s.commitment))(result)
   quantization = masked_mean(error.reshape(-1), latents.present.reshape(-1), axis_name=axis_name)
   quantization = jnp.where(quantized, quantization, 0.0)
 
@@ -273,7 +259,7 @@ def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
     cut = jax.random.bernoulli(dropped, jnp.float32(settings.level_dropout), items.shape)
     levels = jnp.where(cut, prefix, settings.num_levels)
   _, passed = through_codebook(latents, levels=levels)
-  temperature = run("temperature")
+  temperature = jnp.float32(settings.temperature)
   vectors = passed[-1]
   if "id" in streams:
     vectors = vectors + latents.values[streams.index("id")]

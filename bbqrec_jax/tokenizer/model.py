@@ -1,7 +1,5 @@
 """Stage 1, the behaviour-bind tokenizer: from item features and histories to one shared residual codebook."""
 
-import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,101 +10,19 @@ from bbqrec_jax.layers.dense import Dense
 from bbqrec_jax.layers.transformer import CausalBackbone
 from bbqrec_jax.ops import quantize
 from bbqrec_jax.tokenizer.encoders import MLP
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerSettings:
-  """Shapes of the tokenizer.
-
-  Attributes:
-    modalities: (name, feature width) of each modality, in order.
-    num_items: N.
-    code_width: d.
-    num_levels: L.
-    num_codes: K.
-    hidden: widths of the encoders between D and d; the decoders mirror them.
-    item_id: the learnable ID vector (the paper's z_ID): "added" to the fused latent, a "stream" of its own alone, or
-      "none".
-    semantic_id: what an item's ID is made of: the codes of the "fused" stream, of the modalities "concatenated" (as in
-      MQL4GRec), or of the "item_id" stream.
-    codebooks: "shared" by all streams (the paper's), one "per_stream" (what it argues against), or a "single" one for
-      all streams and levels.
-    quantizer: a name of `ops.quantize.QUANTIZERS`.
-    gradient: a name of `ops.quantize.GRADIENTS`, how gradients pass through the codewords.
-    balanced_last: whether the last level's codes are balanced over the batch while training.
-    moving_average: whether codewords follow moving averages instead of a loss.
-    learn_temperature: whether the contrast's temperature is a parameter.
-    temperature: of the contrast, or where it starts.
-    specific_dropout: share of items whose decoders get no specific latent in a step, so that the codes must carry what
-      the item is (this project's choice: nothing else asks the codewords for content).
-    level_dropout: share of items that the contrast sees by their first codewords alone, one to L - 1 of them, so that
-      every prefix of an ID learns what follows what (this project's choice, after SoundStream's quantizer dropout).
-    commitment: beta of the quantization loss.
-    normalize: whether the modalities' and the fused latents are layer-normalised before they are quantized.
-    history_layers: layers of the small causal transformer of the sequence-to-item contrast.
-    history_heads: its heads.
-    max_length: the longest history it tells places apart in.
-    dropout: its dropout rate.
-  """
-
-  modalities: tuple[tuple[str, int], ...]
-  num_items: int
-  code_width: int = 32
-  num_levels: int = 4
-  num_codes: int = 256
-  hidden: tuple[int, ...] = (512, 256)
-  item_id: str = "added"
-  semantic_id: str = "fused"
-  codebooks: str = "shared"
-  quantizer: str = "rq_vae"
-  gradient: str = "straight_through"
-  balanced_last: bool = False
-  moving_average: bool = False
-  learn_temperature: bool = False
-  temperature: float = 0.3
-  specific_dropout: float = 0.5
-  level_dropout: float = 0.5
-  commitment: float = 0.25
-  normalize: bool = True
-  history_layers: int = 1
-  history_heads: int = 2
-  max_length: int = 20
-  dropout: float = 0.1
-
-  @property
-  def streams(self) -> tuple[str, ...]:
-    """Names of what the codebooks quantize, in order: each modality, "id" if there is one, and "fused"."""
-    return (*self.names, *(("id",) if self.item_id != "none" else ()), "fused")
-
-  @property
-  def names(self) -> tuple[str, ...]:
-    """The modalities."""
-    return tuple(name for name, _ in self.modalities)
-
-  @property
-  def id_streams(self) -> tuple[str, ...]:
-    """The streams whose codes make the semantic ID, in order."""
-    return {"fused": ("fused",), "concatenated": self.names, "item_id": ("id",)}[self.semantic_id]
-
-  @property
-  def codebook_shape(self) -> tuple[int, int, int, int]:
-    """[G, L', K, d]: G sets of codebooks (one, or one a stream) of L' levels (all L, or one that serves for all)."""
-    sets = len(self.streams) if self.codebooks == "per_stream" else 1
-    return sets, 1 if self.codebooks == "single" else self.num_levels, self.num_codes, self.code_width
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 
 def by_codebook(settings: TokenizerSettings, rows: jax.Array) -> jax.Array:
-  """Sorts rows by the codebook that serves them: [S, L, B, ...] -> [G, L', R, ...] (see `codebook_shape`)."""
+  """Sorts rows by the codebook that serves them: [S, L, B, ...] -> [G, L, R, ...] (see `codebook_shape`)."""
   rest = rows.shape[3:]
   if settings.codebooks == "per_stream":
     return rows
-  if settings.codebooks == "single":
-    return rows.reshape(1, 1, -1, *rest)
   return jnp.swapaxes(rows, 0, 1).reshape(1, rows.shape[1], -1, *rest)
 
 
 def stream_codebooks(settings: TokenizerSettings, codebooks: jax.Array) -> jax.Array:
-  """The codebooks of every stream and level: [G, L', K, d] -> [S, L, K, d]."""
+  """The codebooks of every stream and level: [G, L, K, d] -> [S, L, K, d]."""
   shape = (len(settings.streams), settings.num_levels, *codebooks.shape[2:])
   return jnp.broadcast_to(codebooks, shape)
 
@@ -140,7 +56,7 @@ class Tokenizer(nn.Module):
   """Dual encoders a modality, a learnable item ID, one residual codebook shared by all streams (the paper's part 1-3).
 
   Attributes:
-    settings: the shapes.
+    settings: of the stage.
   """
 
   settings: TokenizerSettings
@@ -158,9 +74,6 @@ class Tokenizer(nn.Module):
     if s.item_id != "none":
       self.item_embedding = nn.Embed(s.num_items, s.code_width, embedding_init=nn.initializers.normal(0.02))
     self.codebooks = self.param("codebooks", nn.initializers.normal(s.code_width**-0.5), s.codebook_shape, jnp.float32)
-    if s.learn_temperature:
-      start = nn.initializers.constant(jnp.log(jnp.float32(s.temperature)))
-      self.log_temperature = self.param("log_temperature", start, (), jnp.float32)
     self.history, self.query = history_reader(s)
 
   def latents(self, items: jax.Array, features: dict[str, jax.Array], present: dict[str, jax.Array]) -> Latents:
@@ -187,8 +100,7 @@ class Tokenizer(nn.Module):
     everywhere = jnp.ones(masks[0].shape, bool)
     if item_id is not None:
       # Never scaled up: an ID starts as small noise, and would take the codebook from what the features say.
-      if self.settings.item_id == "added":
-        fused = fused + item_id
+      fused = fused + item_id
       values.append(item_id)
       masks.append(everywhere)
     stacked, here = jnp.stack([*values, scale(fused)]), jnp.stack([*masks, everywhere])
@@ -214,21 +126,11 @@ class Tokenizer(nn.Module):
     """The state u at each position of each history: [R, C, d] -> [R, C, d]."""
     return self.query(self.history(vectors, segments, positions, deterministic=deterministic))
 
-  def quantize(
-    self,
-    values: jax.Array,
-    present: jax.Array | None = None,
-    *,
-    balance: bool = False,
-    axis_name: str | None = None,
-  ) -> quantize.ResidualQuantization:
+  def quantize(self, values: jax.Array) -> quantize.ResidualQuantization:
     """Quantizes stacked streams, each with its codebooks.
 
     Args:
       values: [S, B, d].
-      present: [S, B] bool, the rows that count where codes are balanced; None: all.
-      balance: whether the last level's codes are balanced over the rows of a codebook.
-      axis_name: the mapped axis over which the rows are split, or None.
 
     Returns:
       A `ResidualQuantization` whose arrays have a leading S: [S, B, L], [S, B, d] and twice [S, L, B, d].
@@ -236,16 +138,7 @@ class Tokenizer(nn.Module):
     s = self.settings
     streams, batch, width = values.shape
     sets = self.codebooks.shape[0]
-    codebooks = jnp.broadcast_to(self.codebooks, (sets, s.num_levels, s.num_codes, width))
-    valid = jnp.ones((streams, batch), bool) if present is None else present
-
-    def one(rows, codebooks, valid):
-      if not balance:
-        return quantize.QUANTIZERS[s.quantizer](rows, codebooks)
-      choose = functools.partial(quantize.balanced_code, valid=valid, axis_name=axis_name)
-      return quantize.residual_quantize(rows, codebooks, choose_last=choose)
-
-    result = jax.vmap(one)(values.reshape(sets, -1, width), codebooks, valid.reshape(sets, -1))
+    result = jax.vmap(quantize.QUANTIZERS[s.quantizer])(values.reshape(sets, -1, width), self.codebooks)
 
     def by_stream(array):
       """[G, L, R, d] -> [S, L, B, d]."""
@@ -259,19 +152,10 @@ class Tokenizer(nn.Module):
       by_stream(result.codewords),
     )
 
-  def temperature(self) -> jax.Array:
-    """Of the contrast; a learned one stays at 0.01 or more, for the scores' sake (as in CLIP)."""
-    if not self.settings.learn_temperature:
-      return jnp.asarray(self.settings.temperature, jnp.float32)
-    learned = jnp.exp(self.log_temperature)
-    # The bound is in the value alone: below it the gradient still leads back.
-    return learned + jax.lax.stop_gradient(jnp.maximum(learned, 0.01) - learned)
-
   def __call__(self, batch: dict[str, Any]) -> jax.Array:
     """Touches every parameter, for `init`; training calls `tokenizer_loss`."""
     latents = self.latents(batch["items"], batch["features"], batch["present"])
     fused = self.quantize(latents.values).quantized[-1]
-    self.temperature()
     self.reconstruct(dict.fromkeys(self.settings.names, fused), self.specific(batch["features"]))
     return self.history_states(
       fused[None], jnp.ones((1, len(batch["items"])), jnp.int32),

@@ -5,7 +5,9 @@ import dataclasses
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.quantize import QUANTIZERS
 from bbqrec_jax.training.settings import OptimizerSettings
-from bbqrec_jax.utils.settings import section, setting
+from bbqrec_jax.utils.settings import derived, section, setting
+
+_LARGEST = 2**31 - 1  # Of what an array is as long as.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,6 @@ class LossWeights:
 class ClubSettings:
   """How the CLUB bound is fitted and taken."""
 
-  bound: str = setting("full", "Negatives: every row of the batch, or one drawn row.", choices=("full", "sampled"))
   steps: int = setting(5, "Likelihood steps of its network per batch.")
   learning_rate: float = setting(1e-3, "Of its network.")
 
@@ -37,35 +38,29 @@ class ClubSettings:
 class TokenizerSettings:
   """The tokenizer: its shape, its losses, its training."""
 
-  code_width: int = setting(32, "d: width of latents and codewords.")
+  modalities: tuple[tuple[str, int], ...] = derived((), "(name, feature width) of each modality, in order.")
+  num_items: int = derived(0, "N: items of the catalogue.")
+  code_width: int = setting(32, "d: width of latents and codewords.", most=_LARGEST)
   num_levels: int = setting(4, "L: codes in a semantic ID.", most=100)
-  num_codes: int = setting(256, "K: codewords per level.")
+  num_codes: int = setting(256, "K: codewords per level.", most=_LARGEST)
   hidden: tuple[int, ...] = setting((512, 256), "Encoder widths between the features and d; decoders mirror them.")
   artefact: str = setting("", "Folder of a tokenizer trained before (a run's tokenizer/), to use it and train none.")
   quantizer: str = setting(
     "rq_vae", "Learned residual codebooks, rq_vae; or rq_kmeans, of the features themselves, where nothing is learned."
   )
-  content_codes: bool = setting(
-    False, "Also the codes that residual k-means gives the features themselves, for the item input content."
+  codebooks: str = setting(
+    "shared", "Shared by all streams (the paper's), or one per stream.", choices=("shared", "per_stream")
   )
-  codebooks: str = setting("shared", "Shared by all streams, one per stream, or a single one for all levels too.",
-                           choices=("shared", "per_stream", "single"))  # fmt: skip
-  codebook_update: str = setting("loss", "Codewords follow the quantization loss, or moving averages of their rows.",
-                                 choices=("loss", "moving_average"))  # fmt: skip
-  codeword_decay: float = setting(0.98, "Of those averages.", below=1)
-  gradient: str = setting("straight_through", "How gradients pass the codewords.",
-                          choices=("straight_through", "rotation"))  # fmt: skip
-  balanced_last: bool = setting(False, "Balance the last level's codes over each batch (Sinkhorn) while training.")
-  item_id: str = setting("added", "The learnable item ID (z_ID): added to the fused latent, a stream of its own, none.",
-                         choices=("added", "stream", "none"))  # fmt: skip
-  semantic_id: str = setting("fused", "Codes of the fused stream, of the modalities in turn, or of the item ID.",
-                             choices=("fused", "concatenated", "item_id"))  # fmt: skip
+  item_id: str = setting("added", "The learnable item ID (z_ID): added to the fused latent, or none.",
+                         choices=("added", "none"))  # fmt: skip
+  semantic_id: str = setting("fused", "Codes of the fused stream, or of the modalities in turn.",
+                             choices=("fused", "concatenated"))  # fmt: skip
   repair: str = setting("reassign", "Colliding items: to the nearest free ID, or a counting suffix level.",
                         choices=("reassign", "suffix"))  # fmt: skip
   normalize: bool = setting(True, "Layer-normalise the modalities' and the fused latents before they are quantized.")
   history_layers: int = setting(1, "Layers of the transformer behind the sequence-to-item contrast.", most=100)
   history_heads: int = setting(2, "Its heads.")
-  max_length: int = setting(20, "The longest history the contrast looks at, in items.")
+  max_length: int = setting(20, "The longest history the contrast looks at, in items.", most=_LARGEST)
   dropout: float = setting(0.1, "Of that transformer.", below=1)
   steps: int = setting(2000, "Training steps.")
   warmup_steps: int = setting(200, "Steps on unquantized latents, before k-means fits the codebooks to them.", least=0)
@@ -83,8 +78,7 @@ class TokenizerSettings:
   )  # fmt: skip
   evaluate_every: int = setting(500, "Steps between two health checks (and checkpoints).")
   commitment: float = setting(0.25, "beta of the quantization loss.")
-  temperature: float = setting(0.3, "Of the contrast, or where it starts.", above=0)
-  learn_temperature: bool = setting(False, "Whether the temperature is a parameter.")
+  temperature: float = setting(0.3, "Of the contrast.", above=0)
   level_dropout: float = setting(
     0.5, "Share of items that the contrast sees by a prefix of their codewords alone, so that each prefix tells.",
     most=1,
@@ -99,6 +93,27 @@ class TokenizerSettings:
     OptimizerSettings, "Of all parameters.", learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50
   )
 
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The modalities."""
+    return tuple(name for name, _ in self.modalities)
+
+  @property
+  def streams(self) -> tuple[str, ...]:
+    """Names of what the codebooks quantize, in order: each modality, "id" if there is one, and "fused"."""
+    return (*self.names, *(("id",) if self.item_id != "none" else ()), "fused")
+
+  @property
+  def id_streams(self) -> tuple[str, ...]:
+    """The streams whose codes make the semantic ID, in order."""
+    return self.names if self.semantic_id == "concatenated" else ("fused",)
+
+  @property
+  def codebook_shape(self) -> tuple[int, int, int, int]:
+    """[G, L, K, d]: G sets of codebooks, one for all streams or one a stream."""
+    sets = len(self.streams) if self.codebooks == "per_stream" else 1
+    return sets, self.num_levels, self.num_codes, self.code_width
+
   def check(self, prefix: str) -> None:
     """Refuses fields that do not fit one another.
 
@@ -109,8 +124,8 @@ class TokenizerSettings:
     known = (*QUANTIZERS, "rq_kmeans")
     if self.quantizer not in known:
       raise InputError(f"{field}quantizer must be one of {', '.join(known)}, got {self.quantizer!r}")
-    if not self.hidden or not all(width > 0 for width in self.hidden):
-      raise InputError(f"{field}hidden must be widths of at least 1, as 512,256, got {self.hidden!r}")
+    if not 0 < len(self.hidden) <= 100 or not all(0 < width <= _LARGEST for width in self.hidden):
+      raise InputError(f"{field}hidden must be 1 to 100 widths of at least 1, as 512,256, got {self.hidden!r}")
     if self.max_length == 1:
       raise InputError(f"{field}max_length must be at least 2: the contrast needs an item and the next")
     if self.code_width % self.history_heads:
@@ -122,23 +137,11 @@ class TokenizerSettings:
         f"{field}row_length = {self.row_length} must be at least {prefix}max_length = {self.max_length}: a full history"
         " must fit into a row"
       )
-    if self.semantic_id == "item_id" and (self.item_id == "none" or self.quantizer == "rq_kmeans"):
-      raise InputError(
-        f"{field}semantic_id = 'item_id' needs learnable item IDs: set {prefix}item_id to added or stream, and"
-        f" {prefix}quantizer to one that learns"
-      )
     if self.own_loss and self.quantizer == "rq_kmeans":
       raise InputError(
         f"{field}own_loss: nothing learns with {prefix}quantizer = 'rq_kmeans'; leave it empty, or choose another"
         " quantizer"
       )
-    if self.content_codes and self.quantizer == "rq_kmeans":
-      raise InputError(
-        f"{field}content_codes: the codes of {prefix}quantizer = 'rq_kmeans' are those of the content already: set it"
-        " to False, and read fused in place of content"
-      )
-    if self.balanced_last and self.quantizer != "rq_vae":
-      raise InputError(f"{field}balanced_last works with {prefix}quantizer = 'rq_vae' alone")
     if self.warmup_steps >= self.steps:
       raise InputError(
         f"{field}warmup_steps = {self.warmup_steps} must be less than {prefix}steps = {self.steps}: the codebooks are"

@@ -10,85 +10,73 @@ import optax
 
 from bbqrec_jax.data.pipeline import features_of
 from bbqrec_jax.layers.padding import without_padding
-from bbqrec_jax.ops.codebooks import code_counts, moving_average, perplexity, revive_codes
+from bbqrec_jax.ops.codebooks import code_counts, perplexity, revive_codes
 from bbqrec_jax.tokenizer.club import Disentangling
-from bbqrec_jax.tokenizer.losses import LossWeights, OwnLoss, TokenizerOutput, tokenizer_loss
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings, by_codebook
+from bbqrec_jax.tokenizer.losses import OwnLoss, TokenizerOutput, tokenizer_loss
+from bbqrec_jax.tokenizer.model import Tokenizer, by_codebook
+from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
+from bbqrec_jax.tokenizer.state import TokenizerState
 from bbqrec_jax.training.partitioning import StepFunction, reduce_shares
-from bbqrec_jax.training.state import CodebookUse, TrainState, step_key
+from bbqrec_jax.training.state import step_key
 from bbqrec_jax.training.step import Metrics, updated
 
 
 @dataclasses.dataclass(frozen=True)
 class CodebookUpkeep:
-  """What happens to the codewords beside the loss: moving averages, and revival of codes out of use.
+  """What happens to the codewords beside the loss: revival of codes out of use.
 
   Attributes:
     settings: of the tokenizer.
     revival_threshold: a code that makes up less than this share of an even use of its level is moved to a live residual
       of the streams that make the semantic IDs; 0 never moves one.
     usage_decay: of the average that share is taken of.
-    codeword_decay: of the averages that codewords follow, where they do.
   """
 
   settings: TokenizerSettings
   revival_threshold: float = 0.1
   usage_decay: float = 0.98
-  codeword_decay: float = 0.98
 
   def __call__(
-    self, codebooks: jax.Array, use: CodebookUse, output: TokenizerOutput, *, key: jax.Array, axis_name: str | None
-  ) -> tuple[jax.Array, CodebookUse, jax.Array]:
-    """Keeps codebooks [G, L', K, d] up after a step.
+    self, codebooks: jax.Array, usage: jax.Array, output: TokenizerOutput, *, key: jax.Array, axis_name: str | None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keeps codebooks [G, L, K, d] up after a step.
 
     Args:
       codebooks: after the optimiser.
-      use: what was known of their use.
+      usage: [G, L, K], see `TokenizerState`.
       output: of the step's loss.
       key: random key, the same on every device.
       axis_name: the mapped axis over which the batch is split, or None.
 
     Returns:
-      (codebooks, use, counts [G, L', K] of this step's choices that make semantic IDs).
+      (codebooks, usage, counts [G, L, K] of this step's choices that make semantic IDs).
     """
     s = self.settings
     num_codes = codebooks.shape[-2]
 
     def spread(mask):
-      """[S, B] -> one flag a row of each codebook, [G, L', R]."""
+      """[S, B] -> one flag a row of each codebook, [G, L, R]."""
       return by_codebook(s, jnp.broadcast_to(mask[:, None], (len(s.streams), s.num_levels, mask.shape[1])))
 
     # Codebooks that streams share are judged by the streams that make the IDs; its own codebook, by each stream.
     judged = jnp.array([s.codebooks == "per_stream" or name in s.id_streams for name in s.streams])
     chosen = by_codebook(s, jnp.swapaxes(output.codes, 1, 2))
     residuals = by_codebook(s, output.residuals)
-    present, counted = spread(output.present), spread(output.present & judged[:, None])
-
-    if s.moving_average:
-      average = functools.partial(moving_average, decay=self.codeword_decay, axis_name=axis_name)
-      averaged = jax.vmap(jax.vmap(average))
-      codebooks, mass, total = averaged(codebooks, use.mass, use.total, chosen, residuals, present)
-      use = use.replace(mass=mass, total=total)  # type: ignore[attr-defined]
+    counted = spread(output.present & judged[:, None])
 
     counts = jax.vmap(jax.vmap(lambda code, weight: code_counts(code, num_codes, weights=weight)))(chosen, counted)
     counts = reduce_shares(counts, axis_name)
     rows = jnp.sum(counts, axis=-1, keepdims=True)
-    share = jnp.where(rows > 0, counts / jnp.maximum(rows, 1.0), use.usage)
-    usage = self.usage_decay * use.usage + (1.0 - self.usage_decay) * share
+    share = jnp.where(rows > 0, counts / jnp.maximum(rows, 1.0), usage)
+    usage = self.usage_decay * usage + (1.0 - self.usage_decay) * share
     if self.revival_threshold:
       if axis_name is not None:
         # Every device must move the same codes to the same places.
         residuals, counted = (jax.lax.all_gather(x, axis_name, axis=2, tiled=True) for x in (residuals, counted))
       keys = jax.random.split(key, counts.shape[:2])
       revive = jax.vmap(jax.vmap(functools.partial(revive_codes, threshold=self.revival_threshold)))
-      codebooks, revived = revive(keys, codebooks, usage, residuals, counted)
-      if s.moving_average:
-        moved = revived != usage
-        mass = jnp.where(moved, 1.0, use.mass)
-        total = jnp.where(moved[..., None], codebooks, use.total)
-        use = use.replace(mass=mass, total=total)  # type: ignore[attr-defined]
-      usage = revived
-    return codebooks, use.replace(usage=usage), counts  # type: ignore[attr-defined]
+      codebooks, usage = revive(keys, codebooks, usage, residuals, counted)
+    return codebooks, usage, counts
 
 
 def make_tokenizer_step(
@@ -118,7 +106,7 @@ def make_tokenizer_step(
     made without features, otherwise None.
   """
 
-  def step(state: TrainState, shared: Any, batch: Any, *, axis_name: str | None) -> tuple[TrainState, Metrics]:
+  def step(state: TokenizerState, shared: Any, batch: Any, *, axis_name: str | None) -> tuple[TokenizerState, Metrics]:
     if shared is not None:
       table = without_padding(shared)
       batch = batch | features_of(batch, lambda items: jax.tree.map(lambda array: array[items], table))
@@ -126,7 +114,7 @@ def make_tokenizer_step(
     key = step_key(state, axis_name)
     bound = None
     if disentangling is not None:
-      bound = disentangling.bound(state.critic, key=jax.random.fold_in(key, 2), axis_name=axis_name)
+      bound = disentangling.bound(state.critic, axis_name=axis_name)
 
     def loss_function(params):
       return tokenizer_loss(
@@ -152,13 +140,10 @@ def make_tokenizer_step(
       state = state.replace(critic=critic, critic_opt_state=critic_opt_state)  # type: ignore[attr-defined]
       metrics["critic_likelihood"] = likelihood
 
-    assert state.codes is not None
     before = state.params["codebooks"]
-    codebooks, use, counts = upkeep(before, state.codes, output, key=upkeep_key, axis_name=axis_name)
+    codebooks, usage, counts = upkeep(before, state.usage, output, key=upkeep_key, axis_name=axis_name)
     metrics["perplexity_level_1"] = perplexity(counts[-1, 0])
-    codebooks, use = jax.tree.map(
-      lambda new, old: jnp.where(quantized, new, old), (codebooks, use), (before, state.codes)
-    )
-    return state.replace(params=state.params | {"codebooks": codebooks}, codes=use), metrics  # type: ignore[attr-defined]
+    codebooks, usage = (jnp.where(quantized, new, old) for new, old in ((codebooks, before), (usage, state.usage)))
+    return state.replace(params=state.params | {"codebooks": codebooks}, usage=usage), metrics  # type: ignore[attr-defined]
 
   return step

@@ -28,56 +28,38 @@ from bbqrec_jax.tokenizer.evaluate import CatalogueEncoder, ContrastRecall, Insp
 from bbqrec_jax.tokenizer.frozen import (
   RQ_KMEANS,
   FrozenTokenizer,
-  artefact_codebooks,
   encode_blocks,
   frozen_parameters,
   id_space,
 )
-from bbqrec_jax.tokenizer.kmeans import content_codes, kmeans_codebooks, kmeans_settings
-from bbqrec_jax.tokenizer.losses import LossWeights, find_own_loss
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.kmeans import kmeans_codebooks
+from bbqrec_jax.tokenizer.losses import find_own_loss
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
+from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
 from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.loop import Plan, fit
 from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import Partitioner, StepFunction
-from bbqrec_jax.training.state import CodebookUse, TrainState
+from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.json_files import write_json
 from bbqrec_jax.utils.messages import say
+from bbqrec_jax.utils.settings import from_config
 
 
 def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
-  """The shapes and choices that a config and a data set give."""
-  t = config.tokenizer
-  if t.quantizer == RQ_KMEANS:
-    return kmeans_settings(config, dataset, semantic_id=t.semantic_id)
-  return TokenizerSettings(
-    tuple(feature_widths(dataset.features).items()),
-    num_items=dataset.num_items,
-    num_levels=t.num_levels,
-    num_codes=t.num_codes,
-    code_width=t.code_width,
-    hidden=tuple(t.hidden),
-    item_id=t.item_id,
-    semantic_id=t.semantic_id,
-    codebooks=t.codebooks,
-    quantizer=t.quantizer,
-    gradient=t.gradient,
-    balanced_last=t.balanced_last,
-    moving_average=t.codebook_update == "moving_average",
-    learn_temperature=t.learn_temperature,
-    temperature=t.temperature,
-    specific_dropout=t.specific_dropout,
-    level_dropout=t.level_dropout,
-    commitment=t.commitment,
-    normalize=t.normalize,
-    history_layers=t.history_layers,
-    history_heads=t.history_heads,
-    max_length=t.max_length,
-    dropout=t.dropout,
-  )
+  """The settings of a (checked) config, with the shapes that a data set gives.
+
+  Where nothing is learned there are no item IDs, and each stream has codebooks in columns of its own.
+  """
+  settings = from_config(TokenizerSettings, config.tokenizer, prefix="tokenizer.", unchecked="")
+  if settings.quantizer == RQ_KMEANS:
+    settings = dataclasses.replace(settings, item_id="none", codebooks="per_stream")
+  modalities = tuple(feature_widths(dataset.features).items())
+  return dataclasses.replace(settings, modalities=modalities, num_items=dataset.num_items)
 
 
 def fit_codebooks(
@@ -94,27 +76,20 @@ def fit_codebooks(
     seed: of the draw and of the seeding.
 
   Returns:
-    [G, L', K, d] float32 (see `TokenizerSettings.codebook_shape`).
+    [G, L, K, d] float32 (see `TokenizerSettings.codebook_shape`).
   """
   sets, levels, num_codes, width = settings.codebook_shape
-  rows, here = latents.reshape(sets, -1, width), present.reshape(sets, -1)
-
-  def fitted(number, *, num_levels, num_codes):
-    return residual_kmeans(
-      seed, rows[number], num_levels=num_levels, num_codes=num_codes, weights=here[number].astype(np.float32),
-      iterations=iterations, sample=points,
-    )  # fmt: skip
-
-  if settings.codebooks != "single":
-    return np.stack([fitted(number, num_levels=levels, num_codes=num_codes) for number in range(sets)])
-  # One codebook for all levels: it needs codewords of each level's scale.
-  parts = np.array_split(np.arange(num_codes), min(settings.num_levels, num_codes))
-  scales = fitted(0, num_levels=len(parts), num_codes=len(parts[0]))
-  return np.concatenate([scale[: len(part)] for scale, part in zip(scales, parts, strict=True)])[None, None]
+  rows, here = latents.reshape(sets, -1, width), present.reshape(sets, -1).astype(np.float32)
+  return np.stack([
+    residual_kmeans(
+      seed, rows[number], num_levels=levels, num_codes=num_codes, weights=here[number], iterations=iterations,
+      sample=points,
+    )
+    for number in range(sets)
+  ])  # fmt: skip
 
 
 def build_semantic_ids(
-  config: Any,
   settings: TokenizerSettings,
   latents: np.ndarray,
   present: np.ndarray,
@@ -127,7 +102,7 @@ def build_semantic_ids(
 ) -> tuple[SemanticIds, np.ndarray]:
   """Repairs collisions: (the artefact, the IDs before repair [N, P L])."""
   raw, id_latents, id_codebooks = id_space(settings, latents, codes, codebooks)
-  if config.tokenizer.repair == "suffix":
+  if settings.repair == "suffix":
     repaired = suffix_collisions(raw, num_codes=settings.num_codes)
   else:
     repaired = reassign_collisions(raw, id_latents, id_codebooks)
@@ -139,7 +114,7 @@ def build_semantic_ids(
     codebooks=codebooks,
     data_hash=data_hash,
     item_ids=item_ids,
-    settings=dataclasses.asdict(settings) | {"repair": config.tokenizer.repair},
+    settings=dataclasses.asdict(settings),
     encoder=encoder,
   )
   return ids, raw
@@ -171,11 +146,11 @@ def run_kmeans_tokenizer(
   """
   start = time.monotonic()
   settings, store = tokenizer_settings(config, dataset), dataset.store
-  codebooks, encoder = kmeans_codebooks(config, settings, store), store.arrays()
+  codebooks, encoder = kmeans_codebooks(settings, store, seed=config.seed), store.arrays()
   frozen = FrozenTokenizer(settings, encoder, codebooks)
   latents, present, codes = encode_blocks(lambda items: frozen(*store.rows(items)), dataset.num_items, block=2048)
   ids, raw = build_semantic_ids(
-    config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
+    settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
   )
   health = tokenizer_health(settings, raw, split)
   health |= {"reconstruction": {}, "reconstruction_from_codes": {}, "contrast_recall@10": None}
@@ -203,7 +178,7 @@ class Training(NamedTuple):
   """
 
   model: Tokenizer
-  initial_state: Callable[[], TrainState]
+  initial_state: Callable[[], TokenizerState]
   step: StepFunction
   batches: grain.IterDataset
   shared: Callable[[], Any]
@@ -239,28 +214,28 @@ def tokenizer_training(
   disentangling = None
   if t.weights.disentangle:
     critic = ClubCritic(settings.names, t.code_width)
-    disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps, t.club.bound == "full")
+    disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps)
 
-  def initial_state() -> TrainState:
+  def initial_state() -> TokenizerState:
     items = np.arange(1, dtype=np.int32)
     example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
     params = model.init(base_key(config.seed), example)["params"]
-    use = CodebookUse.create(params["codebooks"], moving_average=settings.moving_average)
-    state = TrainState.create(params, optimizer, seed=config.seed, codes=use)
-    if disentangling is None:
-      return state
-    zeros = {name: jnp.zeros((1, t.code_width), jnp.float32) for name in settings.names}
-    params = disentangling.critic.init(base_key(config.seed), zeros)["params"]
-    return state.replace(  # type: ignore[attr-defined]
-      critic=params, critic_opt_state=disentangling.optimizer.init(params)
-    )
+    critic, critic_opt_state = None, None
+    if disentangling is not None:
+      zeros = {name: jnp.zeros((1, t.code_width), jnp.float32) for name in settings.names}
+      critic = disentangling.critic.init(base_key(config.seed), zeros)["params"]
+      critic_opt_state = disentangling.optimizer.init(critic)
+    return TokenizerState.create(
+      params, optimizer, seed=config.seed, usage=even_usage(settings.codebook_shape), critic=critic,
+      critic_opt_state=critic_opt_state,
+    )  # fmt: skip
 
   step = make_tokenizer_step(
     model,
     optimizer,
-    weights=LossWeights(**t.weights),
+    weights=settings.weights,
     warmup_steps=t.warmup_steps,
-    upkeep=CodebookUpkeep(settings, t.revival_threshold, codeword_decay=t.codeword_decay),
+    upkeep=CodebookUpkeep(settings, t.revival_threshold),
     disentangling=disentangling,
     own_loss=find_own_loss(t.own_loss),
   )
@@ -300,15 +275,15 @@ def run_tokenizer(
       settings, latents, present, iterations=t.kmeans_iterations, points=t.kmeans_points, seed=config.seed
     )
     codebooks = processes.of_the_first(codebooks)
-    use = CodebookUse.create(jnp.asarray(codebooks), moving_average=settings.moving_average)
     params = state.params | {"codebooks": partitioner.place(codebooks)}
-    return state.replace(params=params, codes=partitioner.place(use))  # type: ignore[attr-defined]
+    usage = partitioner.place(even_usage(settings.codebook_shape))
+    return state.replace(params=params, usage=usage)  # type: ignore[attr-defined]
 
   def examine(state: TrainState) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
     """The health report of a state, and the catalogue's latents, present and codes."""
     encoded = encode(state.params)
     latents, _, codes = encoded
-    codebooks = artefact_codebooks(settings, partitioner.fetch(state.params["codebooks"]))
+    codebooks = np.asarray(partitioner.fetch(state.params["codebooks"]))
     raw, _, _ = id_space(settings, latents, codes, codebooks)
     health = tokenizer_health(settings, raw, split) | inspect(state.params)
     # Without the contrast nothing has taught the history's states where to point.
@@ -349,13 +324,11 @@ def run_tokenizer(
   )
   health, (latents, present, codes) = examine(state)
   params = partitioner.fetch(state.params)
-  codebooks = artefact_codebooks(settings, params["codebooks"])
+  codebooks = np.asarray(params["codebooks"])
   encoder = frozen_parameters(settings, params) | store.arrays()
   ids, raw = build_semantic_ids(
-    config, settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
+    settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
   )
-  if t.content_codes:
-    ids = dataclasses.replace(ids, content=content_codes(config, dataset, data_hash=data_hash))
   health["seconds"] = sum(progress[f"{kind}_seconds"] for kind in ("training", "evaluation", "checkpoint"))
   health["skipped_steps"] = progress["skipped"]
   return _finish(ids, raw, health, folder)

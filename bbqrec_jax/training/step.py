@@ -1,6 +1,6 @@
 """What the training steps of both stages share: an optimiser's update, and steps that are left out."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,12 @@ from bbqrec_jax.training.partitioning import StepFunction
 from bbqrec_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
+State = TypeVar("State", bound=TrainState)
 
 
 def updated(
-  state: TrainState, optimizer: optax.GradientTransformation, gradients: Any, metrics: Metrics
-) -> tuple[TrainState, Metrics]:
+  state: State, optimizer: optax.GradientTransformation, gradients: Any, metrics: Metrics
+) -> tuple[State, Metrics]:
   """The state after a step of an optimiser, and the metrics with the norm of the gradients."""
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)

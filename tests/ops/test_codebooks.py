@@ -1,6 +1,4 @@
-"""Counts, perplexity, revival and moving averages of codewords, against explicit loops."""
-
-import functools
+"""Counts, perplexity and revival of codewords, against explicit loops."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.ops.codebooks import code_counts, moving_average, perplexity, revive_codes
+from bbqrec_jax.ops.codebooks import code_counts, perplexity, revive_codes
 
 BATCH, CODES, WIDTH = 24, 5, 3
 _revive = jax.jit(revive_codes)
@@ -70,46 +68,3 @@ def test_revival_moves_nothing_where(case):
   moved, left = _revive(jax.random.key(0), *map(jnp.asarray, (codebook, usage, residuals, valid)), threshold)
   assert_array_equal(moved, codebook)
   assert_array_equal(left, usage)
-
-
-def averaging_case():
-  rng = np.random.default_rng(7)
-  codebook, total = rng.normal(size=(2, CODES, WIDTH)).astype(np.float32)
-  mass = rng.uniform(0.5, 2.0, CODES).astype(np.float32)
-  codes = rng.integers(CODES - 1, size=BATCH)  # Nothing chooses the last code.
-  residuals = rng.normal(size=(BATCH, WIDTH)).astype(np.float32)
-  return codebook, mass, total, codes, residuals, rng.random(BATCH) < 0.7
-
-
-def test_moving_average_equals_its_definition_code_by_code():
-  codebook, mass, total, codes, residuals, valid = averaging_case()
-  moved, new_mass, new_total = moving_average(*map(jnp.asarray, averaging_case()), decay=0.9)
-  for code in range(CODES):
-    rows = residuals[valid & (codes == code)]
-    assert_allclose(new_mass[code], 0.9 * mass[code] + 0.1 * len(rows), rtol=1e-5)
-    assert_allclose(new_total[code], 0.9 * total[code] + 0.1 * rows.sum(axis=0), rtol=1e-4, atol=1e-6)
-    assert_allclose(moved[code], new_total[code] / new_mass[code], rtol=1e-5)
-  assert not np.allclose(moved, codebook)
-
-
-def test_a_code_that_nothing_chooses_stays_where_it_is():
-  codebook, mass, _, codes, residuals, valid = averaging_case()
-  state = (jnp.asarray(codebook), jnp.asarray(mass), jnp.asarray(codebook * mass[:, None]))
-  step = jax.jit(functools.partial(moving_average, decay=0.5))
-  for _ in range(200):  # Long enough for its mass to vanish in float32.
-    state = step(*state, jnp.asarray(codes), jnp.asarray(residuals), jnp.asarray(valid))
-  assert_allclose(state[0][-1], codebook[-1], rtol=1e-4)
-  means = [residuals[valid & (codes == code)].mean(axis=0) for code in range(CODES - 1)]
-  assert_allclose(state[0][:-1], means, rtol=1e-4, atol=1e-5)
-
-
-def test_moving_averages_are_those_of_the_global_batch():
-  codebook, mass, total, codes, residuals, valid = map(jnp.asarray, averaging_case())
-  expected = moving_average(codebook, mass, total, codes, residuals, valid, decay=0.9)
-  mapped = jax.vmap(
-    lambda *rows: moving_average(codebook, mass, total, *rows, decay=0.9, axis_name="batch"), axis_name="batch"
-  )
-  results = mapped(codes.reshape(4, -1), residuals.reshape(4, -1, WIDTH), valid.reshape(4, -1))
-  for result, whole in zip(results, expected, strict=True):
-    for device in result:
-      assert_allclose(device, whole, rtol=1e-5, atol=1e-6)

@@ -93,24 +93,6 @@ def test_a_continuous_bias_has_a_slope_and_no_buckets(ids, histories):
   assert catalogue.streams.dtype == np.float32
 
 
-def test_content_codes_are_columns_of_their_own(ids, histories):
-  rng = np.random.default_rng(2)
-  content = dataclasses.replace(
-    ids, stream_codes=rng.integers(CODES, size=(3, ITEMS, LEVELS)).astype(np.int32), present=ids.present[::-1]
-  )
-  both = dataclasses.replace(ids, content=content)
-  catalogue, settings = build(both, histories, item_inputs=("fused", "content", "item"))
-  assert settings.num_columns == 4 * LEVELS
-  columns, first = np.asarray(catalogue.columns), CODES * np.arange(4 * LEVELS)
-  assert_array_equal(columns[:, :LEVELS] - first[:LEVELS], ids.codes)
-  for stream in range(3):
-    mine = slice((stream + 1) * LEVELS, (stream + 2) * LEVELS)
-    expected = np.where(content.present[stream][:, None], content.stream_codes[stream] + first[mine], -1)
-    assert_array_equal(columns[:, mine], expected)
-  with pytest.raises(InputError, match="came without content codes: train a tokenizer with"):
-    build(ids, histories, item_inputs=("fused", "content", "item"))
-
-
 def test_streams_of_different_codebooks_are_not_compared(ids, histories):
   rng = np.random.default_rng(3)
   own = dataclasses.replace(ids, codebooks=rng.normal(size=(3, LEVELS, CODES, 5)).astype(np.float32))
@@ -173,7 +155,7 @@ def test_the_settings_are_those_of_the_config_with_what_the_data_gives(ids, hist
   "changes",
   [
     {"recommender.similarity": ("fused",)},
-    {"recommender.similarity_kind": "overlap", "recommender.item_inputs": ("fused", "features", "content")},
+    {"recommender.similarity_kind": "overlap", "recommender.item_inputs": ("fused", "features")},
     {"recommender.similarity_kind": "continuous", "recommender.item_inputs": ("modalities",)},
     {"recommender.head": "hybrid", "recommender.dense_tower.width": 8, "recommender.similarity": ()},
     {"recommender.head": "dense", "recommender.item_inputs": ("features", "item"), "recommender.similarity": ()},
@@ -187,7 +169,7 @@ def test_the_settings_are_known_before_there_are_semantic_ids(ids, histories, ch
   config.update_from_flattened_dict(changes | sizes)
   features = {name: np.random.default_rng(3).normal(size=(ITEMS, 4)).astype(np.float32) for name in ids.modalities}
   present = {name: np.ones(ITEMS, bool) for name in features}
-  given = dataclasses.replace(ids, content=ids) if needs_semantic_ids(config) else None
+  given = ids if needs_semantic_ids(config) else None
   rows = item_features(config, FeatureStore(features, present))
   _, settings = build_catalogue(config, given, histories, num_items=ITEMS, features=rows)
   known = given if trained else None

@@ -1,7 +1,5 @@
 """Small runs of what a config can choose: each trains, is restored and recommends. One device, quickly compiled."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -36,11 +34,11 @@ def make_config(**changes):
 
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory, compile_cache):
-  """The folder of semantic IDs, with content codes beside them."""
+  """The folder of semantic IDs."""
   folder = tmp_path_factory.mktemp("tokenizer")
   experiment.tokenize(make_config(**{"tokenizer.quantizer": "rq_kmeans"}), folder / "run")
   ids = SemanticIds.load(folder / "run" / "tokenizer")
-  dataclasses.replace(ids, content=ids).save(folder / "ids")
+  ids.save(folder / "ids")
   return str(folder / "ids")
 
 
@@ -61,7 +59,7 @@ def artefact(tmp_path_factory, compile_cache):
       "recommender.seen_item_bias": False,
       "recommender.dtype": "bfloat16",
     },
-    {"recommender.item_inputs": ("fused", "content", "features"), "recommender.head": "dense"},
+    {"recommender.item_inputs": ("fused", "features"), "recommender.head": "dense"},
   ],
   ids=str,
 )

@@ -185,10 +185,6 @@ def test_synthetic_data_is_nowhere(tmp_path):
     ),
     ({"tokenizer.artefact": "ARTEFACT", "data.path": "OTHER"}, "ARTEFACT holds semantic IDs of other data"),
     (
-      {"tokenizer.artefact": "ARTEFACT", "recommender.item_inputs": ("content",)},
-      "config field recommender.item_inputs has content, but the semantic IDs came without content codes",
-    ),
-    (
       {"recommender.head": "json:loads"},
       "config field recommender.head = 'json:loads': expected a function that makes",
     ),

@@ -29,20 +29,6 @@ def make():
     item_ids=ItemIds([f"sku-{item}" for item in range(6)]),
     settings={"num_levels": 3, "hidden": [8], "repair": "reassign"},
     encoder={"mean/text": np.arange(3.0), "params/a/kernel": np.eye(2, dtype=np.float32)},
-    content=make_content(),
-  )
-
-
-def make_content(*, items=6):
-  rng = np.random.default_rng(7)
-  return SemanticIds(
-    streams=("text", "image", "fused"),
-    codes=rng.integers(5, size=(items, 2)).astype(np.int32),
-    stream_codes=rng.integers(5, size=(3, items, 2)).astype(np.int32),
-    present=np.ones((3, items), bool),
-    codebooks=rng.normal(size=(3, 2, 5, 4)).astype(np.float32),
-    data_hash="0123abcd",
-    item_ids=ItemIds([f"sku-{item}" for item in range(items)]),
   )
 
 
@@ -62,14 +48,6 @@ def test_loading_gives_back_what_was_saved(folder):
   assert loaded.encoder.keys() == ids.encoder.keys()
   for name, array in ids.encoder.items():
     assert_array_equal(loaded.encoder[name], array, strict=True)
-  for name in ARRAYS:
-    assert_array_equal(getattr(loaded.content, name), getattr(ids.content, name), strict=True)
-
-  # Most have no content codes, and are none the worse for it.
-  dataclasses.replace(ids, content=None).save(folder.parent / "alone")
-  alone = SemanticIds.load(folder.parent / "alone")
-  assert alone.content is None
-  assert alone.fingerprint != ids.fingerprint
 
 
 def test_every_array_is_readable_without_pickle(folder):
@@ -77,7 +55,6 @@ def test_every_array_is_readable_without_pickle(folder):
     "semantic_ids.json",
     "encoder.npz",
     "item_ids.json",
-    "content",
   }
   for name in ARRAYS:
     assert_array_equal(np.load(folder / f"{name}.npy", allow_pickle=False), getattr(make(), name))
@@ -121,12 +98,9 @@ def test_vectors_are_sums_of_codewords_and_zero_where_the_stream_is_absent(share
     lambda ids: {"encoder": ids.encoder | {"mean/text": np.arange(1.0, 4.0)}},
     lambda ids: {"encoder": {"mean/image": ids.encoder["mean/text"]}},
     lambda ids: {"streams": ("image", "text", "id", "fused")},
-    lambda ids: {"content": dataclasses.replace(ids.content, codebooks=-ids.content.codebooks)},
-    lambda ids: {"content": None},
   ],
   ids=[
     "codes", "stream_codes", "present", "codebooks", "data_hash", "settings", "encoder", "names", "streams",
-    "content", "no content",
   ],
 )  # fmt: skip
 def test_the_fingerprint_changes_with_every_part(change):
@@ -215,12 +189,6 @@ def test_a_folder_of_anything_else_is_refused_and_not_to_be_deleted(tmp_path):
     (lambda ids: {"streams": ("text", "image", "fused", "id")}, "the last of them fused"),
     (lambda ids: {"streams": ("image", "id", "fused")}, "expected arrays of 3 streams"),
     (lambda ids: {"item_ids": ItemIds.numbered(5)}, "item_ids: expected the ids of 6 items, got 5"),
-    (lambda ids: {"content": make_content(items=5)}, "content: expected codes of .* 6, "),
-    (lambda ids: {"content": dataclasses.replace(ids.content, item_ids=ItemIds.numbered(6))}, "content: expected"),
-    (lambda ids: {"content": dataclasses.replace(ids.content, data_hash="other")}, "content: expected codes of"),
-    (lambda ids: {"content": dataclasses.replace(ids.content, streams=("a", "b", "fused"))}, "content: expected"),
-    (lambda ids: {"content": dataclasses.replace(ids.content, codebooks=ids.content.codebooks[:, :, :, :, None])},
-     "codebooks: expected float32"),
   ],
 )  # fmt: skip
 def test_arrays_that_do_not_fit_one_another_are_refused_whatever_their_fingerprint(tmp_path, change, named):
@@ -229,31 +197,12 @@ def test_arrays_that_do_not_fit_one_another_are_refused_whatever_their_fingerpri
   assert re.search(named, refusal(tmp_path / "ids"))
 
 
-def test_damaged_missing_and_nested_content_is_refused(folder):
-  path = folder / "content" / "codes.npy"
-  whole = path.read_bytes()
-  path.write_bytes(whole[:-4] + b"\x00\x00\x00\x01")
-  assert "content" in refusal(folder)
-  path.unlink()
-  refusal(folder)
-  path.write_bytes(whole)
-  SemanticIds.load(folder)
-  about = read_json(folder / "content" / "semantic_ids.json")
-  write_json(folder / "content" / "semantic_ids.json", about | {"content": True})
-  assert "content codes have no content codes of their own" in refusal(folder)
-  (folder / "content" / "semantic_ids.json").unlink()
-  refusal(folder, "check the path")
-
-
-def test_an_extension_keeps_the_known_items_content_codes():
+def test_an_extension_keeps_the_codes_of_the_known_items():
   ids = make()
   ids.check_extension(ids, where="there")
-  changed = dataclasses.replace(ids.content, stream_codes=(ids.content.stream_codes + 1) % 5)
-  with pytest.raises(InputError, match="there/content does not extend"):
-    dataclasses.replace(ids, content=changed).check_extension(ids, where="there")
-  for one, other in ((ids, dataclasses.replace(ids, content=None)), (dataclasses.replace(ids, content=None), ids)):
-    with pytest.raises(InputError, match="content codes, what the recommender was trained on has"):
-      one.check_extension(other, where="there")
+  changed = dataclasses.replace(ids, stream_codes=(ids.stream_codes + 1) % 5)
+  with pytest.raises(InputError, match="there does not extend the semantic IDs"):
+    changed.check_extension(ids, where="there")
 
 
 def test_a_description_of_other_types_is_refused(folder):
@@ -283,7 +232,7 @@ def test_other_data_or_other_items_are_refused():
 
 def test_an_id_that_was_changed_is_no_longer_the_artefacts(tmp_path):
   folder = tmp_path / "alone"
-  dataclasses.replace(make(), content=None).save(folder)
+  make().save(folder)
   names = read_json(folder / "item_ids.json")["items"]
   write_json(folder / "item_ids.json", {"items": [*names[1:], names[0]]})
   assert "fingerprint" in refusal(folder)

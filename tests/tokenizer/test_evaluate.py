@@ -10,7 +10,8 @@ from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.semantic_ids.health import linear_r2
 from bbqrec_jax.tokenizer.evaluate import ContrastRecall, Inspection
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.partitioning import SingleDevice
 
 WIDTH, LEVELS, CODES = 5, 2, 4

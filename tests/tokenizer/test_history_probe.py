@@ -12,7 +12,7 @@ from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.tokenizer import history_probe
 from bbqrec_jax.tokenizer.history_probe import HistoryProbe, ProbedRecall, id_vectors, make_probe_step, train_probe
-from bbqrec_jax.tokenizer.model import TokenizerSettings
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import Pmap, SingleDevice
 from bbqrec_jax.training.state import TrainState
@@ -154,15 +154,12 @@ def test_the_loss_of_a_step_is_the_contrast_of_states_and_next_items_over_all_de
 
 
 def test_the_vectors_of_an_id_are_the_codewords_that_were_chosen_before_repair(ids):
-  def settings(semantic_id):
-    return {"modalities": (("text", 7), ("image", 6)), "num_items": 30, "item_id": "none", "semantic_id": semantic_id}
-
   def codewords(stream):
     return sum(ids.codebooks[0, level][ids.stream_codes[stream, :, level]] for level in range(3))
 
-  fused = id_vectors(dataclasses.replace(ids, settings=settings("fused")))
+  fused = id_vectors(dataclasses.replace(ids, settings={"semantic_id": "fused"}))
   assert_allclose(fused, codewords(2), rtol=1e-6)
-  both = id_vectors(dataclasses.replace(ids, settings=settings("concatenated")))
+  both = id_vectors(dataclasses.replace(ids, settings={"semantic_id": "concatenated"}))
   has_image = ids.present[1]
   assert_allclose(both[:, :5], codewords(0), rtol=1e-6)
   assert_allclose(both[has_image, 5:], codewords(1)[has_image], rtol=1e-6)

@@ -19,12 +19,13 @@ from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.tokenizer import train as tokenizer_stage
 from bbqrec_jax.tokenizer.club import Disentangling
-from bbqrec_jax.tokenizer.losses import LossWeights
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 from bbqrec_jax.tokenizer.step import CodebookUpkeep
 from bbqrec_jax.tokenizer.train import fit_codebooks, run_tokenizer, tokenizer_settings, tokenizer_training
 from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.partitioning import SingleDevice
+from bbqrec_jax.utils.settings import to_config
 
 ITEMS, USERS = 40, 30
 SMALL = {
@@ -51,24 +52,18 @@ def dataset():
   return Dataset("of a test", "", interactions, features, present, ItemIds.numbered(ITEMS), ("",) * ITEMS)
 
 
-# What the data says, and what the config says in other words.
-NOT_OF_THE_CONFIG = {"modalities", "num_items", "moving_average"}
-FIELDS = [field.name for field in dataclasses.fields(TokenizerSettings) if field.name not in NOT_OF_THE_CONFIG]
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_every_setting_of_a_configs_field_is_what_that_field_says(others, dataset, name):
-  for value in others(default_config().tokenizer[name]):
-    settings = tokenizer_settings(make_config(**{f"tokenizer.{name}": value}), dataset)
-    assert getattr(settings, name) == value
-
-
-def test_settings_that_the_data_or_another_field_decides(dataset):
-  for update, moving_average in (("loss", False), ("moving_average", True)):
-    settings = tokenizer_settings(make_config(**{"tokenizer.codebook_update": update}), dataset)
-    assert settings.moving_average == moving_average
+def test_the_settings_are_those_of_the_config_and_the_shapes_those_of_the_data(dataset):
+  config = make_config(**{"tokenizer.weights.contrast": 0.75, "tokenizer.repair": "suffix", "tokenizer.dropout": 0.375})
+  settings = tokenizer_settings(config, dataset)
+  assert to_config(settings) == config.tokenizer
   assert settings.modalities == (("text", 7), ("image", 5))
   assert settings.num_items == ITEMS
+
+
+def test_where_nothing_is_learned_there_are_no_item_ids_and_codebooks_of_their_own(dataset):
+  settings = tokenizer_settings(make_config(**{"tokenizer.quantizer": "rq_kmeans"}), dataset)
+  assert settings.streams == ("text", "image", "fused")
+  assert settings.codebook_shape[0] == 3
 
 
 def test_features_stay_on_the_device_as_long_as_they_are_not_too_large(dataset):
@@ -96,7 +91,7 @@ def test_the_step_is_made_of_the_configs_weights_upkeep_and_bound(dataset, monke
   names = list(default_config().tokenizer.weights)
   weights = {name: 3.0 + index for index, name in enumerate(names)}
   changes = {f"tokenizer.weights.{name}": value for name, value in weights.items()} | {
-    "tokenizer.revival_threshold": 0.375, "tokenizer.codeword_decay": 0.625, "tokenizer.club.steps": 7,
+    "tokenizer.revival_threshold": 0.375, "tokenizer.club.steps": 7,
   }  # fmt: skip
 
   def made(**more):
@@ -108,16 +103,14 @@ def test_the_step_is_made_of_the_configs_weights_upkeep_and_bound(dataset, monke
     return settings
 
   settings = made()
-  assert sorted(names) == sorted(LossWeights._fields)
-  assert given["weights"]._asdict() == weights
+  assert sorted(names) == sorted(field.name for field in dataclasses.fields(LossWeights))
+  assert vars(given["weights"]) == weights
   assert given["warmup_steps"] == 8
-  expected = {"settings": settings, "revival_threshold": 0.375, "codeword_decay": 0.625}
+  expected = {"settings": settings, "revival_threshold": 0.375}
   upkeep = {field.name: getattr(given["upkeep"], field.name) for field in dataclasses.fields(CodebookUpkeep)}
   assert {name: upkeep[name] for name in expected} == expected
   assert upkeep.keys() - expected.keys() == {"usage_decay"}, "a field of which the config says nothing"
-  assert (given["disentangling"].steps, given["disentangling"].full) == (7, True)
-  made(**{"tokenizer.club.bound": "sampled"})
-  assert not given["disentangling"].full
+  assert given["disentangling"].steps == 7
   changes["tokenizer.weights.disentangle"] = 0.0
   made()
   assert given["disentangling"] is None
@@ -129,9 +122,9 @@ def test_the_step_is_made_of_the_configs_weights_upkeep_and_bound(dataset, monke
 def test_the_defaults_of_the_steps_parts_are_those_of_the_config():
   t = default_config().tokenizer
   settings = TokenizerSettings((("text", 3),), num_items=5)
-  assert CodebookUpkeep(settings) == CodebookUpkeep(settings, t.revival_threshold, codeword_decay=t.codeword_decay)
+  assert CodebookUpkeep(settings) == CodebookUpkeep(settings, t.revival_threshold)
   defaults = {field.name: field.default for field in dataclasses.fields(Disentangling)}
-  assert (defaults["steps"], defaults["full"]) == (t.club.steps, t.club.bound == "full")
+  assert defaults["steps"] == t.club.steps
 
 
 class Enough(Exception):
@@ -170,7 +163,7 @@ def test_training_is_planned_and_guarded_as_the_config_says(prepare):
 
 
 def test_when_the_warm_up_ends_the_codebooks_are_fitted_to_the_latents_once(prepare, dataset, monkeypatch):
-  config = make_config(**{"tokenizer.codebook_update": "moving_average"})
+  config = make_config()
   settings = tokenizer_settings(config, dataset)
   codebooks = np.random.default_rng(5).normal(size=settings.codebook_shape).astype(np.float32)
   calls = []
@@ -184,8 +177,8 @@ def test_when_the_warm_up_ends_the_codebooks_are_fitted_to_the_latents_once(prep
   for step in (0, 7, 9, 16):
     assert plan.before_step(step, state) is state
   assert not calls
-  # Not as they were made: codes have been in use, and their averages are elsewhere.
-  used = state.replace(codes=jax.tree.map(lambda leaf: leaf + 0.5, state.codes))
+  # Not as they were made: codes have been in use.
+  used = state.replace(usage=state.usage + 0.5)
   fitted = plan.before_step(8, used)
   ((of_settings, latents, present, options),) = calls
   assert of_settings == settings
@@ -197,10 +190,8 @@ def test_when_the_warm_up_ends_the_codebooks_are_fitted_to_the_latents_once(prep
   assert_array_equal(present, expected.present)
 
   assert_array_equal(fitted.params["codebooks"], codebooks)
-  assert_array_equal(fitted.codes.usage, np.full((1, 2, 5), 0.2, np.float32))
-  assert_array_equal(fitted.codes.mass, np.ones((1, 2, 5)))
-  assert_array_equal(fitted.codes.total, codebooks)
-  kept = fitted.replace(params=fitted.params | {"codebooks": state.params["codebooks"]}, codes=used.codes)
+  assert_array_equal(fitted.usage, np.full((1, 2, 5), 0.2, np.float32))
+  kept = fitted.replace(params=fitted.params | {"codebooks": state.params["codebooks"]}, usage=used.usage)
   assert all(map(operator.is_, *map(jax.tree.leaves, (kept, used)))), "the rest is left as it is"
 
 
@@ -224,23 +215,19 @@ def fitted(codebooks, latents, present, **changes):
   return fit_codebooks(dataclasses.replace(CODEBOOKS, codebooks=codebooks), latents, present, **options)
 
 
-@pytest.mark.parametrize("codebooks", ["shared", "per_stream", "single"])
+@pytest.mark.parametrize("codebooks", ["shared", "per_stream"])
 def test_codebooks_are_the_residual_kmeans_of_the_latents_that_they_serve_and_are_present(rows, codebooks):
   latents, present = rows
 
-  def kmeans(points, weights, *, num_codes=5):
+  def kmeans(points, weights):
     return residual_kmeans(
-      1, points.reshape(-1, WIDTH), num_levels=2, num_codes=num_codes, weights=weights.reshape(-1), iterations=4
+      1, points.reshape(-1, WIDTH), num_levels=2, num_codes=5, weights=weights.reshape(-1), iterations=4
     )
 
   if codebooks == "per_stream":
     expected = np.stack([kmeans(latents[stream], present[stream]) for stream in range(3)])
-  elif codebooks == "shared":
-    expected = kmeans(latents, present)[None]
   else:
-    # Five codewords of one codebook for two levels: three of the first one's scale, two of the second's.
-    first, second = kmeans(latents, present, num_codes=3)
-    expected = np.concatenate([first, second[:2]])[None, None]
+    expected = kmeans(latents, present)[None]
   got = fitted(codebooks, latents, present)
   assert got.shape == dataclasses.replace(CODEBOOKS, codebooks=codebooks).codebook_shape
   assert_allclose(got, expected, rtol=1e-6)

@@ -29,12 +29,13 @@ from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.step import make_recommender_step
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.tokenizer.club import ClubCritic, Disentangling
-from bbqrec_jax.tokenizer.losses import LossWeights
-from bbqrec_jax.tokenizer.model import Tokenizer, TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
+from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
 from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
 from bbqrec_jax.training.checkpointing import Checkpointer
 from bbqrec_jax.training.partitioning import MeshJit, Pmap, SingleDevice, make_partitioner
-from bbqrec_jax.training.state import CodebookUse, TrainState, step_key
+from bbqrec_jax.training.state import TrainState, step_key
 
 # No number of devices divides the items: rows of tables are filled up where they are spread.
 NUM_ITEMS, LEVELS, CODES = 41, 3, 4
@@ -135,12 +136,13 @@ def tokenizer_problem(*, revival_threshold, steps=STEPS, **choices):
     weights=LossWeights(quantization=0.7, contrast=0.5, modality_contrast=0.3, disentangle=0.2),
     warmup_steps=1,
     upkeep=CodebookUpkeep(model.settings, revival_threshold, usage_decay=0.5),
-    disentangling=Disentangling(critic, optimizer, steps=2, full=True),
+    disentangling=Disentangling(critic, optimizer, steps=2),
     own_loss=lambda rows: jnp.sum(jnp.square(rows.quantized["fused"]), axis=-1) * (rows.items % 3),
   )
-  use = CodebookUse.create(params["codebooks"], moving_average=model.settings.moving_average)
-  state = TrainState.create(jax.device_get(params), optimizer, seed=0, codes=jax.device_get(use))
-  state = state.replace(critic=critic_params, critic_opt_state=optimizer.init(critic_params))
+  state = TokenizerState.create(
+    jax.device_get(params), optimizer, seed=0, usage=jax.device_get(even_usage(model.settings.codebook_shape)),
+    critic=critic_params, critic_opt_state=optimizer.init(critic_params),
+  )  # fmt: skip
   return state, step, None, batches
 
 
@@ -153,9 +155,7 @@ PROBLEMS = {
   "drawn": lambda: recommender_problem("dense", dropout=0.2, item_dropout=0.3, num_negatives=16),
   # Without revival: which residual a code out of use moves to is a draw of its own.
   "tokenizer": lambda: tokenizer_problem(revival_threshold=0.0),
-  "averages": lambda: tokenizer_problem(
-    revival_threshold=0.0, moving_average=True, balanced_last=True, learn_temperature=True, codebooks="per_stream"
-  ),
+  "per stream": lambda: tokenizer_problem(revival_threshold=0.0, codebooks="per_stream"),
   "three steps": lambda: tokenizer_problem(revival_threshold=0.0, steps=3),
   "revival": lambda: tokenizer_problem(revival_threshold=0.3, steps=3),
 }
@@ -213,7 +213,7 @@ CASES = [
   ("pmap", 4, "generative"),
   ("pmap", 4, "dense"),
   ("pmap", 4, "tokenizer"),
-  ("pmap", 4, "averages"),
+  ("pmap", 4, "per stream"),
   ("mesh", 1, "generative"),
   ("mesh", 4, "tokenizer"),
   ("sharded", 2, "tokenizer"),
@@ -257,13 +257,13 @@ def test_parts_of_a_batch_train_as_the_whole(kind, count, name):
 
 
 def leaves_of(state):
-  return jax.tree_util.tree_leaves_with_path((state.params, state.opt_state, state.critic, state.step, state.codes))
+  return jax.tree_util.tree_leaves_with_path(state.replace(key=None))
 
 
 @pytest.mark.usefixtures("four_devices")
 @pytest.mark.parametrize(
   ("kind", "name"),
-  [("pmap", "generative"), ("pmap", "dense"), ("pmap", "tokenizer"), ("pmap", "averages"), ("pmap", "revival"),
+  [("pmap", "generative"), ("pmap", "dense"), ("pmap", "tokenizer"), ("pmap", "per stream"), ("pmap", "revival"),
    ("mesh", "tokenizer"), ("sharded", "generative")],
 )  # fmt: skip
 def test_replicas_agree(kind, name):
