@@ -208,7 +208,7 @@ def test_zero_tables_make_it_the_plain_backbone_bit_for_bit(random_params, catal
 def test_what_stands_at_padding_changes_no_real_token(params, catalogue, batch):
   before = call(SETTINGS, "states", params, catalogue, batch)
   other = batch | {"items": np.where(SEGMENTS == 0, (batch["items"] + 1) % ITEMS, batch["items"])}
-  after = call(SETTINGS, "states", params, catalogue, other, SEGMENTS)
+  after = call(SETTINGS, "states", params, catalogue, other)
   real = np.asarray(before.real)
   assert_array_equal(real, SEGMENTS.repeat(LEVELS, axis=1) > 0)
   assert_array_equal(np.asarray(after.tokens)[real], np.asarray(before.tokens)[real])
