@@ -1,6 +1,7 @@
 """The data that a configuration names: synthetic, a folder of the project's own format, or RecBole's atomic files."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,12 @@ import numpy as np
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import choose_modalities
+from bbqrec_jax.data.files import require_folder
 from bbqrec_jax.data.interactions import MINIMUM_LENGTH, choose, drop_short_users
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.data.synthetic import make_synthetic
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.utils.files import is_given
 
 __all__ = [
   "Dataset",
@@ -21,8 +24,26 @@ __all__ = [
   "load_directory",
   "load_recbole",
   "make_synthetic",
+  "recognise_source",
   "statistics",
 ]
+
+
+def recognise_source(path: str | Path) -> str:
+  """The `data.source` that reads a folder: "directory" where there is a sequences.txt, "recbole" where a .inter is.
+
+  Raises:
+    InputError: if it is no folder, or has neither.
+  """
+  folder = require_folder(path)
+  if is_given(folder / "sequences.txt"):
+    return "directory"
+  if any(folder.glob("*.inter")) or any(folder.glob("*.inter.gz")):
+    return "recbole"
+  raise InputError(
+    f"{folder}: expected sequences.txt ('user item item ...' lines) or a .inter file (RecBole's), found neither; give"
+    " the folder that holds one"
+  )
 
 
 def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:

@@ -63,7 +63,7 @@ def restore(
   Args:
     workdir: of the run.
     data: the folder of its data, where that has moved since.
-    tokenizer: semantic IDs that `bbqrec_jax.assign` extended by new items, for a recommender that reads IDs.
+    tokenizer: semantic IDs that `bbqrec assign` extended by new items, for a recommender that reads IDs.
     features: the folder of the new items' features, as `assign` was given it, for one whose item inputs are "features".
     trusted: Python modules outside this project that the config may name its head and backbone from.
 
@@ -79,7 +79,7 @@ def restore(
   config = load_config(workdir, trusted=trusted)
   check_links(workdir)
   if not is_given(workdir / "results.json"):
-    raise InputError(f"{workdir} holds no finished run (no results.json): start bbqrec_jax.main on it again")
+    raise InputError(f"{workdir} holds no finished run (no results.json): start its command again")
   best = load_results(workdir)["best_step"]
   _point_to_data(config, workdir, data)
   dataset, split, figures = read_data(config)
@@ -141,7 +141,7 @@ def _extended(
   if ids is not None and tokenizer is None:
     raise InputError(
       f"{workdir}: its recommender reads semantic IDs: give those of the new items too (--tokenizer), made by"
-      " bbqrec_jax.assign"
+      " bbqrec assign"
     )
   if reads_features and folder is None:
     raise InputError(f"{workdir}: its recommender reads features: give those of the new items too (--features)")

@@ -66,7 +66,7 @@ def read_data(
       f" some users {MINIMUM_LENGTH + 1} or more"
     )
   if (for_tokenizer or needs_features(config)) and not dataset.modalities:
-    without = "" if for_tokenizer else ", or take --config=configs/sasrec.py, which needs none"
+    without = "" if for_tokenizer else ", or take --config=sasrec, which needs none"
     raise InputError(
       f"{dataset.source}: this config reads items' features, found none: give NAME_features.npy of shape [items, width]"
       f" or a NAME:float_seq column of the .item file (recbole){without}"

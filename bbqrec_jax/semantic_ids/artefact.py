@@ -104,14 +104,14 @@ class SemanticIds:
     if self.streams != known.streams or not all(np.array_equal(ours, theirs) for ours, theirs in pairs):
       raise InputError(
         f"{where} does not extend the semantic IDs that the recommender was trained on (fingerprint"
-        f" {known.fingerprint}): make it from them with python -m bbqrec_jax.assign"
+        f" {known.fingerprint}): make it from them with python -m bbqrec assign"
       )
-    self.check_items(known.item_ids, where=where, mend="make it from the run's own with python -m bbqrec_jax.assign")
+    self.check_items(known.item_ids, where=where, mend="make it from the run's own with bbqrec assign")
     if (self.content is None) != (known.content is None):
       here, there = ("no", "some") if self.content is None else ("some", "no")
       raise InputError(
         f"{where} has {here} content codes, what the recommender was trained on has {there}: make it from that with"
-        " python -m bbqrec_jax.assign"
+        " python -m bbqrec assign"
       )
     if self.content is not None and known.content is not None:
       self.content.check_extension(known.content, where=f"{where}/content")

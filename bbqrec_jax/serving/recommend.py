@@ -1,0 +1,159 @@
+"""The best next items of histories, by a finished run."""
+
+import csv
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from bbqrec_jax.data.interactions import Interactions, from_lengths, select_users
+from bbqrec_jax.data.item_ids import ItemIds, nearest, split_ids
+from bbqrec_jax.data.pipeline import distinct_items, evaluation_batches
+from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.utils.files import unfinished
+
+
+def parse_history(text: str, item_ids: ItemIds) -> np.ndarray:
+  """Item rows [n] int32 from ids as "3,17,256"; see `split_ids`.
+
+  Raises:
+    InputError: if an entry is not the id of an item.
+  """
+  try:
+    entries = split_ids(text)
+  except csv.Error as error:
+    raise InputError(f"--history: expected ids separated by commas, got {shown(text)} ({error})") from None
+  return item_ids.require(entries, where=lambda place: f"--history entry {place + 1}")
+
+
+def history_of(user: str, interactions: Interactions) -> Interactions:
+  """The whole history of one user.
+
+  Raises:
+    InputError: if there is no such user; names those that are nearest.
+  """
+  found = np.flatnonzero(interactions.users == user)
+  if not len(found):
+    hint = nearest(user, interactions.users.tolist())
+    raise InputError(f"--user: expected the id of a user of the run's data, got {shown(user)}; {hint}")
+  return select_users(interactions, found)
+
+
+def parse_times(text: str | None, *, count: int) -> np.ndarray | None:
+  """Seconds [n] float64 from "874965478,874965518"; None for None.
+
+  Raises:
+    InputError: if they are not `count` finite numbers in time order.
+  """
+  if text is None:
+    return None
+  try:
+    times = np.array(text.split(","), np.float64)
+  except ValueError:
+    times = np.array([np.nan])
+  if len(times) != count or not np.isfinite(times).all() or np.any(np.diff(times) < 0):
+    raise InputError(f"--times: expected {count} numbers in time order, one for each item of --history, got {text!r}")
+  return times
+
+
+def recommend(
+  model: Recommender,
+  params: Any,
+  catalogue: Catalogue,
+  history: np.ndarray,
+  *,
+  top: int,
+  beam_width: int,
+  repeat: bool = False,
+  times: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """The best next items of one history.
+
+  Args:
+    model: the recommender.
+    params: its parameters.
+    catalogue: the items.
+    history: [n] int, in time order; the last `max_length` count.
+    top: how many items; fewer come back if the catalogue has fewer.
+    beam_width: of a head that searches; at least `top` beams are kept.
+    repeat: whether items of the history may come back.
+    times: [n] the second of each interaction, for a model with time buckets.
+
+  Returns:
+    (items [top], scores [top]), best first; the score is the item's log-probability: of its semantic ID (generative),
+    among all items (dense, parallel), or among the candidates (hybrid).
+  """
+  one = from_lengths(history, np.array([len(history)]), np.array(["history"]), times)
+  ((_, items, scores),) = recommend_all(model, params, catalogue, one, top=top, beam_width=beam_width, repeat=repeat)
+  return items, scores
+
+
+def recommend_all(
+  model: Recommender,
+  params: Any,
+  catalogue: Catalogue,
+  histories: Interactions,
+  *,
+  top: int,
+  beam_width: int,
+  repeat: bool = False,
+  batch_size: int = 256,
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+  """The best next items of every history, one after another.
+
+  Args:
+    model: as for `recommend`, and so are `params`, `catalogue`, `top`, `beam_width` and `repeat`.
+    params: see there.
+    catalogue: see there.
+    histories: of the users, with times for a model with time buckets.
+    top: see there.
+    beam_width: see there.
+    repeat: see there.
+    batch_size: histories that are ranked at once.
+
+  Yields:
+    (user, items [top], scores [top]) of each user, in order.
+  """
+  call = jax.jit(functools.partial(apply, model), static_argnums=1, static_argnames="width")
+  width = min(max(beam_width, top), catalogue.num_items)
+  batch_size = min(batch_size, histories.num_users)
+  nobody = np.zeros(histories.num_users, np.int32)
+  batches = evaluation_batches(histories, nobody, batch_size=batch_size, max_length=model.settings.max_length)
+  for first, batch in zip(range(0, histories.num_users, batch_size), batches, strict=True):
+    users = range(first, min(first + batch_size, histories.num_users))
+    states = call(params, "last_states", catalogue, batch)
+    exclude = (
+      np.full((batch_size, 1), -1, np.int32) if repeat else distinct_items(histories, users, num_rows=batch_size)
+    )
+    found = call(params, "search", catalogue, states, width=width, exclude=exclude, past=model.past(batch))
+    every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
+    for user, items, scores in zip(users, *every, strict=False):  # Without the rows that fill the last batch.
+      yield str(histories.users[user]), items[items >= 0], scores[items >= 0]
+
+
+def write_recommendations(
+  found: Iterator[tuple[str, np.ndarray, np.ndarray]], path: pathlib.Path, item_ids: ItemIds
+) -> int:
+  """Writes what `recommend_all` yields as lines of JSON, `{"user", "items", "scores"}`; the file is whole or not there.
+
+  Items are written by their ids.
+
+  Returns:
+    How many lines there are.
+  """
+  count = 0
+  with open(unfinished(path), "w", encoding="utf-8") as file:
+    for user, items, scores in found:
+      rounded = [round(score, 4) for score in scores.tolist()]
+      file.write(json.dumps({"user": user, "items": [item_ids[item] for item in items], "scores": rounded}) + "\n")
+      count += 1
+  os.replace(unfinished(path), path)
+  return count
