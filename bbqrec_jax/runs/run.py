@@ -44,19 +44,20 @@ from bbqrec_jax.utils.settings import flatten
 
 
 def read_data(
-  config: ml_collections.ConfigDict, *, for_tokenizer: bool = False
+  config: ml_collections.ConfigDict, *, for_tokenizer: bool = False, given: Dataset | None = None
 ) -> tuple[Dataset, Split, dict[str, Any]]:
   """The data a config names, its split, and the figures that say which data it is.
 
   Args:
     config: of the run.
     for_tokenizer: whether a tokenizer is to be trained on it, whatever the recommender reads.
+    given: the data itself, where the config's source is "memory".
 
   Raises:
     InputError: if the data is missing or wrong, has no history to learn from, or lacks features or timestamps that the
       config reads.
   """
-  dataset = load(config.data)
+  dataset = load(config.data, given)
   if dataset.interactions.lengths.max() <= MINIMUM_LENGTH:
     file = {"directory": "sequences.txt", "recbole": f"{dataset.name}.inter"}.get(config.data.source, "")
     left = ", without the incomplete items," if config.data.drop_incomplete_items else ""
@@ -126,7 +127,11 @@ class _Run(NamedTuple):
 
 @contextlib.contextmanager
 def _begun(
-  config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, tokenizer_alone: bool = False
+  config: ml_collections.ConfigDict,
+  workdir: str | pathlib.Path,
+  given: Dataset | None = None,
+  *,
+  tokenizer_alone: bool = False,
 ) -> Iterator[_Run]:
   """Checks everything that can be checked before anything is computed, takes the workdir, and shows the data."""
   read_config(config, tokenizer_alone=tokenizer_alone)
@@ -134,7 +139,7 @@ def _begun(
   config = with_absolute_paths(config)
   check_workdir(workdir, config)
   partitioner = make_partitioner(config)
-  dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone)
+  dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone, given=given)
   ids = None
   done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
   if not done:  # What is done needs none of it any more.
@@ -196,8 +201,15 @@ def _semantic_ids(run: _Run) -> SemanticIds:
     )
 
 
-def tokenize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+def tokenize(
+  config: ml_collections.ConfigDict, workdir: str | pathlib.Path, given: Dataset | None = None
+) -> dict[str, Any]:
   """Stage 1 alone: trains the tokenizer of a run, or goes on with it. `run` on the same workdir then does the rest.
+
+  Args:
+    config: as for `run`, and so are the others.
+    workdir: see there.
+    given: see there.
 
   Returns:
     What `tokenizer/health.json` holds.
@@ -205,7 +217,7 @@ def tokenize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> 
   Raises:
     InputError: as `run`.
   """
-  with _begun(config, workdir, tokenizer_alone=True) as prepared:
+  with _begun(config, workdir, given, tokenizer_alone=True) as prepared:
     _semantic_ids(prepared)
     return read_json(tokenizer_folder(prepared.config, prepared.workdir) / "health.json", mend=REMAKE)
 
@@ -217,12 +229,13 @@ def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.Conf
   return neutral
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, given: Dataset | None = None) -> dict[str, Any]:
   """Runs, or goes on with, what `config` describes.
 
   Args:
     config: a `default_config` with fields set.
     workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer/` and `results.json`.
+    given: the data itself, where the config's source is "memory".
 
   Returns:
     What `results.json` holds.
@@ -231,7 +244,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     InputError: for anything wrong with the config, the data or the workdir, before anything is computed.
     Interrupted, Diverged, StorageError: as `train.loop.fit`.
   """
-  with _begun(config, workdir) as prepared:
+  with _begun(config, workdir, given) as prepared:
     finished = prepared.workdir / "results.json"
     if is_given(finished):
       results = load_results(prepared.workdir)

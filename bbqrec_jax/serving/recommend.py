@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.model import Recommender
 from bbqrec_jax.utils.files import unfinished
+
+_BATCHES = (1, 16)  # Sizes of batches, for requests of less than a full one.
 
 
 def parse_history(text: str, item_ids: ItemIds) -> np.ndarray:
@@ -96,6 +98,12 @@ def recommend(
   return items, scores
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled(model: Recommender) -> Callable[..., Any]:
+  """Calls of a model's methods, each compiled once for a shape, however often histories are asked about."""
+  return jax.jit(functools.partial(apply, model), static_argnums=1, static_argnames="width")
+
+
 def recommend_all(
   model: Recommender,
   params: Any,
@@ -106,6 +114,7 @@ def recommend_all(
   beam_width: int,
   repeat: bool = False,
   batch_size: int = 256,
+  exclude: np.ndarray | None = None,
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
   """The best next items of every history, one after another.
 
@@ -117,23 +126,26 @@ def recommend_all(
     top: see there.
     beam_width: see there.
     repeat: see there.
-    batch_size: histories that are ranked at once.
+    batch_size: histories that are ranked at once, or of which fewer are, in one of few shapes.
+    exclude: [n] int, items that nobody is to be recommended.
 
   Yields:
     (user, items [top], scores [top]) of each user, in order.
   """
-  call = jax.jit(functools.partial(apply, model), static_argnums=1, static_argnames="width")
+  call = _compiled(model)
   width = min(max(beam_width, top), catalogue.num_items)
-  batch_size = min(batch_size, histories.num_users)
+  batch_size = min(size for size in (*_BATCHES, batch_size) if min(histories.num_users, batch_size) <= size)
+  barred = np.zeros(0, np.int32) if exclude is None else np.unique(exclude)
+  barred = np.pad(barred, (0, (1 << (max(1, len(barred)) - 1).bit_length()) - len(barred)), constant_values=-1)
   nobody = np.zeros(histories.num_users, np.int32)
   batches = evaluation_batches(histories, nobody, batch_size=batch_size, max_length=model.settings.max_length)
   for first, batch in zip(range(0, histories.num_users, batch_size), batches, strict=True):
     users = range(first, min(first + batch_size, histories.num_users))
     states = call(params, "last_states", catalogue, batch)
-    exclude = (
-      np.full((batch_size, 1), -1, np.int32) if repeat else distinct_items(histories, users, num_rows=batch_size)
-    )
-    found = call(params, "search", catalogue, states, width=width, exclude=exclude, past=model.past(batch))
+    everyones = np.broadcast_to(barred.astype(np.int32), (batch_size, len(barred)))
+    own = everyones[:, :0] if repeat else distinct_items(histories, users, num_rows=batch_size)
+    out = np.concatenate([own, everyones], axis=1)
+    found = call(params, "search", catalogue, states, width=width, exclude=out, past=model.past(batch))
     every = np.asarray(found.items)[:, :top], np.asarray(found.log_probs)[:, :top]
     for user, items, scores in zip(users, *every, strict=False):  # Without the rows that fill the last batch.
       yield str(histories.users[user]), items[items >= 0], scores[items >= 0]
