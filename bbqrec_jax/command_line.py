@@ -180,15 +180,16 @@ class _PathParser(flags.ArgumentParser):
     return path
 
 
-def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
+def parse_flags(argv: list[str], *, known: Collection[str] = (), words: bool = False) -> list[str]:
   """Parses a program's flags; what is wrong with them, or with the config that they name, ends it with one line.
 
   Args:
     argv: the command line.
     known: the fields that `--config.field=value` may set; none named leaves that to the config.
+    words: whether words may stand beside the flags.
 
   Returns:
-    The name of the program: nothing but flags may follow it.
+    The name of the program, and the words beside its flags.
   """
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="backslashreplace")  # Paths and titles may hold what the terminal's encoding lacks.
@@ -216,7 +217,7 @@ def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
     refuse(error)
   except Exception as error:  # A config file is a program, which can fail in any way.
     refuse(InputError(_of_config(error, given)))
-  if len(rest) > 1:
+  if len(rest) > 1 and not words:
     refuse(InputError(f"unexpected argument {rest[1]!r}: every argument is a flag, --name=value; --help lists them"))
   return rest
 

@@ -13,6 +13,7 @@ COMMANDS = {
   "assign": "semantic IDs for items that came after training",
   "export": "a finished run as a function for JAX alone",
   "report": "a picture of what attention makes of similar items",
+  "compare": "finished runs beside one another, user by user",
   "benchmark": "time everything on whatever JAX sees",
 }
 
