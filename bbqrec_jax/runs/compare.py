@@ -170,7 +170,7 @@ def figure(rows: Sequence[Row], *, reference: str) -> Any:
   made = Figure(figsize=(6, 1 + 0.4 * len(shown)), layout="constrained")
   panel = made.subplots()
   panel.errorbar(
-    [row.over for row in shown], range(len(shown)), xerr=[row.interval for row in shown], fmt="o", capsize=3
+    [row.over or 0.0 for row in shown], range(len(shown)), xerr=[row.interval for row in shown], fmt="o", capsize=3
   )
   panel.set_yticks(range(len(shown)), [row.name for row in shown])
   panel.invert_yaxis()

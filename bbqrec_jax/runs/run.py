@@ -39,7 +39,7 @@ from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.partitioning import Partitioner, make_partitioner
 from bbqrec_jax.utils.files import is_given, local_path
 from bbqrec_jax.utils.json_files import read_json, write_json
-from bbqrec_jax.utils.messages import say
+from bbqrec_jax.utils.messages import say, warn
 from bbqrec_jax.utils.settings import flatten
 
 
@@ -113,6 +113,26 @@ def _check_stages(
     raise InputError(f"config field {', '.join(wrong)}; set it so, or use fewer devices (partitioner = 'single')")
 
 
+def _shorten_warmup(config: ml_collections.ConfigDict) -> None:
+  """Lets the tokenizer's warm-up end within a run that was made shorter, with a warning."""
+  t = config.tokenizer
+  if type(t.steps) is int and type(t.warmup_steps) is int and 0 < t.steps <= t.warmup_steps:
+    warn(
+      f"tokenizer.warmup_steps = {t.warmup_steps} is no less than tokenizer.steps = {t.steps}: {t.steps // 4} are taken"
+    )
+    t.warmup_steps = t.steps // 4
+
+
+def _fewer_codes(config: ml_collections.ConfigDict, num_items: int) -> None:
+  """Lowers the number of codes where nobody has chosen it and the items are too few to share them, with a warning."""
+  t = config.tokenizer
+  codes = max(2, 1 << (max(1, num_items // 4).bit_length() - 1))
+  unchosen = t.num_codes == default_config().tokenizer.num_codes
+  if unchosen and t.num_codes > num_items // 2 and codes**t.num_levels >= num_items:
+    warn(f"tokenizer.num_codes = {t.num_codes} are too many for {num_items} items to share: {codes} are taken")
+    t.num_codes = codes
+
+
 class _Run(NamedTuple):
   """What both stages of a run start from; `ids` are those of the artefact that the config names, if it does."""
 
@@ -134,12 +154,17 @@ def _begun(
   tokenizer_alone: bool = False,
 ) -> Iterator[_Run]:
   """Checks everything that can be checked before anything is computed, takes the workdir, and shows the data."""
+  config = with_absolute_paths(config)
+  own_tokenizer = tokenizer_alone or trains_tokenizer(config)
+  if own_tokenizer:
+    _shorten_warmup(config)
   read_config(config, tokenizer_alone=tokenizer_alone)
   workdir = local_path(workdir, flag="workdir")
-  config = with_absolute_paths(config)
   check_workdir(workdir, config)
   partitioner = make_partitioner(config)
   dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone, given=given)
+  if own_tokenizer:
+    _fewer_codes(config, dataset.num_items)
   ids = None
   done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
   if not done:  # What is done needs none of it any more.
