@@ -15,6 +15,7 @@ COMMANDS = {
   "report": "a picture of what attention makes of similar items",
   "compare": "finished runs beside one another, user by user",
   "benchmark": "time everything on whatever JAX sees",
+  "launch": "start a run on TPU VMs, Slurm or Kubernetes",
 }
 
 _HELP = """Multi-modal sequential recommendation with semantic IDs.
