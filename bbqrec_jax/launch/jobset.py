@@ -174,7 +174,9 @@ def _pod(args: argparse.Namespace, flags: Sequence[str], devices: dict[str, int]
   if bool(args.bucket) == bool(args.claim):
     raise InputError(f"`apply` needs one of --bucket and --claim, which it mounts at {MOUNT}")
   command = ("bash", f"{ON_HOSTS}/container.sh", program.workdir, "python", *program.arguments)
-  annotations, selector, tolerations = {}, {}, []
+  annotations: dict[str, Any] = {}
+  selector: dict[str, Any] = {}
+  tolerations: list[dict[str, Any]] = []
   volumes: list[dict[str, Any]] = [{"name": "storage", "persistentVolumeClaim": {"claimName": args.claim}}]
   mounts = [{"name": "storage", "mountPath": MOUNT}]
   if args.bucket:

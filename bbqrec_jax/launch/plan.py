@@ -58,7 +58,7 @@ class Step:
   """One command of a plan.
 
   Attributes:
-    argv: the program and its arguments; it is run in the root of the checkout, or the current folder where there is none.
+    argv: the program and its arguments; it is run in the root of the checkout, or the current folder without one.
     stdin: what it reads.
     asks: what it does that must be agreed to first; empty where it neither costs nor deletes anything.
   """
@@ -93,7 +93,7 @@ def read_program(flags: Sequence[str]) -> Program:
     InputError: if the config or the workdir is missing, or one of them or the data's folder is no path of a host.
   """
   parser = Parser(prog="the program's flags", allow_abbrev=False, add_help=False)
-  for flag in ("config", "workdir", "config.data.path"):
+  for flag in ("config", "workdir", "data", "config.data.path"):
     parser.add_argument(f"--{flag}", f"-{flag}", dest=flag)
   known = vars(parser.parse_known_args(flags)[0])
   for flag in ("config", "workdir"):
@@ -101,7 +101,7 @@ def read_program(flags: Sequence[str]) -> Program:
       raise InputError(f"--{flag} is missing: give the program's flags after --, as {EXAMPLE}")
   paths = {flag: str(local_path(path, flag=flag)) for flag, path in known.items() if path}
   arguments = ("-m", "bbqrec_jax.main", "--distributed=on", *flags)
-  return Program(arguments, paths["workdir"], paths.get("config.data.path"))
+  return Program(arguments, paths["workdir"], paths.get("data", paths.get("config.data.path")))
 
 
 def require_mount(program: Program) -> None:
