@@ -18,7 +18,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 install: $(VENV)/.installed
 
 quickstart: install
-	$(BIN)/python -m bbqrec_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+	$(BIN)/bbqrec train --config=quickstart --workdir=runs/quickstart
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -21,7 +21,6 @@ from ml_collections.config_flags import tuple_parser
 
 from bbqrec_jax.errors import STORAGE_ERRORS, Diverged, InputError, StorageError, refuse
 from bbqrec_jax.utils.files import check_file, local_path
-from bbqrec_jax.utils.signals import Interrupted, heard_at_once, impatient
 from bbqrec_jax.utils.standard_streams import lasting_streams
 
 # The flags that functions here define belong to the programs that call them, whose --help shows them.
@@ -33,6 +32,8 @@ def _drop_echoes(unraisable: Any) -> None:
 
   One that finds Python collecting garbage is heard as soon as that is over (see `heard_at_once`).
   """
+  from bbqrec_jax.utils.signals import Interrupted
+
   if not isinstance(unraisable.exc_value, Interrupted):
     sys.__unraisablehook__(unraisable)
 
@@ -68,13 +69,24 @@ def start(
 ) -> None:
   """Runs a program: its flags, then `main`, whatever its standard streams are (see `lasting_streams`).
 
+  `--help` shows what the module of `main` says of itself, and its flags. Nothing that takes long to import, such as
+  JAX, needs to have been imported for that.
+
   Args:
     main: is given the command line without its flags.
     flags_parser: parses them; `parse_flags` if it is None.
     prints: whether what it prints is what it is for; otherwise its files are.
   """
+
+  def parse(argv: list[str]) -> list[str]:
+    if {"--help", "-h"} & set(argv[1:]):
+      name = argv[0] if main.__module__ == "__main__" else main.__module__
+      print(f"{(sys.modules[main.__module__].__doc__ or '').strip()}\n{flags.FLAGS.module_help(name)}")
+      sys.exit(0)
+    return (flags_parser or parse_flags)(argv)
+
   with lasting_streams(needed=prints):
-    app.run(main, flags_parser=flags_parser or parse_flags)
+    app.run(main, flags_parser=parse)
 
 
 def quiet_flags() -> Any:
@@ -93,6 +105,8 @@ def training(workdir: pathlib.Path) -> Iterator[None]:
   Args:
     workdir: where the program writes.
   """
+  from bbqrec_jax.utils.signals import Interrupted, heard_at_once, impatient
+
   if not flags.FLAGS["verbosity"].present:
     # orbax tells of every file it writes; what fails there it also raises.
     logging.set_verbosity(logging.FATAL)
@@ -167,15 +181,16 @@ class _PathParser(flags.ArgumentParser):
     return path
 
 
-def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
+def parse_flags(argv: list[str], *, known: Collection[str] = (), words: bool = False) -> list[str]:
   """Parses a program's flags; what is wrong with them, or with the config that they name, ends it with one line.
 
   Args:
     argv: the command line.
     known: the fields that `--config.field=value` may set; none named leaves that to the config.
+    words: whether words may stand beside the flags.
 
   Returns:
-    The name of the program: nothing but flags may follow it.
+    The name of the program, and the words beside its flags.
   """
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="backslashreplace")  # Paths and titles may hold what the terminal's encoding lacks.
@@ -184,11 +199,13 @@ def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
     if field and field[1] not in known:
       close = difflib.get_close_matches(field[1], known, 1)
       meant = f"did you mean {close[0]}? " if close else ""
-      refuse(InputError(f"config field {field[1]} is unknown: {meant}all fields are in bbqrec_jax/config.py"))
+      refuse(InputError(f"config field {field[1]} is unknown: {meant}--help-config lists the fields"))
   argv = [re.sub("^(--?config=)(?=~)(.*)", _with_home, word, flags=re.DOTALL) for word in argv]
   given = _given_config(argv) if "config" in flags.FLAGS else ""
   try:
-    if given:
+    if _is_preset(given):
+      argv = _with_presets_file(argv, given)
+    elif given:
       file, _, choice = str(local_path(given.rstrip(":"), flag="config")).partition(":")
       where = " before the first ':', which begins its choice" if "/" in choice else ""
       check_file(pathlib.Path(file), what=f"a config file{where}")
@@ -204,13 +221,42 @@ def parse_flags(argv: list[str], *, known: Collection[str] = ()) -> list[str]:
     refuse(error)
   except Exception as error:  # A config file is a program, which can fail in any way.
     refuse(InputError(_of_config(error, given)))
-  if len(rest) > 1:
+  if len(rest) > 1 and not words:
     refuse(InputError(f"unexpected argument {rest[1]!r}: every argument is a flag, --name=value; --help lists them"))
   return rest
 
 
 def _with_home(found: re.Match[str]) -> str:
   return found[1] + os.path.expanduser(found[2])
+
+
+def _is_preset(given: str) -> bool:
+  """Whether a config is given by the name of a preset, and not as a file.
+
+  Raises:
+    InputError: if it could be nothing else, and there is none of that name.
+  """
+  from bbqrec_jax.presets import PRESETS
+
+  if not re.fullmatch(r"\w+", given) or given in PRESETS or os.path.exists(given):
+    return given in PRESETS
+  close = difflib.get_close_matches(given, PRESETS, 1)
+  meant = f"did you mean {close[0]}? " if close else ""
+  raise InputError(
+    f"--config={given}: expected a config file or a preset, found neither; {meant}the presets are {', '.join(PRESETS)}"
+  )
+
+
+def _with_presets_file(argv: list[str], name: str) -> list[str]:
+  """The command line with a preset as the choice of a config file, which ml_collections can read."""
+  from bbqrec_jax import presets
+
+  placed = f"{presets.__file__}:{name}"
+  pairs = itertools.pairwise(["", *argv])
+  return [
+    placed if before.strip("-") == "config" else re.sub(f"^(--?config=){name}$", lambda f: f[1] + placed, word)
+    for before, word in pairs
+  ]
 
 
 def _given_config(argv: list[str]) -> str:
@@ -232,7 +278,7 @@ def _of_flag(error: flags.Error) -> str:
     parser = flags.FLAGS[given[2]].parser
     kind = "true or false" if parser.flag_type() == "bool" else parser.syntactic_help
     text = f"{given[1]}: expected {kind}" if kind else text
-  where = "all fields are in bbqrec_jax/config.py" if "--config." in text else "--help lists the flags"
+  where = "--help-config lists the fields" if "--config." in text else "--help lists the flags"
   return "; ".join([*text.rstrip(".? ").splitlines(), where])
 
 
@@ -244,7 +290,7 @@ def _of_config(error: BaseException, given: str) -> str:
   told = re.sub(r"""["']?(Key .*?)\. Other fields present.*""", r"\1", str(error), flags=re.DOTALL)
   if isinstance(error, InputError):
     return f"--config={given}: {told}"
-  if choice and told.startswith("get_config() takes 0 positional arguments"):
+  if choice and re.match(r"\w+\(\) takes 0 positional arguments", told):
     return f"--config={given}: {file} offers no choices, got {choice!r}; give --config={file}"
   if isinstance(error, KeyError | AttributeError) and " " not in told:
     name = told.strip("\\\"'")

@@ -1,4 +1,8 @@
-"""The systems that a config file offers by name, each the default config with what goes with it on any data."""
+"""Configs by name, each the default config with what goes with it on any data: `bbqrec train --config=hybrid`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 
@@ -37,3 +41,161 @@ def system_config(system: str) -> ml_collections.ConfigDict:
     recommender.width = 128
     recommender.mlp_width = 512
   return config
+
+
+def quickstart_config() -> ml_collections.ConfigDict:
+  """Synthetic data of 2,000 users, 600 items and two modalities; small codebooks, a small sequence model."""
+  config = default_config()
+  config.data.source = "synthetic"
+  config.tokenizer.num_codes = 64
+  config.tokenizer.num_levels = 3
+  config.tokenizer.hidden = (128, 64)
+  config.tokenizer.steps = 800
+  config.tokenizer.warmup_steps = 100
+  config.tokenizer.batch_items = 256
+  config.tokenizer.batch_rows = 8
+  config.tokenizer.evaluate_every = 400
+  config.recommender.steps = 1200
+  config.recommender.evaluate_every = 300
+  return config
+
+
+def sasrec_config(system: str = "sasrec") -> ml_collections.ConfigDict:
+  """SASRec with full cross-entropy, the baseline: width, dropout and optimiser are those of a dense head, not tuned.
+
+  Args:
+    system: "sasrec" knows items by number alone, "sasrec_features" also by a linear map of their features.
+  """
+  config = system_config(system)
+  config.recommender.dropout = 0.5
+  config.recommender.steps = 3000
+  config.recommender.evaluate_every = 250
+  return config
+
+
+_TIGER = {
+  "full": {
+    "width": 128, "num_layers": 4, "num_heads": 6, "head_width": 64, "mlp_width": 1024, "batch_rows": 256,
+    "steps": 20_000, "evaluate_every": 2000,
+  },
+  "small": {
+    "width": 64, "num_layers": 2, "num_heads": 2, "head_width": 32, "mlp_width": 256, "batch_rows": 128,
+    "steps": 4000, "evaluate_every": 500,
+  },
+}  # fmt: skip
+
+
+def tiger_config(size: str = "full") -> ml_collections.ConfigDict:
+  """TIGER's recipe: nothing is bound to behaviour, and attention is left as it is.
+
+  Args:
+    size: "full" for an accelerator; "small" for a CPU, which is not what TIGER's figures were measured with.
+  """
+  config = default_config()
+  config.data.modalities = ("text",)
+  tokenizer = config.tokenizer
+  tokenizer.num_levels = 3
+  tokenizer.repair = "suffix"
+  tokenizer.item_id = "none"
+  tokenizer.specific_dropout = 1.0
+  tokenizer.weights.contrast = 0.0
+  tokenizer.weights.modality_contrast = 0.0
+  tokenizer.weights.disentangle = 0.0
+  recommender = config.recommender
+  recommender.backbone = "encoder_decoder"
+  recommender.item_inputs = ("fused",)
+  recommender.similarity = ()
+  recommender.softmax_over = "all"
+  recommender.subtree_logits = False
+  recommender.seen_item_bias = False
+  recommender.length_buckets = (2, 5, 10)
+  recommender.dropout = 0.1
+  recommender.update(_TIGER[size])
+  config.evaluation.validation_users = 2048
+  return config
+
+
+# Of the recommender: width, layers, heads, rows and length of a batch; of the data: items, width of a modality.
+_BENCHMARK = {
+  "small": {"width": 64, "layers": 2, "heads": 2, "rows": 16, "length": 50, "items": 5_000, "features": 384},
+  "paper": {"width": 128, "layers": 2, "heads": 2, "rows": 64, "length": 50, "items": 12_101, "features": 768},
+  "large": {"width": 1024, "layers": 8, "heads": 16, "rows": 256, "length": 64, "items": 100_000, "features": 768},
+}
+
+
+def benchmark_config(size: str = "small") -> ml_collections.ConfigDict:
+  """What `bbqrec benchmark` times: sizes and windows, and the config of the run whose parts are timed.
+
+  Args:
+    size: "small" (a laptop), "paper" (the paper's sizes) or "large" (an accelerator).
+  """
+  chosen = _BENCHMARK[size]
+  config = ml_collections.ConfigDict()
+  config.name = size
+  config.num_users = 20_000  # Of random histories, 3 items or more, 8 on average.
+  config.num_items = chosen["items"]
+  config.modalities = {"text": chosen["features"], "image": chosen["features"]}  # Name: width.
+  config.tokenized = 2048  # Items in a call of tokenization, as many as the program encodes of a catalogue at once.
+  config.windows = 10  # Timed windows of each benchmark.
+  config.window_seconds = 0.3  # About how long each is.
+
+  config.run = run = default_config()
+  run.tokenizer.batch_items = 1024
+  run.tokenizer.batch_rows = 32
+  recommender = run.recommender
+  recommender.width = chosen["width"]
+  recommender.mlp_width = 4 * chosen["width"]
+  recommender.num_layers = chosen["layers"]
+  recommender.num_heads = chosen["heads"]
+  recommender.batch_rows = chosen["rows"]
+  recommender.max_length = recommender.row_length = chosen["length"]
+  run.evaluation.batch_size = 64
+  if size == "large":
+    recommender.dtype = "bfloat16"
+    run.tokenizer.batch_items = 8192
+  # TIGER's shape, or a quarter of it: fields of `run.recommender`.
+  shape: dict[str, Any] = {
+    "width": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "head_width": 32,
+    "mlp_width": 256,
+    "batch_rows": 16,
+  }
+  if size != "small":
+    shape = {"width": 128, "num_layers": 4, "num_heads": 6, "head_width": 64, "mlp_width": 1024, "batch_rows": 64}
+  shape |= {"max_length": 20, "row_length": 20, "softmax_over": "all", "subtree_logits": False, "seen_item_bias": False}
+  config.encoder_decoder = shape
+  return config
+
+
+PRESETS: dict[str, Callable[[], ml_collections.ConfigDict]] = {
+  "quickstart": quickstart_config,
+  **{system: functools.partial(system_config, system) for system in SYSTEMS},
+  **{system: functools.partial(sasrec_config, system) for system in SASREC},
+  "tiger": tiger_config,
+  "tiger_small": functools.partial(tiger_config, "small"),
+  "benchmark": benchmark_config,
+  "benchmark_paper": functools.partial(benchmark_config, "paper"),
+  "benchmark_large": functools.partial(benchmark_config, "large"),
+}
+
+
+def preset(name: str) -> ml_collections.ConfigDict:
+  """A config by name, whose fields can be set.
+
+      config = bbqrec_jax.preset("hybrid")
+      config.recommender.steps = 500
+
+  Args:
+    name: of PRESETS.
+
+  Raises:
+    InputError: if there is none of that name; names those that there are.
+  """
+  if name not in PRESETS:
+    raise InputError(f"expected one of the presets {', '.join(PRESETS)}, got {name!r}")
+  return PRESETS[name]()
+
+
+get_config = preset  # This file is a config file itself.

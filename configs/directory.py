@@ -14,9 +14,5 @@ from bbqrec_jax.presets import system_config
 
 
 def get_config(system: str = "generative") -> ml_collections.ConfigDict:
-  """The defaults, on the folder that `data.path` names.
-
-  Args:
-    system: see `system_config`.
-  """
+  """The defaults of a system, on the folder that `data.path` names."""
   return system_config(system)

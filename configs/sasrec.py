@@ -9,23 +9,15 @@ optimiser are those of the dense head in `scientific.py`, not tuned for it.
 
 import ml_collections
 
-from bbqrec_jax.config import default_config
+from bbqrec_jax.presets import sasrec_config
 
 
 def get_config(inputs: str = "item") -> ml_collections.ConfigDict:
-  """The dense head of `scientific.py` without anything semantic.
+  """The baseline.
 
   Args:
     inputs: "item", or "features" for both.
   """
-  config = default_config()
-  recommender = config.recommender
-  recommender.head = "dense"
-  recommender.item_inputs = {"item": ("item",), "features": ("features", "item")}[inputs]
-  recommender.similarity = ()
-  recommender.width = 128
-  recommender.mlp_width = 512
-  recommender.dropout = 0.5
-  recommender.steps = 3000
-  recommender.evaluate_every = 250
+  config = sasrec_config({"item": "sasrec", "features": "sasrec_features"}[inputs])
+  config.recommender.item_dropout = 0.0
   return config

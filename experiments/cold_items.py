@@ -18,7 +18,6 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from bbqrec_jax.assign import assign
 from bbqrec_jax.command_line import define_path, start, training
 from bbqrec_jax.config import read_config
 from bbqrec_jax.data.dataset import Dataset
@@ -33,6 +32,7 @@ from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.runs.run import of_any_recommender, run, tokenize
 from bbqrec_jax.runs.workdir import with_absolute_paths
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.tokenizer.new_items import assign
 from bbqrec_jax.training.partitioning import make_partitioner
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.environment import settle_jax

@@ -13,18 +13,16 @@ import importlib.util
 import pathlib
 from typing import Any
 
-import numpy as np
 from absl import flags
-from compare_tokenizers import change, mean, table
+from compare_tokenizers import change
 
 from bbqrec_jax.command_line import define_path, start, training
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.settings import needs_semantic_ids
+from bbqrec_jax.runs.compare import compare, to_markdown
 from bbqrec_jax.runs.run import of_any_recommender, run, tokenize
-from bbqrec_jax.runs.workdir import load_results
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.environment import settle_jax
-from bbqrec_jax.utils.files import read_archive
 from bbqrec_jax.utils.host_memory import keep_memory
 
 HEADS = ("generative", "parallel", "dense", "hybrid")
@@ -66,18 +64,6 @@ def do(configs: dict[str, Any], workdir: pathlib.Path) -> None:
     run(change(config, {"tokenizer.artefact": str(shared / "tokenizer")}), folder)
 
 
-def gains(folders: list[pathlib.Path]) -> np.ndarray:
-  """Test NDCG@10 of each user, the mean over the seeds: [U]."""
-  ranks = np.stack([read_archive(folder / "ranks.npz")["test"] for folder in folders]).astype(np.float64)
-  return np.mean(np.where(ranks < 10, 1 / np.log2(ranks + 2), 0.0), axis=0)
-
-
-def difference(first: np.ndarray, second: np.ndarray) -> str:
-  """The mean of what `first` has over `second`, both [U] of the same users, and half the width of its 95 % interval."""
-  paired = first - second
-  return f"{paired.mean():+.4f} ± {1.96 * paired.std(ddof=1) / np.sqrt(len(paired)):.4f}"
-
-
 def report(workdir: pathlib.Path, *, reference: str) -> str:
   """The table of all that is done.
 
@@ -85,29 +71,10 @@ def report(workdir: pathlib.Path, *, reference: str) -> str:
     InputError: if nothing is, if a `results.json` is none, or if the results are not all of one data set.
   """
   done = {system: sorted(path.parent for path in (workdir / system).glob("*/results.json")) for system in SHOWN}
-  read = {system: [load_results(folder) for folder in folders] for system, folders in done.items()}
-  data = [result["data"] | {"source": ""} for results in read.values() for result in results]
-  if not data:
+  done = {system: folders for system, folders in done.items() if folders}
+  if not done:
     raise InputError(f"--workdir: expected SYSTEM/SEED/results.json below {workdir}, of one of {', '.join(SYSTEMS)}")
-  if data.count(data[0]) < len(data):
-    raise InputError(f"--workdir: the results below {workdir} are of different data sets: use a workdir for each")
-  rows = [
-    ["system", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10", f"NDCG@10 over {reference}",
-     "best step", "minutes"]
-  ]  # fmt: skip
-  for system, results in read.items():
-    if not results:
-      continue
-    row = [system, str(len(results))]
-    for part in ("validation", "test"):
-      row += [mean([result[part][name] for result in results], ".4f") for name in ("recall@10", "ndcg@10")]
-    compared = done[reference] and system != reference
-    row.append(difference(gains(done[system]), gains(done[reference])) if compared else "")
-    row.append(mean([float(result["best_step"]) for result in results], ".0f"))
-    row.append(mean([(r["seconds"]["recommender"] + r["seconds"]["evaluation"]) / 60 for r in results], ".1f"))
-    rows.append(row)
-  head = "{name}: {users:,} users, {items:,} items, {interactions:,} interactions, split {split_hash}".format(**data[0])
-  return "\n\n".join([head, table(rows)])
+  return to_markdown(*compare(done, reference=reference), reference=reference)
 
 
 def main(argv: list[str]) -> None:

@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from bbqrec_jax.command_line import define_path, start, training
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.runs.compare import mean, table
 from bbqrec_jax.runs.run import load_ids, of_any_recommender, read_data, run, tokenize
 from bbqrec_jax.runs.workdir import load_results, with_absolute_paths
 from bbqrec_jax.semantic_ids.health import codebook_health
@@ -106,20 +107,6 @@ def do(
 def measure(codes: np.ndarray, split: Split) -> dict[str, Any]:
   """The health of semantic IDs [N, L] that were made elsewhere."""
   return codebook_health(codes, codes, num_codes=int(codes.max()) + 1) | {"cohesion": cohesion(codes, split)}
-
-
-def mean(values: list[float], form: str) -> str:
-  """Mean, and from two values on the standard deviation, in a `form` such as ".3f"."""
-  if not values or None in values:
-    return ""
-  spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-  return f"{np.mean(values):{form}}{spread}"
-
-
-def table(rows: list[list[str]]) -> str:
-  """A Markdown table; the first row is its head."""
-  lines = [f"| {' | '.join(row)} |" for row in rows]
-  return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def read_health(folder: pathlib.Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from bbqrec_jax import recommend
 from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, training, writing
+from bbqrec_jax.commands import recommend
 from bbqrec_jax.errors import Diverged, InputError, StorageError
 from bbqrec_jax.utils.files import check_output
 from bbqrec_jax.utils.messages import say
@@ -120,7 +120,7 @@ def test_a_wrong_flag_is_one_line(parse, capsys, arguments, said):
       ["--config.nosuch=3"],
       "{}: 'nosuch' is neither a field nor a choice that the file offers",
     ),
-    ("configs/quickstart.py", ["--config.recommender.dropout=abc"], ".recommender.dropout=abc: expected a number; all"),
+    ("configs/quickstart.py", ["--config.recommender.dropout=abc"], ".recommender.dropout=abc: expected a number; --h"),
     ("configs/quickstart.py", ["--config.recommender.cross_pairs=abc"], ".recommender.cross_pairs=abc: expected true"),
     ("configs/nosuch.py", [], "configs/nosuch.py: expected a config file, found nothing; check the path"),
     ("configs:x/y.py", [], "configs: expected a config file before the first ':', which begins its choice, found a fo"),
@@ -214,6 +214,23 @@ def test_flags_that_are_right_are_parsed_and_paths_may_begin_at_home(parse, monk
   assert (options.config.recommender.head, options.config.recommender.steps) == ("dense", 7)
 
 
+@pytest.mark.parametrize("words", [["--config=dense"], ["--config", "dense"], ["-config=dense"]])
+def test_a_preset_is_known_by_its_name(parse, monkeypatch, tmp_path, words):
+  monkeypatch.chdir(tmp_path)
+  options = parse(*words, "--workdir=dense", "--config.recommender.steps=7")
+  assert (options.config.recommender.head, options.config.recommender.steps) == ("dense", 7)
+  assert options.workdir == pathlib.Path("dense")
+
+
+def test_a_name_that_is_neither_preset_nor_file_is_one_line(parse, capsys):
+  with pytest.raises(SystemExit):
+    parse("--config=hybird", "--workdir=x")
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(
+    "error: --config=hybird: expected a config file or a preset, found neither; did you mean hybrid"
+  )
+
+
 def test_odd_names_are_parsed_and_shown(parse, monkeypatch, tmp_path):
   folder = tmp_path / "[a]*\n\udcff"
   folder.mkdir()
@@ -239,7 +256,7 @@ def test_recommending_from_no_run_is_one_line(tmp_path):
   result = call("recommend", f"--workdir={tmp_path}", "--history=1,2")
   assert result.returncode != 0
   assert result.stderr.splitlines() == [
-    f"error: {tmp_path}/config.json does not exist: --workdir must be that of a run of bbqrec_jax.main"
+    f"error: {tmp_path}/config.json does not exist: --workdir must be that of a run of bbqrec train"
   ]
   assert result.stdout == ""
   assert not list(tmp_path.iterdir())

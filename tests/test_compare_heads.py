@@ -96,7 +96,7 @@ def test_results_of_nothing_and_of_two_data_sets_are_refused(script, tmp_path):
     path = tmp_path / "dense" / seed / "results.json"
     path.parent.mkdir(parents=True)
     part = dict.fromkeys(SHOWN, 0.5)
-    data = {"name": name, "users": 1, "items": 2, "interactions": 3, "split_hash": "0"}
+    data = {"name": name, "users": 1, "items": 2, "interactions": 3, "split_hash": name}
     results = {"model": "m", "data": data, **dict.fromkeys(PARTS, part), "best_step": 2, "steps": 2}
     write_json(path, results | {"seconds": {"recommender": 1.0, "evaluation": 1.0}})
   with pytest.raises(InputError, match="different data sets"):

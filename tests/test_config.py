@@ -7,7 +7,7 @@ import pytest
 
 from bbqrec_jax.config import RunSettings, default_config, read_config
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.presets import SYSTEMS, system_config
+from bbqrec_jax.presets import PRESETS, SYSTEMS, preset, system_config
 from bbqrec_jax.utils.settings import describe, flatten, to_config
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -101,6 +101,20 @@ def test_every_choice_of_a_shipped_config_is_valid_and_no_other(load_file, name,
   assert len(set(flattened)) == len(choices)
   with pytest.raises((KeyError, InputError)):
     read_config(module.get_config("nosuch"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_its_own(name):
+  config = preset(name)
+  read_config(config.get("run", config))
+  config.unlock()
+  config.seed = 3
+  assert "seed" not in preset(name) or preset(name).seed == 0
+
+
+def test_an_unknown_preset_is_told_which_there_are():
+  with pytest.raises(InputError, match=r"quickstart, generative.*got 'nosuch'"):
+    preset("nosuch")
 
 
 def test_directory_offers_two_towers_and_the_baselines(load_file):

@@ -224,3 +224,11 @@ def distinct_items(interactions: Interactions) -> Interactions:
     parts.append(own.astype(np.int32))
     counts.append(lengths)
   return from_lengths(np.concatenate(parts), np.concatenate(counts), interactions.users)
+
+
+def select_users(interactions: Interactions, users: np.ndarray) -> Interactions:
+  """The histories of the given user numbers [n], in that order."""
+  lengths = interactions.lengths[users]
+  within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+  kept = np.repeat(interactions.offsets[:-1][users], lengths) + within
+  return choose(interactions, kept, lengths, interactions.users[users])

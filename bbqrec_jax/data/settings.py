@@ -21,8 +21,9 @@ class DataSettings:
   """What a run is trained on."""
 
   source: str = setting(
-    "directory", "The project's own format, RecBole's atomic files, or synthetic data with planted structure.",
-    choices=("synthetic", "directory", "recbole"),
+    "directory", "The project's own format, RecBole's atomic files, synthetic data with planted structure, or what a"
+    " program of yours gives.",
+    choices=("synthetic", "directory", "recbole", "memory"),
   )  # fmt: skip
   path: str = setting("", "The folder of directory and recbole.")
   modalities: tuple[str, ...] = setting((), "Names of the modalities to use, in order; empty for all that are found.")

@@ -1,6 +1,7 @@
 """The data that a configuration names: synthetic, a folder of the project's own format, or RecBole's atomic files."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,17 @@ import numpy as np
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import choose_modalities
-from bbqrec_jax.data.interactions import MINIMUM_LENGTH, choose, drop_short_users
+from bbqrec_jax.data.files import require_folder
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, check_history_lengths, choose, drop_short_users
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.data.synthetic import make_synthetic
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.utils.files import is_given
+
+MEMORY = "memory"  # The source of data that a program gives.
 
 __all__ = [
+  "MEMORY",
   "Dataset",
   "complete_items",
   "format_statistics",
@@ -21,8 +27,26 @@ __all__ = [
   "load_directory",
   "load_recbole",
   "make_synthetic",
+  "recognise_source",
   "statistics",
 ]
+
+
+def recognise_source(path: str | Path) -> str:
+  """The `data.source` that reads a folder: "directory" where there is a sequences.txt, "recbole" where a .inter is.
+
+  Raises:
+    InputError: if it is no folder, or has neither.
+  """
+  folder = require_folder(path)
+  if is_given(folder / "sequences.txt"):
+    return "directory"
+  if any(folder.glob("*.inter")) or any(folder.glob("*.inter.gz")):
+    return "recbole"
+  raise InputError(
+    f"{folder}: expected sequences.txt ('user item item ...' lines) or a .inter file (RecBole's), found neither; give"
+    " the folder that holds one"
+  )
 
 
 def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
@@ -65,29 +89,39 @@ def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
   )
 
 
-def load(settings: Any) -> Dataset:
+def load(settings: Any, given: Dataset | None = None) -> Dataset:
   """Loads what `config.data` names; there may be no features.
 
   Args:
     settings: has `source` ("synthetic", "directory" or "recbole"), `path`, `modalities`, `drop_short_users`,
       `drop_incomplete_items`, and `synthetic` with `num_users`, `num_items` and `seed`.
+    given: the data itself, where the source is "memory".
 
   Raises:
     InputError: if the source is unknown, or what it names is missing or wrong.
   """
-  dataset = _load(settings)
+  dataset = _load(settings, given)
   if settings.drop_incomplete_items and dataset.modalities:
     return complete_items(dataset, drop_short=settings.drop_short_users)
   return dataset
 
 
-def _load(settings: Any) -> Dataset:
+def _load(settings: Any, given: Dataset | None) -> Dataset:
   """All of what `config.data` names."""
   folder_sources = {"directory": load_directory, "recbole": load_recbole}
   if settings.source in folder_sources:
     return folder_sources[settings.source](
       settings.path, modalities=settings.modalities, drop_short_users=settings.drop_short_users
     )
+  if settings.source == MEMORY:
+    if given is None:
+      raise InputError(
+        "this run's data was given by a program (data.source = 'memory'), and is in no folder: call bbqrec_jax.run or"
+        " bbqrec_jax.load_run with data=..., or name a folder with --data"
+      )
+    short = settings.drop_short_users
+    histories = check_history_lengths(given.interactions, path="interactions", drop_short=short)
+    return _chosen(dataclasses.replace(given, interactions=histories), settings.modalities)
   if settings.source != "synthetic":
     raise InputError(
       f"--config.data.source: expected one of synthetic, {', '.join(folder_sources)}, got {settings.source!r}"
@@ -100,7 +134,12 @@ def _load(settings: Any) -> Dataset:
     )
   made = settings.synthetic
   dataset = make_synthetic(num_users=made.num_users, num_items=made.num_items, seed=made.seed)
-  names = choose_modalities(dataset.modalities, settings.modalities, path="synthetic data")
+  return _chosen(dataset, settings.modalities)
+
+
+def _chosen(dataset: Dataset, modalities: tuple[str, ...]) -> Dataset:
+  """The data set with some of its modalities alone."""
+  names = choose_modalities(dataset.modalities, modalities, path=dataset.name)
   return dataclasses.replace(
     dataset,
     features={name: dataset.features[name] for name in names},

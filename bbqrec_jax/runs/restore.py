@@ -14,6 +14,7 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import has_items, read_new_items
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
+from bbqrec_jax.data.sources import MEMORY
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.items import item_features
@@ -55,6 +56,7 @@ def restore(
   workdir: str | pathlib.Path,
   *,
   data: str | pathlib.Path | None = None,
+  given: Dataset | None = None,
   tokenizer: str | pathlib.Path | None = None,
   features: str | pathlib.Path | None = None,
   trusted: Collection[str] = (),
@@ -64,7 +66,8 @@ def restore(
   Args:
     workdir: of the run.
     data: the folder of its data, where that has moved since.
-    tokenizer: semantic IDs that `bbqrec_jax.assign` extended by new items, for a recommender that reads IDs.
+    given: the data itself, of a run whose data was in memory.
+    tokenizer: semantic IDs that `bbqrec assign` extended by new items, for a recommender that reads IDs.
     features: the folder of the new items' features, as `assign` was given it, for one whose item inputs are "features".
     trusted: Python modules outside this project that the config may name its head and backbone from.
 
@@ -81,10 +84,10 @@ def restore(
   config = load_config(workdir, trusted=trusted)
   check_links(workdir)
   if not is_given(workdir / "results.json"):
-    raise InputError(f"{workdir} holds no finished run (no results.json): start bbqrec_jax.main on it again")
+    raise InputError(f"{workdir} holds no finished run (no results.json): start its command again")
   best = load_results(workdir)["best_step"]
   _point_to_data(config, workdir, data)
-  dataset, split, figures = read_data(config)
+  dataset, split, figures = read_data(config, given=given)
   trained_on = read_json(workdir / "run.json")
   for name in HASHES:
     if trained_on.get(f"data {name}") != figures[name]:
@@ -143,7 +146,7 @@ def _extended(
   if ids is not None and tokenizer is None:
     raise InputError(
       f"{workdir}: its recommender reads semantic IDs: give those of the new items too (--tokenizer), made by"
-      " bbqrec_jax.assign"
+      " bbqrec assign"
     )
   if reads_features and folder is None:
     raise InputError(f"{workdir}: its recommender reads features: give those of the new items too (--features)")
@@ -168,6 +171,8 @@ def _point_to_data(config: ml_collections.ConfigDict, workdir: pathlib.Path, dat
   Raises:
     InputError: if there is no such folder, or the data of this run is in none.
   """
+  if config.data.source == MEMORY:
+    return
   if config.data.source == "synthetic":
     if data is not None:
       raise InputError(f"--data={data}: the run in {workdir} makes its own data; leave --data out")

@@ -45,19 +45,20 @@ from bbqrec_jax.utils.settings import flatten
 
 
 def read_data(
-  config: ml_collections.ConfigDict, *, for_tokenizer: bool = False
+  config: ml_collections.ConfigDict, *, for_tokenizer: bool = False, given: Dataset | None = None
 ) -> tuple[Dataset, Split, dict[str, Any]]:
   """The data a config names, its split, and the figures that say which data it is.
 
   Args:
     config: of the run.
     for_tokenizer: whether a tokenizer is to be trained on it, whatever the recommender reads.
+    given: the data itself, where the config's source is "memory".
 
   Raises:
     InputError: if the data is missing or wrong, has no history to learn from, or lacks features or timestamps that the
       config reads.
   """
-  dataset = load(config.data)
+  dataset = load(config.data, given)
   if dataset.interactions.lengths.max() <= MINIMUM_LENGTH:
     file = {"directory": "sequences.txt", "recbole": f"{dataset.name}.inter"}.get(config.data.source, "")
     left = ", without the incomplete items," if config.data.drop_incomplete_items else ""
@@ -67,7 +68,7 @@ def read_data(
       f" some users {MINIMUM_LENGTH + 1} or more"
     )
   if (for_tokenizer or needs_features(config)) and not dataset.modalities:
-    without = "" if for_tokenizer else ", or take --config=configs/sasrec.py, which needs none"
+    without = "" if for_tokenizer else ", or take --config=sasrec, which needs none"
     raise InputError(
       f"{dataset.source}: this config reads items' features, found none: give NAME_features.npy of shape [items, width]"
       f" or a NAME:float_seq column of the .item file (recbole){without}"
@@ -113,6 +114,26 @@ def _check_stages(
     raise InputError(f"config field {', '.join(wrong)}; correct it, or use one device (partitioner = 'single')")
 
 
+def _shorten_warmup(config: ml_collections.ConfigDict) -> None:
+  """Lets the tokenizer's warm-up end within a run that was made shorter, with a warning."""
+  t = config.tokenizer
+  if type(t.steps) is int and type(t.warmup_steps) is int and 0 < t.steps <= t.warmup_steps:
+    warn(
+      f"tokenizer.warmup_steps = {t.warmup_steps} is no less than tokenizer.steps = {t.steps}: {t.steps // 4} are taken"
+    )
+    t.warmup_steps = t.steps // 4
+
+
+def _fewer_codes(config: ml_collections.ConfigDict, num_items: int) -> None:
+  """Lowers the number of codes where nobody has chosen it and the items are too few to share them, with a warning."""
+  t = config.tokenizer
+  codes = max(2, 1 << (max(1, num_items // 4).bit_length() - 1))
+  unchosen = t.num_codes == default_config().tokenizer.num_codes
+  if unchosen and t.num_codes > num_items // 2 and codes**t.num_levels >= num_items:
+    warn(f"tokenizer.num_codes = {t.num_codes} are too many for {num_items} items to share: {codes} are taken")
+    t.num_codes = codes
+
+
 class _Run(NamedTuple):
   """What both stages of a run start from; `ids` are those of the artefact that the config names, if it does."""
 
@@ -127,15 +148,24 @@ class _Run(NamedTuple):
 
 @contextlib.contextmanager
 def _begun(
-  config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, tokenizer_alone: bool = False
+  config: ml_collections.ConfigDict,
+  workdir: str | pathlib.Path,
+  given: Dataset | None = None,
+  *,
+  tokenizer_alone: bool = False,
 ) -> Iterator[_Run]:
   """Checks everything that can be checked before anything is computed, takes the workdir, and shows the data."""
+  config = with_absolute_paths(config)
+  own_tokenizer = tokenizer_alone or trains_tokenizer(config)
+  if own_tokenizer:
+    _shorten_warmup(config)
   read_config(config, tokenizer_alone=tokenizer_alone)
   workdir = local_path(workdir, flag="workdir")
-  config = with_absolute_paths(config)
   check_workdir(workdir, config)
   partitioner = make_partitioner(config)
-  dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone)
+  dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone, given=given)
+  if own_tokenizer:
+    _fewer_codes(config, dataset.num_items)
   ids = None
   done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
   if not done:  # What is done needs none of it any more.
@@ -199,8 +229,15 @@ def _semantic_ids(run: _Run) -> SemanticIds:
     )
 
 
-def tokenize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+def tokenize(
+  config: ml_collections.ConfigDict, workdir: str | pathlib.Path, given: Dataset | None = None
+) -> dict[str, Any]:
   """Stage 1 alone: trains the tokenizer of a run, or goes on with it. `run` on the same workdir then does the rest.
+
+  Args:
+    config: as for `run`, and so are the others.
+    workdir: see there.
+    given: see there.
 
   Returns:
     What `tokenizer/health.json` holds.
@@ -208,7 +245,7 @@ def tokenize(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> 
   Raises:
     InputError: as `run`.
   """
-  with _begun(config, workdir, tokenizer_alone=True) as prepared:
+  with _begun(config, workdir, given, tokenizer_alone=True) as prepared:
     _semantic_ids(prepared)
     return read_json(tokenizer_folder(prepared.config, prepared.workdir) / "health.json", mend=REMAKE)
 
@@ -220,12 +257,13 @@ def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.Conf
   return neutral
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, given: Dataset | None = None) -> dict[str, Any]:
   """Runs, or goes on with, what `config` describes.
 
   Args:
     config: a `default_config` with fields set.
     workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer/` and `results.json`.
+    given: the data itself, where the config's source is "memory".
 
   Returns:
     What `results.json` holds.
@@ -234,7 +272,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     InputError: for anything wrong with the config, the data or the workdir, before anything is computed.
     Interrupted, Diverged, StorageError: as `train.loop.fit`.
   """
-  with _begun(config, workdir) as prepared:
+  with _begun(config, workdir, given) as prepared:
     finished = prepared.workdir / "results.json"
     if is_given(finished):
       results = load_results(prepared.workdir)

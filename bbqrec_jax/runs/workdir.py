@@ -194,7 +194,7 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
   """
   path = workdir / "config.json"
   if not is_given(path):
-    raise InputError(f"{path} does not exist: --workdir must be that of a run of bbqrec_jax.main")
+    raise InputError(f"{path} does not exist: --workdir must be that of a run of bbqrec train")
   try:
     written = flatten(to_config(from_config(RunSettings, read_json(path), unchecked="")))
   except InputError as error:

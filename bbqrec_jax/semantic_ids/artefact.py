@@ -101,9 +101,9 @@ class SemanticIds:
     if self.streams != known.streams or not all(np.array_equal(ours, theirs) for ours, theirs in pairs):
       raise InputError(
         f"{where} does not extend the semantic IDs that the recommender was trained on (fingerprint"
-        f" {known.fingerprint}): make it from them with python -m bbqrec_jax.assign"
+        f" {known.fingerprint}): make it from them with python -m bbqrec assign"
       )
-    self.check_items(known.item_ids, where=where, mend="make it from the run's own with python -m bbqrec_jax.assign")
+    self.check_items(known.item_ids, where=where, mend="make it from the run's own with bbqrec assign")
 
   @property
   def fingerprint(self) -> str:

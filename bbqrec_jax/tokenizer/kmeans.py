@@ -23,7 +23,7 @@ def check_varied(dataset: Dataset, *, block: int = 2048) -> None:
     parts = (here[first : first + block] for first in range(0, len(here), block))
     if not any(store.rows(items)[0][name].any() for items in parts):
       others = [other for other in dataset.modalities if other != name]
-      mend = f"--config.data.modalities={','.join(others)}" if others else "--config=configs/sasrec.py"
+      mend = f"--config.data.modalities={','.join(others)}" if others else "--config=sasrec"
       raise InputError(
         f"{dataset.source}: the {name} features of all {len(here)} items that have them are the same, so there is"
         f" nothing to quantize; give others, or do without them: {mend}"

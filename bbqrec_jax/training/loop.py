@@ -115,6 +115,7 @@ def fit(
       step_function = skip_nonfinite(step_function)
     step = partitioner.compile_step(step_function)
     watch = Watch(plan.name, plan.safeguards, log, plan.item_ids)
+    compiled = progress["finished"]
     recent: list[Any] = []  # Metrics of the steps since they were last looked at, and what their batches held.
     bar = Progress(plan.name, total=plan.steps, done=progress["step"])
     stack.callback(bar.close)
@@ -147,7 +148,13 @@ def fit(
           with heard_at_once():
             state = plan.before_step(progress["step"], state)
           batch = next(data)
+          if not compiled:
+            say(f"{plan.name}: compiling ...")
+          started = time.monotonic()
           state, metrics = step(state, shared, batch)
+          if not compiled:
+            say(f"{plan.name}: compiled in {time.monotonic() - started:.0f} s")
+            compiled = True
           progress["step"] += 1
           recent.append((metrics, items_of(batch)))
           bar.advance()

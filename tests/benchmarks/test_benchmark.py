@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bbqrec_jax import benchmark
 from bbqrec_jax.benchmarks import limits
+from bbqrec_jax.benchmarks import run as benchmark
 from bbqrec_jax.benchmarks.cases import RECOMMENDERS, all_cases
 from bbqrec_jax.benchmarks.report import chart, comparison, table, utilisation
 from bbqrec_jax.benchmarks.timing import Case, measure
@@ -131,9 +131,9 @@ def test_files_that_are_not_results_are_refused(tmp_path):
   for text in ("{", "{}", '{"schema": 2}', "[]"):
     path.write_text(text)
     with pytest.raises(InputError, match=r"a\.json: expected"):
-      benchmark._read(path)
+      benchmark.read_result(path)
   with pytest.raises(InputError, match="nosuch"):
-    benchmark._read(tmp_path / "nosuch.json")
+    benchmark.read_result(tmp_path / "nosuch.json")
 
 
 def test_utilisation_is_a_share_of_each_limit():

@@ -13,11 +13,11 @@ from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.data.sources import load
-from bbqrec_jax.export import load_export, write_export
+from bbqrec_jax.serving.export import load_export, write_export
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.ops.randomness import base_key
-from bbqrec_jax.recommend import recommend
+from bbqrec_jax.serving.recommend import recommend
 from bbqrec_jax.recommender.evaluate import make_ranker, summarize
 from bbqrec_jax.recommender.items import item_features
 from bbqrec_jax.recommender.step import make_recommender_step

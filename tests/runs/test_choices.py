@@ -5,10 +5,10 @@ import pytest
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommend import recommend
 from bbqrec_jax.runs import run as experiment
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.serving.recommend import recommend
 from bbqrec_jax.utils.json_files import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from bbqrec_jax import recommend as recommend_module
-from bbqrec_jax.assign import assign
+from bbqrec_jax.commands import recommend as recommend_module
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data import pipeline
 from bbqrec_jax.data.directory import read_sequences
@@ -23,12 +22,13 @@ from bbqrec_jax.data.interactions import choose, from_lengths, leave_one_out
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommend import parse_history, parse_times, recommend, recommend_all, write_recommendations
 from bbqrec_jax.recommender.evaluate import popularity_metrics
 from bbqrec_jax.runs import run as experiment
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.runs.workdir import PARTS, load_config
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.serving.recommend import parse_history, parse_times, recommend, recommend_all, write_recommendations
+from bbqrec_jax.tokenizer.new_items import assign
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.settings import flatten

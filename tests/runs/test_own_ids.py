@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from bbqrec_jax import recommend
-from bbqrec_jax.assign import assign
+from bbqrec_jax.commands import recommend
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.runs import run as experiment
 from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.tokenizer.new_items import assign
 
 ITEMS = 24  # After item n comes item n + 1, which the tokens say; those whose number ends in 3 have no features.
 

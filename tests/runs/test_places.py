@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from bbqrec_jax import benchmark, export, recommend, report
+from bbqrec_jax.commands import benchmark, export, recommend, report
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.data.synthetic import make_synthetic
@@ -161,7 +161,7 @@ def assert_refused(monkeypatch, program, options, said):
 def test_other_wrong_places_of_programs_are_one_line(monkeypatch, tmp_path, load_file):
   options = dict.fromkeys(("compare", "records", "output")) | {"only": ()}
   wrong = options | {"config": load_file("configs/quickstart.py").get_config()}
-  assert_refused(monkeypatch, benchmark, wrong, "--config: expected configs/benchmark.py:small, :paper or :large")
+  assert_refused(monkeypatch, benchmark, wrong, "--config: expected benchmark, benchmark_paper or benchmark_large")
   file = tmp_path / "file"
   file.touch()
   elsewhere = options | {"compare": ["gs://b/x.json", "y.json"]}
@@ -257,7 +257,7 @@ def test_features_that_are_all_the_same_are_nothing_to_quantize(tmp_path):
     for part in (f"{data}: the image features of all 11 items", "nothing to quantize", "--config.data.modalities=text"):
       assert part in str(error.value)
   (data / "text_features.npy").unlink()
-  with pytest.raises(InputError, match=r"nothing to quantize.*--config=configs/sasrec\.py"):
+  with pytest.raises(InputError, match=r"nothing to quantize.*--config=sasrec"):
     experiment.run(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
   alike[7, 1] = 0.2

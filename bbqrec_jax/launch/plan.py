@@ -14,9 +14,12 @@ from typing import NamedTuple, NoReturn
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.files import local_path
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Where this folder is in a checkout, and so in a copy of one.
-FOLDER = "experiments/launch"
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+IN_CHECKOUT = (_ROOT / "setup.cfg").is_file()
+# Where commands are run, and where this folder is from there: hosts get copies of a checkout.
+ROOT = _ROOT if IN_CHECKOUT else pathlib.Path.cwd()
+ON_HOSTS = "bbqrec_jax/launch"
+FOLDER = ON_HOSTS if IN_CHECKOUT else str(pathlib.Path(__file__).resolve().parent)
 # Where hosts that are made for the run have the bucket, disk or claim; tpu_worker.sh has it too.
 MOUNT = "/mnt/bbqrec"
 EXAMPLE = "-- --config=configs/beauty.py --workdir=FOLDER"
@@ -55,7 +58,7 @@ class Step:
   """One command of a plan.
 
   Attributes:
-    argv: the program and its arguments; it is run in the root of the checkout.
+    argv: the program and its arguments; it is run in the root of the checkout, or the current folder without one.
     stdin: what it reads.
     asks: what it does that must be agreed to first; empty where it neither costs nor deletes anything.
   """
@@ -90,7 +93,7 @@ def read_program(flags: Sequence[str]) -> Program:
     InputError: if the config or the workdir is missing, or one of them or the data's folder is no path of a host.
   """
   parser = Parser(prog="the program's flags", allow_abbrev=False, add_help=False)
-  for flag in ("config", "workdir", "config.data.path"):
+  for flag in ("config", "workdir", "data", "config.data.path"):
     parser.add_argument(f"--{flag}", f"-{flag}", dest=flag)
   known = vars(parser.parse_known_args(flags)[0])
   for flag in ("config", "workdir"):
@@ -98,7 +101,7 @@ def read_program(flags: Sequence[str]) -> Program:
       raise InputError(f"--{flag} is missing: give the program's flags after --, as {EXAMPLE}")
   paths = {flag: str(local_path(path, flag=flag)) for flag, path in known.items() if path}
   arguments = ("-m", "bbqrec_jax.main", "--distributed=on", *flags)
-  return Program(arguments, paths["workdir"], paths.get("config.data.path"))
+  return Program(arguments, paths["workdir"], paths.get("data", paths.get("config.data.path")))
 
 
 def require_mount(program: Program) -> None:
@@ -114,6 +117,16 @@ def require_mount(program: Program) -> None:
         f"{flag}={value}: expected a folder below {MOUNT}, where every host has the bucket, disk or claim; anything"
         " else is a host's own disk, which the other hosts do not see and which is lost with the host"
       )
+
+
+def require_checkout(action: str) -> None:
+  """Refuses what copies the checkout where the package was installed without one.
+
+  Raises:
+    InputError: if that is so.
+  """
+  if not IN_CHECKOUT:
+    raise InputError(f"`{action}` copies a checkout of the project to the hosts: run it from one, installed with -e")
 
 
 def check_bucket(bucket: str | None) -> list[Step]:

@@ -16,9 +16,11 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-FOLDER = ROOT / "experiments" / "launch"
-WORKER = "bash bbqrec_jax/experiments/launch/tpu_worker.sh"
+from bbqrec_jax.launch import slurm
+
+ROOT = pathlib.Path(__file__).parents[2]
+FOLDER = ROOT / "bbqrec_jax" / "launch"
+WORKER = "bash bbqrec_jax/bbqrec_jax/launch/tpu_worker.sh"
 TPU = ("tpu", "--name=bb", "--zone=us-west4-a")
 FLAGS = ("--config=configs/beauty.py:dense", "--workdir=/mnt/bbqrec/runs/bb")
 # What a shell, systemd or Kubernetes would make something else of.
@@ -40,7 +42,14 @@ def launch(no_clouds):
   """A function that calls the launcher as a shell does, without a terminal: own arguments, the program's flags."""
 
   def call(*arguments, flags=(), path=no_clouds, environment=None, stdin=subprocess.DEVNULL):
-    command = [sys.executable, str(FOLDER), *arguments, *(["--", *flags] if flags else [])]
+    command = [
+      sys.executable,
+      "-c",
+      "from bbqrec_jax.commands import main; main()",
+      "launch",
+      *arguments,
+      *(["--", *flags] if flags else []),
+    ]
     environment = os.environ | {"PATH": str(path)} | (environment or {})
     return subprocess.run(
       command, capture_output=True, text=True, timeout=60, check=False, env=environment, stdin=stdin
@@ -103,8 +112,8 @@ def test_plan_of_a_resumed_queued_tpu(launch):
     "# asks first: create the TPU bb in us-west4-a (v5litepod-16), which costs money until it is deleted",
     "gcloud compute tpus queued-resources create bb --zone=us-west4-a --accelerator-type=v5litepod-16"
     " --runtime-version=v2-alpha-tpuv5-lite --node-id=bb --spot",
-    "bash experiments/launch/check.sh active bb --zone=us-west4-a",
-    "bash experiments/launch/check.sh bucket my-bucket",
+    "bash bbqrec_jax/launch/check.sh active bb --zone=us-west4-a",
+    "bash bbqrec_jax/launch/check.sh bucket my-bucket",
     "mkdir -p dist",
     "tar --create --gzip --file=dist/bbqrec_jax.tar.gz --exclude=__pycache__ LICENSE README.md bbqrec_jax configs"
     " experiments pyproject.toml setup.cfg",
@@ -140,7 +149,7 @@ def test_plan_of_a_slurm_job(launch):
     "mkdir -p runs",
     "# asks first: submit a job of 2 nodes with 4 GPUs each",
     "sbatch --job-name=bbqrec --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --requeue --signal=TERM@180"
-    " --open-mode=append --output=runs/%x-%j.log --partition=gpu --time=4:00:00 experiments/launch/slurm_job.sh"
+    " --open-mode=append --output=runs/%x-%j.log --partition=gpu --time=4:00:00 bbqrec_jax/launch/slurm_job.sh"
     " '/shared/my runs' /env/bin/python -m bbqrec_jax.main --distributed=on --config=configs/beauty.py --workdir"
     " '/shared/my runs'",
   ]
@@ -161,11 +170,11 @@ def test_plan_of_a_jobset_of_tpus(launch):
   assert [line for line in lines if not line.startswith((" ", "{", "}"))] == [
     "# asks first: delete the JobSet bb",
     f"{kubectl} delete jobsets.jobset.x-k8s.io bb --cascade=foreground --ignore-not-found",
-    "docker build --file=experiments/launch/Dockerfile --platform=linux/amd64 --build-arg=ACCELERATOR=tpu"
+    "docker build --file=bbqrec_jax/launch/Dockerfile --platform=linux/amd64 --build-arg=ACCELERATOR=tpu"
     " --tag=registry/bb:1 .",
     "# asks first: push the image registry/bb:1",
     "docker push registry/bb:1",
-    "bash experiments/launch/check.sh bucket my-bucket",
+    "bash bbqrec_jax/launch/check.sh bucket my-bucket",
     "# asks first: start the JobSet bb, whose nodes may cost money until it ends or is deleted",
     f"{kubectl} apply --filename=- <<'END'",
     "END",
@@ -214,7 +223,7 @@ def test_plan_of_a_jobset_of_tpus(launch):
   assert container["resources"] == {"limits": {"google.com/tpu": 4}}
   assert container["volumeMounts"] == [{"name": "storage", "mountPath": "/mnt/bbqrec"}]
   assert [volume["csi"]["volumeAttributes"]["bucketName"] for volume in spec["volumes"]] == ["my-bucket"]
-  script = ("bash", "experiments/launch/container.sh", "/mnt/bbqrec/runs/bb")
+  script = ("bash", "bbqrec_jax/launch/container.sh", "/mnt/bbqrec/runs/bb")
   assert container["command"] == [*script, "python", *MAIN, *FLAGS]
 
 
@@ -465,10 +474,7 @@ def test_a_missing_tool_is_named(launch, tmp_path, arguments, flags, tool):
   assert line.startswith(f"error: {tool} is not on PATH: install ")
 
 
-def test_shared_storage_is_told_from_a_nodes_own(monkeypatch):
-  monkeypatch.syspath_prepend(FOLDER)
-  import slurm
-
+def test_shared_storage_is_told_from_a_nodes_own():
   mounts = "/dev/sda1 / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\n/dev/sdb /home/scratch xfs rw 0 0\n"
   assert "is on ext4 here" in slurm.check_shared(pathlib.Path("/opt/runs"), mounts)
   assert slurm.check_shared(pathlib.Path("/home/me/runs"), mounts) == ""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from bbqrec_jax.report import bucket_centres, learned_tables, similarity_figure
+from bbqrec_jax.reporting.similarity import bucket_centres, learned_tables, similarity_figure
 
 
 def test_buckets_stand_midway_between_their_edges():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.assign import assign, main
+from bbqrec_jax.commands.assign import main
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.item_ids import ItemIds
@@ -24,6 +24,7 @@ from bbqrec_jax.tokenizer.frozen import (
   settings_from_json,
 )
 from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.new_items import assign
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 ITEMS, LEVELS, CODES, WIDTH = 30, 2, 8, 4
@@ -211,7 +212,7 @@ def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_pat
     np.save(folder / f"{name}_features.npy", array)
 
   options = types.SimpleNamespace(tokenizer=tmp_path / "ids", features=folder, output=tmp_path / "out")
-  monkeypatch.setattr("bbqrec_jax.assign.quiet_flags", lambda: options)
+  monkeypatch.setattr("bbqrec_jax.commands.assign.quiet_flags", lambda: options)
   main(["assign"])
   written = SemanticIds.load(tmp_path / "out")
   assert len(written.codes) == ITEMS + 6
@@ -220,7 +221,7 @@ def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_pat
   assert "6 new items after 30 known ones" in said
   assert "warning: text features of 1 of 6 new items are like no known item's: row 5 column 3 is" in said
   files = sorted(tmp_path.rglob("*"))
-  monkeypatch.setattr("bbqrec_jax.assign.assign", lambda *arguments: pytest.fail("nothing is computed"))
+  monkeypatch.setattr("bbqrec_jax.tokenizer.new_items.assign", lambda *arguments: pytest.fail("nothing is computed"))
   note = folder / "image_features.npy"
   for output, complaint in (
     *((path, f"{path} exists already: choose another --output") for path in (options.output, folder, tmp_path / "ids")),

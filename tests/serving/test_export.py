@@ -16,12 +16,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.export import export_recommender, load_export, write_export
-from bbqrec_jax.recommend import recommend_all
 from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.settings import DenseTowerSettings, RecommenderSettings
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.trie import build_trie
+from bbqrec_jax.serving.export import export_recommender, load_export, write_export
+from bbqrec_jax.serving.recommend import recommend_all
 from bbqrec_jax.utils.json_files import read_json, write_json
 
 ITEMS, LEVELS, CODES, LENGTH, TOP = 30, 3, 4, 6, 5

@@ -5,9 +5,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from plan import FOLDER, ROOT, Step, name, positive, read_program
-
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.launch.plan import FOLDER, ROOT, Step, name, positive, read_program
 
 # Of file systems that one machine has to itself, the usual ones.
 _LOCAL = ("btrfs", "ext2", "ext3", "ext4", "overlay", "tmpfs", "xfs", "zfs")

@@ -5,9 +5,19 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from plan import FOLDER, MOUNT, Step, check_bucket, name, of_actions, read_program, require_mount
-
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.launch.plan import (
+  FOLDER,
+  MOUNT,
+  ON_HOSTS,
+  Step,
+  check_bucket,
+  name,
+  of_actions,
+  read_program,
+  require_checkout,
+  require_mount,
+)
 
 # What a worker needs of the checkout.
 _FILES = ("LICENSE", "README.md", "bbqrec_jax", "configs", "experiments", "pyproject.toml", "setup.cfg")
@@ -59,7 +69,7 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
   where = [f"--zone={args.zone}", *([f"--project={args.project}"] if args.project else [])]
   tpus = ("gcloud", "compute", "tpus")
   resource = (*tpus, "queued-resources" if args.queued else "tpu-vm")
-  worker = f"bash bbqrec_jax/{FOLDER}/tpu_worker.sh"
+  worker = f"bash bbqrec_jax/{ON_HOSTS}/tpu_worker.sh"
   shown = f"the TPU {args.name} in {args.zone}"
 
   def on_workers(command: str, which: str = "all") -> Step:
@@ -81,6 +91,7 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
     return [created, wait] if args.queued else [created]
 
   def install() -> list[Step]:
+    require_checkout("install")
     if bool(args.bucket) == bool(args.disk):
       raise InputError(f"`install` needs one of --bucket and --disk, which it mounts at {MOUNT}")
     storage = f"bucket {shlex.quote(args.bucket)}" if args.bucket else "disk"

@@ -7,9 +7,20 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from plan import FOLDER, MOUNT, Step, check_bucket, name, of_actions, positive, read_program, require_mount
-
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.launch.plan import (
+  FOLDER,
+  MOUNT,
+  ON_HOSTS,
+  Step,
+  check_bucket,
+  name,
+  of_actions,
+  positive,
+  read_program,
+  require_checkout,
+  require_mount,
+)
 
 _RBAC = "rbac.authorization.k8s.io"
 
@@ -47,6 +58,7 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
   kubectl = ("kubectl", *([f"--context={args.context}"] if args.context else []), f"--namespace={args.namespace}")
 
   def build() -> list[Step]:
+    require_checkout("build")
     _require_image(args)
     options = ("--platform=linux/amd64", f"--build-arg=ACCELERATOR={'tpu' if args.tpu else 'cuda'}")
     return [
@@ -161,8 +173,10 @@ def _pod(args: argparse.Namespace, flags: Sequence[str], devices: dict[str, int]
   require_mount(program)
   if bool(args.bucket) == bool(args.claim):
     raise InputError(f"`apply` needs one of --bucket and --claim, which it mounts at {MOUNT}")
-  command = ("bash", f"{FOLDER}/container.sh", program.workdir, "python", *program.arguments)
-  annotations, selector, tolerations = {}, {}, []
+  command = ("bash", f"{ON_HOSTS}/container.sh", program.workdir, "python", *program.arguments)
+  annotations: dict[str, Any] = {}
+  selector: dict[str, Any] = {}
+  tolerations: list[dict[str, Any]] = []
   volumes: list[dict[str, Any]] = [{"name": "storage", "persistentVolumeClaim": {"claimName": args.claim}}]
   mounts = [{"name": "storage", "mountPath": MOUNT}]
   if args.bucket:
