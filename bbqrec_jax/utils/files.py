@@ -65,7 +65,7 @@ def local_path(path: str | Path, *, flag: str) -> Path:
   if remote:
     raise InputError(
       f"{given}: expected a path, got a URL, and only mounted file systems are read and written; mount the bucket, as"
-      " experiments/launch does at /mnt/bbqrec (see its README.md), and give the folder there. If there really is a"
+      " experiments/launch does at /mnt/bbqrec (see docs/launch.md), and give the folder there. If there really is a"
       " folder of such a name, give its absolute path"
     )
   try:

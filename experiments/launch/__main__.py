@@ -1,4 +1,4 @@
-"""Launches a run on TPU VMs, on a Slurm cluster or on Kubernetes; `README.md` beside this file shows each.
+"""Launches a run on TPU VMs, on a Slurm cluster or on Kubernetes; docs/launch.md shows each.
 
     python experiments/launch tpu create install run --name=NAME ... -- --config=FILE --workdir=FOLDER
     python experiments/launch slurm --nodes=2 --gpus-per-node=4 -- --config=FILE --workdir=FOLDER

@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import pathlib
-import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -558,10 +555,8 @@ def test_items_that_came_after_training_are_candidates_of_the_hybrid_head(
   assert np.any(np.asarray(found.items) >= known)
 
 
-def test_the_readmes_head_of_ones_own_works(dense_params, catalogue, batch, queries, tmp_path, monkeypatch):
-  readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-  (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "my_heads.py" in block]
-  (tmp_path / "my_heads.py").write_text(code, encoding="utf-8")
+def test_the_documented_custom_head_ranks(dense_params, catalogue, batch, queries, tmp_path, monkeypatch, snippet):
+  (tmp_path / "my_heads.py").write_text(snippet("parts.md", "my_heads.py"), encoding="utf-8")
   monkeypatch.syspath_prepend(tmp_path)
   settings = dataclasses.replace(SETTINGS, head="my_heads:nearest")
   vectors = numpy_item_vectors(dense_params, catalogue)
@@ -574,22 +569,15 @@ def test_the_readmes_head_of_ones_own_works(dense_params, catalogue, batch, quer
   assert np.any(gradient["item_embedding"])
 
 
-class SumBackbone(nn.Module):
-  """A backbone of one's own: each position's state is the sum of the row up to it."""
-
-  def __call__(self, x, segments, positions, bias=None, *, deterministic=True):
-    return jnp.cumsum(x, axis=1)
-
-
-def sums(settings):
-  assert settings.width == WIDTH
-  return SumBackbone()
-
-
-def test_a_backbone_of_ones_own_is_a_function_that_the_config_names(dense_params, catalogue, batch):
-  settings = dataclasses.replace(DENSE, backbone=f"{__name__}:sums")
-  expected = np.cumsum(numpy_item_vectors(dense_params, catalogue)[batch["items"]], axis=1)
-  assert_allclose(states(dense_params, catalogue, batch, settings=settings), expected, atol=1e-5)
+def test_the_documented_custom_backbone_averages(dense_params, catalogue, batch, tmp_path, monkeypatch, snippet):
+  (tmp_path / "my_backbones.py").write_text(snippet("parts.md", "my_backbones.py"), encoding="utf-8")
+  monkeypatch.syspath_prepend(tmp_path)
+  settings = dataclasses.replace(DENSE, backbone="my_backbones:mean")
+  vectors = numpy_item_vectors(dense_params, catalogue)[batch["items"]]
+  found = states(dense_params, catalogue, batch, settings=settings)
+  for row, place in zip(*np.nonzero(SEGMENTS), strict=True):
+    history = vectors[row, : place + 1][SEGMENTS[row, : place + 1] == SEGMENTS[row, place]]
+    assert_allclose(found[row, place], history.mean(axis=0), atol=1e-5)
 
 
 BFLOAT16 = dataclasses.replace(SETTINGS, dtype="bfloat16")
