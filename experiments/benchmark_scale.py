@@ -35,13 +35,13 @@ from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions, Split, from_lengths, leave_one_out
 from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories
-from bbqrec_jax.recommend import recommend_all
 from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
 from bbqrec_jax.recommender.evaluate import evaluate, make_ranker, popularity_metrics
 from bbqrec_jax.recommender.items import sampled_similarities
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions
 from bbqrec_jax.semantic_ids.trie import build_trie
+from bbqrec_jax.serving.recommend import recommend_all
 from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, encode_blocks, frozen_parameters
 from bbqrec_jax.tokenizer.model import Tokenizer
 from bbqrec_jax.tokenizer.settings import TokenizerSettings

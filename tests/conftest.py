@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -39,6 +40,18 @@ def load_file():
     return module
 
   return load
+
+
+@pytest.fixture(scope="session")
+def snippet():
+  """A function from a page of docs/ and a file's name to the Python block there that begins with `# NAME`."""
+
+  def find(page, name):
+    text = (pathlib.Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
+    (code,) = re.findall(rf"```python\n(# {re.escape(name)}\n.*?)```", text, re.DOTALL)
+    return code
+
+  return find
 
 
 @pytest.fixture(scope="session")

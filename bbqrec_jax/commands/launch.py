@@ -1,4 +1,4 @@
-"""Launches a run on TPU VMs, on a Slurm cluster or on Kubernetes.
+"""Launches a run on TPU VMs, on a Slurm cluster or on Kubernetes; docs/launch.md shows each.
 
     bbqrec launch tpu create install run --name=NAME ... -- --config=FILE --workdir=FOLDER
     bbqrec launch slurm --nodes=2 --gpus-per-node=4 -- --config=FILE --workdir=FOLDER

@@ -13,11 +13,9 @@ from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.data.sources import load
-from bbqrec_jax.serving.export import load_export, write_export
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.ops.randomness import base_key
-from bbqrec_jax.serving.recommend import recommend
 from bbqrec_jax.recommender.evaluate import make_ranker, summarize
 from bbqrec_jax.recommender.items import item_features
 from bbqrec_jax.recommender.step import make_recommender_step
@@ -25,6 +23,8 @@ from bbqrec_jax.recommender.train import build_recommender, initial_state, train
 from bbqrec_jax.runs import run as experiment
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.serving.export import load_export, write_export
+from bbqrec_jax.serving.recommend import recommend
 from bbqrec_jax.tokenizer.losses import LossWeights, tokenizer_loss
 from bbqrec_jax.tokenizer.train import tokenizer_settings, tokenizer_training
 from bbqrec_jax.training.optimizer import make_optimizer

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.generative import GenerativeHead
 from bbqrec_jax.recommender.heads import DenseHead, ParallelHead
 from bbqrec_jax.recommender.model import Recommender
-from bbqrec_jax.recommender.parts import Backbone, Items
+from bbqrec_jax.recommender.parts import Items
 from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.subtree_logits import SubtreeLogits
 from bbqrec_jax.recommender.two_towers import make_recommender
@@ -460,10 +458,8 @@ def test_a_head_that_does_not_look_at_the_history_needs_none(parallel_params, ca
   )
 
 
-def test_the_readmes_head_of_ones_own_works(dense_params, catalogue, batch, queries, tmp_path, monkeypatch):
-  readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-  (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "my_heads.py" in block]
-  (tmp_path / "my_heads.py").write_text(code, encoding="utf-8")
+def test_the_documented_custom_head_ranks(dense_params, catalogue, batch, queries, tmp_path, monkeypatch, snippet):
+  (tmp_path / "my_heads.py").write_text(snippet("parts.md", "my_heads.py"), encoding="utf-8")
   monkeypatch.syspath_prepend(tmp_path)
   settings = dataclasses.replace(SETTINGS, head="my_heads:NearestHead")
   vectors = numpy_item_vectors(dense_params, catalogue)
@@ -476,17 +472,15 @@ def test_the_readmes_head_of_ones_own_works(dense_params, catalogue, batch, quer
   assert np.any(gradient["item_embedding"])
 
 
-class Sums(Backbone):
-  """A backbone of one's own: each position's state is the sum of the row up to it."""
-
-  def __call__(self, x, segments, positions, bias=None, times=None, *, deterministic=True):
-    return jnp.cumsum(x, axis=1)
-
-
-def test_a_backbone_of_ones_own_is_a_class_that_the_config_names(dense_params, catalogue, batch):
-  settings = dataclasses.replace(DENSE, backbone=f"{__name__}:Sums")
-  expected = np.cumsum(numpy_item_vectors(dense_params, catalogue)[batch["items"]], axis=1)
-  assert_allclose(states(dense_params, catalogue, batch, settings=settings), expected, atol=1e-5)
+def test_the_documented_custom_backbone_averages(dense_params, catalogue, batch, tmp_path, monkeypatch, snippet):
+  (tmp_path / "my_backbones.py").write_text(snippet("parts.md", "my_backbones.py"), encoding="utf-8")
+  monkeypatch.syspath_prepend(tmp_path)
+  settings = dataclasses.replace(DENSE, backbone="my_backbones:MeanBackbone")
+  vectors = numpy_item_vectors(dense_params, catalogue)[batch["items"]]
+  found = states(dense_params, catalogue, batch, settings=settings)
+  for row, place in zip(*np.nonzero(SEGMENTS), strict=True):
+    history = vectors[row, : place + 1][SEGMENTS[row, : place + 1] == SEGMENTS[row, place]]
+    assert_allclose(found[row, place], history.mean(axis=0), atol=1e-5)
 
 
 BFLOAT16 = dataclasses.replace(SETTINGS, dtype="bfloat16")

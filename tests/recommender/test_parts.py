@@ -1,7 +1,4 @@
-"""Heads and backbones by name: this project's, the README's own, others, and what is none."""
-
-import pathlib
-import re
+"""Heads and backbones by name: this project's, those of the documentation, and what is none."""
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +77,11 @@ def test_parts_that_can_be_made(head, backbone):
   check_parts(settings_of(head=head, backbone=backbone))
 
 
-def test_the_readmes_own_head_can_be_made(tmp_path, monkeypatch):
-  readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-  (lines,) = re.findall(r"```python\n# my_heads\.py\n(.*?)```", readme, flags=re.DOTALL)
-  (tmp_path / "my_heads.py").write_text(lines)
+def test_the_documented_head_and_backbone_can_be_made(tmp_path, monkeypatch, snippet):
+  for name in ("my_heads.py", "my_backbones.py"):
+    (tmp_path / name).write_text(snippet("parts.md", name), encoding="utf-8")
   monkeypatch.syspath_prepend(tmp_path)
-  check_parts(settings_of(head="my_heads:NearestHead"))
+  check_parts(settings_of(head="my_heads:NearestHead", backbone="my_backbones:MeanBackbone"))
 
 
 @pytest.mark.parametrize("part", ["head", "backbone"])

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import pathlib
-import re
 import subprocess
 import sys
 
@@ -110,10 +108,9 @@ def exported(random_params, tmp_path_factory):
   return folder
 
 
-def test_the_readmes_lines_call_it_without_this_package(exported, tmp_path):
-  readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-  (lines,) = re.findall(r"```python\n# serve\.py\n(.*?)```", readme, flags=re.DOTALL)
-  code = lines.replace("runs/export", str(exported)) + "\nimport json\nprint(json.dumps(items.tolist()))\n"
+def test_the_documented_lines_call_it_without_this_package(exported, tmp_path, snippet):
+  code = snippet("serving.md", "serve.py").replace("runs/export", str(exported))
+  code += "\nimport json\nprint(json.dumps(items.tolist()))\n"
   code += "import sys\nassert not any(name.startswith(('bbqrec', 'flax')) for name in sys.modules)\n"
   result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr
