@@ -34,4 +34,5 @@ lint: $(VENV)/.installed-test
 
 # Into site/; any warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/.installed-docs
+	$(BIN)/bbqrec train --help-config > docs/settings.txt  # From the dataclasses that declare the fields.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -526,6 +526,13 @@ def oddities(bench: Bench, base: Run) -> None:
       bench.judge(f"standard streams: {redirection}", run)
 
 
+def circumstances(bench: Bench, count: int) -> None:
+  """Second starts, odd names, settings of a shell, and standard streams."""
+  for _ in range(max(1, count // 16)):
+    underway(bench)
+  oddities(bench, cut(bench, "recommender", 45))
+
+
 HOWS = ("flipped bit", "cut off", "missing")
 
 
@@ -577,8 +584,7 @@ def long(bench: Bench, count: int) -> None:
       bench.not_run("disk full (tmpfs)", "no leave to mount")
   for _ in range(max(1, count // 16)):
     twice(bench)
-    underway(bench)
-  oddities(bench, recommending)
+  circumstances(bench, count)
   kills(bench, count)
 
 
@@ -623,6 +629,8 @@ def main(argv: list[str]) -> None:
     bench = Bench(pathlib.Path(folder), short=options.short, seed=options.seed)
     if options.short:
       short(bench)
+    elif options.circumstances:
+      circumstances(bench, options.count)
     else:
       long(bench, options.count)
     rows = list(bench.rows.values())
@@ -640,6 +648,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   define_path("output", "The JSON file.", check=check_output)
   flags.DEFINE_bool("short", False, "A few faults on one run.")
+  flags.DEFINE_bool("circumstances", False, "Only second starts, odd names, a shell's settings and standard streams.")
   flags.DEFINE_integer("count", 50, "Kills of the long form; the other faults are in proportion.")
   flags.DEFINE_integer("seed", 0, "Of the moments and places.")
   flags.mark_flags_as_required(["output"])

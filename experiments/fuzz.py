@@ -50,6 +50,7 @@ from bbqrec_jax.config import CHANGEABLE, default_config
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import load_new_items
+from bbqrec_jax.data.histories import read_histories
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.errors import InputError
@@ -608,6 +609,26 @@ def expect_recbole(files: Files) -> Any:
   )
 
 
+def expect_asked(files: Files) -> Any:
+  """The histories that somebody asks about, by ids, as lines of text or of JSON."""
+  (name,) = files
+  known, found = {own: row for row, own in enumerate(ASKED_IDS)}, []
+  for line in text_lines(files, name):
+    if name.endswith(".jsonl"):
+      record = json.loads(line)
+      user, items = record["user"], record["items"]
+      if not isinstance(items, list) or not all(type(one) in (str, int) for one in (user, *items)):
+        raise Bad
+    else:
+      user, *items = split_blanks(line)
+    if (not user and name.endswith(".txt")) or len(str(user).encode()) > TOKEN or not items:
+      raise Bad
+    found.append((str(user), [known[str(item)] for item in items]))
+  if not found or len({user for user, _ in found}) < len(found):
+    raise Bad
+  return found
+
+
 def fits_name(name: str) -> bool:
   """Whether a modality may be called so."""
   safe = name.isprintable() and not set(name) & set("/\\") and not name.startswith(".") and len(name.encode()) <= 128
@@ -624,6 +645,12 @@ def read_dataset(dataset: Dataset) -> Any:
   times = None if interactions.times is None else interactions.times.tolist()
   arrays = {name: (plain(array), dataset.present[name].tolist()) for name, array in dataset.features.items()}
   return histories, times, dataset.item_ids.to_json(), list(dataset.titles), arrays
+
+
+def read_asked(path: pathlib.Path) -> Any:
+  """Histories that somebody asks about."""
+  asked = read_histories(path, ItemIds(ASKED_IDS))
+  return [(str(user), asked.history(row).tolist()) for row, user in enumerate(asked.users)]
 
 
 def read_new_items(folder: pathlib.Path) -> Any:
@@ -658,6 +685,12 @@ FEATURES = {
 DIRECTORY: Files = FEATURES | {
   "sequences.txt": b"ann 0 1 2\nbob 3 2 1 0\n\xc5\xbeo 2 2 3\n",
   "timestamps.txt": b"ann 1 2 3.5\nbob 0 1e3 2000 2000\n\xc5\xbeo -1 5 6\n",
+}
+ASKED_IDS = ("sku-1", "7", "a b", "\u0416")
+ASKED: Files = {"asked.txt": b"ann sku-1 7\nbob 7\n\xc5\xbeo \xd0\x96 7 sku-1\n"}
+ASKED_JSON: Files = {
+  "asked.jsonl": b'{"user": "ann", "items": ["sku-1", 7]}\n{"user": 3, "items": ["a b"]}\n'
+  b'{"items": ["7"], "user": "x"}\n',
 }
 RECBOLE: Files = {
   "tiny.inter": b"user_id:token\titem_id:token\ttimestamp:float\nu2\tb\t30\nu1\tc\t5\nu1\ta\t5\nu2\ta\t10\n"
@@ -703,7 +736,8 @@ def show_ids(ids: SemanticIds) -> Any:
   """What an artefact holds."""
   arrays = {name: plain(getattr(ids, name)) for name in ("codes", "stream_codes", "present", "codebooks")}
   encoder = {name: plain(array) for name, array in sorted(ids.encoder.items())}
-  return list(ids.streams), ids.data_hash, json.dumps(ids.settings, sort_keys=True), arrays, encoder
+  settings = json.dumps(ids.settings, sort_keys=True)
+  return list(ids.streams), ids.data_hash, ids.item_ids.to_json(), settings, arrays, encoder
 
 
 def folder_of(save: Callable[[pathlib.Path], None]) -> Files:
@@ -963,6 +997,14 @@ def readers() -> dict[str, Reader]:
       read_new_items,
       expect_new_items,
     ),
+    "asked histories, text": Reader(
+      ASKED, in_files(("asked.txt",), (damage_bytes, damage_fields), NO_FILE),
+      lambda folder: read_asked(folder / "asked.txt"), expect_asked,
+    ),
+    "asked histories, JSON": Reader(
+      ASKED_JSON, in_files(("asked.jsonl",), (damage_bytes, damage_json_line), NO_FILE),
+      lambda folder: read_asked(folder / "asked.jsonl"), expect_asked,
+    ),
     "RecBole .inter": recbole("tiny.inter"),
     "RecBole .item": recbole("tiny.item"),
     "artefact arrays": Reader(
@@ -976,6 +1018,10 @@ def readers() -> dict[str, Reader]:
     ),
     "artefact semantic_ids.json": Reader(
       ids, in_files(("semantic_ids.json",), (damage_bytes, damage_json, pickled), NO_FILE),
+      lambda folder: show_ids(SemanticIds.load(folder)), expect_ids, True,
+    ),
+    "artefact item_ids.json": Reader(
+      ids, in_files(("item_ids.json",), (damage_bytes, damage_json, pickled), NO_FILE),
       lambda folder: show_ids(SemanticIds.load(folder)), expect_ids, True,
     ),
     "artefact forged": Reader(

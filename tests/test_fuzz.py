@@ -16,8 +16,9 @@ from bbqrec_jax.errors import InputError
 
 CASES = 60
 READERS = (
-  "sequences.txt", "timestamps.txt", "items.jsonl", "items.jsonl.gz", "features.npy", "has.npy", "new items' features",
-  "RecBole .inter", "RecBole .item", "artefact arrays", "artefact encoder.npz", "artefact semantic_ids.json",
+  "sequences.txt", "timestamps.txt", "items.jsonl", "items.jsonl.gz", "features.npy", "has.npy",
+  "new items' features", "asked histories, text", "asked histories, JSON", "RecBole .inter", "RecBole .item",
+  "artefact arrays", "artefact encoder.npz", "artefact semantic_ids.json", "artefact item_ids.json",
   "artefact forged", "tokenizer settings", "run.json", "config.json", "config.json forged", "results.json",
   "recommender.json", "health.json",
 )  # fmt: skip
