@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from absl import flags
@@ -29,6 +29,7 @@ def assign(
   *,
   item_ids: ItemIds | None = None,
   block: int = 2048,
+  trusted: Collection[str] = (),
 ) -> SemanticIds:
   """Quantizes unseen items with a tokenizer that no longer learns; no item that has an ID changes it.
 
@@ -42,6 +43,7 @@ def assign(
     item_ids: what the data calls the N known and the n new items; None where those of the known ones are 0..N - 1, and
       the new ones count on.
     block: items that are quantized at once.
+    trusted: Python modules outside this project that the tokenizer's quantizer may be imported from.
 
   Returns:
     The IDs of N + n items, the new ones at the end.
@@ -52,7 +54,7 @@ def assign(
   """
   if item_ids is None:
     item_ids = ids.item_ids.extended(None, len(next(iter(present.values()))), where="the new items")
-  settings, latents, here, codes = _quantized(ids, features, present, block=block)
+  settings, latents, here, codes = _quantized(ids, features, present, block=block, trusted=trusted)
   levels = len(settings.id_streams) * settings.num_levels + (settings.repair == "suffix")
   if ids.streams != settings.streams or ids.codes.shape[1] != levels:
     raise InputError(
@@ -74,10 +76,15 @@ def assign(
 
 
 def _quantized(
-  ids: SemanticIds, features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray], *, block: int
+  ids: SemanticIds,
+  features: Mapping[str, np.ndarray],
+  present: Mapping[str, np.ndarray],
+  *,
+  block: int,
+  trusted: Collection[str],
 ) -> tuple[TokenizerSettings, np.ndarray, np.ndarray, np.ndarray]:
   """The tokenizer's settings, and of the new items the latents [S, n, d], present [S, n] and codes [S, n, L]."""
-  settings = settings_from_json(ids.settings)
+  settings = settings_from_json(ids.settings, trusted=trusted)
   check_arrays(settings, ids.encoder, ids.codebooks)
   widths = feature_widths(features)
   if widths != dict(settings.modalities):
@@ -102,11 +109,11 @@ def main(argv: list[str]) -> None:
   try:
     check_new(output)
     ids = SemanticIds.load(options.tokenizer)
-    settings = settings_from_json(ids.settings)
+    settings = settings_from_json(ids.settings, trusted=options.trust)
     features, present = load_new_items(options.features, dict(settings.modalities))
     count = len(next(iter(present.values())))
     item_ids, _ = read_new_items(options.features, ids.item_ids, count=count)
-    extended = assign(ids, features, present, item_ids=item_ids)
+    extended = assign(ids, features, present, item_ids=item_ids, trusted=options.trust)
     warnings = far_features(FeatureStore(features, present, ids.encoder), num_known=settings.num_items)
   except InputError as error:
     refuse(error)
@@ -124,6 +131,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   define_path("tokenizer", "The tokenizer/ folder of a run.")
   define_path("features", "Folder with <modality>_features.npy, a row for each new item, and items.jsonl, their ids.")
+  flags.DEFINE_list("trust", [], "Python modules of yours that the tokenizer's quantizer may be imported from.")
   define_path("output", "Folder for the IDs of the known and the new items together.")
   flags.mark_flags_as_required(["tokenizer", "features", "output"])
   start(main)
