@@ -8,6 +8,7 @@ import ml_collections
 from bbqrec_jax.data.settings import DataSettings
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.settings import EvaluationSettings, RecommenderSettings, trains_tokenizer
+from bbqrec_jax.tokenizer.quantizers import check_quantizer
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.settings import from_config, section, setting, to_config
 
@@ -73,4 +74,7 @@ def read_config(config: Any, *, tokenizer_alone: bool = False) -> RunSettings:
       do not fit one another.
   """
   own = trains_tokenizer(config, alone=tokenizer_alone)
-  return from_config(RunSettings, config, unchecked=None if own else "tokenizer.")
+  settings = from_config(RunSettings, config, unchecked=None if own else "tokenizer.")
+  if own:
+    check_quantizer(settings.tokenizer, field="config field tokenizer.")
+  return settings

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bbqrec_jax.tokenizer.losses import CatalogueRows
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 
 def test_functions_by_themselves_quantize(snippet, tmp_path, load_file):
@@ -34,7 +35,8 @@ def test_the_custom_quantizer_chooses_by_cosine(snippet, tmp_path, load_file):
   (tmp_path / "my_quantizers.py").write_text(snippet("parts.md", "my_quantizers.py"), encoding="utf-8")
   rng = np.random.default_rng(0)
   residual, codebooks = rng.normal(size=(7, 4)).astype(np.float32), rng.normal(size=(2, 5, 4)).astype(np.float32)
-  result = load_file(tmp_path / "my_quantizers.py").by_cosine(jnp.asarray(residual), jnp.asarray(codebooks))
+  made = load_file(tmp_path / "my_quantizers.py").CosineQuantizer(TokenizerSettings())
+  result = made.encode(jnp.asarray(residual), jnp.asarray(codebooks))
   quantized = np.zeros_like(residual)
   for level, codebook in enumerate(codebooks):
     norms = np.linalg.norm(residual, axis=1)[:, None] * np.linalg.norm(codebook, axis=1)

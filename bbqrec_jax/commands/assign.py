@@ -36,11 +36,11 @@ def main(argv: list[str]) -> None:
     check_new(output)
     start_devices()
     ids = SemanticIds.load(options.tokenizer)
-    settings = settings_from_json(ids.settings)
+    settings = settings_from_json(ids.settings, trusted=options.trust)
     features, present = load_new_items(options.features, dict(settings.modalities))
     count = len(next(iter(present.values())))
     item_ids, _ = read_new_items(options.features, ids.item_ids, count=count)
-    extended = assign(ids, features, present, item_ids=item_ids)
+    extended = assign(ids, features, present, item_ids=item_ids, trusted=options.trust)
     warnings = far_features(FeatureStore(features, present, ids.encoder), num_known=settings.num_items)
   except InputError as error:
     refuse(error)
@@ -59,6 +59,7 @@ def program() -> None:
   """Defines the flags and runs the program."""
   define_path("tokenizer", "The tokenizer/ folder of a run.")
   define_path("features", "Folder with <modality>_features.npy, a row for each new item, and items.jsonl, their ids.")
+  flags.DEFINE_list("trust", [], "Python modules of yours that the tokenizer's quantizer may be imported from.")
   define_path("output", "Folder for the IDs of the known and the new items together.")
   flags.mark_flags_as_required(["tokenizer", "features", "output"])
   start(main)

@@ -1,13 +1,13 @@
-"""Residual vector quantization: nearest codes, and gradients that pass through them.
+"""Residual vector quantization and finite scalar quantization: codes, and gradients that pass through them.
 
 Distances are float32 whatever the type of the latents, and no [B, K, d] array is ever formed.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -101,11 +101,6 @@ def residual_quantize(z: jax.Array, codebooks: jax.Array) -> ResidualQuantizatio
   )
 
 
-# (latents [B, d], codebooks [L, K, d]) -> ResidualQuantization; what a config's `tokenizer.quantizer` may name. A new
-# quantizer is one such function and one line here.
-QUANTIZERS: dict[str, Callable[[jax.Array, jax.Array], ResidualQuantization]] = {"rq_vae": residual_quantize}
-
-
 def quantization_error(result: ResidualQuantization, *, commitment: float = 0.25) -> jax.Array:
   """|sg(r) - e|^2 + commitment |r - sg(e)|^2, averaged over levels (RQ-VAE).
 
@@ -125,3 +120,43 @@ def quantization_error(result: ResidualQuantization, *, commitment: float = 0.25
 def decode(codes: jax.Array, codebooks: jax.Array) -> jax.Array:
   """Sum of the codewords that `codes` name: [..., L], [L, K, d] -> [..., d]."""
   return sum(codebooks[level][codes[..., level]] for level in range(codebooks.shape[0]))  # type: ignore[return-value]
+
+
+def channel_levels(num_codes: int, channels: int) -> tuple[int, ...]:
+  """How many values each channel of a finite scalar quantizer has: as alike as can be, with the product `num_codes`."""
+  levels, factor = [1] * channels, 2
+  primes = []
+  while num_codes > 1:
+    while num_codes % factor == 0:
+      primes.append(factor)
+      num_codes //= factor
+    factor = factor + 1 if factor * factor <= num_codes else max(num_codes, factor + 1)
+  for prime in reversed(primes):
+    levels[levels.index(min(levels))] *= prime
+  return tuple(levels)
+
+
+def finite_code(z: jax.Array, levels: tuple[int, ...]) -> jax.Array:
+  """The code of each row: every channel is rounded to one of n values between -1 and 1, (2 i + 1) / n - 1.
+
+  Args:
+    z: [B, c], each channel between -1 and 1.
+    levels: n of each channel.
+
+  Returns:
+    [B] int32, the i of the channels as the digits of one number, the first channel's the lowest.
+  """
+  code, base = jnp.zeros(z.shape[:-1], jnp.int32), 1
+  for channel, number in enumerate(levels):
+    digit = jnp.floor((z[..., channel].astype(jnp.float32) + 1.0) * (0.5 * number)).astype(jnp.int32)
+    code, base = code + base * jnp.clip(digit, 0, number - 1), base * number
+  return code
+
+
+def finite_codebook(levels: tuple[int, ...]) -> np.ndarray:
+  """What each code of `finite_code` stands for, [product of levels, c] float32."""
+  codes, columns = np.arange(int(np.prod(levels))), []
+  for number in levels:
+    columns.append((2.0 * (codes % number) + 1.0) / number - 1.0)
+    codes = codes // number
+  return np.stack(columns, axis=-1).astype(np.float32)

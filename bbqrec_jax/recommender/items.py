@@ -11,10 +11,11 @@ from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.similarity import equal_frequency_edges, overlap_edges, stream_pairs
 from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
-from bbqrec_jax.recommender.settings import RecommenderSettings, needs_semantic_ids, parts_of
+from bbqrec_jax.recommender.settings import RecommenderSettings, needs_semantic_ids, parts_of, trains_tokenizer
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.trie import build_trie
-from bbqrec_jax.tokenizer.frozen import RQ_KMEANS
+from bbqrec_jax.tokenizer.quantizers import make_quantizer
+from bbqrec_jax.tokenizer.settings import unchecked_settings
 from bbqrec_jax.utils.settings import from_config
 
 
@@ -37,8 +38,10 @@ def compares_streams(config: Any, ids: SemanticIds | None) -> bool:
 
   Where a tokenizer is still to be trained, `ids` are None.
   """
-  t = config.tokenizer
-  shared = len(ids.codebooks) == 1 if ids is not None else t.codebooks != "per_stream" and t.quantizer != RQ_KMEANS
+  if ids is not None:
+    shared = len(ids.codebooks) == 1
+  else:
+    shared = not trains_tokenizer(config) or make_quantizer(unchecked_settings(config)).shared
   return bool(config.recommender.cross_pairs and shared)
 
 

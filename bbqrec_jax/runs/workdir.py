@@ -15,6 +15,7 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY
 from bbqrec_jax.recommender.settings import BACKBONES, HEADS
+from bbqrec_jax.tokenizer.settings import QUANTIZERS
 from bbqrec_jax.utils.files import check_links, check_place, is_given, local_path, plain_path
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.lock import locked
@@ -186,7 +187,7 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
 
   Args:
     workdir: of the run, from anywhere.
-    trusted: Python modules outside this project that its heads and backbones may be imported from.
+    trusted: Python modules outside this project that its head, backbone and quantizer may be imported from.
 
   Raises:
     InputError: if there is no run, it is of another version of the fields, a value is none that the field can have, it
@@ -208,7 +209,8 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
   differing = differences(_identity(noted), _identity(flatten(config)))
   if differing:
     raise InputError(f"{path} and run.json beside it tell of different runs: {', '.join(differing)}; restore them")
-  for name, registered in (("recommender.head", HEADS), ("recommender.backbone", BACKBONES)):
+  parts = {"recommender.head": HEADS, "recommender.backbone": BACKBONES, "tokenizer.quantizer": QUANTIZERS}
+  for name, registered in parts.items():
     module = written[name].partition(":")[0]
     if written[name] not in registered and module not in trusted:
       raise InputError(

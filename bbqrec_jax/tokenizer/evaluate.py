@@ -16,7 +16,7 @@ from bbqrec_jax.ops.contrastive import normalize
 from bbqrec_jax.ops.ranking import expected_hits
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, linear_r2
 from bbqrec_jax.tokenizer.frozen import encode_blocks
-from bbqrec_jax.tokenizer.model import Tokenizer, stream_codebooks
+from bbqrec_jax.tokenizer.model import Tokenizer, codebooks_of
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.partitioning import Partitioner
 
@@ -165,7 +165,7 @@ class ContrastRecall:
   def __call__(self, params: Any, latents: np.ndarray, codes: np.ndarray) -> float:
     """Recall@10 for latents [S, N, d] and the fused stream's codes [N, L]."""
     settings = self._settings
-    codebooks = np.asarray(stream_codebooks(settings, self._partitioner.fetch(params["codebooks"]))[-1])
+    codebooks = codebooks_of(settings, self._partitioner.fetch(params))[-1]
     vectors = sum(codebooks[level][codes[:, level]] for level in range(len(codebooks)))
     if "id" in settings.streams:
       vectors = vectors + latents[settings.streams.index("id")]

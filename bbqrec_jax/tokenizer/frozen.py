@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -12,24 +12,25 @@ import numpy as np
 
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.layers.apply import apply
-from bbqrec_jax.ops.quantize import residual_quantize
+from bbqrec_jax.tokenizer.kmeans import content_latents
 from bbqrec_jax.tokenizer.model import Tokenizer
-from bbqrec_jax.tokenizer.settings import TokenizerSettings
+from bbqrec_jax.tokenizer.quantizers import check_quantizer, make_quantizer
+from bbqrec_jax.tokenizer.settings import QUANTIZERS, TokenizerSettings
 from bbqrec_jax.utils.files import is_plain_name
 from bbqrec_jax.utils.settings import from_config
-
-# Codebooks by k-means of the features themselves, with no gradient training: the cheap baseline.
-RQ_KMEANS = "rq_kmeans"
-
 
 _MEND = "train the tokenizer again"
 
 
-def settings_from_json(values: Mapping[str, Any]) -> TokenizerSettings:
-  """`TokenizerSettings` from what an artefact holds of them, which may come from anywhere; no code of it is run.
+def settings_from_json(values: Mapping[str, Any], *, trusted: Collection[str] = ()) -> TokenizerSettings:
+  """`TokenizerSettings` from what an artefact holds of them, which may come from anywhere.
+
+  Args:
+    values: of the fields.
+    trusted: Python modules outside this project that its quantizer may be imported from; no other code of it is run.
 
   Raises:
-    InputError: if a field is missing, unknown, or breaks its rules.
+    InputError: if a field is missing, unknown, or breaks its rules, or the quantizer is code that is not trusted.
   """
   given = dict(values)
   shapes = {name: _tuples(given.pop(name)) for name in ("modalities", "num_items") if name in given}
@@ -38,10 +39,19 @@ def settings_from_json(values: Mapping[str, Any]) -> TokenizerSettings:
       raise InputError(f"tokenizer setting {name} is missing; {_MEND}")
     if not fits(shapes[name]):
       raise InputError(f"tokenizer setting {name}: expected another value than {shown(repr(shapes[name]))}; {_MEND}")
+  quantizer = given.get("quantizer")
+  module = str(quantizer).partition(":")[0]
+  if quantizer not in tuple(QUANTIZERS) and module not in trusted:
+    raise InputError(
+      f"tokenizer setting quantizer names code outside this project, {shown(str(quantizer))}, and reading an artefact"
+      f" runs none: if you trust it, say --trust={shown(module)[1:-1]}"
+    )
   try:
-    return dataclasses.replace(from_config(TokenizerSettings, given), **shapes)
+    settings = dataclasses.replace(from_config(TokenizerSettings, given), **shapes)
+    check_quantizer(settings, field="config field ")
+    return settings
   except InputError as error:
-    raise InputError(f"the tokenizer's settings do not fit this version ({error}); {_MEND}") from error
+    raise InputError(f"the tokenizer's settings do not fit this version: {_MEND} ({error})") from error
 
 
 def _are_modalities(value: Any) -> bool:
@@ -67,31 +77,41 @@ def check_arrays(settings: TokenizerSettings, encoder: Mapping[str, np.ndarray],
       numbers (statistics of features may be float64, and deviations are more than 0), or the codebooks have another
       shape than the settings say.
   """
-  sets = len(settings.streams) if settings.codebooks == "per_stream" else 1
-  width = settings.code_width
-  if settings.quantizer == RQ_KMEANS:
-    width = sum(width for _, width in settings.modalities)
-  expected: dict[str, tuple[int, ...]] = {"codebooks": (sets, settings.num_levels, settings.num_codes, width)}
-  expected |= {f"{part}/{name}": (width,) for name, width in settings.modalities for part in ("mean", "deviation")}
-  if settings.quantizer != RQ_KMEANS:
+  quantizer = make_quantizer(settings)
+  _check_array("codebooks", codebooks, quantizer.codebook_shape)
+  fixed = quantizer.fixed()
+  if fixed is not None and not np.array_equal(codebooks, fixed):
+    raise InputError(f"the tokenizer's array 'codebooks' is not what its quantizer has: {_MEND}")
+  expected: dict[str, tuple[int, ...]] = {
+    f"{part}/{name}": (width,) for name, width in settings.modalities for part in ("mean", "deviation")
+  }
+  if quantizer.trained:
     expected |= {f"params/{name}": shape for name, shape in _parameter_shapes(settings).items()}
-    expected |= {"item_id": (width,)} if settings.item_id != "none" else {}
-  arrays = {"codebooks": codebooks, **encoder}
-  for name in sorted(expected.keys() ^ arrays.keys()):
+    expected |= {"item_id": (settings.code_width,)} if settings.item_id != "none" else {}
+  for name in sorted(expected.keys() ^ encoder.keys()):
     what = "is missing" if name in expected else "is not needed by its settings"
     raise InputError(f"the tokenizer's array {name!r} {what}: its files do not fit one another; {_MEND}")
-  for name, array in arrays.items():
-    dtypes = ("float32", "float64") if name.startswith(("mean/", "deviation/")) else ("float32",)
-    if (
-      array.shape != expected[name]
-      or array.dtype.name not in dtypes
-      or not np.isfinite(array).all()
-      or (name.startswith("deviation/") and np.any(array < np.finfo(array.dtype).tiny))
-    ):
-      raise InputError(
-        f"the tokenizer's array {name!r}: expected finite {' or '.join(dtypes)} {list(expected[name])}, got"
-        f" {array.dtype} {list(array.shape)}, or numbers that it cannot have; {_MEND}"
-      )
+  for name, array in encoder.items():
+    _check_array(name, array, expected[name])
+
+
+def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+  """Refuses an array of another shape, or of numbers that it cannot have.
+
+  Raises:
+    InputError: if it is one.
+  """
+  dtypes = ("float32", "float64") if name.startswith(("mean/", "deviation/")) else ("float32",)
+  if (
+    array.shape != shape
+    or array.dtype.name not in dtypes
+    or not np.isfinite(array).all()
+    or (name.startswith("deviation/") and np.any(array < np.finfo(array.dtype).tiny))
+  ):
+    raise InputError(
+      f"the tokenizer's array {name!r}: expected finite {' or '.join(dtypes)} {list(shape)}, got {array.dtype}"
+      f" {list(array.shape)}, or numbers that it cannot have; {_MEND}"
+    )
 
 
 def _parameter_shapes(settings: TokenizerSettings) -> dict[str, tuple[int, ...]]:
@@ -119,33 +139,6 @@ def frozen_parameters(settings: TokenizerSettings, params: Any) -> dict[str, np.
   return arrays
 
 
-def content_latents(
-  features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-  """Features themselves as latents: each modality in columns of its own, and the fused stream as all of them.
-
-  Args:
-    features: modality -> [B, D] standardised; divided by the root of D here, so that modalities weigh alike.
-    present: modality -> [B] bool.
-
-  Returns:
-    values [S, B, sum of D] float32 and present [S, B], of each modality and of "fused"; where an item lacks a modality,
-    its fused latent stands in.
-  """
-  names = list(features)
-  parts = [np.where(present[name][:, None], features[name], 0) / np.sqrt(features[name].shape[1]) for name in names]
-  columns = np.cumsum([0] + [part.shape[1] for part in parts])
-  fused = np.concatenate(parts, axis=1).astype(np.float32)
-  values = np.zeros((len(names) + 1, *fused.shape), np.float32)
-  masks = np.ones((len(names) + 1, len(fused)), bool)
-  for index, name in enumerate(names):
-    mine = slice(columns[index], columns[index + 1])
-    values[index, :, mine] = fused[:, mine]
-    masks[index] = present[name]
-  values[-1] = fused
-  return np.where(masks[..., None], values, fused[None]), masks
-
-
 class FrozenTokenizer:
   """Latents and codes of items, known or not, from settings and arrays alone."""
 
@@ -154,10 +147,12 @@ class FrozenTokenizer:
     self.settings = settings
     self._item_id = encoder.get("item_id")
     flat = {name.removeprefix("params/"): value for name, value in encoder.items() if name.startswith("params/")}
-    self._params = flax.traverse_util.unflatten_dict(flat, sep="/") | {"codebooks": codebooks}
-    if settings.quantizer == RQ_KMEANS:
-      self._content = jax.jit(jax.vmap(lambda rows, books: residual_quantize(rows, books).codes))
-      return
+    self._params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    self._codebooks, quantizer = codebooks, make_quantizer(settings)
+    self._trained = quantizer.trained
+    if quantizer.fixed() is None:
+      self._params |= {"codebooks": codebooks}
+    self._content = jax.jit(jax.vmap(lambda rows, books: quantizer.encode(rows, books).codes))
     model = Tokenizer(settings)
 
     def encode(params, item_id, features, present):
@@ -179,9 +174,9 @@ class FrozenTokenizer:
     Returns:
       latents [S, B, d], present [S, B], codes [S, B, L].
     """
-    if self.settings.quantizer == RQ_KMEANS:
+    if not self._trained:
       values, masks = content_latents(features, present)
-      return values, masks, np.asarray(self._content(values, self._params["codebooks"]))
+      return values, masks, np.asarray(self._content(values, self._codebooks))
     rows = len(next(iter(present.values())))
     if item_id is None and self._item_id is not None:
       item_id = np.broadcast_to(self._item_id, (rows, len(self._item_id)))
@@ -207,6 +202,7 @@ def id_space(
     codes [N, P L], latents [N, P d] and codebooks [P L, K, P d], for the P streams that make the ID.
   """
   chosen = [settings.streams.index(name) for name in settings.id_streams]
+  latents = np.asarray(make_quantizer(settings).bounded(jnp.asarray(latents)))
   if len(chosen) == 1:
     index = chosen[0]
     return codes[index], latents[index], codebooks[index % len(codebooks)]

@@ -24,13 +24,12 @@ from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer.evaluate import SequenceRecall
 from bbqrec_jax.tokenizer.model import history_reader
-from bbqrec_jax.tokenizer.settings import TokenizerSettings
+from bbqrec_jax.tokenizer.settings import TokenizerSettings, unchecked_settings
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import StepFunction, make_partitioner, reduce_shares
 from bbqrec_jax.training.state import TrainState, step_key
 from bbqrec_jax.training.step import Metrics, updated
 from bbqrec_jax.utils.messages import say
-from bbqrec_jax.utils.settings import from_config
 
 # The same for every tokenizer: on Scientific validation rises no more after 1,000 steps, on Beauty after some 3,500.
 STEPS, EVALUATE_EVERY = 4000, 500
@@ -134,7 +133,7 @@ def train_probe(
     evaluate_every: steps between two validations.
   """
   t, partitioner = config.tokenizer, make_partitioner(config)
-  settings = from_config(TokenizerSettings, t, prefix="tokenizer.", unchecked="")
+  settings = unchecked_settings(config)
   model, optimizer = HistoryProbe(settings), make_optimizer(t.optimizer, total_steps=steps)
   centred = vectors - vectors.mean(axis=0)
   frozen = partitioner.place(centred / np.sqrt(max(centred.var(axis=0).mean(), np.finfo(np.float32).tiny)))

@@ -1,5 +1,6 @@
 """Codes by residual k-means of the features: nothing is learned of behaviour, and no gradient is taken."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,34 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.kmeans import residual_kmeans
-from bbqrec_jax.tokenizer.frozen import content_latents
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
+
+
+def content_latents(
+  features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Features themselves as latents: each modality in columns of its own, and the fused stream as all of them.
+
+  Args:
+    features: modality -> [B, D] standardised; divided by the root of D here, so that modalities weigh alike.
+    present: modality -> [B] bool.
+
+  Returns:
+    values [S, B, sum of D] float32 and present [S, B], of each modality and of "fused"; where an item lacks a modality,
+    its fused latent stands in.
+  """
+  names = list(features)
+  parts = [np.where(present[name][:, None], features[name], 0) / np.sqrt(features[name].shape[1]) for name in names]
+  columns = np.cumsum([0] + [part.shape[1] for part in parts])
+  fused = np.concatenate(parts, axis=1).astype(np.float32)
+  values = np.zeros((len(names) + 1, *fused.shape), np.float32)
+  masks = np.ones((len(names) + 1, len(fused)), bool)
+  for index, name in enumerate(names):
+    mine = slice(columns[index], columns[index + 1])
+    values[index, :, mine] = fused[:, mine]
+    masks[index] = present[name]
+  values[-1] = fused
+  return np.where(masks[..., None], values, fused[None]), masks
 
 
 def check_varied(dataset: Dataset, *, block: int = 2048) -> None:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply
-from bbqrec_jax.ops import quantize
 from bbqrec_jax.ops.contrastive import following, info_nce
+from bbqrec_jax.ops.quantize import straight_through
 from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.quantizers import make_quantizer
 from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 from bbqrec_jax.utils.named import named
 
@@ -159,6 +160,7 @@ def tokenizer_loss(
   """
   s = model.settings
   names, streams, training = s.names, s.streams, key is not None
+  quantizer = make_quantizer(s)
 
   def run(method, *args, **kwargs):
     rngs = {"dropout": key} if training else None
@@ -174,8 +176,9 @@ def tokenizer_loss(
     if levels is not None:
       kept = jnp.arange(s.num_levels, dtype=jnp.int32)[:, None] < levels[None]
       codewords = jnp.sum(jnp.where(kept[..., None], result.codewords, 0.0), axis=1)
-    passed = quantize.straight_through(latents.values, codewords)
-    return result, jnp.where(quantized, passed, latents.values)
+    given = quantizer.bounded(latents.values)
+    passed = straight_through(given, codewords)
+    return result, jnp.where(quantized, passed, given)
 
   def mean_error(rebuilt):
     """Mean squared error over width, present rows and modalities."""
@@ -199,7 +202,7 @@ def tokenizer_loss(
   nothing = jax.tree.map(jnp.zeros_like, specific)
   fused_reconstruction = mean_error(run("reconstruct", dict.fromkeys(names, passed[-1]), nothing))
 
-  error = jax.vmap(lambda one: quantize.quantization_error(one, commitment=s.commitment))(result)
+  error = jax.vmap(quantizer.loss)(result)
   quantization = masked_mean(error.reshape(-1), latents.present.reshape(-1), axis_name=axis_name)
   quantization = jnp.where(quantized, quantization, 0.0)
 

@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bbqrec_jax.layers.dense import Dense
 from bbqrec_jax.layers.transformer import CausalBackbone
-from bbqrec_jax.ops import quantize
+from bbqrec_jax.ops.quantize import ResidualQuantization
 from bbqrec_jax.tokenizer.encoders import MLP
+from bbqrec_jax.tokenizer.quantizers import make_quantizer
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 
@@ -19,6 +21,12 @@ def by_codebook(settings: TokenizerSettings, rows: jax.Array) -> jax.Array:
   if settings.codebooks == "per_stream":
     return rows
   return jnp.swapaxes(rows, 0, 1).reshape(1, rows.shape[1], -1, *rest)
+
+
+def codebooks_of(settings: TokenizerSettings, params: Any) -> np.ndarray:
+  """The codebooks [G, L, K, d] of a tokenizer with (fetched) parameters, learned or not."""
+  fixed = make_quantizer(settings).fixed()
+  return np.asarray(params["codebooks"]) if fixed is None else fixed
 
 
 def stream_codebooks(settings: TokenizerSettings, codebooks: jax.Array) -> jax.Array:
@@ -73,7 +81,13 @@ class Tokenizer(nn.Module):
     self.decoders = {name: MLP((*reversed(s.hidden), width)) for name, width in s.modalities}
     if s.item_id != "none":
       self.item_embedding = nn.Embed(s.num_items, s.code_width, embedding_init=nn.initializers.normal(0.02))
-    self.codebooks = self.param("codebooks", nn.initializers.normal(s.code_width**-0.5), s.codebook_shape, jnp.float32)
+    self.quantizer = make_quantizer(s)
+    fixed = self.quantizer.fixed()
+    if fixed is None:
+      start = nn.initializers.normal(s.code_width**-0.5)
+      self.codebooks = self.param("codebooks", start, self.quantizer.codebook_shape, jnp.float32)
+    else:
+      self.codebooks = jnp.asarray(fixed)
     self.history, self.query = history_reader(s)
 
   def latents(self, items: jax.Array, features: dict[str, jax.Array], present: dict[str, jax.Array]) -> Latents:
@@ -126,7 +140,7 @@ class Tokenizer(nn.Module):
     """The state u at each position of each history: [R, C, d] -> [R, C, d]."""
     return self.query(self.history(vectors, segments, positions, deterministic=deterministic))
 
-  def quantize(self, values: jax.Array) -> quantize.ResidualQuantization:
+  def quantize(self, values: jax.Array) -> ResidualQuantization:
     """Quantizes stacked streams, each with its codebooks.
 
     Args:
@@ -138,14 +152,14 @@ class Tokenizer(nn.Module):
     s = self.settings
     streams, batch, width = values.shape
     sets = self.codebooks.shape[0]
-    result = jax.vmap(quantize.QUANTIZERS[s.quantizer])(values.reshape(sets, -1, width), self.codebooks)
+    result = jax.vmap(self.quantizer.encode)(values.reshape(sets, -1, width), self.codebooks)
 
     def by_stream(array):
       """[G, L, R, d] -> [S, L, B, d]."""
       array = array.reshape(sets, s.num_levels, streams // sets, batch, width)
       return jnp.swapaxes(array, 1, 2).reshape(streams, s.num_levels, batch, width)
 
-    return quantize.ResidualQuantization(
+    return ResidualQuantization(
       result.codes.reshape(streams, batch, s.num_levels),
       result.quantized.reshape(streams, batch, width),
       by_stream(result.residuals),

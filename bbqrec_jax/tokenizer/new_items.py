@@ -1,7 +1,7 @@
 """Semantic IDs for items that came after training."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -22,6 +22,7 @@ def assign(
   *,
   item_ids: ItemIds | None = None,
   block: int = 2048,
+  trusted: Collection[str] = (),
 ) -> SemanticIds:
   """Quantizes unseen items with a tokenizer that no longer learns; no item that has an ID changes it.
 
@@ -35,6 +36,7 @@ def assign(
     item_ids: what the data calls the N known and the n new items; None where those of the known ones are 0..N - 1, and
       the new ones count on.
     block: items that are quantized at once.
+    trusted: Python modules outside this project that the tokenizer's quantizer may be imported from.
 
   Returns:
     The IDs of N + n items, the new ones at the end.
@@ -45,7 +47,7 @@ def assign(
   """
   if item_ids is None:
     item_ids = ids.item_ids.extended(None, len(next(iter(present.values()))), where="the new items")
-  settings, latents, here, codes = _quantized(ids, features, present, block=block)
+  settings, latents, here, codes = _quantized(ids, features, present, block=block, trusted=trusted)
   levels = len(settings.id_streams) * settings.num_levels + (settings.repair == "suffix")
   if ids.streams != settings.streams or ids.codes.shape[1] != levels:
     raise InputError(
@@ -67,10 +69,15 @@ def assign(
 
 
 def _quantized(
-  ids: SemanticIds, features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray], *, block: int
+  ids: SemanticIds,
+  features: Mapping[str, np.ndarray],
+  present: Mapping[str, np.ndarray],
+  *,
+  block: int,
+  trusted: Collection[str],
 ) -> tuple[TokenizerSettings, np.ndarray, np.ndarray, np.ndarray]:
   """The tokenizer's settings, and of the new items the latents [S, n, d], present [S, n] and codes [S, n, L]."""
-  settings = settings_from_json(ids.settings)
+  settings = settings_from_json(ids.settings, trusted=trusted)
   check_arrays(settings, ids.encoder, ids.codebooks)
   widths = feature_widths(features)
   if widths != dict(settings.modalities):

@@ -1,13 +1,20 @@
 """The settings of stage 1, and the shapes that follow from them and from the data."""
 
 import dataclasses
+from typing import Any
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.ops.quantize import QUANTIZERS
 from bbqrec_jax.training.settings import OptimizerSettings
-from bbqrec_jax.utils.settings import derived, section, setting
+from bbqrec_jax.utils.settings import derived, from_config, section, setting
 
 _LARGEST = 2**31 - 1  # Of what an array is as long as.
+
+# Quantizers by name: what makes one of the settings.
+QUANTIZERS = {
+  "rq_vae": "bbqrec_jax.tokenizer.quantizers:ResidualQuantizer",
+  "rq_kmeans": "bbqrec_jax.tokenizer.quantizers:ResidualKMeans",
+  "fsq": "bbqrec_jax.tokenizer.quantizers:FiniteScalarQuantizer",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,10 @@ class TokenizerSettings:
   hidden: tuple[int, ...] = setting((512, 256), "Encoder widths between the features and d; decoders mirror them.")
   artefact: str = setting("", "Folder of a tokenizer trained before (a run's tokenizer/), to use it and train none.")
   quantizer: str = setting(
-    "rq_vae", "Learned residual codebooks, rq_vae; or rq_kmeans, of the features themselves, where nothing is learned."
+    "rq_vae",
+    "Learned residual codebooks; residual k-means of the features themselves, where nothing is learned; or"
+    " finite scalar quantization, without codebooks.",
+    parts=QUANTIZERS,
   )
   codebooks: str = setting(
     "shared", "Shared by all streams (the paper's), or one per stream.", choices=("shared", "per_stream")
@@ -121,9 +131,6 @@ class TokenizerSettings:
       InputError: if some do not.
     """
     field = f"config field {prefix}"
-    known = (*QUANTIZERS, "rq_kmeans")
-    if self.quantizer not in known:
-      raise InputError(f"{field}quantizer must be one of {', '.join(known)}, got {self.quantizer!r}")
     if not 0 < len(self.hidden) <= 100 or not all(0 < width <= _LARGEST for width in self.hidden):
       raise InputError(f"{field}hidden must be 1 to 100 widths of at least 1, as 512,256, got {self.hidden!r}")
     if self.max_length == 1:
@@ -137,13 +144,13 @@ class TokenizerSettings:
         f"{field}row_length = {self.row_length} must be at least {prefix}max_length = {self.max_length}: a full history"
         " must fit into a row"
       )
-    if self.own_loss and self.quantizer == "rq_kmeans":
-      raise InputError(
-        f"{field}own_loss: nothing learns with {prefix}quantizer = 'rq_kmeans'; leave it empty, or choose another"
-        " quantizer"
-      )
     if self.warmup_steps >= self.steps:
       raise InputError(
         f"{field}warmup_steps = {self.warmup_steps} must be less than {prefix}steps = {self.steps}: the codebooks are"
         " fitted when the warm-up ends"
       )
+
+
+def unchecked_settings(config: Any) -> TokenizerSettings:
+  """The tokenizer's settings of a run's config, which is checked elsewhere; without the shapes of the data."""
+  return from_config(TokenizerSettings, config.tokenizer, prefix="tokenizer.", unchecked="")

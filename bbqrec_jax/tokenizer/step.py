@@ -14,6 +14,7 @@ from bbqrec_jax.ops.codebooks import code_counts, perplexity, revive_codes
 from bbqrec_jax.tokenizer.club import Disentangling
 from bbqrec_jax.tokenizer.losses import OwnLoss, TokenizerOutput, tokenizer_loss
 from bbqrec_jax.tokenizer.model import Tokenizer, by_codebook
+from bbqrec_jax.tokenizer.quantizers import make_quantizer
 from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 from bbqrec_jax.tokenizer.state import TokenizerState
 from bbqrec_jax.training.partitioning import StepFunction, reduce_shares
@@ -36,6 +37,20 @@ class CodebookUpkeep:
   revival_threshold: float = 0.1
   usage_decay: float = 0.98
 
+  def _counted(self, output: TokenizerOutput) -> jax.Array:
+    """Which rows of each codebook count, [G, L, R] bool."""
+    s = self.settings
+    # Codebooks that streams share are judged by the streams that make the IDs; its own codebook, by each stream.
+    judged = jnp.array([s.codebooks == "per_stream" or name in s.id_streams for name in s.streams])
+    mask = output.present & judged[:, None]
+    return by_codebook(s, jnp.broadcast_to(mask[:, None], (len(s.streams), s.num_levels, mask.shape[1])))
+
+  def counts(self, output: TokenizerOutput, *, axis_name: str | None) -> jax.Array:
+    """How often a step chose each code for what makes semantic IDs, [G, L, K]."""
+    chosen = by_codebook(self.settings, jnp.swapaxes(output.codes, 1, 2))
+    count = jax.vmap(jax.vmap(lambda code, weight: code_counts(code, self.settings.num_codes, weights=weight)))
+    return reduce_shares(count(chosen, self._counted(output)), axis_name)
+
   def __call__(
     self, codebooks: jax.Array, usage: jax.Array, output: TokenizerOutput, *, key: jax.Array, axis_name: str | None
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -51,21 +66,9 @@ class CodebookUpkeep:
     Returns:
       (codebooks, usage, counts [G, L, K] of this step's choices that make semantic IDs).
     """
-    s = self.settings
-    num_codes = codebooks.shape[-2]
-
-    def spread(mask):
-      """[S, B] -> one flag a row of each codebook, [G, L, R]."""
-      return by_codebook(s, jnp.broadcast_to(mask[:, None], (len(s.streams), s.num_levels, mask.shape[1])))
-
-    # Codebooks that streams share are judged by the streams that make the IDs; its own codebook, by each stream.
-    judged = jnp.array([s.codebooks == "per_stream" or name in s.id_streams for name in s.streams])
-    chosen = by_codebook(s, jnp.swapaxes(output.codes, 1, 2))
-    residuals = by_codebook(s, output.residuals)
-    counted = spread(output.present & judged[:, None])
-
-    counts = jax.vmap(jax.vmap(lambda code, weight: code_counts(code, num_codes, weights=weight)))(chosen, counted)
-    counts = reduce_shares(counts, axis_name)
+    counted = self._counted(output)
+    counts = self.counts(output, axis_name=axis_name)
+    residuals = by_codebook(self.settings, output.residuals)
     rows = jnp.sum(counts, axis=-1, keepdims=True)
     share = jnp.where(rows > 0, counts / jnp.maximum(rows, 1.0), usage)
     usage = self.usage_decay * usage + (1.0 - self.usage_decay) * share
@@ -105,6 +108,7 @@ def make_tokenizer_step(
     step(state, shared, batch, *, axis_name) -> (state, metrics); `shared` is a `FeatureStore.table` where batches are
     made without features, otherwise None.
   """
+  fixed = make_quantizer(model.settings).fixed() is not None
 
   def step(state: TokenizerState, shared: Any, batch: Any, *, axis_name: str | None) -> tuple[TokenizerState, Metrics]:
     if shared is not None:
@@ -140,6 +144,9 @@ def make_tokenizer_step(
       state = state.replace(critic=critic, critic_opt_state=critic_opt_state)  # type: ignore[attr-defined]
       metrics["critic_likelihood"] = likelihood
 
+    if fixed:
+      metrics["perplexity_level_1"] = perplexity(upkeep.counts(output, axis_name=axis_name)[-1, 0])
+      return state, metrics
     before = state.params["codebooks"]
     codebooks, usage, counts = upkeep(before, state.usage, output, key=upkeep_key, axis_name=axis_name)
     metrics["perplexity_level_1"] = perplexity(counts[-1, 0])

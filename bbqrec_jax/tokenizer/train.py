@@ -18,7 +18,6 @@ from bbqrec_jax.data.features import feature_widths
 from bbqrec_jax.data.interactions import Interactions, Split
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.pipeline import CatalogueSample, PackedHistories, tokenizer_batches
-from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.health import codebook_health, format_health
@@ -26,16 +25,15 @@ from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collision
 from bbqrec_jax.tokenizer.club import ClubCritic, Disentangling
 from bbqrec_jax.tokenizer.evaluate import CatalogueEncoder, ContrastRecall, Inspection, tokenizer_health
 from bbqrec_jax.tokenizer.frozen import (
-  RQ_KMEANS,
   FrozenTokenizer,
   encode_blocks,
   frozen_parameters,
   id_space,
 )
-from bbqrec_jax.tokenizer.kmeans import kmeans_codebooks
 from bbqrec_jax.tokenizer.losses import find_own_loss
-from bbqrec_jax.tokenizer.model import Tokenizer
-from bbqrec_jax.tokenizer.settings import TokenizerSettings
+from bbqrec_jax.tokenizer.model import Tokenizer, codebooks_of
+from bbqrec_jax.tokenizer.quantizers import make_quantizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings, unchecked_settings
 from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
 from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
 from bbqrec_jax.training.logging import MetricsLog
@@ -47,7 +45,6 @@ from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.json_files import write_json
 from bbqrec_jax.utils.messages import say
-from bbqrec_jax.utils.settings import from_config
 
 
 def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
@@ -55,38 +52,11 @@ def tokenizer_settings(config: Any, dataset: Dataset) -> TokenizerSettings:
 
   Where nothing is learned there are no item IDs, and each stream has codebooks in columns of its own.
   """
-  settings = from_config(TokenizerSettings, config.tokenizer, prefix="tokenizer.", unchecked="")
-  if settings.quantizer == RQ_KMEANS:
+  settings = unchecked_settings(config)
+  if not make_quantizer(settings).trained:
     settings = dataclasses.replace(settings, item_id="none", codebooks="per_stream")
   modalities = tuple(feature_widths(dataset.features).items())
   return dataclasses.replace(settings, modalities=modalities, num_items=dataset.num_items)
-
-
-def fit_codebooks(
-  settings: TokenizerSettings, latents: np.ndarray, present: np.ndarray, *, iterations: int, points: int, seed: int
-) -> np.ndarray:
-  """Residual k-means over the present latents of the streams that each codebook serves.
-
-  Args:
-    settings: of the tokenizer.
-    latents: [S, N, d].
-    present: [S, N] bool.
-    iterations: of Lloyd's algorithm at each level.
-    points: latents that the seeds are drawn from; the iterations see all of them.
-    seed: of the draw and of the seeding.
-
-  Returns:
-    [G, L, K, d] float32 (see `TokenizerSettings.codebook_shape`).
-  """
-  sets, levels, num_codes, width = settings.codebook_shape
-  rows, here = latents.reshape(sets, -1, width), present.reshape(sets, -1).astype(np.float32)
-  return np.stack([
-    residual_kmeans(
-      seed, rows[number], num_levels=levels, num_codes=num_codes, weights=here[number], iterations=iterations,
-      sample=points,
-    )
-    for number in range(sets)
-  ])  # fmt: skip
 
 
 def build_semantic_ids(
@@ -136,17 +106,17 @@ def _finish(ids: SemanticIds, raw: np.ndarray, health: dict[str, Any], folder: p
   return SemanticIds.load(folder)
 
 
-def run_kmeans_tokenizer(
+def run_feature_tokenizer(
   config: Any, dataset: Dataset, split: Split, *, data_hash: str, workdir: pathlib.Path
 ) -> SemanticIds:
-  """Semantic IDs by residual k-means of the standardised features, one codebook a stream: no gradient, no behaviour.
+  """Semantic IDs of the standardised features themselves, one codebook a stream: no gradient, no behaviour.
 
   Returns:
     As `run_tokenizer`.
   """
   start = time.monotonic()
   settings, store = tokenizer_settings(config, dataset), dataset.store
-  codebooks, encoder = kmeans_codebooks(settings, store, seed=config.seed), store.arrays()
+  codebooks, encoder = make_quantizer(settings).fit_features(store, seed=config.seed), store.arrays()
   frozen = FrozenTokenizer(settings, encoder, codebooks)
   latents, present, codes = encode_blocks(lambda items: frozen(*store.rows(items)), dataset.num_items, block=2048)
   ids, raw = build_semantic_ids(
@@ -259,8 +229,9 @@ def run_tokenizer(
   """
   t, folder = config.tokenizer, workdir / "tokenizer"
   settings = tokenizer_settings(config, dataset)
-  if settings.quantizer == RQ_KMEANS:
-    return run_kmeans_tokenizer(config, dataset, split, data_hash=data_hash, workdir=workdir)
+  quantizer = make_quantizer(settings)
+  if not quantizer.trained:
+    return run_feature_tokenizer(config, dataset, split, data_hash=data_hash, workdir=workdir)
   store = dataset.store
   model, initial_state, step, batches, shared = tokenizer_training(config, settings, split.train, store)
   encode = CatalogueEncoder(model, store, partitioner=partitioner)
@@ -268,13 +239,10 @@ def run_tokenizer(
   inspect = Inspection(model, store, seed=config.seed, partitioner=partitioner)
 
   def before_step(step: int, state: TrainState) -> TrainState:
-    if step != t.warmup_steps:
+    if step != t.warmup_steps or quantizer.fixed() is not None:
       return state
     latents, present, _ = encode(state.params)
-    codebooks = fit_codebooks(
-      settings, latents, present, iterations=t.kmeans_iterations, points=t.kmeans_points, seed=config.seed
-    )
-    codebooks = processes.of_the_first(codebooks)
+    codebooks = processes.of_the_first(quantizer.fit(latents, present, seed=config.seed))
     params = state.params | {"codebooks": partitioner.place(codebooks)}
     usage = partitioner.place(even_usage(settings.codebook_shape))
     return state.replace(params=params, usage=usage)  # type: ignore[attr-defined]
@@ -283,7 +251,7 @@ def run_tokenizer(
     """The health report of a state, and the catalogue's latents, present and codes."""
     encoded = encode(state.params)
     latents, _, codes = encoded
-    codebooks = np.asarray(partitioner.fetch(state.params["codebooks"]))
+    codebooks = codebooks_of(settings, partitioner.fetch(state.params))
     raw, _, _ = id_space(settings, latents, codes, codebooks)
     health = tokenizer_health(settings, raw, split) | inspect(state.params)
     # Without the contrast nothing has taught the history's states where to point.
@@ -324,7 +292,7 @@ def run_tokenizer(
   )
   health, (latents, present, codes) = examine(state)
   params = partitioner.fetch(state.params)
-  codebooks = np.asarray(params["codebooks"])
+  codebooks = codebooks_of(settings, params)
   encoder = frozen_parameters(settings, params) | store.arrays()
   ids, raw = build_semantic_ids(
     settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids

@@ -7,8 +7,11 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.ops.quantize import (
+  channel_levels,
   code_distances,
   decode,
+  finite_code,
+  finite_codebook,
   nearest_code,
   quantization_error,
   residual_quantize,
@@ -136,3 +139,23 @@ def test_unequal_widths_are_refused_with_both_shapes():
 def test_a_single_codebook_without_levels_is_refused_with_its_shape():
   with pytest.raises(ValueError, match=r"levels, codes, width.*\(5, 3\)"):
     residual_quantize(jnp.zeros((7, 3)), jnp.zeros((5, 3)))
+
+
+@pytest.mark.parametrize(
+  ("num_codes", "channels", "levels"),
+  [(256, 8, (2,) * 8), (256, 4, (4,) * 4), (30, 2, (5, 6)), (7, 3, (7, 1, 1)), (1, 2, (1, 1))],
+)
+def test_values_are_shared_out_evenly_over_channels(num_codes, channels, levels):
+  assert channel_levels(num_codes, channels) == levels
+
+
+@pytest.mark.parametrize("levels", [(2, 3), (5, 1), (4, 2, 3)])
+def test_finite_codes_are_the_nearest_of_their_codebook(levels):
+  codebook = finite_codebook(levels)
+  assert codebook.shape == (np.prod(levels), len(levels))
+  assert_array_equal(finite_code(jnp.asarray(codebook), levels), np.arange(len(codebook)))
+  z = np.random.default_rng(0).uniform(-1, 1, size=(200, len(levels))).astype(np.float32)
+  nearest = np.square(z[:, None] - codebook[None]).sum(axis=-1).argmin(axis=1)
+  assert_array_equal(finite_code(jnp.asarray(z), levels), nearest)
+  ends = jnp.asarray([[-1.0] * len(levels), [1.0] * len(levels)])
+  assert_array_equal(finite_code(ends, levels), [0, len(codebook) - 1])

@@ -124,12 +124,13 @@ def start(workdir, **changes):
   return workdir
 
 
-@pytest.mark.parametrize("field", ["recommender.head", "recommender.backbone"])
+@pytest.mark.parametrize("field", ["recommender.head", "recommender.backbone", "tokenizer.quantizer"])
 def test_code_that_a_workdir_names_is_not_run_until_it_is_trusted(tmp_path, monkeypatch, field):
   # The module lies in the workdir itself, and the program is started beside it.
   workdir = start(tmp_path / "run", **{field: "run.theirs:make"})
   (workdir / "theirs.py").write_text(
-    "from pathlib import Path\nPath(__file__).with_name('mark').touch()\nmake = print\n"
+    "from pathlib import Path\nPath(__file__).with_name('mark').touch()\n"
+    "from bbqrec_jax.tokenizer.quantizers import ResidualQuantizer as make\n"
   )
   monkeypatch.syspath_prepend(tmp_path)
   with pytest.raises(InputError, match=rf"config\.json field {field} names code.*--trust=run\.theirs"):

@@ -7,7 +7,7 @@ from numpy.testing import assert_array_equal
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.tokenizer import kmeans
-from bbqrec_jax.tokenizer.frozen import content_latents
+from bbqrec_jax.tokenizer.kmeans import content_latents
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 ITEMS, LEVELS, CODES, SEED = 60, 2, 5, 3

@@ -12,10 +12,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.club import club_full
-from bbqrec_jax.ops.quantize import QUANTIZERS, residual_quantize
+from bbqrec_jax.ops.quantize import residual_quantize
 from bbqrec_jax.tokenizer.club import ClubCritic
 from bbqrec_jax.tokenizer.losses import check_own_loss, tokenizer_loss
 from bbqrec_jax.tokenizer.model import Tokenizer, by_codebook, stream_codebooks
+from bbqrec_jax.tokenizer.quantizers import ResidualQuantizer
 from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 
 ITEMS, LEVELS, CODES, WIDTH = 12, 2, 4, 6
@@ -528,14 +529,29 @@ def test_each_stream_is_quantized_with_the_codebooks_that_serve_it(batch, random
     assert all(np.any(np.all(rows == row, axis=-1)) for row in wanted)
 
 
-def test_another_quantizer_is_one_function_and_one_line(params, batch, monkeypatch):
-  def zeros(z, codebooks):
-    fixed = residual_quantize(jnp.zeros_like(z), codebooks)
-    return fixed._replace(residuals=jnp.broadcast_to(z, fixed.residuals.shape))
+class Zeros(ResidualQuantizer):
+  """A quantizer of one's own: every latent gets the codes of nothing."""
 
-  monkeypatch.setitem(QUANTIZERS, "zeros", zeros)
-  settings = dataclasses.replace(SETTINGS, quantizer="zeros")
+  def encode(self, latents, codebooks):
+    fixed = residual_quantize(jnp.zeros_like(latents), codebooks)
+    return fixed._replace(residuals=jnp.broadcast_to(latents, fixed.residuals.shape))
+
+
+def test_another_quantizer_is_a_class_by_its_name(params, batch):
+  settings = dataclasses.replace(SETTINGS, quantizer=f"{__name__}:Zeros")
   values = latents(params, batch, settings).values
   result = call(settings, "quantize", params, values)
   assert len(np.unique(np.asarray(result.codes).reshape(-1, LEVELS), axis=0)) == 1
   assert_array_equal(result.residuals[:, 0], values)
+
+
+def test_the_gradient_of_finite_codes_is_that_of_the_bounded_latents(params, batch, run):
+  settings = dataclasses.replace(SETTINGS, quantizer="fsq")
+  own = {name: value for name, value in params.items() if name != "codebooks"}
+  _, output, gradient = run(own, batch, settings=settings)
+  assert output.terms["quantization"] == 0
+  assert moved(gradient) == set(own)
+  bounded = np.tanh(latents(own, batch, settings).values)
+  assert_allclose(output.residuals[:, 0], bounded, atol=1e-6)
+  _, output, _ = run(own, batch, settings=settings, quantized=False)
+  assert_allclose(output.quantized["text"], bounded[0], atol=1e-6)

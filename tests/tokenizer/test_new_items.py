@@ -17,14 +17,15 @@ from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collision
 from bbqrec_jax.tokenizer.frozen import (
   FrozenTokenizer,
   check_arrays,
-  content_latents,
   encode_blocks,
   frozen_parameters,
   id_space,
   settings_from_json,
 )
+from bbqrec_jax.tokenizer.kmeans import content_latents
 from bbqrec_jax.tokenizer.model import Tokenizer
 from bbqrec_jax.tokenizer.new_items import assign
+from bbqrec_jax.tokenizer.quantizers import make_quantizer
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 ITEMS, LEVELS, CODES, WIDTH = 30, 2, 8, 4
@@ -63,14 +64,15 @@ def make_ids(random_params, *, repair="reassign", **choices):
     encoder = frozen_parameters(settings, params) | store.arrays()
   own = params["item_embedding"]["embedding"] if settings.item_id != "none" else None
   rows = store.rows(np.arange(ITEMS))
-  width = 13 if settings.quantizer == "rq_kmeans" else WIDTH
-  start = np.zeros((settings.codebook_shape[0], LEVELS, CODES, width), np.float32)
+  quantizer = make_quantizer(settings)
+  start = np.zeros(quantizer.codebook_shape, np.float32)
   latents, _, _ = FrozenTokenizer(settings, encoder, start)(*rows, own)
   # Codewords amid the latents, so that items are told apart at all.
   drawn = np.random.default_rng(2).permutation(ITEMS)[: LEVELS * CODES].reshape(LEVELS, CODES)
   scale = np.array([1.0, 0.3], np.float32)[:, None, None]
   books = [latents[stream][drawn] * scale for stream in range(len(settings.streams))]
   codebooks = np.stack(books if settings.codebooks == "per_stream" else books[-1:])
+  codebooks = codebooks if quantizer.fixed() is None else quantizer.fixed()
   frozen = FrozenTokenizer(settings, encoder, codebooks)
   latents, here, codes = frozen(*rows, own)
   raw, id_latents, id_codebooks = id_space(settings, latents, codes, codebooks)
@@ -87,6 +89,7 @@ CHOICES = [
   {"repair": "suffix"},
   {"codebooks": "per_stream", "semantic_id": "concatenated"},
   {"item_id": "none", "normalize": False},
+  {"quantizer": "fsq"},
   {"quantizer": "rq_kmeans"},
   {"quantizer": "rq_kmeans", "semantic_id": "concatenated", "repair": "suffix"},
 ]
@@ -107,7 +110,9 @@ def test_new_items_get_ids_of_their_own_and_no_known_item_changes(random_params,
   assert_array_equal(whole.codes, extended.codes)
 
 
-@pytest.mark.parametrize("choices", [{"item_id": "none"}, {"quantizer": "rq_kmeans"}], ids=str)
+@pytest.mark.parametrize(
+  "choices", [{"item_id": "none"}, {"item_id": "none", "quantizer": "fsq"}, {"quantizer": "rq_kmeans"}], ids=str
+)
 def test_an_item_with_the_features_of_a_known_one_and_no_id_of_its_own_gets_its_codes(random_params, choices):
   """Some of the known ones: their own statistics are others than those of all."""
   ids = make_ids(random_params, **choices)
@@ -157,14 +162,14 @@ def one_artefact(random_params):
     ("modalities", [["text", 8]]), ("modalities", [["text", 8], ["../x", 5]]), ("modalities", [["text", 0]]),
     ("modalities", "text"), ("modalities", []), ("hidden", [10**9]), ("hidden", [6] * 10**4), ("hidden", 6),
     ("num_levels", 10**9), ("num_codes", True), ("code_width", "4"), ("item_id", "no such"), ("item_id", "none"),
-    ("semantic_id", "concatenated"), ("quantizer", "os:system"), ("quantizer", "rq_kmeans"),
+    ("semantic_id", "concatenated"), ("quantizer", "os:system"), ("quantizer", "rq_kmeans"), ("quantizer", "fsq"),
     ("codebooks", "per_stream"), ("temperature", None), ("repair", "suffix"), ("repair", "none"),
     ("history_layers", 10**12), ("code_width", 0), ("num_codes", 0),
   ],
 )  # fmt: skip
 def test_settings_that_are_not_of_the_arrays_are_refused_before_anything_is_computed(one_artefact, setting, value):
   forged = dataclasses.replace(one_artefact, settings={**one_artefact.settings, setting: value})
-  with pytest.raises(InputError, match=r"train it again|train the tokenizer again|trained on modalities"):
+  with pytest.raises(InputError, match=r"train it again|train the tokenizer again|trained on modalities|--trust=os"):
     assign(forged, *make_features(3))
 
 
@@ -211,7 +216,7 @@ def test_the_command_line_writes_an_artefact_of_all_items(random_params, tmp_pat
   for name, array in features.items():
     np.save(folder / f"{name}_features.npy", array)
 
-  options = types.SimpleNamespace(tokenizer=tmp_path / "ids", features=folder, output=tmp_path / "out")
+  options = types.SimpleNamespace(tokenizer=tmp_path / "ids", features=folder, output=tmp_path / "out", trust=[])
   monkeypatch.setattr("bbqrec_jax.commands.assign.quiet_flags", lambda: options)
   main(["assign"])
   written = SemanticIds.load(tmp_path / "out")

@@ -20,9 +20,10 @@ from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.tokenizer import train as tokenizer_stage
 from bbqrec_jax.tokenizer.club import Disentangling
 from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.quantizers import Quantizer, make_quantizer
 from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 from bbqrec_jax.tokenizer.step import CodebookUpkeep
-from bbqrec_jax.tokenizer.train import fit_codebooks, run_tokenizer, tokenizer_settings, tokenizer_training
+from bbqrec_jax.tokenizer.train import run_tokenizer, tokenizer_settings, tokenizer_training
 from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.partitioning import SingleDevice
 from bbqrec_jax.utils.settings import to_config
@@ -168,11 +169,11 @@ def test_when_the_warm_up_ends_the_codebooks_are_fitted_to_the_latents_once(prep
   codebooks = np.random.default_rng(5).normal(size=settings.codebook_shape).astype(np.float32)
   calls = []
 
-  def fit(*arguments, **options):
-    calls.append((*arguments, options))
+  def fit(quantizer, *arguments, **options):
+    calls.append((quantizer.settings, *arguments, options))
     return codebooks
 
-  monkeypatch.setattr(tokenizer_stage, "fit_codebooks", fit)
+  monkeypatch.setattr(Quantizer, "fit", fit)
   plan, state = prepare(config, SingleDevice())
   for step in (0, 7, 9, 16):
     assert plan.before_step(step, state) is state
@@ -182,7 +183,7 @@ def test_when_the_warm_up_ends_the_codebooks_are_fitted_to_the_latents_once(prep
   fitted = plan.before_step(8, used)
   ((of_settings, latents, present, options),) = calls
   assert of_settings == settings
-  assert options == {"iterations": 3, "points": 50, "seed": 3}
+  assert options == {"seed": 3}
   rows = FeatureStore(dataset.features, dataset.present).rows(np.arange(ITEMS))
   encode = jax.jit(lambda params: apply(Tokenizer(settings), params, "latents", np.arange(ITEMS), *rows))
   expected = encode(state.params)
@@ -211,8 +212,10 @@ def rows():
 
 
 def fitted(codebooks, latents, present, **changes):
-  options = {"iterations": 4, "points": 1000, "seed": 1} | changes
-  return fit_codebooks(dataclasses.replace(CODEBOOKS, codebooks=codebooks), latents, present, **options)
+  options = {"kmeans_iterations": 4, "kmeans_points": 1000, "seed": 1} | changes
+  seed = options.pop("seed")
+  settings = dataclasses.replace(CODEBOOKS, codebooks=codebooks, **options)
+  return make_quantizer(settings).fit(latents, present, seed=seed)
 
 
 @pytest.mark.parametrize("codebooks", ["shared", "per_stream"])
@@ -238,5 +241,5 @@ def test_codebooks_are_the_residual_kmeans_of_the_latents_that_they_serve_and_ar
 def test_how_codebooks_are_fitted_is_told(rows):
   latents, present = rows
   plain = fitted("shared", latents, present)
-  for changes in ({"iterations": 1}, {"points": 8}, {"seed": 2}):
+  for changes in ({"kmeans_iterations": 1}, {"kmeans_points": 8}, {"seed": 2}):
     assert (fitted("shared", latents, present, **changes) != plain).any(), changes

@@ -12,11 +12,12 @@ import pytest
 from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.interactions import Split, leave_one_out
 from bbqrec_jax.data.sources import load
-from bbqrec_jax.ops.quantize import QUANTIZERS, residual_quantize
+from bbqrec_jax.ops.quantize import residual_quantize
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer import train as tokenizer_stage
 from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, settings_from_json
-from bbqrec_jax.tokenizer.settings import TokenizerSettings
+from bbqrec_jax.tokenizer.quantizers import ResidualQuantizer
+from bbqrec_jax.tokenizer.settings import QUANTIZERS, TokenizerSettings
 from bbqrec_jax.tokenizer.step import make_tokenizer_step
 from bbqrec_jax.tokenizer.train import run_tokenizer, tokenizer_settings
 from bbqrec_jax.training.logging import MetricsLog
@@ -51,22 +52,18 @@ ALTERNATIVES = {
   "features alone, concatenated": {
     "tokenizer.quantizer": "rq_kmeans", "tokenizer.semantic_id": "concatenated", "tokenizer.repair": "suffix",
   },
-  "quantizer of one's own": {"tokenizer.quantizer": "signs"},
+  "finite": {"tokenizer.quantizer": "fsq"},
+  "quantizer of one's own": {"tokenizer.quantizer": f"{__name__}:Signs"},
 }  # fmt: skip
 
 
-def signs(z, codebooks):
+class Signs(ResidualQuantizer):
   """A quantizer of one's own: each level's code is the sign pattern of four coordinates."""
-  bits = (z.reshape(len(z), 2, 4) > 0) @ (2 ** np.arange(4))
-  chosen = jnp.stack([codebooks[level][bits[:, level]] for level in range(2)])
-  return residual_quantize(z, codebooks)._replace(codes=bits, codewords=chosen, quantized=chosen.sum(axis=0))
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_quantizer():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(QUANTIZERS, "signs", signs)
-    yield
+  def encode(self, latents, codebooks):
+    bits = (latents.reshape(len(latents), 2, 4) > 0) @ (2 ** np.arange(4))
+    chosen = jnp.stack([codebooks[level][bits[:, level]] for level in range(2)])
+    return residual_quantize(latents, codebooks)._replace(codes=bits, codewords=chosen, quantized=chosen.sum(axis=0))
 
 
 def make_config(changes):
@@ -115,7 +112,7 @@ def trained(data, tmp_path_factory, compile_cache):
 def test_the_runs_below_take_every_choice_and_every_switch_both_ways():
   taken = [flatten(make_config(changes)) for changes in ALTERNATIVES.values()]
   choices = {field.name: field.metadata["rule"].choices for field in dataclasses.fields(TokenizerSettings)}
-  choices["quantizer"] = (*QUANTIZERS, "rq_kmeans")
+  choices["quantizer"] = (*QUANTIZERS, f"{__name__}:Signs")
   for name, values in choices.items():
     if values:
       assert {run[f"tokenizer.{name}"] for run in taken} == set(values), name
@@ -161,7 +158,8 @@ def test_every_alternative_trains(data, trained, name):
   records = [line for line in lines if line["kind"] == "train"]
   assert [record["step"] for record in records] == list(range(5, STEPS + 1, 5))
   assert records[-1]["reconstruction"] < records[0]["reconstruction"] - 0.05
-  assert [record["quantization"] > 0 for record in records] == [record["step"] > 8 for record in records]
+  quantized = [record["step"] > 8 and name != "finite" for record in records]
+  assert [record["quantization"] > 0 for record in records] == quantized
   assert (workdir / "checkpoints" / "tokenizer" / str(STEPS)).is_dir()
 
 
