@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, parse_flags, training, writing
 from bbqrec_jax.commands import recommend
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import Diverged, InputError, StorageError
 from bbqrec_jax.utils.files import check_output
 from bbqrec_jax.utils.messages import say
@@ -297,7 +298,8 @@ def test_flags_of_recommend_that_do_not_go_together(given, said):
   ],
 )
 def test_recommend_takes_times_in_the_unit_of_the_data(tmp_path, many, unit, times, seconds):
-  options = dict.fromkeys(("history", "histories", "times", "timestamps"))
+  options = dict.fromkeys(("history", "user", "histories", "times", "timestamps"))
+  dataset = types.SimpleNamespace(item_ids=ItemIds.numbered(4), time_unit=unit)
   if many:
     options |= {"histories": tmp_path / "histories.txt", "timestamps": tmp_path / "times.txt"}
     options["histories"].write_text("ann 3 1\nbob 0 2\n")
@@ -306,12 +308,12 @@ def test_recommend_takes_times_in_the_unit_of_the_data(tmp_path, many, unit, tim
     options |= {"history": "3,1", "times": times.replace(" ", ",")}
   options = types.SimpleNamespace(**options)
   if isinstance(seconds, list):
-    histories = recommend.asked_for(options, num_items=4, time_unit=unit)
+    histories = recommend.asked_for(options, dataset)
     assert histories.items.tolist() == [3, 1, 0, 2][: len(histories.items)]
     assert histories.times.tolist() == seconds * (1 + many)
     return
   with pytest.raises(InputError) as error:
-    recommend.asked_for(options, num_items=4, time_unit=unit)
+    recommend.asked_for(options, dataset)
   assert seconds in str(error.value)
   assert str(error.value).startswith(f"{tmp_path}/times.txt line 1: " if many else "--times entry ")
 

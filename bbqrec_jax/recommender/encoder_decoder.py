@@ -144,10 +144,10 @@ class Encoder(Backbone):
     position = repeat_rows(position[0], batch)
     drop = Dropout(s.dropout, deterministic=deterministic)
     x = drop(x)
-    if bias is not None:
-      bias = jnp.repeat(jnp.repeat(bias, levels, axis=2), levels, axis=3)
-    added = summed_bias(position, bias)
     for index in range(s.num_layers):
+      # Expanded anew in each layer: summed before it is folded, its gradient would be rounded otherwise.
+      own = None if bias is None else jnp.repeat(jnp.repeat(bias, levels, axis=2), levels, axis=3)
+      added = summed_bias(position, own)
       x, _ = Layer(s, name=f"layer_{index}")(x, mask, added, deterministic=deterministic)
     return Memory(drop(nn.RMSNorm(name="final_norm")(x)), here)
 

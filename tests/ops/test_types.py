@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import leave_one_out
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.layers.apply import apply
@@ -43,15 +44,12 @@ SMALL = {
 TOKENIZERS = {
   "as it comes": {},
   "otherwise": {
-    "tokenizer.codebooks": "per_stream", "tokenizer.codebook_update": "moving_average", "tokenizer.item_id": "stream",
-    "tokenizer.balanced_last": True, "tokenizer.gradient": "rotation", "tokenizer.learn_temperature": True,
-    "tokenizer.club.bound": "sampled", "tokenizer.device_features": 0,
+    "tokenizer.codebooks": "per_stream", "tokenizer.item_id": "none", "tokenizer.device_features": 0,
   },
 }  # fmt: skip
 SYSTEMS = {
   "parallel": {"recommender.head": "parallel", "recommender.similarity_kind": "continuous"},
-  "hybrid": {"recommender.head": "hybrid", "recommender.similarity_kind": "overlap", "recommender.layer_tables": True},
-  # A generative one and a dense one.
+  "generative": {"recommender.similarity_kind": "overlap"},
   "two towers": {
     "recommender.head": "hybrid", "recommender.item_inputs": ("fused", "modalities", "features", "item"),
     "recommender.item_dropout": 0.2, "recommender.dense_tower.width": 8,
@@ -92,6 +90,7 @@ def random_ids():
     present=np.stack([*dataset.present.values(), np.ones(NUM_ITEMS, bool)]),
     codebooks=rng.normal(size=(1, LEVELS, CODES, 4)).astype(np.float32),
     data_hash="of a test",
+    item_ids=ItemIds.numbered(NUM_ITEMS),
   )
 
 
@@ -249,7 +248,9 @@ def test_a_run_in_64_bit_mode_is_read_and_served(tmp_path):
     run = restore(tmp_path / "run")
     asked = {"top": 5, "beam_width": 10}
     items, scores = recommend(run.model, run.params, run.catalogue, np.array([3, 5, 7]), **asked)
-    write_export(tmp_path / "made", run.model, run.params, run.catalogue, **asked, platforms=["cpu"])
+    write_export(
+      tmp_path / "made", run.model, run.params, run.catalogue, **asked, platforms=["cpu"], item_ids=run.dataset.item_ids
+    )
     history = jnp.array([[3, 5, 7] + [-1] * 5])
     assert history.dtype == jnp.int64
     served = load_export(tmp_path / "made")(history, history)

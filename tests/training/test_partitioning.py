@@ -298,8 +298,11 @@ def test_large_tables_are_spread_with_what_the_optimiser_keeps_of_them():
     # What fills up is nothing to the optimiser: no gradient, no momentum, no step.
     np.testing.assert_array_equal(together[len(whole) :], 0)
   # Parameters, and the momentum of each.
-  tables = {name: rows for name, rows in spread.items() if name.startswith("[0]")}
-  assert tables == {"[0]['item_embedding'].values": NUM_ITEMS, "[0]['code_embedding'].values": 2 * LEVELS * CODES}
+  tables = {name: rows for name, rows in spread.items() if name.startswith(".params")}
+  assert tables == {
+    ".params['item_embedding'].values": NUM_ITEMS,
+    ".params['code_embedding'].values": 2 * LEVELS * CODES,
+  }
   assert len(spread) == 2 * len(tables)
   partitioner = PARTITIONERS["sharded"](4)
   catalogue = partitioner.place(make_catalogue())
@@ -375,9 +378,9 @@ def test_revival_moves_codes_out_of_use_alone():
   # Codes came into use with the second of three steps. One that nothing chose since is at a quarter of its even share.
   kept, _, kept_params, _ = train("pmap", 4, "three steps")
   revived, _, revived_params, _ = train("pmap", 4, "revival")
-  dead = np.asarray(kept.codes.usage) < 0.3 / kept.codes.usage.shape[-1]
+  dead = np.asarray(kept.usage) < 0.3 / kept.usage.shape[-1]
   assert 0 < dead.sum() < dead.size
-  np.testing.assert_allclose(revived.codes.usage, np.where(dead, 1 / 16, kept.codes.usage), rtol=1e-6)
+  np.testing.assert_allclose(revived.usage, np.where(dead, 1 / 16, kept.usage), rtol=1e-6)
   # Two programs: what did not move is alike within rounding.
   change = np.abs(kept_params[-1]["codebooks"] - revived_params[-1]["codebooks"])
   moved = np.any(change > 1e-4, axis=-1)

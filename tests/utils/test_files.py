@@ -174,7 +174,7 @@ def test_json_is_no_larger_nor_deeper_than_can_be_read(tmp_path):
   assert read_json(path) == {}
   os.truncate(path, 2**40)
   with little_memory():
-    refusal(lambda: read_json(path), path, "of at most 268435456 bytes, got 1099511627776")
+    refusal(lambda: read_json(path), path, "of at most 1073741824 bytes, got 1099511627776")
 
 
 ITEM = "item_id:token\tx:float_seq\na\t1\nb\t2\n"

@@ -31,13 +31,18 @@ with lasting_streams(needed=sys.argv[2] == "needed"):
 """
 
 
+def _without_columns():
+  """The environment without a terminal's width, which whoever starts the tests may have told."""
+  return {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+
+
 def call(tmp_path, redirections, *, needed="needed", **environment):
   """Runs PROGRAM in a shell: (status, standard error, what it wrote into its file)."""
   (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
   result = subprocess.run(
     ["bash", "-c", f'set -o pipefail; "$@" {redirections}', "bash", sys.executable, "program.py",
      os.path.dirname(bbqrec_jax.__file__), needed, "file"],
-    cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment, stdin=subprocess.DEVNULL,
+    cwd=tmp_path, env=_without_columns() | {"PYTHONIOENCODING": "utf-8"} | environment, stdin=subprocess.DEVNULL,
     capture_output=True, check=False, timeout=60,
   )  # fmt: skip
   return result.returncode, result.stderr.decode(), (tmp_path / "file").read_text()
