@@ -35,9 +35,10 @@ from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions, Split, from_lengths, leave_one_out
 from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories
-from bbqrec_jax.recommender.catalogue import Catalogue, RecommenderSettings
+from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.evaluate import evaluate, make_ranker, popularity_metrics
 from bbqrec_jax.recommender.items import sampled_similarities
+from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions
 from bbqrec_jax.semantic_ids.trie import build_trie
@@ -88,7 +89,7 @@ def measure_items(folder: pathlib.Path, items: int, *, repair: bool) -> None:
   path = folder / f"text_features_{items}.npy"
   if not path.exists():
     write_features(path, items)
-  settings = TokenizerSettings((("text", WIDTH),), items)
+  settings = TokenizerSettings(modalities=(("text", WIDTH),), num_items=items)
   row = {"text": np.zeros((1, WIDTH), np.float32)}
   here = {"text": np.ones(1, bool)}
   small = dataclasses.replace(settings, num_items=1)
@@ -145,8 +146,8 @@ def history_paths(
   for head in heads:
     levels = {"dense": 0, "generative": codes.shape[1]}[head]
     settings = RecommenderSettings(
-      items, num_levels=levels, num_codes=64, num_columns=0, head=head, width=32, num_layers=1, mlp_width=32,
-      max_length=max_length, num_streams=0, seen_item_bias=True,
+      num_items=items, num_levels=levels, num_codes=64, num_columns=0, head=head, width=32, num_layers=1, mlp_width=32,
+      max_length=max_length, num_streams=0, seen_item_bias=True, subtree_logits=False,
     )  # fmt: skip
     model, trie = make_recommender(settings), build_trie(codes) if levels else None
     catalogue = Catalogue(

@@ -114,9 +114,9 @@ def assert_same_run(together, alone):
 UNEVEN = """
 import runpy
 import jax
-from bbqrec_jax.tokenizer import train as tokenizer_stage
-fit = tokenizer_stage.fit_codebooks
-tokenizer_stage.fit_codebooks = lambda *args, **options: fit(*args, **options) * (1 + 0.1 * jax.process_index())
+from bbqrec_jax.tokenizer.quantizers import Quantizer
+fit = Quantizer.fit
+Quantizer.fit = lambda *args, **options: fit(*args, **options) * (1 + 0.1 * jax.process_index())
 runpy.run_module("bbqrec_jax.main", run_name="__main__")
 """
 

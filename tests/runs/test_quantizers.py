@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from bbqrec_jax.assign import assign
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.sources import load
-from bbqrec_jax.recommend import recommend
 from bbqrec_jax.runs import run as experiment
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
+from bbqrec_jax.serving.recommend import recommend
+from bbqrec_jax.tokenizer.new_items import assign
 from bbqrec_jax.utils.json_files import read_json
 
 ITEMS = 60

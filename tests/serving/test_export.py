@@ -136,7 +136,7 @@ def test_a_changed_export_is_refused_in_one_line(exported, tmp_path):
   for name in ("function.bin", "arrays.npz", "export.json"):
     (tmp_path / name).write_bytes((exported / name).read_bytes())
   (tmp_path / "function.bin").write_bytes(b"no function")
-  with pytest.raises(InputError, match=r"function\.bin: expected what bbqrec_jax\.export wrote"):
+  with pytest.raises(InputError, match=r"function\.bin: expected what `bbqrec export` wrote"):
     load_export(tmp_path)
   note = read_json(exported / "export.json")
   write_json(tmp_path / "export.json", {"arrays": note["arrays"][1:]})
