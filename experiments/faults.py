@@ -44,7 +44,7 @@ from absl import flags, logging
 from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.data.synthetic import make_synthetic
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.utils.files import check_output
+from bbqrec_jax.utils.files import check_output, plain_path
 from bbqrec_jax.utils.json_files import read_json, write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -163,8 +163,8 @@ def numbers(workdir: pathlib.Path) -> dict[str, Any]:
   """All that a finished run must agree in with another: metrics, parameters and semantic IDs."""
   results = read_json(workdir / "results.json")
   best = workdir / "checkpoints" / "recommender" / str(results["best_step"]) / "state"
-  with ocp.StandardCheckpointer() as checkpointer:
-    params = checkpointer.restore(best.absolute())["params"]
+  with plain_path(best.absolute()) as plain, ocp.StandardCheckpointer() as checkpointer:
+    params = checkpointer.restore(plain)["params"]
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
