@@ -15,7 +15,7 @@ from bbqrec_jax.utils.standard_streams import lasting, lasting_streams
 
 # A program that prints as ours do, without what takes them seconds to import.
 PROGRAM = """
-import os, sys, types
+import contextlib, os, sys, types
 package = types.ModuleType("bbqrec_jax")
 package.__path__ = [sys.argv[1]]
 sys.modules["bbqrec_jax"] = package
@@ -25,7 +25,9 @@ with lasting_streams(needed=sys.argv[2] == "needed"):
     print("товар ±", number)
   print("что", file=sys.stderr)
   with open(sys.argv[3], "w") as file:  # Must not get the number of a standard stream.
-    os.write(1, b"library\\n"), os.write(2, b"library\\n")
+    for descriptor in (1, 2):  # As libraries in C do, which look at no error: a reader may leave at any moment.
+      with contextlib.suppress(BrokenPipeError):
+        os.write(descriptor, b"library\\n")
     file.write(f"done, descriptor {file.fileno() > 2}, columns {os.environ.get('COLUMNS')}, input {sys.stdin.read()!r}")
   sys.exit(0)
 """
