@@ -67,9 +67,6 @@ def sasrec_config(system: str = "sasrec") -> ml_collections.ConfigDict:
     system: "sasrec" knows items by number alone, "sasrec_features" also by a linear map of their features.
   """
   config = system_config(system)
-  config.recommender.dropout = 0.5
-  config.recommender.steps = 3000
-  config.recommender.evaluate_every = 250
   return config
 
 

@@ -18,10 +18,12 @@ class SelfAttention(nn.Module):
   Attributes:
     num_heads: H; must divide the width.
     implementation: of the attention, see `ops.attention`.
+    dropout: rate on the attention weights.
   """
 
   num_heads: int
   implementation: str = "einsum"
+  dropout: float = 0.0
 
   @nn.compact
   def __call__(
@@ -30,41 +32,52 @@ class SelfAttention(nn.Module):
     mask: jax.Array,
     bias: jax.Array | None = None,
     cache: KeyValue | None = None,
+    queries: jax.Array | None = None,
+    *,
+    deterministic: bool = True,
   ) -> tuple[jax.Array, KeyValue]:
-    """Attends from each position of `x` to `cache` and to `x` itself.
+    """Attends from each position of `x`, or from `queries`, to `cache` and to `x`.
 
     Args:
       x: [B, T, d].
-      mask: bool, broadcasts to [B, H, T, P + T].
+      mask: bool, broadcasts to [B, H, Q, P + T].
       bias: broadcasts like `mask`, or None.
+      queries: [B, Q, d]; None: x.
       cache: keys and values [B, P, H, d / H] of earlier positions, or None.
+      deterministic: no dropout.
 
     Returns:
-      [B, T, d], and the keys and values [B, P + T, H, d / H] to pass on as the next call's cache.
+      [B, Q, d], and the keys and values [B, P + T, H, d / H] to pass on as the next call's cache.
     """
     width = x.shape[-1]
     heads = (self.num_heads, width // self.num_heads)
-    query, key, value = (DenseGeneral(heads, name=name)(x) for name in ("query", "key", "value"))
+    query = DenseGeneral(heads, name="query")(x if queries is None else queries)
+    key, value = (DenseGeneral(heads, name=name)(x) for name in ("key", "value"))
     if cache is not None:
       key, value = jnp.concatenate([cache[0], key], axis=1), jnp.concatenate([cache[1], value], axis=1)
-    mixed = attention(query, key, value, mask=mask, bias=bias, implementation=self.implementation)
+    drop = None if deterministic or not self.dropout else Dropout(self.dropout, deterministic=False)
+    mixed = attention(query, key, value, mask=mask, bias=bias, implementation=self.implementation, drop=drop)
     return DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
 
 
 class TransformerLayer(nn.Module):
-  """A pre-normalised transformer layer.
+  """A transformer layer.
 
   Attributes:
     num_heads: H.
     mlp_width: width of the feed-forward part.
     dropout: rate on each of the two residual branches.
     implementation: see `SelfAttention`.
+    attention_dropout: rate on the attention weights.
+    post_norm: normalise each sum of the residual stream and a branch, in place of what goes into the branch.
   """
 
   num_heads: int
   mlp_width: int
   dropout: float = 0.0
   implementation: str = "einsum"
+  attention_dropout: float = 0.0
+  post_norm: bool = False
 
   @nn.compact
   def __call__(
@@ -73,16 +86,35 @@ class TransformerLayer(nn.Module):
     mask: jax.Array,
     bias: jax.Array | None = None,
     cache: KeyValue | None = None,
+    at: jax.Array | None = None,
     *,
     deterministic: bool,
   ) -> tuple[jax.Array, KeyValue]:
-    """As `SelfAttention`: [B, T, d] -> [B, T, d], and the keys and values."""
+    """As `SelfAttention`: [B, T, d] -> [B, T, d], and the keys and values.
+
+    With `at`, [B] int, only the output at one place of each row is made, [B, 1, d]: a last layer need not make more.
+    """
     drop = Dropout(self.dropout, deterministic=deterministic)
-    attend = SelfAttention(self.num_heads, self.implementation, name="attention")
-    mixed, cache = attend(nn.LayerNorm()(x), mask, bias, cache)
+    before, after = nn.LayerNorm(name="LayerNorm_0"), nn.LayerNorm(name="LayerNorm_1")
+    attend = SelfAttention(self.num_heads, self.implementation, self.attention_dropout, name="attention")
+    normed, queries = x if self.post_norm else before(x), None
+    if at is not None:
+      x, queries = _at(x, at, axis=1), _at(normed, at, axis=1)
+      mask, bias = _at(mask, at, axis=2), None if bias is None else _at(bias, at, axis=2)
+    mixed, cache = attend(normed, mask, bias, cache, queries, deterministic=deterministic)
     x = x + drop(mixed)
-    hidden = nn.gelu(Dense(self.mlp_width)(nn.LayerNorm()(x)))
-    return x + drop(Dense(x.shape[-1])(hidden)), cache
+    if self.post_norm:
+      x = before(x)
+    hidden = nn.gelu(Dense(self.mlp_width)(x if self.post_norm else after(x)))
+    x = x + drop(Dense(x.shape[-1])(hidden))
+    return after(x) if self.post_norm else x, cache
+
+
+def _at(x: jax.Array, places: jax.Array, *, axis: int) -> jax.Array:
+  """One place [B] of each row's axis, which stays with length 1; a row of one is all rows'."""
+  x = jnp.broadcast_to(x, (places.shape[0], *x.shape[1:]))
+  index = places.reshape(-1, *(1 for _ in x.shape[1:]))
+  return jnp.take_along_axis(x, index, axis=axis)
 
 
 class RelativeBias(nn.Module):
@@ -147,6 +179,10 @@ class CausalBackbone(nn.Module):
     implementation: see `SelfAttention`.
     position_buckets: of relative positions, which then take the place of embeddings of the places; 0: embeddings.
     time_buckets: of the time between interactions, a bias like that of relative positions; 0: none.
+    attention_dropout: rate on the attention weights.
+    post_norm: see `TransformerLayer`; the input is normalised too, and the output no more.
+    from_end: count the places of a history from its last item, where each row is one history.
+    last_only: give the state at the last item alone, where each row is one history.
   """
 
   num_layers: int
@@ -157,6 +193,10 @@ class CausalBackbone(nn.Module):
   implementation: str = "einsum"
   position_buckets: int = 0
   time_buckets: int = 0
+  attention_dropout: float = 0.0
+  post_norm: bool = False
+  from_end: bool = False
+  last_only: bool = False
 
   @nn.compact
   def __call__(
@@ -180,20 +220,30 @@ class CausalBackbone(nn.Module):
       deterministic: no dropout.
 
     Returns:
-      [B, T, d] normalised states; those at padding mean nothing.
+      [B, T, d] normalised states, those at padding mean nothing; or [B, d], the last.
     """
+    last = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
     position, elapsed = None, None
     if self.position_buckets:
       distance = positions[:, None, :] - positions[:, :, None]
       position = RelativeBias(self.num_heads, self.position_buckets, bidirectional=False, name="position")(distance)
     else:
       place = nn.Embed(self.max_length, x.shape[-1], embedding_init=nn.initializers.normal(0.02), name="position")
+      if self.from_end:
+        positions = jnp.maximum(last[:, None] - positions, 0)
       x = x + place(jnp.minimum(positions, self.max_length - 1))
     if self.time_buckets and times is not None:
       elapsed = ElapsedBias(self.num_heads, self.time_buckets, name="time")(times)
+    if self.post_norm:
+      x = nn.LayerNorm(name="input_norm")(x)
     x = Dropout(self.dropout, deterministic=deterministic)(x)
     mask, added = history_mask(segments), summed_bias(position, elapsed, bias)
     for index in range(self.num_layers):
-      layer = TransformerLayer(self.num_heads, self.mlp_width, self.dropout, self.implementation, name=f"layer_{index}")
-      x, _ = layer(x, mask, added, deterministic=deterministic)
-    return nn.LayerNorm(name="final_norm")(x)
+      layer = TransformerLayer(
+        self.num_heads, self.mlp_width, self.dropout, self.implementation, self.attention_dropout, self.post_norm,
+        name=f"layer_{index}",
+      )  # fmt: skip
+      at = last if self.last_only and index == self.num_layers - 1 else None
+      x, _ = layer(x, mask, added, at=at, deterministic=deterministic)
+    x = x if self.post_norm else nn.LayerNorm(name="final_norm")(x)
+    return x[:, 0] if self.last_only else x

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,7 @@ def attention(
   mask: jax.Array,
   bias: jax.Array | None = None,
   implementation: str = "einsum",
+  drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
   """softmax(q k / sqrt(d_head) + bias) v over the positions that `mask` allows.
 
@@ -85,6 +87,7 @@ def attention(
     implementation: "einsum", the reference; "xla" or "cudnn", those of `jax.nn.dot_product_attention`. Where cuDNN's
       conditions do not hold (an NVIDIA GPU, 16-bit inputs, a head width that is a multiple of 8, even lengths), "xla"
       steps in, and one line says so.
+    drop: dropout of the attention weights, [B, H, T, T] to the same; of "einsum" alone.
 
   Returns:
     [B, T, H, d_head], in the type of `query`; scores and softmax are float32.
@@ -111,7 +114,7 @@ def attention(
   if bias is not None:
     scores = scores + bias.astype(jnp.float32)
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-  return _weighted_sums(weights.astype(value.dtype), value)
+  return _weighted_sums((weights if drop is None else drop(weights)).astype(value.dtype), value)
 
 
 @functools.cache

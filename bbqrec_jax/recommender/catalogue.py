@@ -11,6 +11,23 @@ from bbqrec_jax.semantic_ids.trie import Trie
 
 
 @flax.struct.dataclass
+class CandidateStreams:
+  """What candidates are compared with the items of a history by.
+
+  Attributes:
+    vectors: of each stream of vectors, [N, d] float32 rows of length 1, or zero where an item lacks it.
+    edges: [S, n - 1] float32, bucket edges of their cosines.
+    neighbours: [N, K] int32 of the stream of behaviour, -1 fills; None without it.
+    buckets: [N, K] int32, of their strengths.
+  """
+
+  vectors: tuple[jax.Array, ...]
+  edges: jax.Array
+  neighbours: jax.Array | None = None
+  buckets: jax.Array | None = None
+
+
+@flax.struct.dataclass
 class Catalogue:
   """What the model is told about items; data, not parameters.
 
@@ -23,6 +40,7 @@ class Catalogue:
     edges: [P, n_buckets - 1] float32 bucket edges of each stream pair.
     features: [N, F] float32 standardised features, zero where absent; None where the recommender reads none.
     trie: of the semantic IDs, for the heads that search; None where the recommender reads no codes.
+    candidates: what candidates are compared with the history by; None where they are not.
   """
 
   semantic_ids: jax.Array
@@ -31,6 +49,7 @@ class Catalogue:
   edges: jax.Array
   features: jax.Array | None = None
   trie: Trie | None = None
+  candidates: CandidateStreams | None = None
 
   @property
   def num_items(self) -> int:

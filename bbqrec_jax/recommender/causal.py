@@ -18,6 +18,16 @@ class Causal(Backbone):
     places = settings.position_buckets
     if settings.positions == "relative" and not 2 <= places <= 255:
       raise InputError(f"config field {prefix}position_buckets must be from 2 to 255, got {places}")
+    if settings.positions == "from_end" and settings.rows == "packed":
+      raise InputError(
+        f"config field {prefix}positions = 'from_end' needs rows of one history: set {prefix}positions to from_start or"
+        f" relative, or {prefix}rows to histories"
+      )
+    if settings.attention_dropout and settings.attention != "einsum":
+      raise InputError(
+        f"config field {prefix}attention = {settings.attention!r} drops no weights: set {prefix}attention_dropout to 0,"
+        f" or {prefix}attention to einsum"
+      )
     if settings.width % settings.num_heads:
       raise InputError(
         f"config field {prefix}width = {settings.width} must be a multiple of {prefix}num_heads = {settings.num_heads}"
@@ -35,6 +45,10 @@ class Causal(Backbone):
       implementation=s.attention,
       position_buckets=s.position_buckets if s.positions == "relative" else 0,
       time_buckets=s.time_buckets,
+      attention_dropout=s.attention_dropout,
+      post_norm=s.norm == "post",
+      from_end=s.positions == "from_end",
+      last_only=not s.packed,
     )
     nn.share_scope(self, self.layers)
 

@@ -155,7 +155,11 @@ def _first_left(places: np.ndarray, *, num_items: int) -> np.ndarray:
 
 def sample_users(split: Split, count: int, *, seed: int) -> np.ndarray:
   """Indices of `count` users, drawn once and sorted; all of them where `count` is 0 or no fewer."""
-  users = split.train.num_users
-  if count == 0 or count >= users:
-    return np.arange(users)
+  return chosen_users(np.arange(split.train.num_users), count, seed=seed)
+
+
+def chosen_users(users: np.ndarray, count: int, *, seed: int) -> np.ndarray:
+  """`count` of the users [n], ascending; all of them where `count` is 0 or no fewer."""
+  if count == 0 or count >= len(users):
+    return users
   return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))

@@ -1,6 +1,7 @@
 """What a recommender is told of the items, made from a config, semantic IDs and training histories."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.similarity import equal_frequency_edges, overlap_edges, stream_pairs
+from bbqrec_jax.recommender.candidate_similarity import build_streams
 from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.settings import RecommenderSettings, needs_semantic_ids, parts_of, trains_tokenizer
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -166,16 +168,17 @@ def check_compared(
   _some_of_each(config, vectors, histories, names, stream_pairs(len(names), cross=compares_streams(config, ids)))
 
 
-def item_features(config: Any, store: FeatureStore) -> np.ndarray | None:
-  """The standardised features of a store's items, [n, F] float32, where the recommender reads them; otherwise None."""
-  if "features" not in config.recommender.item_inputs:
-    return None
+def item_features(config: Any, store: FeatureStore) -> dict[str, np.ndarray]:
+  """Each modality's standardised features of a store's items, [n, D] float32, where the recommender reads them."""
+  r = config.recommender
+  if "features" not in {*r.item_inputs, *r.candidate_similarity.streams}:
+    return {}
   rows, _ = store.rows(np.arange(store.num_items))
-  return np.concatenate(list(rows.values()), axis=1)
+  return rows
 
 
 def recommender_settings(
-  config: Any, ids: SemanticIds | None, *, num_items: int, num_modalities: int, feature_width: int
+  config: Any, ids: SemanticIds | None, *, num_items: int, num_modalities: int, feature_widths: Sequence[int]
 ) -> RecommenderSettings:
   """The settings of the recommender that a config describes, with the shapes that follow from its data.
 
@@ -183,8 +186,8 @@ def recommender_settings(
     config: of the run.
     ids: its semantic IDs; None where it needs none, or they are still to be made, as the config says.
     num_items: N.
-    num_modalities: that the data has.
-    feature_width: F, of all modalities' features together.
+    num_modalities: that semantic IDs are made of.
+    feature_widths: D of each modality of the data.
   """
   r, t = config.recommender, config.tokenizer
   length, levels, codes = id_length(config, num_modalities), t.num_levels, t.num_codes
@@ -200,8 +203,12 @@ def recommender_settings(
     num_levels=length,
     num_codes=codes,
     num_columns=sum(columns.get(name, 0) for name in r.item_inputs),
-    feature_width=feature_width if "features" in r.item_inputs else 0,
+    feature_width=sum(feature_widths) if "features" in r.item_inputs else 0,
     num_streams=sum({"modalities": num_modalities, "fused": 1}[name] for name in r.similarity),
+    candidate_vectors=sum(
+      {"features": len(feature_widths), "modalities": num_modalities, "fused": 1, "behaviour": 0}[name]
+      for name in r.candidate_similarity.streams
+    ),
     cross_streams=compares_streams(config, ids),
     table_buckets=buckets if r.similarity and r.similarity_kind != "continuous" else 0,
   )
@@ -213,24 +220,24 @@ def build_catalogue(
   histories: Interactions,
   *,
   num_items: int,
-  features: np.ndarray | None = None,
+  features: dict[str, np.ndarray] | None = None,
 ) -> tuple[Catalogue, RecommenderSettings]:
   """What the model is told about items, and the shapes that follow from it.
 
   Args:
     config: of the run.
     ids: the tokenizer's semantic IDs; None where the recommender needs none.
-    histories: the training histories, for the bucket edges.
+    histories: the training histories, for the bucket edges and for what stands near what.
     num_items: N.
     features: of all items, as `item_features` gives them.
   """
-  r = config.recommender
+  r, features = config.recommender, features or {}
   settings = recommender_settings(
     config,
     ids,
     num_items=num_items,
     num_modalities=0 if ids is None else len(ids.modalities),
-    feature_width=0 if features is None else features.shape[1],
+    feature_widths=[rows.shape[1] for rows in features.values()],
   )
   columns = np.zeros((num_items, 0), np.int32)
   semantic_ids = np.zeros((num_items, 0), np.int32)
@@ -248,12 +255,17 @@ def build_catalogue(
   if ids is not None and settings.num_streams:
     compared, edges = comparison(config, ids, histories, similarity_streams(config, ids), settings.pairs)
   trie = build_trie(semantic_ids) if any(head.reads_codes for head in parts_of(r)[1]) else None
+  compare, candidates = r.candidate_similarity, None
+  if compare.streams:
+    candidates = build_streams(compare, ids, features, histories, num_items=num_items, seed=config.seed)
+  read = settings.feature_width > 0
   catalogue = Catalogue(
     semantic_ids=jnp.asarray(semantic_ids),
     columns=jnp.asarray(columns),
     streams=jnp.asarray(compared),
     edges=jnp.asarray(edges),
-    features=None if features is None else jnp.asarray(features),
+    features=jnp.asarray(np.concatenate(list(features.values()), axis=1)) if read else None,
     trie=trie,
+    candidates=candidates,
   )
   return catalogue, settings

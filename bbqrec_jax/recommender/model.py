@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.ops.candidate_similarity import latest_first
 from bbqrec_jax.ops.embedding import summed_embedding
 from bbqrec_jax.ops.ranking import each_once
 from bbqrec_jax.ops.reduction import mean_weights
 from bbqrec_jax.ops.similarity import bucket_bias, continuous_bias, similarity_buckets
+from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, most_similar, rescored
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.parts import Items, Memory
+from bbqrec_jax.recommender.parts import Items, Memory, ranked
 from bbqrec_jax.recommender.settings import BACKBONES, RecommenderSettings, parts_of
 from bbqrec_jax.semantic_ids.beam import BeamResult
 
@@ -90,27 +92,31 @@ class SequenceModel(nn.Module):
 
   @property
   def reads_history(self) -> bool:
-    """Whether a head looks at what the history has."""
-    return self.settings.seen_item_bias and any(head.reads_history for head in parts_of(self.settings)[1])
+    """Whether a head looks at what the history has, or candidates are compared with it."""
+    s = self.settings
+    return bool(s.candidate_similarity.streams) or (
+      s.seen_item_bias and any(head.reads_history for head in parts_of(s)[1])
+    )
 
   @nn.nowrap  # It is called outside `apply`, too.
   def seen(self, batch: dict[str, jax.Array], *, packed: bool = False) -> jax.Array | None:
-    """Deduplicated history items per state, -1-padded, for heads that look at them; None where none does.
+    """Deduplicated history items per state, -1-padded, for what looks at them; None where nothing does.
 
     Args:
       batch: `items` and `segments` [B, T].
       packed: whether every position has a state; otherwise every row has one, after all its items.
 
     Returns:
-      [B, T] int, or [B T, T] of packed histories.
+      [B, T] int, the latest first, or [B T, T], in any order, of packed histories.
     """
     if not self.reads_history:
       return None
     items, segments = batch["items"], batch["segments"]
-    if packed:
-      place = jnp.arange(items.shape[1], dtype=jnp.int32)
-      before = (segments[:, None, :] == segments[:, :, None]) & (place[None, :] <= place[:, None])[None]
-      items, segments = items[:, None, :], jnp.where(before, segments[:, None, :], 0)
+    if not packed:
+      return latest_first(items, segments > 0)
+    place = jnp.arange(items.shape[1], dtype=jnp.int32)
+    before = (segments[:, None, :] == segments[:, :, None]) & (place[None, :] <= place[:, None])[None]
+    items, segments = items[:, None, :], jnp.where(before, segments[:, None, :], 0)
     return each_once(jnp.where(segments > 0, items, -1)).reshape(-1, segments.shape[-1])
 
   @nn.nowrap
@@ -160,6 +166,17 @@ class SequenceModel(nn.Module):
     """
     raise NotImplementedError
 
+  def base_log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, seen: jax.Array | None) -> jax.Array:
+    """Of given items [B, n] the log-probability by each model whose scores are summed, [B, n, bases] float32.
+
+    Before anything is added for candidates' similarity, and so are `base_candidates`.
+    """
+    raise NotImplementedError
+
+  def base_candidates(self, catalogue: Catalogue, states: Any, *, width: int, seen: jax.Array | None) -> jax.Array:
+    """The items that each of these models puts first, [B, n] int, each once; -1 fills."""
+    raise NotImplementedError
+
   def search(
     self,
     catalogue: Catalogue,
@@ -185,7 +202,20 @@ class SequenceModel(nn.Module):
 
   def __call__(self, catalogue: Catalogue, batch: dict[str, Any]) -> jax.Array:
     """The loss, without dropout; touches every parameter, for `init`."""
+    if self.compares_candidates:
+      self.candidate_similarity.touch()
     return self.loss(catalogue, batch, deterministic=True)[0]
+
+  @property
+  def compares_candidates(self) -> bool:
+    """Whether candidates are compared with the last items of the history."""
+    return bool(self.settings.candidate_similarity.streams)
+
+  def similarity_scores(self, catalogue: Catalogue, seen: jax.Array | None) -> jax.Array:
+    """What is added to the score of every item for its similarity to the history, [B, N] float32."""
+    assert catalogue.candidates is not None
+    assert seen is not None
+    return self.candidate_similarity(catalogue.candidates, seen)
 
 
 class Recommender(SequenceModel):
@@ -211,6 +241,8 @@ class Recommender(SequenceModel):
       self.similarity_tables = self.param("similarity_tables", nn.initializers.zeros, s.table_shape, jnp.float32)
     self.backbone = s.backbone_class(s)
     self.head = s.head_class(s)
+    if self.compares_candidates:
+      self.candidate_similarity = CandidateSimilarity(s)
 
   @property
   def exact(self) -> bool:
@@ -288,7 +320,7 @@ class Recommender(SequenceModel):
     deterministic: bool = True,
     known: jax.Array | None = None,
   ) -> Any:
-    """What the backbone makes of histories: the states at all positions [B, T, d], or a `Memory` of B rows.
+    """What the backbone makes of histories: states at all positions [B, T, d] or the last [B, d], or a `Memory`.
 
     Args:
       catalogue: the items.
@@ -306,6 +338,8 @@ class Recommender(SequenceModel):
     """What the head reads of a whole history, one a row: the memory or its mean, or the last real position's state."""
     if isinstance(states, Memory):
       return states if self.settings.head_class.reads_memory else states.pooled()
+    if states.ndim == 2:
+      return states
     last = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
     return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
 
@@ -343,11 +377,25 @@ class Recommender(SequenceModel):
 
   def scores(self, catalogue: Catalogue, states: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """Score of every item, of an exact head: states [B, d] -> [B, N] float32; its softmax is over the catalogue."""
-    return self.head.scores(self._items(catalogue, seen), states)
+    base = self.head.scores(self._items(catalogue, seen), states)
+    if not self.compares_candidates:
+      return base
+    return self.candidate_similarity.scale[0] * base + self.similarity_scores(catalogue, seen)
 
   def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """See `SequenceModel`."""
     return self.head.log_probs(self._items(catalogue, seen), states, items)
+
+  def base_log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, seen: jax.Array | None) -> jax.Array:
+    """See `SequenceModel`."""
+    if not self.exact:
+      return self.log_probs(catalogue, states, items, seen)[..., None]
+    every = jax.nn.log_softmax(self.head.scores(self._items(catalogue, seen), states), axis=-1)
+    return jnp.take_along_axis(every, items, axis=1)[..., None]
+
+  def base_candidates(self, catalogue: Catalogue, states: Any, *, width: int, seen: jax.Array | None) -> jax.Array:
+    """See `SequenceModel`."""
+    return self.head.search(self._items(catalogue, seen), states, width=width).items
 
   def search(
     self,
@@ -358,5 +406,20 @@ class Recommender(SequenceModel):
     exclude: jax.Array | None = None,
     seen: jax.Array | None = None,
   ) -> BeamResult:
-    """See `SequenceModel`."""
-    return self.head.search(self._items(catalogue, seen), states, width=width, exclude=exclude)
+    """See `SequenceModel`.
+
+    Where candidates are compared with the history, those of a beam are joined by the most similar of all.
+    """
+    items = self._items(catalogue, seen)
+    if not self.compares_candidates:
+      return self.head.search(items, states, width=width, exclude=exclude)
+    if self.exact:
+      return ranked(self.scores(catalogue, states, seen), width=width, exclude=exclude)
+    beam = self.head.search(items, states, width=width, exclude=exclude)
+    every = self.similarity_scores(catalogue, seen)
+    near = most_similar(every, beam.items, width=width, exclude=exclude)
+    found = jnp.concatenate([beam.items, near], axis=1)
+    of_near = self.head.log_probs(items, states, jnp.maximum(near, 0))
+    base = jnp.concatenate([beam.log_probs, of_near], axis=1)
+    added = jnp.take_along_axis(every, jnp.maximum(found, 0), axis=1)
+    return rescored(found, base, self.candidate_similarity.scale[0] * base + added, width=width)

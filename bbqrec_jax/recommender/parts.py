@@ -94,6 +94,8 @@ class Backbone(nn.Module):
   ) -> Any:
     """Item vectors or tokens -> states [B, T, d], or a `Memory`.
 
+    Where each row is one history, the states at their last items are enough, [B, d].
+
     Args:
       x: [B, T, d], or [B, T, L, d] where it reads codes.
       segments: [B, T] int; 0 is padding, equal positive numbers in a row are one history.
@@ -157,8 +159,13 @@ class Head(nn.Module):
 
   def search(self, items: Items, states: Any, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
     """The best `width` items and their log-probabilities, without those of `exclude`, [B, E] int; -1 fills."""
-    scores = jax.nn.log_softmax(self.scores(items, states), axis=-1)
-    if exclude is not None:
-      scores = without(scores, exclude)
-    best, chosen = jax.lax.top_k(scores, min(width, scores.shape[1]))
-    return filled_beam(jnp.where(jnp.isneginf(best), -1, chosen), best, width=width)
+    return ranked(self.scores(items, states), width=width, exclude=exclude)
+
+
+def ranked(scores: jax.Array, *, width: int, exclude: jax.Array | None = None) -> BeamResult:
+  """The best `width` items by scores [B, N], and their log-probabilities, without those of `exclude`; -1 fills."""
+  scores = jax.nn.log_softmax(scores, axis=-1)
+  if exclude is not None:
+    scores = without(scores, exclude)
+  best, chosen = jax.lax.top_k(scores, min(width, scores.shape[1]))
+  return filled_beam(jnp.where(jnp.isneginf(best), -1, chosen), best, width=width)

@@ -65,6 +65,26 @@ class DenseTowerSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class CandidateSimilaritySettings:
+  """Similarity of candidates to the last items of a history, added to their scores."""
+
+  streams: tuple[str, ...] = setting(
+    (), "What items are compared by: standardised features, quantized vectors of each modality or of the whole, and how"
+    " often they stand near each other in training histories; () does without.",
+    subset=("features", "modalities", "fused", "behaviour"),
+  )  # fmt: skip
+  last_items: int = setting(
+    10, "R: the last distinct items of a history, each place with a table row of its own.", most=1000
+  )
+  num_buckets: int = setting(10, "Of each similarity, the finer the more similar.", least=2, most=256)
+  neighbours: int = setting(100, "K: items kept of each item's neighbours in histories.", most=10**4)
+  users: int = setting(8192, "Users whose last training transition the tables are fitted on, drawn once.")
+  passes: int = setting(3, "Times that each of them is looked at.")
+  batch_rows: int = setting(64, "Users at once.")
+  learning_rate: float = setting(0.02, "Of Adam, which fits the tables.")
+
+
+@dataclasses.dataclass(frozen=True)
 class RecommenderSettings:
   """The sequence model: its shape, its head, its training.
 
@@ -101,8 +121,8 @@ class RecommenderSettings:
   num_heads: int = setting(2, "H, attention heads.")
   head_width: int = setting(32, "Of each attention head of the encoder-decoder; the causal backbone's is d / H.")
   positions: str = setting(
-    "learned", "Of the causal backbone: an embedding per place, or a bias by distance; the encoder-decoder's are"
-    " relative.", choices=("learned", "relative"),
+    "from_end", "Of the causal backbone: an embedding per place, counted from the history's end or from its start, or a"
+    " bias by distance; the encoder-decoder's are relative.", choices=("from_end", "from_start", "relative"),
   )  # fmt: skip
   position_buckets: int = setting(32, "Buckets of relative positions.")
   time_buckets: int = setting(
@@ -112,6 +132,10 @@ class RecommenderSettings:
   dtype: str = setting("float32", "That the model computes in; scores, softmaxes and losses stay float32.",
                        choices=("float32", "bfloat16"))  # fmt: skip
   mlp_width: int = setting(256, "Of the feed-forward parts.")
+  norm: str = setting(
+    "post", "Layer normalisation of the causal backbone: of each residual sum, or of what goes into each branch.",
+    choices=("post", "pre"),
+  )  # fmt: skip
   softmax_over: str = setting(
     "existing", "What a code of the generative head competes with: codes that lead on to items, or all of its level.",
     choices=("existing", "all"),
@@ -121,27 +145,39 @@ class RecommenderSettings:
     True, "Learn a number that is added to the scores of the history's items, or to codes that lead on to them."
   )
   dense_tower: DenseTowerSettings = section(DenseTowerSettings, "Of the hybrid.")
+  candidate_similarity: CandidateSimilaritySettings = section(
+    CandidateSimilaritySettings, "Added to the scores of candidates."
+  )
   num_negatives: int = setting(
     0, "Items drawn per step to stand for the catalogue in the dense head's softmax, for catalogues past 100,000"
     " items; 0 takes all items.", least=0,
   )  # fmt: skip
   depth_layers: int = setting(1, "Layers of the generative head's depth transformer.", most=1000)
-  dropout: float = setting(0.3, "Everywhere in the model.", below=1)
+  dropout: float = setting(0.5, "Of item vectors and residual branches.", below=1)
+  attention_dropout: float = setting(0.5, "Of the causal backbone's attention weights.", below=1)
   item_dropout: float = setting(
     0.0, "Share of the items that lack a vector of their own in a step, as items do that come after training.", below=1
   )
   max_length: int = setting(20, "T: the longest history.", most=10**4)
-  steps: int = setting(2000, "Training steps.")
-  batch_rows: int = setting(32, "Rows per batch, over all devices.")
+  rows: str = setting(
+    "histories", "A row of a batch: the history before one transition, which alone is predicted, or several whole"
+    " histories packed, each position predicting the next item (the causal backbone alone).",
+    choices=("histories", "packed"),
+  )  # fmt: skip
+  epochs: int = setting(100, "Passes over the training transitions, at most; see patience.")
+  steps: int = setting(0, "Training steps, in place of epochs; 0: epochs count.", least=0)
+  batch_rows: int = setting(256, "Rows per batch, over all devices.")
   accumulation: int = setting(
     1, "Parts that a batch is worked through in, one after another, for the memory of one; the gradient stays that of"
     " the whole batch."
   )  # fmt: skip
   row_length: int = setting(32, "Positions per row, where histories are packed.")
   length_buckets: tuple[int, ...] = setting(
-    (), "Lengths below T, ascending, that histories are padded to where each has a row of its own."
+    (5, 10), "Lengths, ascending, that histories are padded to where each has a row of its own; those below T count."
   )
-  evaluate_every: int = setting(500, "Steps between two validations (and checkpoints).")
+  evaluate_every: int = setting(
+    0, "Steps between validations, each with a checkpoint; 0: an epoch, at least 100.", least=0
+  )
   patience: int = setting(5, "Validations without a better NDCG@10 after which training stops.")
   optimizer: OptimizerSettings = section(OptimizerSettings, "Of all parameters.")
   num_items: int = derived(0, "N, of the data that the model is trained on.")
@@ -149,6 +185,7 @@ class RecommenderSettings:
   num_codes: int = derived(0, "K, codes of a level; 0 where nothing reads codes.")
   num_columns: int = derived(0, "Code columns of the catalogue, see `Catalogue.columns`.")
   feature_width: int = derived(0, "F, of the features that an item's vector has a linear map of; 0: none.")
+  candidate_vectors: int = derived(0, "Streams of vectors that candidates are compared by.")
   num_streams: int = derived(0, "Streams whose similarity reweights attention.")
   cross_streams: bool = derived(False, "Whether pairs of different streams have bias tables too.")
   table_buckets: int = derived(0, "Buckets of a bias table; 0: a slope in their place.")
@@ -181,7 +218,7 @@ class RecommenderSettings:
   @property
   def packed(self) -> bool:
     """Whether a row is of several histories, each position predicting the item after it."""
-    return self.backbone_class.rows == "packed"
+    return is_packed(self)
 
   def check(self, prefix: str) -> None:
     """Refuses fields that do not fit one another.
@@ -219,17 +256,14 @@ class RecommenderSettings:
       raise InputError(
         f"{field}softmax_over = 'all' scores codes that lead on to no item: set {' and '.join(by_items)} to False"
       )
-    if not all(low < high for low, high in itertools.pairwise((0, *self.length_buckets, self.max_length))):
-      raise InputError(
-        f"{field}length_buckets must be ascending whole numbers from 1 to {prefix}max_length - 1 ="
-        f" {self.max_length - 1}, got {self.length_buckets!r}"
-      )
+    if not all(low < high for low, high in itertools.pairwise((0, *self.length_buckets))):
+      raise InputError(f"{field}length_buckets must be ascending whole numbers from 1, got {self.length_buckets!r}")
     if self.head in TOWERS and self.dense_tower.width % self.num_heads:
       raise InputError(
         f"{field}dense_tower.width = {self.dense_tower.width} must be a multiple of {prefix}num_heads ="
         f" {self.num_heads}"
       )
-    if self.row_length < self.max_length:
+    if self.packed and self.row_length < self.max_length:
       raise InputError(
         f"{field}row_length = {self.row_length} must be at least {prefix}max_length = {self.max_length}: a full history"
         " must fit into a row"
@@ -245,11 +279,22 @@ class EvaluationSettings:
   validation_users: int = setting(0, "Users of a validation while training, drawn once; 0: all.", least=0)
 
 
+def is_packed(recommender: Any) -> bool:
+  """Whether a row holds several histories, by a recommender's config or settings."""
+  return recommender.rows == "packed" and parts_of(recommender)[0].rows == "packed"
+
+
+def length_bounds(recommender: Any) -> tuple[int, ...]:
+  """The length buckets below T, of a recommender's config or settings."""
+  return tuple(bound for bound in recommender.length_buckets if bound < recommender.max_length)
+
+
 def needs_semantic_ids(config: Any) -> bool:
   """Whether anything in the recommender reads codes; SASRec, say, does not."""
   r = config.recommender
   codes = {"fused", "modalities"} & set(r.item_inputs)
   backbone, heads = parts_of(r)
+  codes |= {"fused", "modalities"} & set(r.candidate_similarity.streams)
   return bool(r.similarity or codes) or any(each.reads_codes for each in (backbone, *heads))
 
 
@@ -260,4 +305,5 @@ def trains_tokenizer(config: Any, *, alone: bool = False) -> bool:
 
 def needs_features(config: Any) -> bool:
   """Whether a run reads what is known of items' content: for semantic IDs, or in the recommender itself."""
-  return needs_semantic_ids(config) or "features" in config.recommender.item_inputs
+  r = config.recommender
+  return needs_semantic_ids(config) or "features" in {*r.item_inputs, *r.candidate_similarity.streams}

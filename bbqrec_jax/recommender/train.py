@@ -2,7 +2,8 @@
 
 import pathlib
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -16,10 +17,11 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.ops.ranking import LARGEST_CUTOFF
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, Ranking, evaluate, make_ranker, sample_users
+from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, Ranking, chosen_users, evaluate, make_ranker, sample_users
+from bbqrec_jax.recommender.fit_similarity import fit_similarity, hold_out_last
 from bbqrec_jax.recommender.items import build_catalogue, item_features
 from bbqrec_jax.recommender.model import SequenceModel
-from bbqrec_jax.recommender.settings import parts_of
+from bbqrec_jax.recommender.settings import is_packed, length_bounds
 from bbqrec_jax.recommender.step import make_recommender_step
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -32,7 +34,9 @@ from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.files import is_given
 from bbqrec_jax.utils.json_files import read_json, write_json
-from bbqrec_jax.utils.messages import warn
+from bbqrec_jax.utils.messages import say, warn
+
+_FEWEST_STEPS = 100  # Between two validations, where a config leaves them to an epoch.
 
 
 def tokenizer_folder(config: Any, workdir: pathlib.Path) -> pathlib.Path:
@@ -64,7 +68,12 @@ def check_fingerprint(workdir: pathlib.Path, ids: SemanticIds, *, trained: bool 
 
 
 def build_recommender(
-  config: Any, ids: SemanticIds | None, histories: Interactions, *, num_items: int, features: np.ndarray | None = None
+  config: Any,
+  ids: SemanticIds | None,
+  histories: Interactions,
+  *,
+  num_items: int,
+  features: dict[str, np.ndarray] | None = None,
 ) -> tuple[SequenceModel, Catalogue]:
   """The model, and the catalogue it reads; the arguments are those of `build_catalogue`."""
   catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items, features=features)
@@ -78,8 +87,15 @@ def initial_state(config: Any, model: SequenceModel, catalogue: Catalogue) -> Tr
     example["targets"] = jnp.zeros(1, jnp.int32)
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (catalogue, example))
   params = model.lazy_init(base_key(config.seed), *shapes)["params"]
-  optimizer = make_optimizer(config.recommender.optimizer, total_steps=config.recommender.steps)
+  optimizer = make_optimizer(config.recommender.optimizer, total_steps=1)  # Of which its state does not depend.
   return TrainState.create(params, optimizer, seed=config.seed)
+
+
+def training_plan(recommender: Any, histories: Interactions) -> tuple[int, int]:
+  """Training steps, and steps between two validations, of a recommender's config on training histories."""
+  r, transitions = recommender, int(np.maximum(histories.lengths - 1, 0).sum())
+  epoch = max(1, -(-transitions // (r.batch_rows * (r.row_length if is_packed(r) else 1))))
+  return r.steps or r.epochs * epoch, r.evaluate_every or max(epoch, _FEWEST_STEPS)
 
 
 def training_batches(config: Any, histories: Interactions) -> grain.IterDataset:
@@ -87,9 +103,142 @@ def training_batches(config: Any, histories: Interactions) -> grain.IterDataset:
   r = config.recommender
   shape = {"batch_rows": r.batch_rows, "max_length": r.max_length, "seed": config.seed}
   shape |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
-  if parts_of(r)[0].rows == "history":
-    return recommender_batches(PrefixHistories(histories, bounds=tuple(r.length_buckets), **shape))
+  if not is_packed(r):
+    return recommender_batches(PrefixHistories(histories, bounds=length_bounds(r), **shape))
   return recommender_batches(PackedHistories(histories, row_length=r.row_length, whole=False, **shape))
+
+
+class _Stage(NamedTuple):
+  """What `_trained` trains: its name, its data, and how it ranks.
+
+  Attributes:
+    name: of the stage, in logs and of its checkpoints' folder.
+    model: the recommender.
+    catalogue: what it is told of the items.
+    shared: the same, placed.
+    rank: (parameters, histories, targets, **options of `evaluate`) -> the ranking.
+  """
+
+  name: str
+  model: SequenceModel
+  catalogue: Catalogue
+  shared: Any
+  rank: Callable[..., Ranking]
+
+
+def _stage(
+  name: str,
+  config: Any,
+  ids: SemanticIds | None,
+  split: Split,
+  dataset: Dataset,
+  partitioner: Partitioner,
+) -> _Stage:
+  """Makes the model and what it is told of the items."""
+  r, e = config.recommender, config.evaluation
+  with made_on_host():
+    features = item_features(config, dataset.store)
+    model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=features)
+  ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
+  shared = partitioner.place(catalogue)
+  common = {"batch_size": e.batch_size, "max_length": r.max_length, "num_items": catalogue.num_items}
+
+  def rank(params: Any, histories: Interactions, targets: np.ndarray, **options: Any) -> Ranking:
+    return evaluate(ranker, params, shared, histories, targets, bounds=length_bounds(r), **common, **options)
+
+  return _Stage(name, model, catalogue, shared, rank)
+
+
+def _trained(
+  stage: _Stage,
+  config: Any,
+  split: Split,
+  dataset: Dataset,
+  users: np.ndarray,
+  *,
+  workdir: pathlib.Path,
+  partitioner: Partitioner,
+  log: MetricsLog,
+  start: Any = None,
+) -> tuple[TrainState, dict[str, Any]]:
+  """Trains a stage on the split's training histories, or goes on with it; picks the best by the users' NDCG@10.
+
+  Args:
+    stage: see there.
+    config: of the run.
+    split: its histories, and what follows them.
+    dataset: for the ids of items.
+    users: who is ranked.
+    workdir: of the run, and so on as for `fit`.
+    partitioner: see there.
+    log: see there.
+    start: parameters to start from, on the host; None: fresh ones.
+  """
+  r = config.recommender
+  steps, evaluate_every = training_plan(r, split.train)
+  plan = Plan(
+    name=stage.name,
+    steps=steps,
+    log_every=config.log_every,
+    evaluate_every=evaluate_every,
+    evaluate=lambda state: stage.rank(state.params, split.train, split.validation_target, users=users).metrics,
+    select="ndcg@10",
+    patience=r.patience,
+    item_ids=dataset.item_ids,
+    safeguards=Safeguards.of(config),
+  )
+  state = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue))
+  if start is not None:
+    state = state.replace(params=partitioner.place(start))
+  return fit(
+    plan,
+    state,
+    stage.shared,
+    make_recommender_step(stage.model, make_optimizer(r.optimizer, total_steps=steps), accumulation=r.accumulation),
+    training_batches(config, split.train),
+    partitioner=partitioner,
+    directory=workdir / "checkpoints" / stage.name,
+    log=log,
+  )
+
+
+def _with_similarity(
+  config: Any,
+  ids: SemanticIds | None,
+  split: Split,
+  dataset: Dataset,
+  *,
+  workdir: pathlib.Path,
+  partitioner: Partitioner,
+  log: MetricsLog,
+) -> tuple[Any, dict[str, Any]]:
+  """Parameters to start from: a base's, trained without each user's last transition, and tables fitted on that.
+
+  Returns:
+    (parameters of the whole model on the host, the progress record of the base's training).
+  """
+  r, e = config.recommender, config.evaluation
+  held, users = hold_out_last(split)
+  stage = _stage("held_out", config, ids, held, dataset, partitioner)
+  some = users if not e.validation_users else chosen_users(users, e.validation_users, seed=config.seed)
+  state, progress = _trained(stage, config, held, dataset, some, workdir=workdir, partitioner=partitioner, log=log)
+  path = workdir / "candidate_similarity.json"
+  if is_given(path):
+    tables = read_json(path)["parameters"]
+  else:
+    say("candidate similarity: fitting its tables on the transitions held out")
+    started = time.monotonic()
+    fitted, losses = fit_similarity(
+      state.params, stage.model, stage.shared, stage.catalogue, held.train, held.validation_target,
+      users=users, seed=config.seed, batch_size=e.batch_size, max_length=r.max_length, bounds=length_bounds(r),
+      partitioner=partitioner,
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    say(f"candidate similarity: done in {seconds:.0f} s, loss {losses['first_pass']:.3f} -> {losses['last_pass']:.3f}")
+    tables = {name: np.asarray(part, np.float64).tolist() for name, part in fitted.items()}
+    write_json(path, {"parameters": tables, "losses": losses, "seconds": seconds})
+  of_tables = {name: np.asarray(part, np.float32) for name, part in tables.items()}
+  return {**partitioner.fetch(state.params), "candidate_similarity": of_tables}, progress
 
 
 def run_recommender(
@@ -104,68 +253,37 @@ def run_recommender(
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
   """Trains the recommender (or goes on with it), picks it by validation NDCG@10, ranks the test items once.
 
+  Where candidates are compared with the history, a base is trained first without each user's last training transition,
+  the tables are fitted on these, and the training of all goes on from both.
+
   The rank of each user's validation and test item, in the order of the users, goes into `workdir/ranks.npz`.
 
   Returns:
     ({"validation": metrics, "test": metrics} of the best model on all users, and the same with `WITHOUT_HISTORY` after
     the names, where no user's own history is ranked; the loop's progress record).
   """
-  r, e = config.recommender, config.evaluation
-  with made_on_host():
-    features = item_features(config, dataset.store)
-    model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=features)
-  if not model.exact and e.beam_width < min(LARGEST_CUTOFF, catalogue.num_items):
+  e = config.evaluation
+  stage = _stage("recommender", config, ids, split, dataset, partitioner)
+  if not stage.model.exact and e.beam_width < min(LARGEST_CUTOFF, stage.catalogue.num_items):
     warn(
       f"config field evaluation.beam_width = {e.beam_width}: what stands further back counts as a miss, so figures at"
       f" higher cutoffs, up to {LARGEST_CUTOFF}, are too low"
     )
-  ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
-  shared = partitioner.place(catalogue)
-  some = sample_users(split, e.validation_users, seed=config.seed)
-
-  def rank(params: Any, stage_histories: Interactions, targets: np.ndarray, **options: Any) -> Ranking:
-    return evaluate(
-      ranker,
-      params,
-      shared,
-      stage_histories,
-      targets,
-      batch_size=e.batch_size,
-      max_length=r.max_length,
-      num_items=catalogue.num_items,
-      bounds=tuple(r.length_buckets),
-      **options,
-    )
-
-  plan = Plan(
-    name="recommender",
-    steps=r.steps,
-    log_every=config.log_every,
-    evaluate_every=r.evaluate_every,
-    evaluate=lambda state: rank(state.params, split.train, split.validation_target, users=some).metrics,
-    select="ndcg@10",
-    patience=r.patience,
-    item_ids=dataset.item_ids,
-    safeguards=Safeguards.of(config),
-  )
-  optimizer = make_optimizer(r.optimizer, total_steps=r.steps)
-  state, progress = fit(
-    plan,
-    partitioner.create(lambda: initial_state(config, model, catalogue)),
-    shared,
-    make_recommender_step(model, optimizer, accumulation=r.accumulation),
-    training_batches(config, split.train),
-    partitioner=partitioner,
-    directory=workdir / "checkpoints" / "recommender",
-    log=log,
-  )
+  work: dict[str, Any] = {"workdir": workdir, "partitioner": partitioner, "log": log}
+  start, before = None, None
+  if config.recommender.candidate_similarity.streams:
+    start, before = _with_similarity(config, ids, split, dataset, **work)
+  users = sample_users(split, e.validation_users, seed=config.seed)
+  state, progress = _trained(stage, config, split, dataset, users, start=start, **work)
   started = time.monotonic()
   rankings = {
-    part + suffix: rank(state.params, split.history(part), targets, exclude_history=bool(suffix))
+    part + suffix: stage.rank(state.params, split.history(part), targets, exclude_history=bool(suffix))
     for suffix in ("", WITHOUT_HISTORY)
     for part, targets in (("validation", split.validation_target), ("test", split.test_target))
   }
   progress["evaluation_seconds"] += time.monotonic() - started
+  for kind in ("training", "evaluation", "checkpoint"):
+    progress[f"{kind}_seconds"] += before[f"{kind}_seconds"] if before else 0.0
   ranks: dict[str, Any] = {name: ranking.ranks for name, ranking in rankings.items()}
   if processes.is_first():
     np.savez(workdir / "ranks.npz", **ranks)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from bbqrec_jax.ops.ranking import without
+from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, unless_in
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.model import Recommender, SequenceModel, check_parts
-from bbqrec_jax.recommender.settings import TOWERS, RecommenderSettings
+from bbqrec_jax.recommender.settings import TOWERS, CandidateSimilaritySettings, RecommenderSettings
 from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 
 _OF_CODES = {"fused", "modalities", "content"}  # Item inputs that the dense tower does without.
@@ -35,7 +36,7 @@ def tower_settings(settings: RecommenderSettings) -> tuple[RecommenderSettings, 
   Where it has no features, either, it is never made to do without items' own vectors.
   """
   first, second = TOWERS[settings.head]
-  generative = dataclasses.replace(settings, head=first)
+  generative = dataclasses.replace(settings, head=first, candidate_similarity=CandidateSimilaritySettings())
   dense = dataclasses.replace(
     generative,
     head=second,
@@ -62,6 +63,8 @@ class TwoTowers(SequenceModel):
     """Makes the towers."""
     generative, dense = tower_settings(self.settings)
     self.generative, self.dense = Recommender(generative), Recommender(dense)
+    if self.compares_candidates:
+      self.candidate_similarity = CandidateSimilarity(self.settings)
 
   def loss(
     self,
@@ -100,17 +103,33 @@ class TwoTowers(SequenceModel):
   ) -> BeamResult:
     """The best of the beam's W items and of the W best of the full softmax, by the product of both probabilities.
 
+    Where candidates are compared with the history, that counts for the W best of the full softmax, too.
     Log-probabilities are among the candidates.
     """
     of_generative, of_dense = states
     beam = self.generative.search(catalogue, of_generative, width=width, exclude=exclude, seen=seen)
     scores = jax.nn.log_softmax(self.dense.scores(catalogue, of_dense, seen), axis=-1)
+    scale = jnp.ones(2, jnp.float32)
+    if self.compares_candidates:
+      scale = self.candidate_similarity.scale
+      scores = scale[1] * scores + self.similarity_scores(catalogue, seen)
     if exclude is not None:
       scores = without(scores, exclude)
-    best, ranked = jax.lax.top_k(scores, min(width, scores.shape[1]))
-    twice = jnp.any(ranked[:, :, None] == beam.items[:, None], axis=-1)
-    found = jnp.concatenate([beam.items, jnp.where(twice | jnp.isneginf(best), -1, ranked)], axis=1)
-    generated = self.generative.log_probs(catalogue, of_generative, ranked, seen)
+    best, first = jax.lax.top_k(scores, min(width, scores.shape[1]))
+    more = unless_in(jnp.where(jnp.isneginf(best), -1, first), beam.items)
+    found = jnp.concatenate([beam.items, more], axis=1)
+    generated = self.generative.log_probs(catalogue, of_generative, first, seen)
     total = jnp.take_along_axis(scores, jnp.maximum(found, 0), axis=1)
-    total = total + jnp.concatenate([beam.log_probs, generated], axis=1)
+    total = total + scale[0] * jnp.concatenate([beam.log_probs, generated], axis=1)
     return best_candidates(found, total, width=width)
+
+  def base_log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, seen: jax.Array | None) -> jax.Array:
+    """Those of the generative and of the dense tower; see `SequenceModel`."""
+    towers = zip((self.generative, self.dense), states, strict=True)
+    return jnp.concatenate([tower.base_log_probs(catalogue, own, items, seen) for tower, own in towers], axis=-1)
+
+  def base_candidates(self, catalogue: Catalogue, states: Any, *, width: int, seen: jax.Array | None) -> jax.Array:
+    """See `SequenceModel`."""
+    towers = zip((self.generative, self.dense), states, strict=True)
+    beam, first = (tower.base_candidates(catalogue, own, width=width, seen=seen) for tower, own in towers)
+    return jnp.concatenate([beam, unless_in(first, beam)], axis=1)

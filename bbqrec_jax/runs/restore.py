@@ -105,9 +105,8 @@ def restore(
   like = _like(config, model, catalogue)
   if tokenizer is not None or features is not None:
     ids, new, dataset = _extended(workdir, config, dataset, ids, tokenizer, features)
-    more = None if new is None else item_features(config, new)
-    if rows is not None and more is not None:
-      rows = np.concatenate([rows, more])
+    more = {} if new is None else item_features(config, new)
+    rows = {name: np.concatenate([known_rows, more[name]]) for name, known_rows in rows.items()}
     _, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=rows)
   state = restore_state(workdir / "checkpoints" / "recommender", best, like, strict=not config.shard_rows)
   return Restored(dataset, ids, model, state.params, catalogue, config)

@@ -182,7 +182,7 @@ def _begun(
         ids,
         num_items=dataset.num_items,
         num_modalities=len(dataset.modalities),
-        feature_width=sum(feature_widths(dataset.features).values()),
+        feature_widths=list(feature_widths(dataset.features).values()),
       )
       make_recommender(settings)
       if needs_semantic_ids(config):

@@ -17,6 +17,7 @@ from bbqrec_jax.data.sources import MEMORY, recognise_source
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, evaluate, make_ranker
+from bbqrec_jax.recommender.settings import length_bounds
 from bbqrec_jax.runs import run as runs
 from bbqrec_jax.runs.restore import Restored, restore
 from bbqrec_jax.runs.workdir import load_results
@@ -141,7 +142,7 @@ class Run:
         batch_size=e.batch_size,
         max_length=r.max_length,
         num_items=restored.catalogue.num_items,
-        bounds=tuple(r.length_buckets),
+        bounds=length_bounds(r),
         exclude_history=bool(suffix),
       ).metrics
       for suffix in ("", WITHOUT_HISTORY)

@@ -1,0 +1,88 @@
+"""Which items stand near each other in training histories, as lists of neighbours in bounded memory."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import scipy.sparse
+
+from bbqrec_jax.data.interactions import Interactions
+
+WINDOW = 5  # Places that two items may be apart.
+_BACKWARDS = 0.5  # What a pair counts from the later item to the earlier one.
+_SHRINK = 2.0  # Added to each item's total: what was seen once or twice is not yet taken for a habit.
+_PAIRS = 2**24  # That are there at once.
+
+
+def co_occurrence(histories: Interactions, *, num_items: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """The items that most often follow each item, or stand near it.
+
+      c[i, j] = sum over pairs of 1 / distance (half of it where j comes first), at most five places apart
+      strength[i, j] = c[i, j] / sqrt((sum of c[i] + 2) (sum of c[:, j] + 2))
+
+  Args:
+    histories: the training histories, no held-out item among them.
+    num_items: N.
+    count: K, neighbours that are kept of each item, the strongest.
+
+  Returns:
+    neighbours [N, K] int32, the strongest first, -1 where there are fewer, and strengths [N, K] float32, 0 there.
+  """
+  owner = np.repeat(np.arange(histories.num_users), histories.lengths)
+  totals = np.zeros((2, num_items))
+  for first, second, weight in _pairs(histories, owner):
+    for side, items in enumerate((first, second)):
+      totals[side] += np.bincount(items, minlength=num_items) * weight
+      totals[1 - side] += np.bincount(items, minlength=num_items) * (weight * _BACKWARDS)
+  scale = 1.0 / np.sqrt(totals + _SHRINK)
+  neighbours = np.full((num_items, count), -1, np.int32)
+  strengths = np.zeros((num_items, count), np.float32)
+  for start, stop in _blocks(histories, num_items):
+    rows, columns, values = [], [], []
+    for first, second, weight in _pairs(histories, owner):
+      for one, other, share in ((first, second, weight), (second, first, weight * _BACKWARDS)):
+        inside = (one >= start) & (one < stop) & (one != other)
+        rows.append(one[inside] - start)
+        columns.append(other[inside])
+        values.append(np.full(len(rows[-1]), share, np.float32))
+    table = scipy.sparse.coo_matrix(
+      (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=(stop - start, num_items)
+    ).tocsr()
+    for row in range(stop - start):
+      own = slice(table.indptr[row], table.indptr[row + 1])
+      items = table.indices[own]
+      strength = table.data[own] * scale[0, start + row] * scale[1, items]
+      order = np.lexsort((items, -strength))[:count]
+      neighbours[start + row, : len(order)] = items[order]
+      strengths[start + row, : len(order)] = strength[order]
+  return neighbours, strengths
+
+
+def _pairs(histories: Interactions, owner: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+  """(earlier items, later items, weight) of all pairs of each distance; `owner` [total] says whose each place is."""
+  for distance in range(1, WINDOW + 1):
+    together = owner[:-distance] == owner[distance:]
+    yield histories.items[:-distance][together], histories.items[distance:][together], 1.0 / distance
+
+
+def _blocks(histories: Interactions, num_items: int) -> Iterator[tuple[int, int]]:
+  """Ranges of items that have about so many pairs together as may be there at once."""
+  pairs = np.cumsum(2 * WINDOW * np.bincount(histories.items, minlength=num_items))
+  start = 0
+  while start < num_items:
+    before = pairs[start - 1] if start else 0
+    stop = max(start + 1, int(np.searchsorted(pairs, before + _PAIRS, side="right")))
+    yield start, stop
+    start = stop
+
+
+def strength_buckets(strengths: np.ndarray, num_buckets: int) -> np.ndarray:
+  """Buckets 0..num_buckets - 1 of even counts of the strengths above 0, the weakest first; 0 where there is none.
+
+  Returns:
+    [N, K] int32, for strengths [N, K].
+  """
+  known = strengths[strengths > 0]
+  if not known.size:
+    return np.zeros(strengths.shape, np.int32)
+  edges = np.quantile(known, np.arange(1, num_buckets) / num_buckets)
+  return np.searchsorted(edges, strengths, side="right").astype(np.int32)

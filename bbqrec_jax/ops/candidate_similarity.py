@@ -1,0 +1,155 @@
+"""Similarity of candidates to the last items of a history, discretised and read off tables: numbers to add to scores.
+
+    score[i] += sum over streams s and places r < R of table[s, r, bucket(similarity_s(i, h_r))]
+
+h_r is the r-th last distinct item of the history. Similarities are cosines of the items' vectors of a stream, or how
+often items occur near each other, as lists of neighbours. Nothing of size N x N is ever there.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# What a cosine may differ by from one program to the next, see `ops.similarity`.
+_ROUNDING = 1e-5
+_SAMPLES = 400_000
+
+
+def tail_edges(vectors: np.ndarray, num_buckets: int, *, seed: int) -> np.ndarray:
+  """Edges [num_buckets - 1] float32 of the cosines of random pairs; the more similar, the finer.
+
+  The shares of pairs above them fall in equal ratios from 1/2 to that of four neighbours an item.
+
+  Args:
+    vectors: [N, d]; zero rows are items without any.
+    num_buckets: 2 or more.
+    seed: of the draw of pairs.
+  """
+  unit = unit_rows(vectors)
+  there = np.flatnonzero(np.any(unit != 0, axis=1))
+  if len(there) < 2:
+    return np.zeros(num_buckets - 1, np.float32)
+  rng = np.random.default_rng(seed)
+  first = rng.integers(0, len(there), _SAMPLES)
+  second = (first + rng.integers(1, len(there), _SAMPLES)) % len(there)
+  cosines = np.einsum("nd,nd->n", unit[there[first]], unit[there[second]])
+  above = 0.5 * (min(8.0 / len(there), 0.5)) ** (np.arange(num_buckets - 1) / max(num_buckets - 2, 1))
+  edges = np.quantile(cosines.astype(np.float64), 1.0 - above)
+  return np.minimum(edges, 1.0 - _ROUNDING).astype(np.float32) - np.float32(_ROUNDING)
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+  """Rows [N, d] of length 1, float32; zero rows stay."""
+  norm = np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
+  return np.divide(vectors, norm, out=np.zeros(vectors.shape, np.float32), where=norm > 0)
+
+
+def table_values(cosines: jax.Array, here: jax.Array, same: jax.Array, edges: jax.Array, row: jax.Array) -> jax.Array:
+  """What a table's row says of similarities: a sum of steps, without a gather, which a CPU and a TPU are slow at.
+
+  Args:
+    cosines: of any shape.
+    here: bool, whether both items have a vector.
+    same: bool, whether they are one item.
+    edges: [n - 1] ascending.
+    row: [n + 2]: the buckets' numbers, that of an item and itself, that of a missing vector.
+  """
+  value = row[0] + sum(
+    (jnp.where(cosines > edges[step], row[step + 1] - row[step], 0.0) for step in range(edges.shape[0])),
+    start=jnp.zeros((), row.dtype),
+  )
+  return jnp.where(same, row[-2], jnp.where(here, value, row[-1]))
+
+
+def vector_scores(
+  unit: jax.Array, edges: jax.Array, table: jax.Array, recent: jax.Array, items: jax.Array | None = None
+) -> jax.Array:
+  """The sum over places of one stream of vectors.
+
+  Args:
+    unit: [N, d] float32 rows of length 1, or zero.
+    edges: [n - 1].
+    table: [R, n + 2] float32, see `table_values`.
+    recent: [B, R] int, the last distinct items, the latest first; -1 fills.
+    items: [B, n] int candidates, or None for all.
+
+  Returns:
+    [B, N] or [B, n] float32.
+  """
+  unit, edges, table, recent = map(jnp.asarray, (unit, edges, table, recent))
+  there = jnp.any(unit != 0, axis=1)
+  numbers = jnp.arange(unit.shape[0], dtype=recent.dtype)[None] if items is None else jnp.asarray(items)
+  candidates = None if items is None else unit[numbers]
+  shape = (recent.shape[0], numbers.shape[1])
+
+  def place(total: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    own, row = given
+    query = unit[jnp.maximum(own, 0)]
+    if candidates is None:
+      cosines = jnp.dot(query, unit.T, preferred_element_type=jnp.float32)
+    else:
+      cosines = jnp.einsum("bd,bnd->bn", query, candidates, preferred_element_type=jnp.float32)
+    here = there[jnp.maximum(own, 0)][:, None] & (there[None] if items is None else there[numbers])
+    value = table_values(cosines, here, numbers == own[:, None], edges, row)
+    return total + jnp.where(own[:, None] >= 0, value, 0.0), None
+
+  return _over_places(place, shape, recent, table)
+
+
+def neighbour_scores(
+  neighbours: jax.Array, buckets: jax.Array, table: jax.Array, recent: jax.Array, items: jax.Array | None = None
+) -> jax.Array:
+  """The sum over places of a stream that is given as lists of neighbours; all other items add nothing.
+
+  Args:
+    neighbours: [N, K] int, -1 fills.
+    buckets: [N, K] int in 0..n - 1.
+    table: [R, n] float32.
+    recent: as for `vector_scores`.
+    items: likewise.
+
+  Returns:
+    [B, N] or [B, n] float32.
+  """
+  neighbours, buckets, table, recent = map(jnp.asarray, (neighbours, buckets, table, recent))
+  count = neighbours.shape[0]
+  shape = (recent.shape[0], count if items is None else items.shape[1])
+  rows = jnp.arange(recent.shape[0], dtype=jnp.int32)[:, None]
+
+  def place(total: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    own, row = given
+    real = own[:, None] >= 0
+    near = jnp.where(real, neighbours[jnp.maximum(own, 0)], -1)
+    value = row[buckets[jnp.maximum(own, 0)]]
+    if items is None:
+      return total.at[rows, jnp.where(near < 0, count, near)].add(value, mode="drop"), None
+    found = (items[:, :, None] == near[:, None, :]) & (near >= 0)[:, None, :]
+    return total + jnp.sum(jnp.where(found, value[:, None, :], 0.0), axis=-1), None
+
+  return _over_places(place, shape, recent, table)
+
+
+def _over_places(place: Callable, shape: tuple[int, int], recent: jax.Array, table: jax.Array) -> jax.Array:
+  """Adds up what each place gives; one at a time, and again for the gradient, so that one alone is ever there."""
+  total, _ = jax.lax.scan(jax.checkpoint(place), jnp.zeros(shape, jnp.float32), (recent.T, table))
+  return total
+
+
+def latest_first(items: jax.Array, real: jax.Array) -> jax.Array:
+  """The distinct items of each history, the latest first.
+
+  Args:
+    items: [B, T] int, in time order.
+    real: [B, T] bool, False at padding.
+
+  Returns:
+    [B, T] int; -1 fills the end.
+  """
+  turned = jnp.where(real, items, -1)[:, ::-1]
+  order = jnp.argsort(turned, axis=1, stable=True)  # Of equal items the latest comes first.
+  ranked = jnp.take_along_axis(turned, order, axis=1)
+  again = jnp.concatenate([jnp.zeros_like(ranked[:, :1], bool), ranked[:, 1:] == ranked[:, :-1]], axis=1)
+  once = jnp.take_along_axis(jnp.where(again, -1, ranked), jnp.argsort(order, axis=1), axis=1)
+  return jnp.take_along_axis(once, jnp.argsort(once < 0, axis=1, stable=True), axis=1)

@@ -1,0 +1,193 @@
+"""Fits the tables of `candidate_similarity` on transitions that the base has not seen."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bbqrec_jax.data.interactions import Interactions, Split, from_lengths
+from bbqrec_jax.data.pipeline import ranking_batches
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, unless_in
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.model import SequenceModel
+from bbqrec_jax.recommender.settings import parts_of
+from bbqrec_jax.training.partitioning import Partitioner
+
+_NEAR = 50  # Candidates that are near the history, and as many of each base.
+_RANDOM = 100  # Candidates that stand for all others.
+
+
+def hold_out_last(split: Split) -> tuple[Split, np.ndarray]:
+  """The split of training histories less their last item, which is the validation target there.
+
+  Returns:
+    The split, whose targets mean nothing for users with a single item of training, and the other users, [n] int.
+  """
+  train = split.train
+  users = np.flatnonzero(train.lengths >= 2)
+  kept = np.ones(train.num_interactions, bool)
+  kept[train.offsets[1:][users] - 1] = False
+  lengths = train.lengths - np.isin(np.arange(train.num_users), users)
+  times = None if train.times is None else train.times[kept]
+  held = from_lengths(train.items[kept], lengths, train.users, times)
+  target = np.zeros(train.num_users, np.int32)
+  target[users] = train.items[train.offsets[1:][users] - 1]
+  return Split(held, target, target, f"{split.split_hash} held out"), users
+
+
+def ramp(model: SequenceModel) -> Any:
+  """Parameters of `CandidateSimilarity` that rise with the bucket and fall with the place, to find near items by."""
+  s = model.settings.candidate_similarity
+  steps = np.arange(s.num_buckets) / (s.num_buckets - 1)
+  rows = (steps[None] / np.arange(1, s.last_items + 1)[:, None]).astype(np.float32)
+  tables = np.tile(np.pad(rows, ((0, 0), (0, 2))), (model.settings.candidate_vectors, 1, 1))
+  params: dict[str, Any] = {"scale": jnp.ones(len(parts_of(model.settings)[1])), "tables": jnp.asarray(tables)}
+  if "behaviour" in s.streams:
+    params["neighbour_table"] = jnp.asarray(rows)
+  return params
+
+
+def make_collector(model: SequenceModel) -> Callable[[Any, Catalogue, Any], Any]:
+  """The function that finds candidates for a batch of histories, for a partitioner to compile.
+
+  Returns:
+    (parameters, catalogue, batch) -> `items` [B, n] int32, the target first, -1 for none; `base` [B, n, bases]
+    float32, their log-probabilities; `recent` [B, R] int32, the last distinct items; and `share` [B, n] float32, the
+    log of how many items each stands for. The candidates are the first of each base, the nearest to the history, and
+    random ones for all others.
+  """
+  proxy = ramp(model)
+
+  def collect(params: Any, catalogue: Catalogue, batch: Any) -> dict[str, jax.Array]:
+    seen = model.seen(batch)
+    assert seen is not None
+    states = apply(model, params, "last_states", catalogue, batch)
+    target = batch["targets"][:, None]
+    first = apply(model, params, "base_candidates", catalogue, states, width=_NEAR, seen=seen)
+    near: Any = CandidateSimilarity(model.settings).apply({"params": proxy}, catalogue.candidates, seen)
+    _, near = jax.lax.top_k(near, min(_NEAR, near.shape[1]))
+    known = jnp.concatenate([target, unless_in(first, target)], axis=1)
+    known = jnp.concatenate([known, unless_in(near, known)], axis=1)
+    count, number = catalogue.num_items, jnp.sum(known >= 0, axis=1, dtype=jnp.int32)
+    drawn = unless_in(_spread(batch["targets"], count), known)
+    drawn = unless_repeated(drawn)
+    others = jnp.maximum(count - number, 0) / jnp.maximum(jnp.sum(drawn >= 0, axis=1), 1)
+    items = jnp.concatenate([known, drawn], axis=1)
+    share = jnp.where(jnp.arange(items.shape[1]) < known.shape[1], 0.0, jnp.log(jnp.maximum(others, 1e-9))[:, None])
+    of_base = apply(model, params, "base_log_probs", catalogue, states, jnp.maximum(items, 0), seen)
+    return {
+      "items": items,
+      "base": of_base.astype(jnp.float32),
+      "recent": seen[:, : model.settings.candidate_similarity.last_items],
+      "share": share,
+    }
+
+  return collect
+
+
+def _spread(targets: jax.Array, count: int) -> jax.Array:
+  """Random items [B, n] for targets [B]: a function of the row and its target alone, whichever device works on it."""
+  keys = jax.vmap(lambda target: jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), target))(targets)
+  return jax.vmap(lambda key: jax.random.randint(key, (_RANDOM,), 0, count, jnp.int32))(keys)
+
+
+def unless_repeated(items: jax.Array) -> jax.Array:
+  """Items [B, n] with -1 in place of all but the first of equal ones."""
+  same = (items[:, :, None] == items[:, None, :]) & jnp.tri(items.shape[1], k=-1, dtype=bool)[None]
+  return jnp.where(jnp.any(same, axis=-1), -1, items)
+
+
+def fit_similarity(
+  params: Any,
+  model: SequenceModel,
+  shared: Any,
+  catalogue: Catalogue,
+  histories: Interactions,
+  targets: np.ndarray,
+  *,
+  users: np.ndarray,
+  seed: int,
+  batch_size: int,
+  max_length: int,
+  bounds: tuple[int, ...],
+  partitioner: Partitioner,
+) -> tuple[Any, dict[str, float]]:
+  """The parameters of `CandidateSimilarity` under which held-out transitions are the most likely.
+
+  The base stays as it is. The softmax is over a user's candidates, random ones standing for all others: an estimate of
+  that over the catalogue whose cost does not grow with it.
+
+  Args:
+    params: of the model, placed; whatever its tables hold.
+    model: the recommender.
+    shared: the catalogue, placed.
+    catalogue: the same on the host.
+    histories: what precedes the held-out transitions.
+    targets: [U] int, what followed.
+    users: [n] int, whose transitions count; some are drawn where they are too many.
+    seed: of all draws.
+    batch_size: users at once, in looking for candidates.
+    max_length: T.
+    bounds: see `ranking_batches`.
+    partitioner: how the work meets devices.
+
+  Returns:
+    The parameters, as NumPy arrays, and the mean negative log-likelihoods before and after, `before` and `after`.
+  """
+  s, rng = model.settings.candidate_similarity, np.random.default_rng([seed, 7])
+  if len(users) > s.users:
+    users = np.sort(rng.choice(users, s.users, replace=False))
+  collect = partitioner.compile_map(make_collector(model))
+  found: dict[str, np.ndarray] = {}
+  batches = ranking_batches(
+    histories, targets, users=users, batch_size=batch_size, max_length=max_length, bounds=bounds
+  )
+  for places, batch in batches:
+    result = jax.device_get(collect(params, shared, batch))
+    for name, rows in result.items():
+      if name == "recent" and rows.shape[1] < s.last_items:
+        rows = np.pad(rows, ((0, 0), (0, s.last_items - rows.shape[1])), constant_values=-1)
+      found.setdefault(name, np.zeros((len(users), *rows.shape[1:]), rows.dtype))[places] = rows[: len(places)]
+  with jax.default_device(jax.local_devices()[0]):
+    return _fit(model, catalogue, found, rng)
+
+
+def _fit(
+  model: SequenceModel, catalogue: Catalogue, found: dict[str, np.ndarray], rng: np.random.Generator
+) -> tuple[Any, dict[str, float]]:
+  """The parameters by candidates that `make_collector` found, [n, ...] each."""
+  s, module = model.settings.candidate_similarity, CandidateSimilarity(model.settings)
+  params = jax.tree.map(jnp.zeros_like, ramp(model)) | {"scale": jnp.ones(found["base"].shape[2])}
+  optimizer = optax.adam(s.learning_rate)
+
+  def loss(params: Any, batch: Any) -> jax.Array:
+    items = jnp.maximum(batch["items"], 0)
+    added: Any = module.apply({"params": params}, catalogue.candidates, batch["recent"], items)
+    scores = jnp.einsum("bns,s->bn", batch["base"], params["scale"]) + added + batch["share"]
+    scores = jnp.where(batch["items"] < 0, -jnp.inf, scores)
+    surprise = jax.nn.logsumexp(scores, axis=1) - scores[:, 0]
+    return jnp.sum(surprise * batch["weight"]) / jnp.maximum(jnp.sum(batch["weight"]), 1.0)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+    value, gradient = jax.value_and_grad(loss)(params, batch)
+    updates, state = optimizer.update(gradient, state)
+    return optax.apply_updates(params, updates), state, value
+
+  count, state, means = len(found["items"]), optimizer.init(params), []
+  for _ in range(s.passes):
+    order, losses = rng.permutation(count), []
+    for first in range(0, count, s.batch_rows):
+      rows = order[first : first + s.batch_rows]
+      weight = np.arange(s.batch_rows) < len(rows)
+      rows = np.resize(rows, s.batch_rows)
+      batch = {name: part[rows] for name, part in found.items()} | {"weight": weight.astype(np.float32)}
+      params, state, value = step(params, state, batch)
+      losses.append(value)
+    means.append(float(np.mean(jax.device_get(losses))))
+  return jax.device_get(params), {"first_pass": means[0], "last_pass": means[-1]}
