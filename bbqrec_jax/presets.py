@@ -35,11 +35,14 @@ def system_config(system: str) -> ml_collections.ConfigDict:
   recommender.head = "dense" if system in SASREC else system
   recommender.item_inputs = SASREC.get(system, ("fused", "modalities", "features", "item"))
   recommender.item_dropout = 0.0 if system == "sasrec" else 0.2
+  recommender.candidate_similarity.streams = ("features", "modalities", "fused", "behaviour")
   if system in SASREC:
-    recommender.similarity = ()
+    recommender.similarity = recommender.candidate_similarity.streams = ()
   if is_wide(system):
     recommender.width = 128
     recommender.mlp_width = 512
+    recommender.dropout = recommender.attention_dropout = 0.5
+  config.evaluation.validation_users = 4096
   return config
 
 
@@ -55,18 +58,7 @@ def quickstart_config() -> ml_collections.ConfigDict:
   config.tokenizer.batch_items = 256
   config.tokenizer.batch_rows = 8
   config.tokenizer.evaluate_every = 400
-  config.recommender.steps = 1200
-  config.recommender.evaluate_every = 300
-  return config
-
-
-def sasrec_config(system: str = "sasrec") -> ml_collections.ConfigDict:
-  """SASRec with full cross-entropy, the baseline: width, dropout and optimiser are those of a dense head, not tuned.
-
-  Args:
-    system: "sasrec" knows items by number alone, "sasrec_features" also by a linear map of their features.
-  """
-  config = system_config(system)
+  config.recommender.epochs = 20
   return config
 
 
@@ -140,6 +132,7 @@ def benchmark_config(size: str = "small") -> ml_collections.ConfigDict:
   run.tokenizer.batch_items = 1024
   run.tokenizer.batch_rows = 32
   recommender = run.recommender
+  recommender.rows = "packed"
   recommender.width = chosen["width"]
   recommender.mlp_width = 4 * chosen["width"]
   recommender.num_layers = chosen["layers"]
@@ -169,7 +162,6 @@ def benchmark_config(size: str = "small") -> ml_collections.ConfigDict:
 PRESETS: dict[str, Callable[[], ml_collections.ConfigDict]] = {
   "quickstart": quickstart_config,
   **{system: functools.partial(system_config, system) for system in SYSTEMS},
-  **{system: functools.partial(sasrec_config, system) for system in SASREC},
   "tiger": tiger_config,
   "tiger_small": functools.partial(tiger_config, "small"),
   "benchmark": benchmark_config,

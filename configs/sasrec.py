@@ -4,12 +4,12 @@
     python -m bbqrec_jax.main --config=configs/sasrec.py:features --workdir=runs/sasrec --config.data.path=DIR
 
 It knows items by number alone, or also by a linear map of their features; there is no tokenizer. Width, dropout and
-optimiser are those of the dense head in `scientific.py`, not tuned for it.
+optimiser are those of the dense head.
 """
 
 import ml_collections
 
-from bbqrec_jax.presets import sasrec_config
+from bbqrec_jax.presets import system_config
 
 
 def get_config(inputs: str = "item") -> ml_collections.ConfigDict:
@@ -18,6 +18,4 @@ def get_config(inputs: str = "item") -> ml_collections.ConfigDict:
   Args:
     inputs: "item", or "features" for both.
   """
-  config = sasrec_config({"item": "sasrec", "features": "sasrec_features"}[inputs])
-  config.recommender.item_dropout = 0.0
-  return config
+  return system_config({"item": "sasrec", "features": "sasrec_features"}[inputs])

@@ -8,6 +8,7 @@ import pytest
 from bbqrec_jax.config import RunSettings, default_config, read_config
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.presets import PRESETS, SYSTEMS, preset, system_config
+from bbqrec_jax.recommender.settings import length_bounds
 from bbqrec_jax.utils.settings import describe, flatten, to_config
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -172,7 +173,7 @@ def test_a_value_of_another_type_cannot_be_set():
 
 
 FROM_ZERO = (".warmup_steps", "seed", ".validation_users", ".num_negatives", ".time_buckets", "shard_rows",
-             ".device_features")  # fmt: skip
+             ".device_features", "recommender.steps", "recommender.evaluate_every")  # fmt: skip
 INTEGERS_FROM_ONE = [
   name
   for name, value in flatten(default_config()).items()
@@ -281,13 +282,14 @@ def test_subsets(name, choices):
   assert "once" in refusal(with_field(name, (choices[0], choices[0])))
 
 
-def test_length_buckets_rise_below_the_longest_history():
+def test_length_buckets_rise_and_count_below_the_longest_history():
   for value in ((), (5,), (1, 5, 19)):
-    read_config(with_field("recommender.length_buckets", value))
-  for value in ((0, 5), (5, 5), (10, 5), (20,)):
+    assert length_bounds(read_config(with_field("recommender.length_buckets", value)).recommender) == value
+  assert length_bounds(read_config(with_field("recommender.length_buckets", (5, 20, 50))).recommender) == (5,)
+  for value in ((0, 5), (5, 5), (10, 5)):
     message = refusal(with_field("recommender.length_buckets", value))
-    assert message.startswith("config field recommender.length_buckets must be ascending whole numbers from 1 to ")
-    assert message.endswith(f"= 19, got {value!r}")
+    assert message.startswith("config field recommender.length_buckets must be ascending whole numbers from 1")
+    assert message.endswith(f", got {value!r}")
   for value in ((2.5,), ("5",)):
     assert f"expected whole numbers, as 64,32, got {value!r}" in refusal(
       with_field("recommender.length_buckets", value)
@@ -307,10 +309,8 @@ def test_empty_subsets():
       {"recommender.head": "hybrid", "recommender.dense_tower.width": 63},
       ("recommender.dense_tower.width = 63", "recommender.num_heads = 2"),
     ),
-    *(
-      ({"recommender.position_buckets": count, "recommender.positions": "relative"}, ("from 2 to 255", f"got {count}"))
-      for count in (1, 256)
-    ),
+    ({"recommender.time_buckets": 8}, ("recommender.time_buckets = 8", "recommender.rows = 'packed'")),
+    ({"recommender.attention": "xla"}, ("recommender.attention = 'xla'", "set recommender.attention_dropout to 0")),
     *(
       (
         {"recommender.position_buckets": count, "recommender.backbone": "encoder_decoder"},
@@ -325,7 +325,10 @@ def test_empty_subsets():
     ),
     ({"recommender.num_heads": 3}, ("recommender.width = 64", "recommender.num_heads = 3")),
     ({"tokenizer.code_width": 33}, ("tokenizer.code_width = 33", "tokenizer.history_heads = 2")),
-    ({"recommender.max_length": 33}, ("recommender.row_length = 32", "recommender.max_length = 33")),
+    (
+      {"recommender.max_length": 33, "recommender.rows": "packed"},
+      ("recommender.row_length = 32", "recommender.max_length = 33"),
+    ),
     ({"tokenizer.row_length": 19}, ("tokenizer.row_length = 19", "tokenizer.max_length = 20")),
     ({"tokenizer.warmup_steps": 2000}, ("tokenizer.warmup_steps = 2000", "tokenizer.steps = 2000")),
     ({"shard_rows": 1000}, ("shard_rows = 1000", "partitioner = 'mesh'")),

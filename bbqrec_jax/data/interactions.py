@@ -195,6 +195,21 @@ def leave_one_out(interactions: Interactions) -> Split:
   )
 
 
+def hold_out_last(split: Split) -> tuple[Split, np.ndarray]:
+  """The same protocol one step earlier: training histories less their last item, which is what there is to predict.
+
+  Returns:
+    The split, whose targets mean nothing for users with a single training interaction, and the other users, [n] int.
+  """
+  train, users = split.train, np.flatnonzero(split.train.lengths >= 2)
+  last = train.offsets[1:][users] - 1
+  kept, lengths, target = np.ones(train.num_interactions, bool), train.lengths, np.zeros(train.num_users, np.int32)
+  kept[last] = False
+  lengths[users] -= 1
+  target[users] = train.items[last]
+  return Split(choose(train, kept, lengths, train.users), target, target, f"{split.split_hash}-1"), users
+
+
 # Interactions of a block of users.
 _BLOCK = 2**22
 

@@ -177,12 +177,10 @@ class CausalBackbone(nn.Module):
     max_length: positions that have an embedding; places from `max_length` on share the last.
     dropout: rate on the input and on each residual branch.
     implementation: see `SelfAttention`.
-    position_buckets: of relative positions, which then take the place of embeddings of the places; 0: embeddings.
     time_buckets: of the time between interactions, a bias like that of relative positions; 0: none.
     attention_dropout: rate on the attention weights.
     post_norm: see `TransformerLayer`; the input is normalised too, and the output no more.
-    from_end: count the places of a history from its last item, where each row is one history.
-    last_only: give the state at the last item alone, where each row is one history.
+    whole_rows: each row is one history; places are counted from its last item, and the state there is all that is made.
   """
 
   num_layers: int
@@ -191,12 +189,10 @@ class CausalBackbone(nn.Module):
   max_length: int
   dropout: float = 0.0
   implementation: str = "einsum"
-  position_buckets: int = 0
   time_buckets: int = 0
   attention_dropout: float = 0.0
   post_norm: bool = False
-  from_end: bool = False
-  last_only: bool = False
+  whole_rows: bool = False
 
   @nn.compact
   def __call__(
@@ -223,27 +219,21 @@ class CausalBackbone(nn.Module):
       [B, T, d] normalised states, those at padding mean nothing; or [B, d], the last.
     """
     last = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
-    position, elapsed = None, None
-    if self.position_buckets:
-      distance = positions[:, None, :] - positions[:, :, None]
-      position = RelativeBias(self.num_heads, self.position_buckets, bidirectional=False, name="position")(distance)
-    else:
-      place = nn.Embed(self.max_length, x.shape[-1], embedding_init=nn.initializers.normal(0.02), name="position")
-      if self.from_end:
-        positions = jnp.maximum(last[:, None] - positions, 0)
-      x = x + place(jnp.minimum(positions, self.max_length - 1))
+    places = jnp.maximum(last[:, None] - positions, 0) if self.whole_rows else positions
+    embed = nn.Embed(self.max_length, x.shape[-1], embedding_init=nn.initializers.normal(0.02), name="position")
+    x, elapsed = x + embed(jnp.minimum(places, self.max_length - 1)), None
     if self.time_buckets and times is not None:
       elapsed = ElapsedBias(self.num_heads, self.time_buckets, name="time")(times)
     if self.post_norm:
       x = nn.LayerNorm(name="input_norm")(x)
     x = Dropout(self.dropout, deterministic=deterministic)(x)
-    mask, added = history_mask(segments), summed_bias(position, elapsed, bias)
+    mask, added = history_mask(segments), summed_bias(elapsed, bias)
     for index in range(self.num_layers):
       layer = TransformerLayer(
         self.num_heads, self.mlp_width, self.dropout, self.implementation, self.attention_dropout, self.post_norm,
         name=f"layer_{index}",
       )  # fmt: skip
-      at = last if self.last_only and index == self.num_layers - 1 else None
+      at = last if self.whole_rows and index == self.num_layers - 1 else None
       x, _ = layer(x, mask, added, at=at, deterministic=deterministic)
     x = x if self.post_norm else nn.LayerNorm(name="final_norm")(x)
-    return x[:, 0] if self.last_only else x
+    return x[:, 0] if self.whole_rows else x

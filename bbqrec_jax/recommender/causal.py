@@ -15,13 +15,10 @@ class Causal(Backbone):
   @classmethod
   def check(cls, settings: RecommenderSettings, prefix: str) -> None:
     """See `Backbone`."""
-    places = settings.position_buckets
-    if settings.positions == "relative" and not 2 <= places <= 255:
-      raise InputError(f"config field {prefix}position_buckets must be from 2 to 255, got {places}")
-    if settings.positions == "from_end" and settings.rows == "packed":
+    if settings.time_buckets and settings.rows == "histories":
       raise InputError(
-        f"config field {prefix}positions = 'from_end' needs rows of one history: set {prefix}positions to from_start or"
-        f" relative, or {prefix}rows to histories"
+        f"config field {prefix}time_buckets = {settings.time_buckets} needs {prefix}rows = 'packed': set it so, or"
+        f" {prefix}time_buckets to 0"
       )
     if settings.attention_dropout and settings.attention != "einsum":
       raise InputError(
@@ -43,12 +40,10 @@ class Causal(Backbone):
       max_length=s.max_length,
       dropout=s.dropout,
       implementation=s.attention,
-      position_buckets=s.position_buckets if s.positions == "relative" else 0,
       time_buckets=s.time_buckets,
       attention_dropout=s.attention_dropout,
       post_norm=s.norm == "post",
-      from_end=s.positions == "from_end",
-      last_only=not s.packed,
+      whole_rows=not s.packed,
     )
     nn.share_scope(self, self.layers)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bbqrec_jax.data.interactions import Interactions, Split, from_lengths
+from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.data.pipeline import ranking_batches
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, unless_in
@@ -22,28 +22,10 @@ _NEAR = 50  # Candidates that are near the history, and as many of each base.
 _RANDOM = 100  # Candidates that stand for all others.
 
 
-def hold_out_last(split: Split) -> tuple[Split, np.ndarray]:
-  """The split of training histories less their last item, which is the validation target there.
-
-  Returns:
-    The split, whose targets mean nothing for users with a single item of training, and the other users, [n] int.
-  """
-  train = split.train
-  users = np.flatnonzero(train.lengths >= 2)
-  kept = np.ones(train.num_interactions, bool)
-  kept[train.offsets[1:][users] - 1] = False
-  lengths = train.lengths - np.isin(np.arange(train.num_users), users)
-  times = None if train.times is None else train.times[kept]
-  held = from_lengths(train.items[kept], lengths, train.users, times)
-  target = np.zeros(train.num_users, np.int32)
-  target[users] = train.items[train.offsets[1:][users] - 1]
-  return Split(held, target, target, f"{split.split_hash} held out"), users
-
-
 def ramp(model: SequenceModel) -> Any:
   """Parameters of `CandidateSimilarity` that rise with the bucket and fall with the place, to find near items by."""
   s = model.settings.candidate_similarity
-  steps = np.arange(s.num_buckets) / (s.num_buckets - 1)
+  steps = np.arange(s.num_buckets) / max(s.num_buckets - 1, 1)
   rows = (steps[None] / np.arange(1, s.last_items + 1)[:, None]).astype(np.float32)
   tables = np.tile(np.pad(rows, ((0, 0), (0, 2))), (model.settings.candidate_vectors, 1, 1))
   params: dict[str, Any] = {"scale": jnp.ones(len(parts_of(model.settings)[1])), "tables": jnp.asarray(tables)}

@@ -48,7 +48,7 @@ def check_parts(settings: RecommenderSettings) -> None:
 
 
 def _try_backbone(backbone: Any) -> None:
-  """Runs a backbone with random parameters on two users in one row, and on the second of them alone.
+  """Runs a backbone with random parameters, where rows are packed on two users in one and on the second alone.
 
   Raises:
     InputError: if its output is not of the shape that it should be, or the second user's states are not the same.
@@ -57,7 +57,7 @@ def _try_backbone(backbone: Any) -> None:
   shape = (2, 4, s.num_levels, s.width) if backbone.reads_codes else (2, 4, s.width)
   x = rng.normal(size=shape).astype(np.float32)
   x[1, :2] = x[0, 2:]
-  segments = jnp.asarray([[1, 1, 2, 2], [1, 1, 0, 0]], jnp.int32)
+  segments = jnp.asarray([[1, 1, 2, 2] if s.packed else [1, 1, 1, 1], [1, 1, 0, 0]], jnp.int32)
   positions = jnp.asarray([[0, 1, 0, 1], [0, 1, 0, 0]], jnp.int32)
   bias = jnp.zeros((2, s.num_heads, 4, 4), jnp.float32) if s.num_streams else None
   inputs = (jnp.asarray(x), segments, positions, bias, positions if s.time_buckets else None)
@@ -67,9 +67,10 @@ def _try_backbone(backbone: Any) -> None:
   if backbone.makes_memory:
     if not (isinstance(states, Memory) and states.tokens.shape == (*states.real.shape, s.width)):
       raise InputError(f"expected a Memory of [B, S, {s.width}] tokens and [B, S] which are real")
-  elif getattr(states, "shape", None) != (2, 4, s.width):
-    raise InputError(f"expected states [B, T, {s.width}], got {getattr(states, 'shape', type(states).__name__)}")
-  elif backbone.rows == "packed" and not np.allclose(states[0, 2:], states[1, :2], rtol=1e-3, atol=1e-4):
+  elif getattr(states, "shape", None) not in [(2, 4, s.width)] + [(2, s.width)] * (not s.packed):
+    shapes = f"[B, T, {s.width}]" + f" or [B, {s.width}]" * (not s.packed)
+    raise InputError(f"expected states {shapes}, got {getattr(states, 'shape', type(states).__name__)}")
+  elif s.packed and not np.allclose(states[0, 2:], states[1, :2], rtol=1e-3, atol=1e-4):
     raise InputError(
       "a user's states depend on the other user of the row: let a position see its own segment alone, counted from its"
       " own start, or declare rows = 'history'"

@@ -61,7 +61,7 @@ class DenseTowerSettings:
 
   width: int = setting(128, "d of its backbone.")
   mlp_width: int = setting(512, "Of its feed-forward parts.")
-  dropout: float = setting(0.5, "Of its layers.", below=1)
+  dropout: float = setting(0.5, "Of its layers and attention weights.", below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class CandidateSimilaritySettings:
   last_items: int = setting(
     10, "R: the last distinct items of a history, each place with a table row of its own.", most=1000
   )
-  num_buckets: int = setting(10, "Of each similarity, the finer the more similar.", least=2, most=256)
+  num_buckets: int = setting(10, "Of each similarity, the finer the more similar.", most=256)
   neighbours: int = setting(100, "K: items kept of each item's neighbours in histories.", most=10**4)
   users: int = setting(8192, "Users whose last training transition the tables are fitted on, drawn once.")
   passes: int = setting(3, "Times that each of them is looked at.")
@@ -120,11 +120,7 @@ class RecommenderSettings:
   num_layers: int = setting(2, "Layers of the backbone.", most=1000)
   num_heads: int = setting(2, "H, attention heads.")
   head_width: int = setting(32, "Of each attention head of the encoder-decoder; the causal backbone's is d / H.")
-  positions: str = setting(
-    "from_end", "Of the causal backbone: an embedding per place, counted from the history's end or from its start, or a"
-    " bias by distance; the encoder-decoder's are relative.", choices=("from_end", "from_start", "relative"),
-  )  # fmt: skip
-  position_buckets: int = setting(32, "Buckets of relative positions.")
+  position_buckets: int = setting(32, "Buckets of relative positions, of the encoder-decoder.")
   time_buckets: int = setting(
     0, "Of the time between interactions, in powers of two of a second, where the data has timestamps; 0: none.",
     least=0,
@@ -153,8 +149,8 @@ class RecommenderSettings:
     " items; 0 takes all items.", least=0,
   )  # fmt: skip
   depth_layers: int = setting(1, "Layers of the generative head's depth transformer.", most=1000)
-  dropout: float = setting(0.5, "Of item vectors and residual branches.", below=1)
-  attention_dropout: float = setting(0.5, "Of the causal backbone's attention weights.", below=1)
+  dropout: float = setting(0.3, "Of item vectors and residual branches.", below=1)
+  attention_dropout: float = setting(0.3, "Of the causal backbone's attention weights.", below=1)
   item_dropout: float = setting(
     0.0, "Share of the items that lack a vector of their own in a step, as items do that come after training.", below=1
   )

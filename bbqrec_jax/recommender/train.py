@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.interactions import Interactions, Split
+from bbqrec_jax.data.interactions import Interactions, Split, hold_out_last
 from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.ops.ranking import LARGEST_CUTOFF
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, Ranking, chosen_users, evaluate, make_ranker, sample_users
-from bbqrec_jax.recommender.fit_similarity import fit_similarity, hold_out_last
+from bbqrec_jax.recommender.fit_similarity import fit_similarity
 from bbqrec_jax.recommender.items import build_catalogue, item_features
 from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.recommender.settings import is_packed, length_bounds

@@ -13,7 +13,7 @@ from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.feature_store import squeezed_columns
 from bbqrec_jax.data.features import feature_widths
-from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, leave_one_out
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, hold_out_last, leave_one_out
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, popularity_metrics
@@ -168,6 +168,12 @@ def _begun(
   check_workdir(workdir, config)
   partitioner = make_partitioner(config)
   dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone, given=given)
+  if config.recommender.candidate_similarity.streams and not tokenizer_alone and split.train.lengths.max() < 3:
+    raise InputError(
+      f"{dataset.source}: candidate similarity is fitted on each user's last training transition, and before it there is"
+      f" nothing to learn from: give some users {MINIMUM_LENGTH + 2} items or more, or set"
+      " recommender.candidate_similarity.streams=()"
+    )
   if own_tokenizer:
     _fewer_codes(config, dataset.num_items)
   ids = None
@@ -221,11 +227,14 @@ def _semantic_ids(run: _Run) -> SemanticIds:
     ids = run.ids or load_ids(run.config, run.workdir, run.dataset, run.figures)
     say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
     return ids
+  split, (held, _) = run.split, hold_out_last(run.split)
+  if run.config.tokenizer.hold_out_last and held.train.lengths.max() >= 2:
+    split = dataclasses.replace(split, train=held.train)
   with contextlib.closing(MetricsLog(run.workdir)) as log:
     return run_tokenizer(
       run.config,
       run.dataset,
-      run.split,
+      split,
       data_hash=_data_hash(run.figures),
       workdir=run.workdir,
       partitioner=run.partitioner,

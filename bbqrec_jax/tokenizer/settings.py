@@ -86,6 +86,9 @@ class TokenizerSettings:
     1024, "Standardised features stay on each device while they take no more MiB than this; others are read per batch.",
     least=0,
   )  # fmt: skip
+  hold_out_last: bool = setting(
+    True, "Learn from training histories less their last transition, which candidate similarity is fitted on."
+  )
   evaluate_every: int = setting(500, "Steps between two health checks (and checkpoints).")
   commitment: float = setting(0.25, "beta of the quantization loss.")
   temperature: float = setting(0.3, "Of the contrast.", above=0)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from bbqrec_jax.layers.transformer import CausalBackbone, TransformerLayer
+from bbqrec_jax.layers.transformer import CausalBackbone, SelfAttention, TransformerLayer
 from bbqrec_jax.ops.attention import history_mask
-from bbqrec_jax.ops.positions import relative_buckets
 
 OPTIMIZED = True
 
@@ -47,13 +46,7 @@ def oracle(params, x, bias, drop=lambda x: x):
   """The whole backbone in float64, one head and one position at a time; `drop` stands for dropout."""
   params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
   mask = np.asarray(history_mask(jnp.asarray(SEGMENTS)))
-  if "table" in params["position"]:
-    bias = bias.astype(np.float64)
-    for b, t, s in np.ndindex(BATCH, LENGTH, LENGTH):
-      bucket = int(relative_buckets(jnp.array(POSITIONS[b, s] - POSITIONS[b, t]), num_buckets=6, bidirectional=False))
-      bias[b, :, t, s] += params["position"]["table"][bucket]
-  else:
-    x = x + params["position"]["embedding"][np.minimum(POSITIONS, MAX_LENGTH - 1)]
+  x = x + params["position"]["embedding"][np.minimum(POSITIONS, MAX_LENGTH - 1)]
   x = drop(x)
   for layer in (params["layer_0"], params["layer_1"]):
     normed, parts = layer_norm(x, layer["LayerNorm_0"]), layer["attention"]
@@ -79,14 +72,42 @@ def test_backbone_equals_numpy(params):
   assert_allclose(run(params, x, SEGMENTS, POSITIONS, None), oracle(params, x, np.zeros_like(bias)), atol=2e-5)
 
 
-def test_relative_positions_are_a_bias_by_the_distance_of_places_in_a_history(random_params):
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_rows_of_one_history_give_their_last_state_with_places_from_the_end(random_params, post_norm):
   x, bias = inputs()
-  model = CausalBackbone(num_layers=2, num_heads=HEADS, mlp_width=12, max_length=MAX_LENGTH, position_buckets=6)
-  params = random_params(model, x, SEGMENTS, POSITIONS)
-  got = jax.jit(model.apply)({"params": params}, x, SEGMENTS, POSITIONS, bias)
-  assert_allclose(got, oracle(params, x, bias), atol=2e-5)
-  plain = jax.jit(model.apply)({"params": params}, x, SEGMENTS, POSITIONS)
-  assert_array_equal(jax.jit(model.apply)({"params": params}, x, SEGMENTS, POSITIONS, np.zeros_like(bias)), plain)
+  segments = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+  positions = np.tile(np.arange(6), (2, 1))
+  fields = {"num_layers": 2, "num_heads": HEADS, "mlp_width": 12, "max_length": MAX_LENGTH, "post_norm": post_norm}
+  every, last = CausalBackbone(**fields), CausalBackbone(**fields, whole_rows=True)
+  params = random_params(every, x, segments, positions)
+  from_end = np.maximum(segments.sum(1, keepdims=True) - 1 - positions, 0)
+  expected = every.apply({"params": params}, x, segments, from_end, bias)[np.arange(2), segments.sum(1) - 1]
+  assert_allclose(last.apply({"params": params}, x, segments, positions, bias), expected, atol=2e-5)
+
+
+def test_post_norm_normalises_each_sum(random_params):
+  x, _ = inputs()
+  layer = TransformerLayer(num_heads=HEADS, mlp_width=12, post_norm=True)
+  mask = np.tril(np.ones((1, 1, 6, 6), bool))
+  params = random_params(MODEL, x, SEGMENTS, POSITIONS)["layer_0"]
+  attended = np.asarray(SelfAttention(HEADS).apply({"params": params["attention"]}, x, mask)[0])
+  x = layer_norm(x + attended, params["LayerNorm_0"])
+  hidden = gelu(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"])
+  expected = layer_norm(x + hidden @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"], params["LayerNorm_1"])
+  assert_allclose(layer.apply({"params": params}, inputs()[0], mask, deterministic=True)[0], expected, atol=2e-5)
+
+
+@pytest.mark.usefixtures("doubling_dropout")
+def test_attention_dropout_is_on_the_weights_in_training_alone(random_params):
+  x, _ = inputs()
+  mask = np.tril(np.ones((1, 1, 6, 6), bool))
+  plain, dropping = SelfAttention(HEADS), SelfAttention(HEADS, dropout=0.5)
+  params = random_params(plain, x, mask)
+  bias = params["out"]["bias"]
+  whole = np.asarray(plain.apply({"params": params}, x, mask)[0])
+  assert_array_equal(dropping.apply({"params": params}, x, mask)[0], whole)
+  trained = np.asarray(dropping.apply({"params": params}, x, mask, deterministic=False)[0])
+  assert_allclose(trained - bias, 2 * (whole - bias), atol=2e-5)
 
 
 def test_zero_bias_is_bit_equal_to_no_bias_and_another_bias_is_not(params):

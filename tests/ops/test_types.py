@@ -53,11 +53,12 @@ SYSTEMS = {
   "two towers": {
     "recommender.head": "hybrid", "recommender.item_inputs": ("fused", "modalities", "features", "item"),
     "recommender.item_dropout": 0.2, "recommender.dense_tower.width": 8,
+    "recommender.candidate_similarity.streams": ("features", "modalities", "fused", "behaviour"),
   },
   "drawn": {
     "recommender.head": "dense", "recommender.item_inputs": ("features", "item"), "recommender.similarity": (),
     "recommender.item_dropout": 0.2, "recommender.num_negatives": 8, "recommender.time_buckets": 8,
-    "recommender.positions": "relative",
+    "recommender.rows": "packed",
     "recommender.accumulation": 2,
   },
   "encoder_decoder": {

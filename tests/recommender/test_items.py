@@ -173,4 +173,4 @@ def test_the_settings_are_known_before_there_are_semantic_ids(ids, histories, ch
   rows = item_features(config, FeatureStore(features, present))
   _, settings = build_catalogue(config, given, histories, num_items=ITEMS, features=rows)
   known = given if trained else None
-  assert recommender_settings(config, known, num_items=ITEMS, num_modalities=2, feature_width=8) == settings
+  assert recommender_settings(config, known, num_items=ITEMS, num_modalities=2, feature_widths=[4, 4]) == settings

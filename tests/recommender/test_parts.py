@@ -44,6 +44,13 @@ class SumsOfOne(Sums):
   rows = "history"
 
 
+class Last(Backbone):
+  """One that gives what it has at the end."""
+
+  def __call__(self, x, segments, positions, bias=None, times=None, *, deterministic=True):
+    return jnp.sum(x * (segments > 0)[..., None], axis=1)
+
+
 class Own(Causal):
   """As good as this project's."""
 
@@ -98,9 +105,16 @@ def test_what_is_no_part_of_a_model_is_named_in_one_line(part, name):
 )
 def test_a_backbone_that_breaks_its_contract_is_refused_by_name(name, said):
   with pytest.raises(InputError) as error:
-    make_recommender(settings_of(backbone=here(name), head="dense"))
+    make_recommender(settings_of(backbone=here(name), head="dense", rows="packed"))
   assert str(error.value).startswith(f"config field recommender.backbone = {here(name)!r}: ")
   assert said in str(error.value)
+
+
+def test_a_backbone_of_whole_rows_may_give_the_last_states_alone():
+  check_parts(settings_of(backbone=here("Sums"), head="dense"))
+  check_parts(settings_of(backbone=here("Last"), head="dense"))
+  with pytest.raises(InputError, match=r"expected states \[B, T, 8\] or \[B, 8\]"):
+    check_parts(settings_of(backbone=here("Flat"), head="dense"))
 
 
 def test_a_head_that_reads_a_memory_needs_a_backbone_that_makes_one():

@@ -74,6 +74,7 @@ def test_every_choice_trains_and_recommends(artefact, tmp_path, changes):
 
 def test_time_between_interactions_needs_times_and_is_asked_for(artefact, tmp_path):
   changes = {"tokenizer.artefact": artefact, "recommender.head": "dense", "recommender.time_buckets": 32}
+  changes["recommender.rows"] = "packed"
   experiment.run(make_config(**changes), tmp_path / "run")
   _, _, model, params, catalogue, _ = restore(tmp_path / "run")
   assert np.any(params["backbone"]["time"]["table"])

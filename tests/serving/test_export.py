@@ -29,7 +29,7 @@ SHAPES = {
   "dense, by the history": {"head": "dense", "seen_item_bias": True},
   "parallel": {"head": "parallel"},
   "dense": {"head": "dense"},
-  "dense, by the time": {"head": "dense", "time_buckets": 8},
+  "dense, by the time": {"head": "dense", "time_buckets": 8, "rows": "packed"},
   "hybrid": {"head": "hybrid", "dense_tower": DenseTowerSettings(width=6, mlp_width=8), "seen_item_bias": True},
   "encoder_decoder": {"backbone": "encoder_decoder", "num_columns": LEVELS, "softmax_over": "all"},
 }
@@ -52,7 +52,7 @@ def make(random_params, **changes):
   model = make_recommender(settings)
   grid = np.zeros((2, LENGTH), np.int32)
   batch = {"items": grid, "segments": grid + 1, "positions": grid, "times": grid, "targets": grid}
-  if settings.backbone == "encoder_decoder":
+  if not settings.packed:
     batch["targets"] = grid[:, 0]
   return model, random_params(model, catalogue, batch), catalogue
 

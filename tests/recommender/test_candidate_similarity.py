@@ -1,0 +1,180 @@
+"""Candidate similarity: nothing while its tables are zero, and what it adds when they are not; how they are fitted."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from bbqrec_jax.data.interactions import from_lengths
+from bbqrec_jax.ops.candidate_similarity import tail_edges, unit_rows
+from bbqrec_jax.recommender.candidate_similarity import build_streams
+from bbqrec_jax.recommender.catalogue import CandidateStreams, Catalogue, code_columns
+from bbqrec_jax.recommender.evaluate import make_ranker
+from bbqrec_jax.recommender.fit_similarity import fit_similarity
+from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, DenseTowerSettings, RecommenderSettings
+from bbqrec_jax.recommender.two_towers import make_recommender
+from bbqrec_jax.semantic_ids.trie import build_trie
+from bbqrec_jax.training.partitioning import SingleDevice
+
+ITEMS, LEVELS, CODES, LENGTH, BUCKETS = 40, 2, 8, 6, 4
+COMPARE = CandidateSimilaritySettings(
+  streams=("features", "behaviour"), last_items=3, num_buckets=BUCKETS, passes=8, batch_rows=16
+)
+SETTINGS = RecommenderSettings(
+  num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=LEVELS, width=8, num_layers=1, mlp_width=8,
+  depth_layers=1, max_length=LENGTH, dense_tower=DenseTowerSettings(width=8, mlp_width=8), candidate_vectors=1,
+  candidate_similarity=COMPARE,
+)  # fmt: skip
+HEADS = ["dense", "parallel", "generative", "hybrid"]
+
+
+@pytest.fixture(scope="module")
+def catalogue():
+  rng = np.random.default_rng(0)
+  ids = np.stack(np.unravel_index(rng.choice(CODES**LEVELS, ITEMS, replace=False), (CODES,) * LEVELS), axis=1)
+  vectors = rng.normal(size=(ITEMS, 5)).astype(np.float32)
+  return Catalogue(
+    semantic_ids=jnp.asarray(ids, jnp.int32),
+    columns=jnp.asarray(code_columns([ids], [np.ones(ITEMS, bool)], num_codes=CODES)),
+    streams=jnp.zeros((ITEMS, 0, 1)),
+    edges=jnp.zeros((0, 0)),
+    trie=build_trie(ids),
+    candidates=CandidateStreams(
+      vectors=(jnp.asarray(unit_rows(vectors)),),
+      edges=jnp.asarray(tail_edges(vectors, BUCKETS, seed=0))[None],
+      neighbours=jnp.asarray(rng.integers(0, ITEMS, (ITEMS, 2)), jnp.int32),
+      buckets=jnp.asarray(rng.integers(0, BUCKETS, (ITEMS, 2)), jnp.int32),
+    ),
+  )
+
+
+@pytest.fixture(scope="module")
+def batch():
+  rng = np.random.default_rng(1)
+  lengths = np.array([6, 3, 1, 5])
+  place = np.tile(np.arange(LENGTH), (4, 1))
+  real = place < lengths[:, None]
+  return {
+    "items": np.where(real, rng.integers(0, ITEMS, (4, LENGTH)), 0).astype(np.int32),
+    "segments": real.astype(np.int32),
+    "positions": np.where(real, place, 0).astype(np.int32),
+    "targets": rng.integers(0, ITEMS, 4).astype(np.int32),
+  }
+
+
+def of_head(random_params, catalogue, batch, head):
+  """The model, its parameters with tables of zeros, and the plain model of the same parameters."""
+  model = make_recommender(dataclasses.replace(SETTINGS, head=head))
+  plain = make_recommender(dataclasses.replace(SETTINGS, head=head, candidate_similarity=CandidateSimilaritySettings()))
+  params = random_params(model, catalogue, batch)
+  base = {name: part for name, part in params.items() if name != "candidate_similarity"}
+  tables = jax.tree.map(jnp.zeros_like, params["candidate_similarity"])
+  return model, base | {"candidate_similarity": tables | {"scale": jnp.ones_like(tables["scale"])}}, plain, base
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method", "width", "deterministic"))
+def call(model, params, method, *args, **more):
+  return model.apply({"params": params}, *args, method=method, **more)
+
+
+def found(model, params, catalogue, batch, width=8):
+  states = call(model, params, "last_states", catalogue, batch)
+  return call(model, params, "search", catalogue, states, width=width, seen=model.seen(batch))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_zero_tables_leave_the_model_as_it_is_bit_for_bit(random_params, catalogue, batch, head):
+  model, params, plain, base = of_head(random_params, catalogue, batch, head)
+  one, other = found(model, params, catalogue, batch), found(plain, base, catalogue, batch)
+  assert_array_equal(one.items, other.items)
+  assert_array_equal(one.log_probs, other.log_probs)
+  ranks = jax.jit(make_ranker(model, beam_width=8))(params, catalogue, batch)
+  expected = jax.jit(make_ranker(plain, beam_width=8))(base, catalogue, batch)
+  jax.tree.map(assert_array_equal, ranks, expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_is_like_the_last_item_comes_to_the_front(random_params, catalogue, batch, head):
+  model, params, _, _ = of_head(random_params, catalogue, batch, head)
+  tables = np.zeros((1, 3, BUCKETS + 2), np.float32)
+  tables[0, 0, BUCKETS - 1] = 100.0  # Of the last item's nearest.
+  params["candidate_similarity"]["tables"] = tables
+  unit, edges = catalogue.candidates.vectors[0], catalogue.candidates.edges[0]
+  result = found(model, params, catalogue, batch)
+  last = batch["items"][np.arange(4), batch["segments"].sum(1) - 1]
+  for row, own in enumerate(last):
+    near = set(np.flatnonzero(unit @ unit[own] > edges[-1]).tolist()) - {int(own)}
+    assert set(result.items[row, : len(near)].tolist()) == near
+  assert sum(len(set(np.flatnonzero(unit @ unit[own] > edges[-1]).tolist())) > 1 for own in last) > 0
+
+
+def test_scores_of_all_are_scale_times_base_plus_what_is_added(random_params, catalogue, batch):
+  model, _, plain, base = of_head(random_params, catalogue, batch, "dense")
+  rng = np.random.default_rng(2)
+  tables = {"scale": jnp.array([0.5]), "tables": rng.normal(size=(1, 3, BUCKETS + 2)).astype(np.float32)}
+  tables["neighbour_table"] = rng.normal(size=(3, BUCKETS)).astype(np.float32)
+  states, seen = call(plain, base, "last_states", catalogue, batch), model.seen(batch)
+  scores = call(model, base | {"candidate_similarity": tables}, "scores", catalogue, states, seen)
+  added = call(model, base | {"candidate_similarity": tables}, "similarity_scores", catalogue, seen)
+  assert_allclose(scores, 0.5 * call(plain, base, "scores", catalogue, states, seen) + added, atol=1e-5)
+
+
+def test_the_loss_of_the_base_teaches_the_tables_nothing(random_params, catalogue, batch):
+  model, params, plain, base = of_head(random_params, catalogue, batch, "hybrid")
+  loss, gradient = jax.value_and_grad(lambda p: call(model, p, "loss", catalogue, batch, deterministic=True)[0])(params)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient["candidate_similarity"]))
+  assert_array_equal(loss, call(plain, base, "loss", catalogue, batch, deterministic=True)[0])
+
+
+@pytest.mark.parametrize("head", ["dense", "generative", "hybrid"])
+def test_fitting_finds_that_near_items_follow_one_another(random_params, catalogue, batch, head):
+  model, params, _, _ = of_head(random_params, catalogue, batch, head)
+  unit = np.asarray(catalogue.candidates.vectors[0])
+  rng = np.random.default_rng(3)
+  histories = from_lengths(rng.integers(0, ITEMS, 80 * 3), np.full(80, 3), np.arange(80).astype(str))
+  last = histories.items[2::3]
+  cosines = unit[last] @ unit.T
+  cosines[np.arange(80), last] = -1
+  targets = np.argmax(cosines, axis=1).astype(np.int32)
+  options = {"users": np.arange(80), "seed": 0, "batch_size": 16, "max_length": LENGTH, "bounds": ()}
+  options["partitioner"] = SingleDevice()
+  fitted, losses = fit_similarity(params, model, catalogue, catalogue, histories, targets, **options)
+  assert losses["last_pass"] < losses["first_pass"]
+  row = fitted["tables"][0, 0]  # Of the last item: its nearest far above all others, itself among these.
+  assert row[BUCKETS - 1] > max(row[: BUCKETS - 1].max(), row[BUCKETS]) + 0.5
+  again, _ = fit_similarity(params, model, catalogue, catalogue, histories, targets, **options)
+  jax.tree.map(assert_array_equal, fitted, again)
+  before, after = (
+    jax.jit(make_ranker(model, beam_width=8))(
+      params | {"candidate_similarity": tables},
+      catalogue,
+      {
+        "items": np.pad(histories.items.reshape(80, 3), ((0, 0), (0, 3))),
+        "segments": np.pad(np.ones((80, 3), np.int32), ((0, 0), (0, 3))),
+        "positions": np.tile([0, 1, 2, 0, 0, 0], (80, 1)).astype(np.int32),
+        "targets": targets,
+      },
+    )["ranks"]
+    for tables in (params["candidate_similarity"], fitted)
+  )
+  first = [np.mean(np.asarray(ranks) == 0) for ranks in (before, after)]
+  assert first[1] > first[0] + 0.2
+
+
+def test_streams_are_what_the_settings_name():
+  rng = np.random.default_rng(0)
+  histories = from_lengths(rng.integers(0, 20, 40), np.full(10, 4), np.arange(10).astype(str))
+  features = {"text": rng.normal(size=(ITEMS, 3)), "image": rng.normal(size=(ITEMS, 2))}
+  made = build_streams(COMPARE, None, features, histories, num_items=ITEMS, seed=0)
+  assert [rows.shape for rows in made.vectors] == [(ITEMS, 3), (ITEMS, 2)]
+  assert made.edges.shape == (2, BUCKETS - 1)
+  assert made.neighbours.shape == made.buckets.shape == (ITEMS, ITEMS)
+  more = {name: np.concatenate([rows, np.ones((5, rows.shape[1]))]) for name, rows in features.items()}
+  grown = build_streams(COMPARE, None, more, histories, num_items=ITEMS + 5, seed=0)
+  assert_array_equal(grown.edges, made.edges)  # Items that came later move no edge.
+  alone = dataclasses.replace(COMPARE, streams=("features",))
+  assert build_streams(alone, None, features, histories, num_items=ITEMS, seed=0).neighbours is None
