@@ -103,7 +103,7 @@ class TokenizerSettings:
   weights: LossWeights = section(LossWeights, "Of the losses.")
   club: ClubSettings = section(ClubSettings, "Of the CLUB bound.")
   optimizer: OptimizerSettings = section(
-    OptimizerSettings, "Of all parameters.", learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50
+    OptimizerSettings, "Of all parameters.", learning_rate=1e-3, b2=0.98, weight_decay=1e-4, warmup_steps=50
   )
 
   @property

@@ -27,7 +27,7 @@ def make_optimizer(settings: Any, *, total_steps: int) -> optax.GradientTransfor
   That is, not biases, norms, tables of embeddings or of codes, nor what makes an item's vector of its features.
 
   Args:
-    settings: as for `make_schedule`, and `weight_decay`, `clip_norm`.
+    settings: as for `make_schedule`, and `b2`, `weight_decay`, `clip_norm`.
     total_steps: steps of the whole run.
   """
 
@@ -38,6 +38,6 @@ def make_optimizer(settings: Any, *, total_steps: int) -> optax.GradientTransfor
   return optax.chain(
     optax.clip_by_global_norm(settings.clip_norm),
     optax.adamw(
-      make_schedule(settings, total_steps=total_steps), b2=0.98, weight_decay=settings.weight_decay, mask=decays
+      make_schedule(settings, total_steps=total_steps), b2=settings.b2, weight_decay=settings.weight_decay, mask=decays
     ),
   )

@@ -13,5 +13,6 @@ class OptimizerSettings:
   schedule: str = setting("cosine", "After the warm-up: a cosine to a hundredth, or constant.",
                           choices=("constant", "cosine"))  # fmt: skip
   warmup_steps: int = setting(100, "Steps in which the learning rate rises linearly.", least=0)
+  b2: float = setting(0.999, "Of AdamW, how long squared gradients are remembered.", below=1)
   weight_decay: float = setting(1e-2, "Of the layers' weight matrices alone, not of the recommender's feature map.")
   clip_norm: float = setting(1.0, "Global norm at which gradients are clipped, of both towers together.", above=0)
