@@ -8,7 +8,7 @@ import ml_collections
 from bbqrec_jax.data.settings import DataSettings
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.settings import EvaluationSettings, RecommenderSettings, trains_tokenizer
-from bbqrec_jax.tokenizer.quantizers import check_quantizer
+from bbqrec_jax.tokenizer.parts import check_parts
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.settings import from_config, section, setting, to_config
 
@@ -76,5 +76,5 @@ def read_config(config: Any, *, tokenizer_alone: bool = False) -> RunSettings:
   own = trains_tokenizer(config, alone=tokenizer_alone)
   settings = from_config(RunSettings, config, unchecked=None if own else "tokenizer.")
   if own:
-    check_quantizer(settings.tokenizer, field="config field tokenizer.")
+    check_parts(settings.tokenizer, field="config field tokenizer.")
   return settings

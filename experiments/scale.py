@@ -93,8 +93,8 @@ def steps(config: Any, *, items: int) -> Iterator[tuple[str, Any, Any, Any, Any]
   dataset = random_dataset(config)
   store, ids = dataset.store, random_ids(config, dataset.modalities)
   settings = tokenizer_settings(config.run, dataset)
-  few = tokenizer_training(config.run, settings, dataset.interactions, store)
-  many = tokenizer_training(config.run, dataclasses.replace(settings, num_items=items), dataset.interactions, store)
+  few = tokenizer_training(settings, dataset.interactions, store, seed=0)
+  many = tokenizer_training(dataclasses.replace(settings, num_items=items), dataset.interactions, store, seed=0)
   yield "tokenizer", many.step, jax.eval_shape(many.initial_state), None, _first(few.batches)
   for name, changes in RECOMMENDERS.items():
     run = copy.deepcopy(config.run)

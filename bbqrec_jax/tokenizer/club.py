@@ -14,6 +14,7 @@ from bbqrec_jax.ops.club import club_full, gaussian_log_likelihood
 from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.tokenizer.encoders import MLP
 from bbqrec_jax.tokenizer.losses import Bound
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.partitioning import reduce_shares
 
 
@@ -52,7 +53,7 @@ class Disentangling:
 
   critic: ClubCritic
   optimizer: optax.GradientTransformation
-  steps: int = 5
+  steps: int
 
   def bound(self, params: Any, *, axis_name: str | None) -> Bound:
     """The bound with the network held fixed; every row of the global batch is a negative."""
@@ -94,3 +95,11 @@ class Disentangling:
 
     (params, opt_state), likelihoods = jax.lax.scan(one, (params, opt_state), None, length=self.steps)
     return params, opt_state, likelihoods[-1]
+
+
+def make_disentangling(settings: TokenizerSettings) -> Disentangling | None:
+  """What the settings say of the bound; None where its weight is 0."""
+  if not settings.weights.disentangle:
+    return None
+  critic = ClubCritic(settings.names, settings.code_width)
+  return Disentangling(critic, optax.adam(settings.club.learning_rate), settings.club.steps)

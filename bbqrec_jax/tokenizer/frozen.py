@@ -14,10 +14,11 @@ from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.tokenizer.kmeans import content_latents
 from bbqrec_jax.tokenizer.model import Tokenizer
-from bbqrec_jax.tokenizer.quantizers import check_quantizer, make_quantizer
-from bbqrec_jax.tokenizer.settings import QUANTIZERS, TokenizerSettings
+from bbqrec_jax.tokenizer.parts import check_parts
+from bbqrec_jax.tokenizer.quantizers import make_quantizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.files import is_plain_name
-from bbqrec_jax.utils.settings import from_config
+from bbqrec_jax.utils.settings import foreign_code, from_config
 
 _MEND = "train the tokenizer again"
 
@@ -27,10 +28,10 @@ def settings_from_json(values: Mapping[str, Any], *, trusted: Collection[str] = 
 
   Args:
     values: of the fields.
-    trusted: Python modules outside this project that its quantizer may be imported from; no other code of it is run.
+    trusted: Python modules outside this project that its parts may be imported from; no other code of it is run.
 
   Raises:
-    InputError: if a field is missing, unknown, or breaks its rules, or the quantizer is code that is not trusted.
+    InputError: if a field is missing, unknown, or breaks its rules, or a part is code that is not trusted.
   """
   given = dict(values)
   shapes = {name: _tuples(given.pop(name)) for name in ("modalities", "num_items") if name in given}
@@ -39,16 +40,16 @@ def settings_from_json(values: Mapping[str, Any], *, trusted: Collection[str] = 
       raise InputError(f"tokenizer setting {name} is missing; {_MEND}")
     if not fits(shapes[name]):
       raise InputError(f"tokenizer setting {name}: expected another value than {shown(repr(shapes[name]))}; {_MEND}")
-  quantizer = given.get("quantizer")
-  module = str(quantizer).partition(":")[0]
-  if quantizer not in tuple(QUANTIZERS) and module not in trusted:
-    raise InputError(
-      f"tokenizer setting quantizer names code outside this project, {shown(str(quantizer))}, and reading an artefact"
-      f" runs none: if you trust it, say --trust={shown(module)[1:-1]}"
-    )
+  for name, code in foreign_code(TokenizerSettings, given):
+    if code.partition(":")[0] not in trusted:
+      module = shown(code.partition(":")[0])[1:-1]
+      raise InputError(
+        f"tokenizer setting {name} names code outside this project, {shown(code)}, and reading an artefact runs none:"
+        f" if you trust it, say --trust={module}"
+      )
   try:
     settings = dataclasses.replace(from_config(TokenizerSettings, given), **shapes)
-    check_quantizer(settings, field="config field ")
+    check_parts(settings, field="config field ")
     return settings
   except InputError as error:
     raise InputError(f"the tokenizer's settings do not fit this version: {_MEND} ({error})") from error

@@ -83,7 +83,7 @@ def kmeans_codebooks(settings: TokenizerSettings, store: FeatureStore, *, seed: 
       points = points[:]  # Each pass over them would make them anew.
     return residual_kmeans(
       seed, points, num_levels=settings.num_levels, num_codes=settings.num_codes, weights=weights,
-      iterations=settings.kmeans_iterations, sample=settings.kmeans_points, block=4096,
+      iterations=settings.kmeans_iterations, block=4096,
     )  # fmt: skip
 
   codebooks = np.zeros((len(settings.streams), settings.num_levels, settings.num_codes, width), np.float32)

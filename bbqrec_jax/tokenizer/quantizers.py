@@ -14,7 +14,6 @@ from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.ops.quantize import (
   ResidualQuantization,
   channel_levels,
-  decode,
   finite_code,
   finite_codebook,
   quantization_error,
@@ -22,7 +21,7 @@ from bbqrec_jax.ops.quantize import (
 )
 from bbqrec_jax.tokenizer.kmeans import kmeans_codebooks
 from bbqrec_jax.tokenizer.settings import QUANTIZERS, TokenizerSettings
-from bbqrec_jax.utils.named import named
+from bbqrec_jax.utils.named import part
 
 
 class Quantizer:
@@ -83,7 +82,7 @@ class Quantizer:
     return np.stack([
       residual_kmeans(
         seed, rows[number], num_levels=levels, num_codes=num_codes, weights=here[number],
-        iterations=s.kmeans_iterations, sample=s.kmeans_points,
+        iterations=s.kmeans_iterations,
       )
       for number in range(sets)
     ])  # fmt: skip
@@ -177,66 +176,6 @@ def make_quantizer(settings: TokenizerSettings) -> Quantizer:
   """What the setting `quantizer` names, made of the settings.
 
   Raises:
-    InputError: if there is no such quantizer.
+    InputError: if it names no subclass of `Quantizer`.
   """
-  field = f"config field tokenizer.quantizer = {settings.quantizer!r}"
-  try:
-    make = named(settings.quantizer, QUANTIZERS)
-  except ValueError as error:
-    raise InputError(f"config field tokenizer.quantizer: {error}") from error
-  try:
-    made = make(settings)
-    came = f"a {type(made).__name__}"
-  except Exception as error:  # It may be anybody's code.
-    made, came = None, f"{type(error).__name__}: {error}"
-  if not isinstance(made, Quantizer):
-    raise InputError(
-      f"{field}: expected a subclass of Quantizer, or a function that makes one of the settings (see"
-      f" bbqrec_jax/tokenizer/quantizers.py), got {came}"
-    )
-  return made
-
-
-def check_quantizer(settings: TokenizerSettings, *, field: str) -> None:
-  """Refuses settings that their quantizer does not work with; `field` is what a message puts before their names.
-
-  Raises:
-    InputError: if there are some, or there is no such quantizer.
-  """
-  quantizer = make_quantizer(settings)
-  if settings.own_loss and not quantizer.trained:
-    raise InputError(
-      f"{field}own_loss: nothing learns with {field.split()[-1]}quantizer = {settings.quantizer!r}; leave it empty, or"
-      " choose another quantizer"
-    )
-  quantizer.check(field)
-
-
-def try_quantizer(settings: TokenizerSettings) -> None:
-  """Tries a quantizer on a few random latents, as training and everything after it would use it.
-
-  Raises:
-    InputError: if it fails, or what it gives is not what the codewords that its codes name add up to.
-  """
-  quantizer = make_quantizer(settings)
-  _, levels, num_codes, width = quantizer.codebook_shape
-  expected: dict[str, tuple[int, ...]] = {"codes": (8, levels), "quantized": (8, width)}
-  expected |= {name: (levels, 8, width) for name in ("residuals", "codewords")}
-  rng = np.random.default_rng(0)
-  try:
-    fixed = quantizer.fixed()
-    codebooks = jnp.asarray(rng.normal(size=quantizer.codebook_shape) if fixed is None else fixed, jnp.float32)[0]
-    result = quantizer.encode(jnp.asarray(rng.normal(size=(8, width)), jnp.float32), codebooks)
-    came = {name: tuple(getattr(result, name).shape) for name in expected}
-    wrong = f"arrays of shapes {came} where {expected} were expected" if came != expected else ""
-    if not wrong and not (int(jnp.min(result.codes)) >= 0 and int(jnp.max(result.codes)) < num_codes):
-      wrong = f"codes that are not in 0..{num_codes - 1}"
-    if not wrong and not np.allclose(result.quantized, decode(result.codes, codebooks), atol=1e-4):
-      wrong = "vectors that are not the sums of the codewords which the codes name"
-  except Exception as error:  # It may be anybody's code.
-    wrong = f"{type(error).__name__}: {error}"
-  if wrong:
-    raise InputError(
-      f"config field tokenizer.quantizer = {settings.quantizer!r}: expected codes, and what their codewords add up to"
-      f" (see bbqrec_jax/tokenizer/quantizers.py), got {wrong}"
-    )
+  return part("tokenizer.quantizer", settings.quantizer, QUANTIZERS, base=Quantizer)(settings)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import ml_collections
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.utils.named import named
+from bbqrec_jax.utils.named import part
 
 Settings = TypeVar("Settings")
 
@@ -91,6 +91,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+def foreign_code(kind: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """The fields, with their values, that name a part which is none of this project's."""
+  for field, rule in _fields(kind):
+    name = values.get(field.name)
+    if rule.parts and name is not None and name not in tuple(rule.parts):
+      yield field.name, str(name)
+
+
 def from_config(kind: type[Settings], config: Any, *, prefix: str = "", unchecked: str | None = None) -> Settings:
   """Settings of a class from a config, or from nested dictionaries.
 
@@ -166,10 +174,7 @@ def _check(name: str, value: Any, rule: Rule) -> None:
   if rule.subset and (not set(value) <= set(rule.subset) or len(set(value)) < len(value)):
     raise InputError(f"{field} may hold each of {', '.join(rule.subset)} once, got {value!r}")
   if rule.parts:
-    try:
-      named(value, rule.parts)
-    except ValueError as error:
-      raise InputError(f"{field}: {error}") from error
+    part(name, value, rule.parts)
   if rule.least is not None and not (rule.least <= value and math.isfinite(value)):
     raise InputError(f"{field} must be at least {rule.least} and finite, got {value}")
   for bound, broken, words in (

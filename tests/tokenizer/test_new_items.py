@@ -88,7 +88,7 @@ CHOICES = [
   {},
   {"repair": "suffix"},
   {"codebooks": "per_stream", "semantic_id": "concatenated"},
-  {"item_id": "none", "normalize": False},
+  {"item_id": "none"},
   {"quantizer": "fsq"},
   {"quantizer": "rq_kmeans"},
   {"quantizer": "rq_kmeans", "semantic_id": "concatenated", "repair": "suffix"},

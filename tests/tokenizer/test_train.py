@@ -44,7 +44,7 @@ ALTERNATIVES = {
   },
   "features in, codes out": {
     "tokenizer.item_id": "none", "tokenizer.repair": "suffix", "tokenizer.optimizer.schedule": "constant",
-    "tokenizer.normalize": False, "tokenizer.level_dropout": 0.0, "tokenizer.specific_dropout": 0.0,
+    "tokenizer.level_dropout": 0.0, "tokenizer.specific_dropout": 0.0,
     "tokenizer.revival_threshold": 0.0, "tokenizer.dropout": 0.0, "tokenizer.weights.contrast": 0.0,
     "tokenizer.weights.modality_contrast": 0.0,
   },

@@ -28,6 +28,7 @@ from bbqrec_jax.recommender.model import Recommender
 from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.step import make_recommender_step
 from bbqrec_jax.semantic_ids.trie import build_trie
+from bbqrec_jax.tokenizer import step as steps_of_tokenizer
 from bbqrec_jax.tokenizer.club import ClubCritic, Disentangling
 from bbqrec_jax.tokenizer.model import Tokenizer
 from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
@@ -107,8 +108,12 @@ def recommender_problem(head, *, accumulation=1, **changes):
   return state, make_recommender_step(model, optimizer, accumulation=accumulation), catalogue, batches
 
 
+def own_loss(rows):
+  return jnp.sum(jnp.square(rows.quantized["fused"]), axis=-1) * (rows.items % 3)
+
+
 @functools.cache
-def tokenizer_problem(*, revival_threshold, steps=STEPS, **choices):
+def tokenizer_problem(*, steps=STEPS, **choices):
   """(first state, step function, shared data, batches); codes are switched on by the second step."""
   num_codes = 16
   rng = np.random.default_rng(2)
@@ -121,8 +126,9 @@ def tokenizer_problem(*, revival_threshold, steps=STEPS, **choices):
   model = Tokenizer(
     TokenizerSettings(
       modalities=(("text", 9), ("image", 6)), num_items=NUM_ITEMS, code_width=8, num_levels=2, num_codes=num_codes,
-      hidden=(16,), max_length=8, dropout=0.0,
-      temperature=0.2, specific_dropout=0.0, level_dropout=0.0, **choices,
+      hidden=(16,), max_length=8, dropout=0.0, temperature=0.2, specific_dropout=0.0, level_dropout=0.0,
+      warmup_steps=1, own_loss=f"{__name__}:own_loss",
+      weights=LossWeights(quantization=0.7, contrast=0.5, modality_contrast=0.3, disentangle=0.2), **choices,
     )
   )  # fmt: skip
   params = jax.jit(model.init)(jax.random.key(0), batches[0])["params"]
@@ -130,15 +136,10 @@ def tokenizer_problem(*, revival_threshold, steps=STEPS, **choices):
   zeros = {name: np.zeros((1, 8), np.float32) for name in ("text", "image")}
   critic_params = jax.device_get(jax.jit(critic.init)(jax.random.key(0), zeros)["params"])
   optimizer = optax.sgd(0.1)
-  step = make_tokenizer_step(
-    model,
-    optimizer,
-    weights=LossWeights(quantization=0.7, contrast=0.5, modality_contrast=0.3, disentangle=0.2),
-    warmup_steps=1,
-    upkeep=CodebookUpkeep(model.settings, revival_threshold, usage_decay=0.5),
-    disentangling=Disentangling(critic, optimizer, steps=2),
-    own_loss=lambda rows: jnp.sum(jnp.square(rows.quantized["fused"]), axis=-1) * (rows.items % 3),
-  )
+  with pytest.MonkeyPatch.context() as patch:  # Few steps: codes go out of use sooner.
+    patch.setattr(steps_of_tokenizer, "CodebookUpkeep", functools.partial(CodebookUpkeep, usage_decay=0.5))
+    patch.setattr(steps_of_tokenizer, "make_disentangling", lambda _: Disentangling(critic, optimizer, steps=2))
+    step = make_tokenizer_step(model, optimizer)
   state = TokenizerState.create(
     jax.device_get(params), optimizer, seed=0, usage=jax.device_get(even_usage(model.settings.codebook_shape)),
     critic=critic_params, critic_opt_state=optimizer.init(critic_params),

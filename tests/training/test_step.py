@@ -1,17 +1,19 @@
 """The tokenizer's step: who moves whom between the encoders and the network of the CLUB bound."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from bbqrec_jax.tokenizer import step as steps
 from bbqrec_jax.tokenizer.club import ClubCritic, Disentangling
 from bbqrec_jax.tokenizer.losses import tokenizer_loss
 from bbqrec_jax.tokenizer.model import Tokenizer
 from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
-from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
 
 MODALITIES = (("text", 6), ("image", 5))
 NAMES = tuple(name for name, _ in MODALITIES)
@@ -67,10 +69,11 @@ def test_the_bound_moves_both_encoders_and_not_its_own_network(
 ):
   params = random_params(tokenizer, batch)
   only_bound = LossWeights(**dict.fromkeys(vars(LossWeights()), 0.0) | {"disentangle": 1.0})
+  weighted = Tokenizer(dataclasses.replace(tokenizer.settings, weights=only_bound))
 
   def loss(params, critic):
     bound = disentangling.bound(critic, axis_name=None)
-    return tokenizer_loss(tokenizer, params, batch, weights=only_bound, bound=bound)[0]
+    return tokenizer_loss(weighted, params, batch, bound=bound)[0]
 
   gradient, critic_gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, critic_params)
   for name in NAMES:
@@ -84,7 +87,7 @@ def test_the_latents_that_the_network_is_fitted_to_carry_no_gradient(tokenizer, 
   params = random_params(tokenizer, batch)
 
   def total(params):
-    output = tokenizer_loss(tokenizer, params, batch, weights=LossWeights())[1]
+    output = tokenizer_loss(tokenizer, params, batch)[1]
     return sum(jnp.sum(output.quantized[name]) + jnp.sum(output.specific[name]) for name in NAMES)
 
   assert largest(jax.jit(jax.grad(total))(params)) == 0
@@ -109,7 +112,10 @@ def test_likelihood_steps_raise_the_likelihood_and_ignore_absent_rows(disentangl
   assert float(clean[2]) == likelihoods[0]
 
 
-def test_a_step_moves_the_network_by_its_own_optimiser_alone(tokenizer, batch, critic_params, random_params):
+def test_a_step_moves_the_network_by_its_own_optimiser_alone(
+  tokenizer, batch, critic_params, random_params, monkeypatch
+):
+  settings = dataclasses.replace(tokenizer.settings, warmup_steps=0, revival_threshold=0.0)
   frozen = Disentangling(ClubCritic(NAMES, WIDTH), optax.sgd(0.0), steps=2)
   fitted = Disentangling(ClubCritic(NAMES, WIDTH), optax.sgd(0.1), steps=2)
   optimizer = optax.sgd(0.1)
@@ -120,14 +126,8 @@ def test_a_step_moves_the_network_by_its_own_optimiser_alone(tokenizer, batch, c
       params, optimizer, seed=0, usage=even_usage(tokenizer.settings.codebook_shape), critic=critic_params,
       critic_opt_state=disentangling.optimizer.init(critic_params),
     )  # fmt: skip
-    step = make_tokenizer_step(
-      tokenizer,
-      optimizer,
-      weights=LossWeights(),
-      warmup_steps=0,
-      upkeep=CodebookUpkeep(tokenizer.settings, revival_threshold=0.0),
-      disentangling=disentangling,
-    )
+    monkeypatch.setattr(steps, "make_disentangling", lambda settings: disentangling)
+    step = steps.make_tokenizer_step(Tokenizer(settings), optimizer)
     return jax.jit(lambda state: step(state, None, batch, axis_name=None))(state)
 
   still, metrics = after(frozen)
