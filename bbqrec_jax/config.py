@@ -10,16 +10,17 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.settings import EvaluationSettings, RecommenderSettings, trains_tokenizer
 from bbqrec_jax.tokenizer.parts import check_parts
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.utils.settings import from_config, section, setting, to_config
 
 _FEWEST_ROWS = 64  # That are worth spreading: a stack of codebooks may have fewer, and stays whole.
 
-# What may change between two starts of one run: no number of a run that nothing befalls depends on it.
-CHANGEABLE = {"data.path", "keep_checkpoints", "on_nonfinite", "max_skipped", "spike_factor"}
+# What may change between two starts of one run: no number depends on it while nothing goes wrong.
+CHANGEABLE = {"data.path", *(field.name for field in dataclasses.fields(Safeguards))}
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Safeguards):
   """Everything that a run can be told."""
 
   seed: int = setting(
@@ -32,11 +33,6 @@ class RunSettings:
     " devices; 0: each device has all.", least=0,
   )  # fmt: skip
   log_every: int = setting(50, "Steps between two lines of training metrics.")
-  keep_checkpoints: int = setting(2, "Newest ones kept of each stage, beside the best.")
-  on_nonfinite: str = setting("stop", "At a step whose loss or gradient is not finite: stop, or leave it out.",
-                              choices=("stop", "skip"))  # fmt: skip
-  max_skipped: int = setting(10, "Steps skipped in a row after which training stops all the same.")
-  spike_factor: float = setting(3.0, "Losses of more than so many times their running median are logged.", above=0)
   data: DataSettings = section(DataSettings, "The data.")
   tokenizer: TokenizerSettings = section(TokenizerSettings, "Stage 1.")
   recommender: RecommenderSettings = section(RecommenderSettings, "Stage 2.")

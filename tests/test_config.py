@@ -236,8 +236,6 @@ CHOICES = {
   "partitioner": ("pmap", "single"),
   "tokenizer.codebooks": ("shared", "per_stream"),
   "data.source": ("synthetic", "directory", "recbole"),
-  "tokenizer.optimizer.schedule": ("constant", "cosine"),
-  "recommender.optimizer.schedule": ("constant", "cosine"),
 }
 
 

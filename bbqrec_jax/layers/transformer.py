@@ -17,11 +17,9 @@ class SelfAttention(nn.Module):
 
   Attributes:
     num_heads: H; must divide the width.
-    implementation: of the attention, see `ops.attention`.
   """
 
   num_heads: int
-  implementation: str = "einsum"
 
   @nn.compact
   def __call__(
@@ -47,7 +45,7 @@ class SelfAttention(nn.Module):
     query, key, value = (DenseGeneral(heads, name=name)(x) for name in ("query", "key", "value"))
     if cache is not None:
       key, value = jnp.concatenate([cache[0], key], axis=1), jnp.concatenate([cache[1], value], axis=1)
-    mixed = attention(query, key, value, mask=mask, bias=bias, implementation=self.implementation)
+    mixed = attention(query, key, value, mask=mask, bias=bias)
     return DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
 
 
@@ -58,13 +56,11 @@ class TransformerLayer(nn.Module):
     num_heads: H.
     mlp_width: width of the feed-forward part.
     dropout: rate on each of the two residual branches.
-    implementation: see `SelfAttention`.
   """
 
   num_heads: int
   mlp_width: int
   dropout: float = 0.0
-  implementation: str = "einsum"
 
   @nn.compact
   def __call__(
@@ -78,7 +74,7 @@ class TransformerLayer(nn.Module):
   ) -> tuple[jax.Array, KeyValue]:
     """As `SelfAttention`: [B, T, d] -> [B, T, d], and the keys and values."""
     drop = Dropout(self.dropout, deterministic=deterministic)
-    attend = SelfAttention(self.num_heads, self.implementation, name="attention")
+    attend = SelfAttention(self.num_heads, name="attention")
     mixed, cache = attend(nn.LayerNorm()(x), mask, bias, cache)
     x = x + drop(mixed)
     hidden = nn.gelu(Dense(self.mlp_width)(nn.LayerNorm()(x)))
@@ -144,7 +140,6 @@ class CausalBackbone(nn.Module):
     mlp_width: width of the feed-forward parts.
     max_length: positions that have an embedding; places from `max_length` on share the last.
     dropout: rate on the input and on each residual branch.
-    implementation: see `SelfAttention`.
     position_buckets: of relative positions, which then take the place of embeddings of the places; 0: embeddings.
     time_buckets: of the time between interactions, a bias like that of relative positions; 0: none.
   """
@@ -154,7 +149,6 @@ class CausalBackbone(nn.Module):
   mlp_width: int
   max_length: int
   dropout: float = 0.0
-  implementation: str = "einsum"
   position_buckets: int = 0
   time_buckets: int = 0
 
@@ -194,6 +188,6 @@ class CausalBackbone(nn.Module):
     x = Dropout(self.dropout, deterministic=deterministic)(x)
     mask, added = history_mask(segments), summed_bias(position, elapsed, bias)
     for index in range(self.num_layers):
-      layer = TransformerLayer(self.num_heads, self.mlp_width, self.dropout, self.implementation, name=f"layer_{index}")
+      layer = TransformerLayer(self.num_heads, self.mlp_width, self.dropout, name=f"layer_{index}")
       x, _ = layer(x, mask, added, deterministic=deterministic)
     return nn.LayerNorm(name="final_norm")(x)

@@ -32,7 +32,6 @@ class Causal(Backbone):
       mlp_width=s.mlp_width,
       max_length=s.max_length,
       dropout=s.dropout,
-      implementation=s.attention,
       position_buckets=s.position_buckets if s.positions == "relative" else 0,
       time_buckets=s.time_buckets,
     )

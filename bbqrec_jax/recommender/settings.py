@@ -94,8 +94,6 @@ class RecommenderSettings:
     choices=("equal_frequency", "overlap", "continuous"),
   )  # fmt: skip
   num_buckets: int = setting(32, "Of each similarity, where they are of the cosines.", most=10**4)
-  attention: str = setting("einsum", "Implementation of attention: einsum, or those of jax.nn.dot_product_attention.",
-                           choices=("einsum", "xla", "cudnn"))  # fmt: skip
   width: int = setting(64, "d of the sequence model.")
   num_layers: int = setting(2, "Layers of the backbone.", most=1000)
   num_heads: int = setting(2, "H, attention heads.")

@@ -31,9 +31,9 @@ from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
 from bbqrec_jax.tokenizer.step import make_tokenizer_step
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.loop import Plan, fit
-from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import Partitioner, StepFunction
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.json_files import write_json

@@ -14,8 +14,9 @@ import grain
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.training.checkpointing import Checkpointer, restore_state
 from bbqrec_jax.training.logging import MetricsLog, Progress
-from bbqrec_jax.training.monitor import Safeguards, Watch, items_of, require_finite
+from bbqrec_jax.training.monitor import Watch, items_of, require_finite
 from bbqrec_jax.training.partitioning import Partitioner, StepFunction
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.training.step import skip_nonfinite
 from bbqrec_jax.utils import processes

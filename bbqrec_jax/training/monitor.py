@@ -1,6 +1,5 @@
 """What is made of the metrics of training steps: divergence, steps to skip, and spikes of the loss."""
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from jax.experimental import multihost_utils
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import Diverged
 from bbqrec_jax.training.logging import MetricsLog
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.utils.messages import warn
 from bbqrec_jax.utils.processes import several
 
@@ -20,28 +20,6 @@ _WINDOW = 100  # Losses that the median is taken of.
 _ENOUGH = 20  # Fewer say nothing.
 _SHOWN = 10  # Items that a message names.
 _ITEMS = ("items", "history_items", "targets")  # What a batch calls its items.
-
-
-@dataclasses.dataclass(frozen=True)
-class Safeguards:
-  """How a run is kept from losing what it has; none of this changes a number of a run that nothing befalls.
-
-  Attributes:
-    keep_checkpoints: newest checkpoints that are kept beside the best.
-    on_nonfinite: "stop" at a step whose metrics are not all finite, or "skip" it.
-    max_skipped: steps skipped in a row after which training stops all the same.
-    spike_factor: a loss of more than so many times the median of those before it is logged.
-  """
-
-  keep_checkpoints: int = 2
-  on_nonfinite: str = "stop"
-  max_skipped: int = 10
-  spike_factor: float = 3.0
-
-  @classmethod
-  def of(cls, config: Any) -> "Safeguards":
-    """Those that a config names."""
-    return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
 
 
 def items_of(batch: Any) -> dict[str, np.ndarray]:

@@ -104,7 +104,7 @@ def test_the_scripts_pass_shellcheck():
 
 
 def test_plan_of_a_resumed_queued_tpu(launch):
-  options = ("--queued", "--spot", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite")
+  options = ("--spot", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite")
   result = launch(*TPU, "resume", *options, "--bucket=my-bucket", "--dry-run", flags=FLAGS)
   assert commands(result) == [
     "# asks first: delete the TPU bb in us-west4-a",
@@ -119,26 +119,27 @@ def test_plan_of_a_resumed_queued_tpu(launch):
     " experiments pyproject.toml setup.cfg",
     "gcloud compute tpus tpu-vm scp dist/bbqrec_jax.tar.gz bb: --zone=us-west4-a --worker=all",
     "gcloud compute tpus tpu-vm ssh bb --zone=us-west4-a --worker=all '--command=mkdir -p bbqrec_jax && tar --extract"
-    f" --gzip --file=bbqrec_jax.tar.gz --directory=bbqrec_jax && {WORKER} install bucket my-bucket'",
+    f" --gzip --file=bbqrec_jax.tar.gz --directory=bbqrec_jax && {WORKER} install my-bucket'",
     f"gcloud compute tpus tpu-vm ssh bb --zone=us-west4-a --worker=all '--command={WORKER} start -m bbqrec_jax.main"
     " --distributed=on --config=configs/beauty.py:dense --workdir=/mnt/bbqrec/runs/bb'",
   ]
   assert all((ROOT / name).exists() for name in commands(result)[7].split()[5:])
 
 
-def test_plan_of_a_tpu_with_a_disk(launch):
-  options = ("--project=p", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e", "--disk=my-disk")
+def test_plan_of_a_tpu_with_flags_of_its_own(launch):
+  options = ("--project=p", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e")
   result = launch(*TPU, "create", "logs", "stop", "delete", *options, "--create-flag=--network=my net", "--dry-run")
   where = "--zone=us-west4-a --project=p"
   assert commands(result) == [
     "# asks first: create the TPU bb in us-west4-a (v6e-8), which costs money until it is deleted",
-    f"gcloud compute tpus tpu-vm create bb {where} --accelerator-type=v6e-8 --version=v2-alpha-tpuv6e"
-    " --data-disk=source=projects/p/zones/us-west4-a/disks/my-disk,mode=read-write '--network=my net'",
+    f"gcloud compute tpus queued-resources create bb {where} --accelerator-type=v6e-8"
+    " --runtime-version=v2-alpha-tpuv6e --node-id=bb '--network=my net'",
+    f"bash bbqrec_jax/launch/check.sh active bb {where}",
     f"gcloud compute tpus tpu-vm ssh bb {where} --worker=0"
     " '--command=sudo journalctl --unit=bbqrec --output=cat --lines=1000 --follow'",
     f"gcloud compute tpus tpu-vm ssh bb {where} --worker=all '--command=sudo systemctl stop bbqrec'",
     "# asks first: delete the TPU bb in us-west4-a",
-    f"gcloud compute tpus tpu-vm delete bb {where} --quiet",
+    f"gcloud compute tpus queued-resources delete bb {where} --quiet --force",
   ]
 
 
@@ -363,7 +364,7 @@ def test_a_worker_mounts_and_installs_once(stand_ins, tmp_path):
   )
   uv.symlink_to(stand_ins.path.split(os.pathsep)[0] + "/uv")
   environment = os.environ | {"PATH": stand_ins.path, "HOME": str(tmp_path)}
-  command = ["bash", FOLDER / "tpu_worker.sh", "install", "bucket", "my-bucket"]
+  command = ["bash", FOLDER / "tpu_worker.sh", "install", "my-bucket"]
   for _ in range(2):
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
   plain = [call for call in calls() if call[0] not in ("sudo", "mountpoint")]
@@ -437,10 +438,7 @@ SLURM = ("slurm", "--nodes=2", "--gpus-per-node=4")
     ((*TPU, "run"), (*FLAGS, "--config.data.path=gs:/b"), "--config.data.path=gs:/b: expected a path, got a URL"),
     ((*TPU, "run"), ("--config=c", "--workdir=/mnt/bbqrec/../x"), "expected a folder below"),
     ((*TPU, "run"), (*FLAGS, "--config.data.path=/home/me/data"), "--config.data.path=/home/me/data: expected"),
-    ((*TPU, "install"), (), "needs one of --bucket and --disk"),
-    ((*TPU, "install", "--bucket=b", "--disk=d"), (), "needs one of --bucket and --disk"),
-    ((*CREATE, "--disk=d"), (), "--disk=d needs --project"),
-    ((*CREATE, "--accelerator-type=v6e-16", "--disk=d", "--project=p"), (), "v6e-16 has several hosts"),
+    ((*TPU, "install"), (), "`install` needs --bucket"),
     ((*SLURM[:2], "--gpus-per-node=0"), FLAGS, "--gpus-per-node: expected a number from 1 on, got 0"),
     (SLURM, (), "--config is missing"),
     (SLURM, ("--config=c", "--workdir=S3://b/x"), "--workdir=S3://b/x: expected a path, got a URL"),

@@ -22,8 +22,8 @@ from bbqrec_jax.tokenizer.model import Tokenizer
 from bbqrec_jax.tokenizer.quantizers import Quantizer, make_quantizer
 from bbqrec_jax.tokenizer.settings import ClubSettings, LossWeights, TokenizerSettings
 from bbqrec_jax.tokenizer.train import run_tokenizer, tokenizer_settings, tokenizer_training
-from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.partitioning import SingleDevice
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.utils.settings import to_config
 
 ITEMS, USERS = 40, 30

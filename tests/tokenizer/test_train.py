@@ -43,7 +43,7 @@ ALTERNATIVES = {
     "tokenizer.weights.disentangle": 0.0, "tokenizer.weights.item_id": 0.0,
   },
   "features in, codes out": {
-    "tokenizer.item_id": "none", "tokenizer.repair": "suffix", "tokenizer.optimizer.schedule": "constant",
+    "tokenizer.item_id": "none", "tokenizer.repair": "suffix",
     "tokenizer.level_dropout": 0.0, "tokenizer.specific_dropout": 0.0,
     "tokenizer.revival_threshold": 0.0, "tokenizer.dropout": 0.0, "tokenizer.weights.contrast": 0.0,
     "tokenizer.weights.modality_contrast": 0.0,

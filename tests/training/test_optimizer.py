@@ -14,27 +14,24 @@ from bbqrec_jax.training.optimizer import make_optimizer, make_schedule
 
 def make_settings(**changes):
   fields = {
-    "learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 10, "weight_decay": 0.1, "clip_norm": 1.0
+    "learning_rate": 3e-3, "warmup_steps": 10, "weight_decay": 0.1, "clip_norm": 1.0
   }  # fmt: skip
   return types.SimpleNamespace(**(fields | changes))
 
 
-def expected_rate(step, *, peak, warmup, total, cosine):
+def expected_rate(step, *, peak, warmup, total):
   if step < warmup:
     return peak * step / warmup
-  if not cosine:
-    return peak
   progress = min((step - warmup) / (total - warmup), 1.0)
   return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-@pytest.mark.parametrize("cosine", [True, False])
 @pytest.mark.parametrize("warmup", [0, 1, 10])
-def test_schedule_values(cosine, warmup):
-  settings = make_settings(schedule="cosine" if cosine else "constant", warmup_steps=warmup)
+def test_schedule_values(warmup):
+  settings = make_settings(warmup_steps=warmup)
   schedule = make_schedule(settings, total_steps=60)
   values = [float(schedule(step)) for step in range(70)]
-  expected = [expected_rate(step, peak=3e-3, warmup=warmup, total=60, cosine=cosine) for step in range(70)]
+  expected = [expected_rate(step, peak=3e-3, warmup=warmup, total=60) for step in range(70)]
   # A few float32 roundings, and the float32 cosine near its zero.
   np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-9)
 
@@ -44,9 +41,8 @@ def test_schedule_ends_at_a_hundredth():
   assert float(schedule(60)) == pytest.approx(3e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "constant"])
-def test_a_warm_up_longer_than_the_run_only_rises(kind):
-  schedule = make_schedule(make_settings(warmup_steps=100, schedule=kind), total_steps=20)
+def test_a_warm_up_longer_than_the_run_only_rises():
+  schedule = make_schedule(make_settings(warmup_steps=100), total_steps=20)
   np.testing.assert_allclose([float(schedule(step)) for step in range(20)], 3e-3 * np.arange(20) / 20, rtol=1e-6)
 
 
@@ -65,7 +61,7 @@ def make_params():
 
 def test_only_kernels_decay():
   params = make_params()
-  optimizer = make_optimizer(make_settings(warmup_steps=0, schedule="constant"), total_steps=10)
+  optimizer = make_optimizer(make_settings(warmup_steps=0), total_steps=10)
   # Without a gradient AdamW moves by its decay alone: -learning_rate x weight_decay x parameter.
   updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
   after = optax.apply_updates(params, updates)
