@@ -3,7 +3,6 @@
 Nothing here reaches a cloud or a cluster: the programs that would are replaced by ones that note how they were called.
 """
 
-import json
 import os
 import pathlib
 import pty
@@ -15,6 +14,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from bbqrec_jax.launch import slurm
 
@@ -159,7 +159,7 @@ def test_plan_of_a_slurm_job(launch):
 def manifest(lines):
   """The objects that `kubectl apply` reads, by kind."""
   start = next(at for at, line in enumerate(lines) if line.endswith("apply --filename=- <<'END'"))
-  items = json.loads("\n".join(lines[start + 1 : lines.index("END")]))["items"]
+  items = yaml.safe_load_all("\n".join(lines[start + 1 : lines.index("END")]))
   return {item["kind"]: item for item in items}
 
 
@@ -168,7 +168,8 @@ def test_plan_of_a_jobset_of_tpus(launch):
   own += ("--name=bb", "--image=registry/bb:1", "--context=mine", "--namespace=lab", "--dry-run")
   lines = commands(launch("jobset", "delete", "build", "apply", "logs", *own, flags=FLAGS))
   kubectl = "kubectl --context=mine --namespace=lab"
-  assert [line for line in lines if not line.startswith((" ", "{", "}"))] == [
+  start, end = next(at for at, line in enumerate(lines) if line.endswith("<<'END'")), lines.index("END")
+  assert lines[: start + 1] + lines[end:] == [
     "# asks first: delete the JobSet bb",
     f"{kubectl} delete jobsets.jobset.x-k8s.io bb --cascade=foreground --ignore-not-found",
     "docker build --file=bbqrec_jax/launch/Dockerfile --platform=linux/amd64 --build-arg=ACCELERATOR=tpu"
@@ -222,8 +223,9 @@ def test_plan_of_a_jobset_of_tpus(launch):
   (container,) = spec["containers"]
   assert (container["name"], container["image"]) == ("bbqrec", "registry/bb:1")
   assert container["resources"] == {"limits": {"google.com/tpu": 4}}
-  assert container["volumeMounts"] == [{"name": "storage", "mountPath": "/mnt/bbqrec"}]
-  assert [volume["csi"]["volumeAttributes"]["bucketName"] for volume in spec["volumes"]] == ["my-bucket"]
+  shared = {"name": "shared-memory", "mountPath": "/dev/shm"}
+  assert container["volumeMounts"] == [{"name": "storage", "mountPath": "/mnt/bbqrec"}, shared]
+  assert spec["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
   script = ("bash", "bbqrec_jax/launch/container.sh", "/mnt/bbqrec/runs/bb")
   assert container["command"] == [*script, "python", *MAIN, *FLAGS]
 
