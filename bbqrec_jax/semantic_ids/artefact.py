@@ -101,7 +101,7 @@ class SemanticIds:
     if self.streams != known.streams or not all(np.array_equal(ours, theirs) for ours, theirs in pairs):
       raise InputError(
         f"{where} does not extend the semantic IDs that the recommender was trained on (fingerprint"
-        f" {known.fingerprint}): make it from them with python -m bbqrec assign"
+        f" {known.fingerprint}): make it from them with bbqrec assign"
       )
     self.check_items(known.item_ids, where=where, mend="make it from the run's own with bbqrec assign")
 

@@ -83,6 +83,7 @@ def tokenizer_loss(
   batch: dict[str, Any],
   *,
   quantized: jax.Array | bool = True,
+  temperature: jax.Array | None = None,
   bound: Bound | None = None,
   key: jax.Array | None = None,
   axis_name: str | None = None,
@@ -98,6 +99,7 @@ def tokenizer_loss(
     batch: `items` [B], `features`, `present` of the catalogue sample; `history_items` [R, C], `history_features`
       (modality -> [R, C, D]), `history_present`, `segments` [R, C], `positions` [R, C] of whole packed histories.
     quantized: False trains on the latents themselves, before the codebooks exist; may be traced.
+    temperature: of the contrast; None is the settings'.
     bound: the CLUB bound between quantized and specific latents, its own network held fixed; None leaves it out.
     key: for dropout of activations and of specific latents; None means neither.
     axis_name: the mapped axis over which the batch is split, or None.
@@ -164,7 +166,10 @@ def tokenizer_loss(
 
   disentangle = jnp.zeros((), jnp.float32) if bound is None else bound(behaviour, specific, batch["present"])
 
-  contrast, modality_contrast, accuracy = _contrast(run, through_codebook, batch, s, key=key, axis_name=axis_name)
+  temperature = jnp.float32(s.temperature) if temperature is None else temperature
+  contrast, modality_contrast, accuracy = _contrast(
+    run, through_codebook, batch, s, temperature=temperature, key=key, axis_name=axis_name
+  )
   terms = {
     "reconstruction": reconstruction,
     "fused_reconstruction": fused_reconstruction,
@@ -195,7 +200,7 @@ def _own(own_loss: OwnLoss, rows: CatalogueRows, *, axis_name: str | None) -> ja
   return masked_mean(values, jnp.ones(shape, bool), axis_name=axis_name)
 
 
-def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
+def _contrast(run, through_codebook, batch, settings, *, temperature, key, axis_name):
   """Sequence-to-item contrast against the fused vector, and against each modality's own."""
   streams, names = settings.streams, settings.names
   rows, columns = batch["history_items"].shape
@@ -225,7 +230,7 @@ def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
 
   target, has_target = following(batch["segments"])
   loss = part("tokenizer.contrast", settings.contrast, CONTRASTS)
-  loss = functools.partial(loss, temperature=jnp.float32(settings.temperature), axis_name=axis_name)
+  loss = functools.partial(loss, temperature=temperature, axis_name=axis_name)
   contrast, aux = loss(states, vectors[target], items[target], has_target)
   modality = jnp.zeros((), jnp.float32)
   for name in names:

@@ -36,7 +36,7 @@ def assign(
     item_ids: what the data calls the N known and the n new items; None where those of the known ones are 0..N - 1, and
       the new ones count on.
     block: items that are quantized at once.
-    trusted: Python modules outside this project that the tokenizer's quantizer may be imported from.
+    trusted: Python modules outside this project that the tokenizer's parts may be imported from.
 
   Returns:
     The IDs of N + n items, the new ones at the end.

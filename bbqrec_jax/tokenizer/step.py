@@ -83,6 +83,12 @@ class CodebookUpkeep:
     return codebooks, usage, counts
 
 
+def temperature_at(settings: TokenizerSettings, step: jax.Array) -> jax.Array:
+  """Temperature of the contrast at a step: constant (docs/parts.md shows a schedule)."""
+  del step
+  return jnp.float32(settings.temperature)
+
+
 def make_tokenizer_step(model: Tokenizer, optimizer: optax.GradientTransformation) -> StepFunction:
   """The step of stage 1, as the model's settings describe it.
 
@@ -106,14 +112,16 @@ def make_tokenizer_step(model: Tokenizer, optimizer: optax.GradientTransformatio
     if shared is not None:
       table = without_padding(shared)
       batch = batch | features_of(batch, lambda items: jax.tree.map(lambda array: array[items], table))
-    quantized = state.step >= settings.warmup_steps
+    quantized, temperature = state.step >= settings.warmup_steps, temperature_at(settings, state.step)
     key = step_key(state, axis_name)
     bound = None
     if disentangling is not None:
       bound = disentangling.bound(state.critic, axis_name=axis_name)
 
     def loss_function(params):
-      return tokenizer_loss(model, params, batch, quantized=quantized, bound=bound, key=key, axis_name=axis_name)
+      return tokenizer_loss(
+        model, params, batch, quantized=quantized, temperature=temperature, bound=bound, key=key, axis_name=axis_name
+      )
 
     (loss, output), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
     loss, terms, gradients = reduce_shares((loss, output.terms, gradients), axis_name)
