@@ -160,9 +160,7 @@ def define_run_flags() -> None:
   """Defines the flags of a program that restores a finished run."""
   define_path("workdir", "The workdir of a finished run.")
   define_path("data", "The folder of the run's data, where that has moved since.")
-  flags.DEFINE_list(
-    "trust", [], "Python modules of yours that the run's config may name its parts from."
-  )
+  flags.DEFINE_list("trust", [], "Python modules of yours that the run's config may name its parts from.")
   flags.mark_flag_as_required("workdir")
 
 

@@ -146,7 +146,7 @@ def compiled(name: str, step: Any, state: Any, shared: Any, batch: Any, *, items
   batch = partitioner.abstract_batch(batch)
   row: dict[str, Any] = {
     "step": name, "items": items, "tables": "sharded" if partitioner.shard_rows else "replicated",
-    "parameters": on_a_device(state.params), "optimizer": on_a_device((state.opt_state, state.critic_opt_state)),
+    "parameters": on_a_device(state.params), "optimizer": on_a_device((state.opt_state, state.club_opt_state)),
     "catalogue": on_a_device(shared), "temporaries": None, "total": None, "flops": None, "refused": None,
   }  # fmt: skip
   try:

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
   from bbqrec_jax.data.features import load_new_items
   from bbqrec_jax.semantic_ids.artefact import SemanticIds
   from bbqrec_jax.semantic_ids.repair import collision_rate
-  from bbqrec_jax.tokenizer.frozen import settings_from_json
+  from bbqrec_jax.tokenizer.inference import settings_from_json
   from bbqrec_jax.tokenizer.new_items import assign
   from bbqrec_jax.utils.compilation import keep_compiled
   from bbqrec_jax.utils.environment import settle_jax, start_devices

@@ -18,7 +18,7 @@ from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.partitioning import reduce_shares
 
 
-class ClubCritic(nn.Module):
+class ClubNetwork(nn.Module):
   """q(s_m | q_m) = N(mean(q_m), diag exp(log_variance(q_m))), one network a modality.
 
   Attributes:
@@ -46,12 +46,12 @@ class Disentangling:
   """How the CLUB bound is fitted and taken.
 
   Attributes:
-    critic: the network q(s_m | q_m).
+    network: the network q(s_m | q_m).
     optimizer: its own.
     steps: likelihood steps it takes on each batch, before the next one's main step.
   """
 
-  critic: ClubCritic
+  network: ClubNetwork
   optimizer: optax.GradientTransformation
   steps: int
 
@@ -59,7 +59,7 @@ class Disentangling:
     """The bound with the network held fixed; every row of the global batch is a negative."""
 
     def total(quantized, specific, present):
-      predicted = apply(self.critic, jax.lax.stop_gradient(params), "__call__", quantized)
+      predicted = apply(self.network, jax.lax.stop_gradient(params), "__call__", quantized)
       value = jnp.zeros((), jnp.float32)
       for name, (mean, log_variance) in sorted(predicted.items()):
         value += club_full(mean, log_variance, specific[name], present[name], axis_name=axis_name)
@@ -80,7 +80,7 @@ class Disentangling:
     """Likelihood steps on latents that carry no gradient: (params, opt_state, log-likelihood before the last step)."""
 
     def surprise(params):
-      predicted = apply(self.critic, params, "__call__", quantized)
+      predicted = apply(self.network, params, "__call__", quantized)
       value = jnp.zeros((), jnp.float32)
       for name, (mean, log_variance) in predicted.items():
         likelihood = gaussian_log_likelihood(mean, log_variance, specific[name])
@@ -101,5 +101,5 @@ def make_disentangling(settings: TokenizerSettings) -> Disentangling | None:
   """What the settings say of the bound; None where its weight is 0."""
   if not settings.weights.disentangle:
     return None
-  critic = ClubCritic(settings.names, settings.code_width)
-  return Disentangling(critic, optax.adam(settings.club.learning_rate), settings.club.steps)
+  network = ClubNetwork(settings.names, settings.code_width)
+  return Disentangling(network, optax.adam(settings.club.learning_rate), settings.club.steps)

@@ -15,7 +15,7 @@ from bbqrec_jax.layers.padding import without_padding
 from bbqrec_jax.ops.contrastive import normalize
 from bbqrec_jax.ops.ranking import expected_hits
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, linear_r2
-from bbqrec_jax.tokenizer.frozen import encode_blocks
+from bbqrec_jax.tokenizer.inference import encode_blocks
 from bbqrec_jax.tokenizer.model import Tokenizer, codebooks_of
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.partitioning import Partitioner

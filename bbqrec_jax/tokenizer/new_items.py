@@ -11,7 +11,7 @@ from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
-from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
+from bbqrec_jax.tokenizer.inference import InferenceTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 
@@ -87,7 +87,7 @@ def _quantized(
     )
   ordered = {name: features[name] for name in settings.names}
   store = FeatureStore(ordered, present, ids.encoder)
-  frozen = FrozenTokenizer(settings, ids.encoder, ids.codebooks)
+  tokenizer = InferenceTokenizer(settings, ids.encoder, ids.codebooks)
   count = len(next(iter(ordered.values())))
-  latents, here, codes = encode_blocks(lambda items: frozen(*store.rows(items)), count, block=block)
+  latents, here, codes = encode_blocks(lambda items: tokenizer(*store.rows(items)), count, block=block)
   return settings, latents, here, codes

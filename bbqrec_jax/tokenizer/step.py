@@ -116,7 +116,7 @@ def make_tokenizer_step(model: Tokenizer, optimizer: optax.GradientTransformatio
     key = step_key(state, axis_name)
     bound = None
     if disentangling is not None:
-      bound = disentangling.bound(state.critic, axis_name=axis_name)
+      bound = disentangling.bound(state.club, axis_name=axis_name)
 
     def loss_function(params):
       return tokenizer_loss(
@@ -130,16 +130,16 @@ def make_tokenizer_step(model: Tokenizer, optimizer: optax.GradientTransformatio
     upkeep_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**32 - 1)
     state, metrics = updated(state, optimizer, gradients, metrics)
     if disentangling is not None:
-      critic, critic_opt_state, likelihood = disentangling.update(
-        state.critic,
-        state.critic_opt_state,
+      club, club_opt_state, likelihood = disentangling.update(
+        state.club,
+        state.club_opt_state,
         output.quantized,
         output.specific,
         batch["present"],
         axis_name=axis_name,
       )
-      state = state.replace(critic=critic, critic_opt_state=critic_opt_state)  # type: ignore[attr-defined]
-      metrics["critic_likelihood"] = likelihood
+      state = state.replace(club=club, club_opt_state=club_opt_state)  # type: ignore[attr-defined]
+      metrics["club_likelihood"] = likelihood
 
     if fixed:
       metrics["perplexity_level_1"] = perplexity(upkeep.counts(output, axis_name=axis_name)[-1, 0])

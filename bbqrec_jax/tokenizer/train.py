@@ -23,7 +23,7 @@ from bbqrec_jax.semantic_ids.health import codebook_health, format_health
 from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
 from bbqrec_jax.tokenizer.club import make_disentangling
 from bbqrec_jax.tokenizer.evaluate import CatalogueEncoder, ContrastRecall, Inspection, tokenizer_health
-from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, encode_blocks, frozen_parameters, id_space
+from bbqrec_jax.tokenizer.inference import InferenceTokenizer, encode_blocks, id_space, inference_parameters
 from bbqrec_jax.tokenizer.model import Tokenizer, codebooks_of
 from bbqrec_jax.tokenizer.quantizers import make_quantizer
 from bbqrec_jax.tokenizer.settings import TokenizerSettings, unchecked_settings
@@ -110,8 +110,8 @@ def run_feature_tokenizer(
   start = time.monotonic()
   settings, store = tokenizer_settings(config, dataset), dataset.store
   codebooks, encoder = make_quantizer(settings).fit_features(store, seed=config.seed), store.arrays()
-  frozen = FrozenTokenizer(settings, encoder, codebooks)
-  latents, present, codes = encode_blocks(lambda items: frozen(*store.rows(items)), dataset.num_items, block=2048)
+  tokenizer = InferenceTokenizer(settings, encoder, codebooks)
+  latents, present, codes = encode_blocks(lambda items: tokenizer(*store.rows(items)), dataset.num_items, block=2048)
   ids, raw = build_semantic_ids(
     settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
   )
@@ -173,14 +173,14 @@ def tokenizer_training(
     items = np.arange(1, dtype=np.int32)
     example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
     params = model.init(base_key(seed), example)["params"]
-    critic, critic_opt_state, disentangling = None, None, make_disentangling(s)
+    club, club_opt_state, disentangling = None, None, make_disentangling(s)
     if disentangling is not None:
       zeros = {name: jnp.zeros((1, s.code_width), jnp.float32) for name in s.names}
-      critic = disentangling.critic.init(base_key(seed), zeros)["params"]
-      critic_opt_state = disentangling.optimizer.init(critic)
+      club = disentangling.network.init(base_key(seed), zeros)["params"]
+      club_opt_state = disentangling.optimizer.init(club)
     return TokenizerState.create(
-      params, optimizer, seed=seed, usage=even_usage(s.codebook_shape), critic=critic,
-      critic_opt_state=critic_opt_state,
+      params, optimizer, seed=seed, usage=even_usage(s.codebook_shape), club=club,
+      club_opt_state=club_opt_state,
     )  # fmt: skip
 
   step = make_tokenizer_step(model, optimizer)
@@ -268,7 +268,7 @@ def run_tokenizer(
   health, (latents, present, codes) = examine(state)
   params = partitioner.fetch(state.params)
   codebooks = codebooks_of(settings, params)
-  encoder = frozen_parameters(settings, params) | store.arrays()
+  encoder = inference_parameters(settings, params) | store.arrays()
   ids, raw = build_semantic_ids(
     settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
   )

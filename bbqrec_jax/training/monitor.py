@@ -40,7 +40,7 @@ def distinct_items(parts: Mapping[str, np.ndarray]) -> list[int]:
   return sorted(found)
 
 
-class Watch:
+class Monitor:
   """Looks at the metrics of every step, a number of steps at once, after the devices are done with them.
 
   What it remembers is part of the run's progress, so that a run that goes on judges as if it had never stopped.

@@ -16,7 +16,7 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.club import club_full
 from bbqrec_jax.ops.quantize import residual_quantize
 from bbqrec_jax.ops.reduction import masked_mean
-from bbqrec_jax.tokenizer.club import ClubCritic
+from bbqrec_jax.tokenizer.club import ClubNetwork
 from bbqrec_jax.tokenizer.encoders import MLP, Encoder
 from bbqrec_jax.tokenizer.losses import tokenizer_loss
 from bbqrec_jax.tokenizer.model import Tokenizer, by_codebook, stream_codebooks
@@ -38,7 +38,7 @@ HISTORY = np.array([[0, 1, 2, 3, 4, 8], [5, 6, 7, 1, 9, 8], [4, 0, 6, 5, 3, 1]])
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 0, 0], [4, 4, 4, 4, 4, 4]])
 POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 5]])
 SAMPLE = np.array([10, 3, 0, 11, 6, 9, 2])
-CRITIC = ClubCritic(MODALITIES, WIDTH)
+NETWORK = ClubNetwork(MODALITIES, WIDTH)
 LOSSES = tuple(field.name for field in dataclasses.fields(LossWeights))
 ONES = LossWeights(**dict.fromkeys(LOSSES, 1.0))
 
@@ -83,10 +83,10 @@ def params(random_params, batch):
 @pytest.fixture(scope="module")
 def run(random_params):
   """(params, batch, weights, quantized) -> (loss, output, gradient), one compiled program for each setting."""
-  critic = random_params(CRITIC, {name: jnp.zeros((1, WIDTH)) for name in MODALITIES}, seed=1)
+  network = random_params(NETWORK, {name: jnp.zeros((1, WIDTH)) for name in MODALITIES}, seed=1)
 
   def bound(quantized, specific, present):
-    predicted = CRITIC.apply({"params": critic}, quantized)
+    predicted = NETWORK.apply({"params": network}, quantized)
     return sum(club_full(*predicted[name], specific[name], present[name]) for name in MODALITIES)
 
   @functools.partial(jax.jit, static_argnames="settings")

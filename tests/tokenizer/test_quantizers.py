@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.quantize import decode, nearest_code
-from bbqrec_jax.tokenizer.frozen import settings_from_json
+from bbqrec_jax.tokenizer.inference import settings_from_json
 from bbqrec_jax.tokenizer.model import Tokenizer
 from bbqrec_jax.tokenizer.parts import check_parts, try_parts
 from bbqrec_jax.tokenizer.quantizers import ResidualQuantizer, make_quantizer

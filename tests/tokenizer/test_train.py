@@ -15,7 +15,7 @@ from bbqrec_jax.data.sources import load
 from bbqrec_jax.ops.quantize import residual_quantize
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer import train as tokenizer_stage
-from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, settings_from_json
+from bbqrec_jax.tokenizer.inference import InferenceTokenizer, settings_from_json
 from bbqrec_jax.tokenizer.quantizers import ResidualQuantizer
 from bbqrec_jax.tokenizer.settings import QUANTIZERS, TokenizerSettings
 from bbqrec_jax.tokenizer.step import make_tokenizer_step
@@ -173,7 +173,7 @@ def test_every_alternative_gives_ids_of_its_own(trained):
 def test_the_artefact_alone_gives_every_item_of_no_id_vector_its_codes_again(data, trained, name):
   dataset, _ = data
   ids, _ = trained(name)
-  frozen = FrozenTokenizer(settings_from_json(ids.settings), ids.encoder, ids.codebooks)
+  frozen = InferenceTokenizer(settings_from_json(ids.settings), ids.encoder, ids.codebooks)
   store = dataset.store
   _, present, codes = frozen(*store.rows(np.arange(ITEMS)))
   np.testing.assert_array_equal(codes, ids.stream_codes)

@@ -29,7 +29,7 @@ from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.step import make_recommender_step
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.tokenizer import step as steps_of_tokenizer
-from bbqrec_jax.tokenizer.club import ClubCritic, Disentangling
+from bbqrec_jax.tokenizer.club import ClubNetwork, Disentangling
 from bbqrec_jax.tokenizer.model import Tokenizer
 from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
@@ -132,17 +132,17 @@ def tokenizer_problem(*, steps=STEPS, **choices):
     )
   )  # fmt: skip
   params = jax.jit(model.init)(jax.random.key(0), batches[0])["params"]
-  critic = ClubCritic(("text", "image"), 8)
+  network = ClubNetwork(("text", "image"), 8)
   zeros = {name: np.zeros((1, 8), np.float32) for name in ("text", "image")}
-  critic_params = jax.device_get(jax.jit(critic.init)(jax.random.key(0), zeros)["params"])
+  network_params = jax.device_get(jax.jit(network.init)(jax.random.key(0), zeros)["params"])
   optimizer = optax.sgd(0.1)
   with pytest.MonkeyPatch.context() as patch:  # Few steps: codes go out of use sooner.
     patch.setattr(steps_of_tokenizer, "CodebookUpkeep", functools.partial(CodebookUpkeep, usage_decay=0.5))
-    patch.setattr(steps_of_tokenizer, "make_disentangling", lambda _: Disentangling(critic, optimizer, steps=2))
+    patch.setattr(steps_of_tokenizer, "make_disentangling", lambda _: Disentangling(network, optimizer, steps=2))
     step = make_tokenizer_step(model, optimizer)
   state = TokenizerState.create(
     jax.device_get(params), optimizer, seed=0, usage=jax.device_get(even_usage(model.settings.codebook_shape)),
-    critic=critic_params, critic_opt_state=optimizer.init(critic_params),
+    club=network_params, club_opt_state=optimizer.init(network_params),
   )  # fmt: skip
   return state, step, None, batches
 

@@ -71,7 +71,7 @@ def _tuples(value: Any) -> Any:
 
 
 def check_arrays(settings: TokenizerSettings, encoder: Mapping[str, np.ndarray], codebooks: np.ndarray) -> None:
-  """Makes sure that `FrozenTokenizer` finds what it needs: an artefact may come from anywhere.
+  """Makes sure that `InferenceTokenizer` finds what it needs: an artefact may come from anywhere.
 
   Raises:
     InputError: if an array of the encoder is missing or not needed, has another shape, or is not of finite float32
@@ -132,7 +132,7 @@ def _needed(params: Any) -> dict[str, Any]:
   return flax.traverse_util.flatten_dict(needed, sep="/")
 
 
-def frozen_parameters(settings: TokenizerSettings, params: Any) -> dict[str, np.ndarray]:
+def inference_parameters(settings: TokenizerSettings, params: Any) -> dict[str, np.ndarray]:
   """What of the parameters quantizes items, by name; of the ID vectors the mean, which stands for an unseen item's."""
   arrays = {f"params/{name}": np.asarray(value) for name, value in _needed(params).items()}
   if settings.item_id != "none":
@@ -140,7 +140,7 @@ def frozen_parameters(settings: TokenizerSettings, params: Any) -> dict[str, np.
   return arrays
 
 
-class FrozenTokenizer:
+class InferenceTokenizer:
   """Latents and codes of items, known or not, from settings and arrays alone."""
 
   def __init__(self, settings: TokenizerSettings, encoder: Mapping[str, np.ndarray], codebooks: np.ndarray):
