@@ -1,4 +1,4 @@
-"""A run's settings, composed of those of its stages: the base of every config, and its checks."""
+"""The settings of a run, composed of those of its stages: the default config, and the checks of any config."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ CHANGEABLE = {"data.path", *(field.name for field in dataclasses.fields(Safeguar
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings(Safeguards):
-  """Everything that a run can be told."""
+  """All settings of a run."""
 
   seed: int = setting(
     0, "Of everything random: initialisation, batch order, dropout, codebook fitting.", least=0, most=2**32 - 1

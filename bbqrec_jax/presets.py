@@ -1,4 +1,4 @@
-"""Configs by name, each the default config with what goes with it on any data: `bbqrec train --config=hybrid`."""
+"""Presets: configs by name, for `bbqrec train --config=hybrid` and the like."""
 
 import functools
 from collections.abc import Callable

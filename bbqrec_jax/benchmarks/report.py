@@ -28,7 +28,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-  """Markdown, a line a record."""
+  """Markdown, a line per record."""
   head = ["what", "ms", "p90 ms", "a second", "GFLOP", "of matmul", "of peak", "of copy", "first call s"]
   lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
   for record in result["records"]:

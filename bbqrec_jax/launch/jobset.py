@@ -1,4 +1,4 @@
-"""Kubernetes: a JobSet of one pod a host, all started again when one fails, on GKE (TPUs, GPUs) or elsewhere (GPUs)."""
+"""Kubernetes: a JobSet of one pod per host, all started again when one fails, on GKE (TPUs, GPUs) or elsewhere (GPUs)."""
 
 import argparse
 import json

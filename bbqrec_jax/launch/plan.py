@@ -1,4 +1,4 @@
-"""A launch as a list of commands: what each is, how the list is printed, how it is run, and the program it starts."""
+"""A launch as a plan, that is a list of commands: how it is printed and run, and the program that it starts."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""A run from config to results: data, tokenizer, recommender, evaluation, each picked up where it was."""
+"""A run from config to results: data, tokenizer, recommender, evaluation; each stage resumes where it stopped."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""What a workdir holds besides tensors: whose run it is, its config and its results; written, read back and checked."""
+"""The JSON files of a workdir: the identity of its run, its config and its results; written, read and checked."""
 
 import contextlib
 import copy

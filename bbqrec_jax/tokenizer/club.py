@@ -1,4 +1,4 @@
-"""The CLUB bound between the two latents of a modality: its variational network, how that is fitted, and the bound."""
+"""The CLUB bound between the two latents of a modality, and the variational network that it is estimated with."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ from bbqrec_jax.training.partitioning import reduce_shares
 
 
 class ClubNetwork(nn.Module):
-  """q(s_m | q_m) = N(mean(q_m), diag exp(log_variance(q_m))), one network a modality.
+  """q(s_m | q_m) = N(mean(q_m), diag exp(log_variance(q_m))), one network per modality.
 
   Attributes:
     modalities: their names.

@@ -1,4 +1,4 @@
-"""A tokenizer that no longer learns: what quantizes items from arrays that an artefact holds."""
+"""Inference with a trained tokenizer: quantizes items with the arrays of an artefact alone."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ _MEND = "train the tokenizer again"
 
 
 def settings_from_json(values: Mapping[str, Any], *, trusted: Collection[str] = ()) -> TokenizerSettings:
-  """`TokenizerSettings` from what an artefact holds of them, which may come from anywhere.
+  """`TokenizerSettings` from an artefact, which may come from an untrusted source.
 
   Args:
     values: of the fields.
@@ -71,7 +71,7 @@ def _tuples(value: Any) -> Any:
 
 
 def check_arrays(settings: TokenizerSettings, encoder: Mapping[str, np.ndarray], codebooks: np.ndarray) -> None:
-  """Makes sure that `InferenceTokenizer` finds what it needs: an artefact may come from anywhere.
+  """Checks the arrays of an artefact, which may come from an untrusted source, for `InferenceTokenizer`.
 
   Raises:
     InputError: if an array of the encoder is missing or not needed, has another shape, or is not of finite float32
@@ -127,13 +127,13 @@ def _parameter_shapes(settings: TokenizerSettings) -> dict[str, tuple[int, ...]]
 
 
 def _needed(params: Any) -> dict[str, Any]:
-  """What of the parameters quantizes items, by name, but for the ID vectors."""
+  """The parameters that quantize items, by name, without the ID vectors."""
   needed = {name: value for name, value in params.items() if name.startswith("behaviour_encoders_")}
   return flax.traverse_util.flatten_dict(needed, sep="/")
 
 
 def inference_parameters(settings: TokenizerSettings, params: Any) -> dict[str, np.ndarray]:
-  """What of the parameters quantizes items, by name; of the ID vectors the mean, which stands for an unseen item's."""
+  """The parameters that quantize items, by name, and the mean of the ID vectors, which stands for a new item's."""
   arrays = {f"params/{name}": np.asarray(value) for name, value in _needed(params).items()}
   if settings.item_id != "none":
     arrays["item_id"] = np.asarray(params["item_embedding"]["embedding"]).mean(axis=0)
@@ -141,7 +141,7 @@ def inference_parameters(settings: TokenizerSettings, params: Any) -> dict[str, 
 
 
 class InferenceTokenizer:
-  """Latents and codes of items, known or not, from settings and arrays alone."""
+  """Latents and codes of items, known or new, from settings and arrays alone."""
 
   def __init__(self, settings: TokenizerSettings, encoder: Mapping[str, np.ndarray], codebooks: np.ndarray):
     """Takes what an artefact holds: see `semantic_ids.artefact.SemanticIds`."""

@@ -1,4 +1,4 @@
-"""The losses of stage 1: what binds the tokenizer's codes to content and to behaviour."""
+"""The losses of stage 1, which bind the tokenizer's codes to content and to behaviour."""
 
 import functools
 from collections.abc import Callable

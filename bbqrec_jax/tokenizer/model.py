@@ -1,4 +1,4 @@
-"""Stage 1, the behaviour-bind tokenizer: from item features and histories to one shared residual codebook."""
+"""The model of stage 1: encoders, fusion, codebooks, decoders and the history transformer of the contrast."""
 
 import functools
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ def stream_codebooks(settings: TokenizerSettings, codebooks: jax.Array) -> jax.A
 
 
 class Latents(NamedTuple):
-  """What is quantized, one row a stream (see `TokenizerSettings.streams`).
+  """What is quantized, one row per stream (see `TokenizerSettings.streams`).
 
   Attributes:
     values: [S, B, d]; where an item lacks a modality, its fused latent stands in.
@@ -62,7 +62,7 @@ def history_reader(s: TokenizerSettings) -> tuple[CausalBackbone, nn.Dense]:
 
 
 class Tokenizer(nn.Module):
-  """Dual encoders a modality, a learnable item ID, one residual codebook shared by all streams (the paper's part 1-3).
+  """Dual encoders per modality, a learnable item ID, and residual codebooks shared by all streams.
 
   Attributes:
     settings: of the stage.

@@ -1,4 +1,4 @@
-"""Semantic IDs for items that came after training."""
+"""Semantic IDs for items that are added after training."""
 
 import dataclasses
 from collections.abc import Collection, Mapping

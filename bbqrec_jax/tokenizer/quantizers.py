@@ -1,7 +1,7 @@
-"""Quantizers: what makes codes of latents, and vectors of codes.
+"""Quantizers: latents to codes, and codes to vectors.
 
-A code names a codeword, and what a quantizer makes of a latent is the sum of the codewords that its codes name. So the
-codebooks, which an artefact holds, are all that it takes to turn codes into the vectors that items are compared by.
+A code names a codeword, and the quantized latent is the sum of the codewords that its codes name. So the codebooks,
+which an artefact holds, suffice to turn codes into the vectors that items are compared by.
 """
 
 import jax
@@ -25,11 +25,11 @@ from bbqrec_jax.utils.named import part
 
 
 class Quantizer:
-  """The contract; a quantizer of one's own is a subclass, and its name "module:Class" the setting `quantizer`.
+  """The contract of a quantizer; a custom one is a subclass, named as "module:Class" in the setting `quantizer`.
 
   Attributes:
-    trained: whether it stands behind encoders that learn by gradient, and quantizes their latents; otherwise nothing is
-      learned, and it quantizes the features themselves (see `kmeans.content_latents`).
+    trained: whether it quantizes the latents of encoders that are trained; otherwise it quantizes the features
+      themselves, and there is no training (see `kmeans.content_latents`).
     settings: of the tokenizer.
   """
 
@@ -62,7 +62,7 @@ class Quantizer:
     return None
 
   def bounded(self, latents: jax.Array) -> jax.Array:
-    """What the codewords of latents [..., d] come near to; the gradient of the codewords is that of this."""
+    """Maps latents [..., d] to the range of the codewords; the straight-through gradient is taken of the result."""
     return latents
 
   def fit(self, latents: np.ndarray, present: np.ndarray, *, seed: int) -> np.ndarray:
@@ -96,7 +96,7 @@ class Quantizer:
     raise NotImplementedError
 
   def loss(self, result: ResidualQuantization) -> jax.Array:
-    """[B], what is minimised beside the other losses, of B rows that were encoded."""
+    """The quantization loss of B encoded rows, [B]."""
     return jnp.zeros(result.codes.shape[0], jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""The settings of stage 1, and the shapes that follow from them and from the data."""
+"""The settings of stage 1, and the shapes derived from them and from the data."""
 
 import dataclasses
 from typing import Any
@@ -122,7 +122,7 @@ class TokenizerSettings:
 
   @property
   def codebook_shape(self) -> tuple[int, int, int, int]:
-    """[G, L, K, d]: G sets of codebooks, one for all streams or one a stream."""
+    """[G, L, K, d]: G sets of codebooks, one for all streams, or one per stream."""
     sets = len(self.streams) if self.codebooks == "per_stream" else 1
     return sets, self.num_levels, self.num_codes, self.code_width
 

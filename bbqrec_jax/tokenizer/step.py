@@ -46,7 +46,7 @@ class CodebookUpkeep:
     return by_codebook(s, jnp.broadcast_to(mask[:, None], (len(s.streams), s.num_levels, mask.shape[1])))
 
   def counts(self, output: TokenizerOutput, *, axis_name: str | None) -> jax.Array:
-    """How often a step chose each code for what makes semantic IDs, [G, L, K]."""
+    """How often a step chose each code, counted over the streams that make semantic IDs: [G, L, K]."""
     chosen = by_codebook(self.settings, jnp.swapaxes(output.codes, 1, 2))
     count = jax.vmap(jax.vmap(lambda code, weight: code_counts(code, self.settings.num_codes, weights=weight)))
     return reduce_shares(count(chosen, self._counted(output)), axis_name)

@@ -1,4 +1,4 @@
-"""Stage 1 from data to semantic IDs."""
+"""The training stage of the tokenizer: from data to semantic IDs."""
 
 import dataclasses
 import pathlib
@@ -102,7 +102,7 @@ def _finish(ids: SemanticIds, raw: np.ndarray, health: dict[str, Any], folder: p
 def run_feature_tokenizer(
   config: Any, dataset: Dataset, split: Split, *, data_hash: str, workdir: pathlib.Path
 ) -> SemanticIds:
-  """Semantic IDs of the standardised features themselves, one codebook a stream: no gradient, no behaviour.
+  """Semantic IDs of the standardised features themselves, one codebook per stream: no gradient, no behaviour.
 
   Returns:
     As `run_tokenizer`.

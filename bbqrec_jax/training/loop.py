@@ -21,7 +21,7 @@ from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.training.step import skip_nonfinite
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.messages import say
-from bbqrec_jax.utils.signals import Interrupted, heard_at_once, noted
+from bbqrec_jax.utils.signals import Interrupted, deferred_signals, immediate_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def fit(
     StorageError: if a checkpoint could not be written.
     InputError: if the best checkpoint was damaged meanwhile.
   """
-  with noted() as caught, contextlib.ExitStack() as stack:
+  with deferred_signals() as caught, contextlib.ExitStack() as stack:
     data = iter(batches)
     stack.callback(data.close)
     checkpointer = Checkpointer(directory, keep=plan.safeguards.keep_checkpoints, strict=not partitioner.fills_rows)
@@ -146,7 +146,7 @@ def fit(
       try:
         # A run that was stopped amid an evaluation goes on with it.
         if not plan.due(progress["step"]) or progress["evaluated_step"] == progress["step"]:
-          with heard_at_once():
+          with immediate_signals():
             state = plan.before_step(progress["step"], state)
           batch = next(data)
           if not compiled:
@@ -165,7 +165,7 @@ def fit(
             look(logging=True)
         if plan.due(progress["step"]):
           spent("training")
-          with heard_at_once():
+          with immediate_signals():
             values = plan.evaluate(state)
           spent("evaluation")
           log.write(plan.name, "validation", progress["step"], values)

@@ -1,4 +1,4 @@
-"""The optimiser that a config describes."""
+"""AdamW with its learning-rate schedule, weight-decay mask and gradient clipping."""
 
 from typing import Any
 
