@@ -2,7 +2,7 @@
 
     python experiments/benchmark_bias.py --config=configs/benchmark.py:small
 
-The steps are those of `bbqrec_jax.benchmark`, at its small size rows of 50 positions, d 64, two layers, two heads, two
+The steps are those of `bbqrec benchmark`, at its small size rows of 50 positions, d 64, two layers, two heads, two
 streams of codes (so three pairs of streams), 32 buckets. Prints medians over the rounds.
 """
 

@@ -1,4 +1,4 @@
-"""Kubernetes: a JobSet of one pod per host, all started again when one fails, on GKE (TPUs, GPUs) or elsewhere (GPUs)."""
+"""Kubernetes: a JobSet of one pod per host, restarted together when one fails; GKE (TPUs, GPUs) or others (GPUs)."""
 
 import argparse
 import json

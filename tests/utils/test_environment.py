@@ -41,7 +41,7 @@ IGNORED = ("JAX_DEBUG_INFS", "JAX_DISABLE_JIT", "JAX_TRANSFER_GUARD", "JAX_COMPI
 
 
 def program(name, *arguments, **environment):
-  command = [sys.executable, "-m", f"bbqrec_jax.{name}", *arguments]
+  command = [sys.executable, "-m", "bbqrec_jax", name, *arguments]
   return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
