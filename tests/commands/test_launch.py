@@ -16,6 +16,7 @@ import time
 import pytest
 import yaml
 
+from bbqrec_jax.commands import launch as program
 from bbqrec_jax.launch import slurm
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -454,11 +455,14 @@ SLURM = ("slurm", "--nodes=2", "--gpus-per-node=4")
     (("jobset", "build", "--name=bb"), (), "--image is missing"),
   ],
 )
-def test_what_cannot_work_is_refused_in_one_line(launch, arguments, flags, named):
-  result = launch(*arguments, "--dry-run", flags=flags) if arguments else launch()
-  assert result.returncode == 2
-  assert result.stdout == ""
-  (line,) = result.stderr.splitlines()
+def test_what_cannot_work_is_refused_in_one_line(capsys, arguments, flags, named):
+  own = [*arguments, "--dry-run"] if arguments else []
+  with pytest.raises(SystemExit) as end:
+    program.main([*own, *(["--", *flags] if flags else [])])
+  assert end.value.code == 2
+  printed = capsys.readouterr()
+  assert printed.out == ""
+  (line,) = printed.err.splitlines()
   assert line.startswith("error: ")
   assert named in line
 
@@ -494,10 +498,10 @@ def test_without_a_terminal_nothing_that_costs_is_run(launch, stand_ins):
 
 
 @pytest.mark.parametrize(
-  ("answers", "status", "run"), [("y\ny\n", 0, 2), ("y\nn\n", 1, 0), ("\n", 1, 0)], ids=["agreed", "half", "declined"]
+  ("answers", "status", "run"), [("y\ny\n", 0, 3), ("y\nn\n", 1, 0), ("\n", 1, 0)], ids=["agreed", "half", "declined"]
 )
 def test_everything_is_asked_before_anything_is_run(launch, stand_ins, answers, status, run):
-  calls = stand_ins(gcloud="")
+  calls = stand_ins(gcloud="echo ACTIVE")
   terminal, end = pty.openpty()
   try:
     os.write(terminal, answers.encode())
@@ -513,9 +517,13 @@ def test_everything_is_asked_before_anything_is_run(launch, stand_ins, answers, 
 
 def test_what_is_run_is_what_is_printed_until_something_fails(launch, stand_ins):
   own = (*TPU, "delete", "create", "run", *CREATE[4:])
-  calls = stand_ins(gcloud='[[ $4 != "$FAILING" ]]')
+  noted = stand_ins(gcloud='echo ACTIVE; [[ $4 != "$FAILING" ]]')
+
+  def calls():
+    return [call for call in noted() if "describe" not in call]
+
   lines = commands(launch(*own, "--dry-run", flags=(*FLAGS, *ODD), path=stand_ins.path))
-  printed = [shlex.split(line) for line in lines if not line.startswith("#")]
+  printed = [shlex.split(line) for line in lines if line.startswith("gcloud")]
   assert calls() == []
   result = launch(*own, "--yes", flags=(*FLAGS, *ODD), path=stand_ins.path)
   assert result.returncode == 0, result.stderr
@@ -526,4 +534,4 @@ def test_what_is_run_is_what_is_printed_until_something_fails(launch, stand_ins)
   assert calls()[3:] == printed[:2]
   assert result.returncode == 1
   (line,) = result.stderr.splitlines()
-  assert line.startswith("error: status 1 of gcloud compute tpus tpu-vm create bb ")
+  assert line.startswith("error: status 1 of gcloud compute tpus queued-resources create bb ")
