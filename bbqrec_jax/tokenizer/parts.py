@@ -67,13 +67,13 @@ def _quantizer_breaks(quantizer: Quantizer) -> str:
   rng = np.random.default_rng(0)
   fixed = quantizer.fixed()
   codebooks = jnp.asarray(rng.normal(size=quantizer.codebook_shape) if fixed is None else fixed, jnp.float32)[0]
-  result = quantizer.encode(jnp.asarray(rng.normal(size=(8, width)), jnp.float32), codebooks)
+  result = jax.jit(quantizer.encode)(jnp.asarray(rng.normal(size=(8, width)), jnp.float32), codebooks)
   came = {name: tuple(getattr(result, name).shape) for name in expected}
   if came != expected:
     return f"expected arrays of shapes {expected}, got {came}"
   if int(jnp.min(result.codes)) < 0 or int(jnp.max(result.codes)) >= num_codes:
     return f"expected codes in 0..{num_codes - 1}, got {int(jnp.min(result.codes))}..{int(jnp.max(result.codes))}"
-  if not np.allclose(result.quantized, decode(result.codes, codebooks), atol=1e-4):
+  if not np.allclose(result.quantized, jax.jit(decode)(result.codes, codebooks), atol=1e-4):
     return "expected vectors that are the sums of the codewords which the codes name, got others"
   return ""
 

@@ -63,8 +63,8 @@ def test_only_kernels_decay():
   params = make_params()
   optimizer = make_optimizer(make_settings(warmup_steps=0), total_steps=10)
   # Without a gradient AdamW moves by its decay alone: -learning_rate x weight_decay x parameter.
-  updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-  after = optax.apply_updates(params, updates)
+  updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.zeros_like, params), jax.jit(optimizer.init)(params), params)
+  after = jax.jit(optax.apply_updates)(params, updates)
   for path, leaf in jax.tree_util.tree_leaves_with_path(after):
     decays = path[-1].key == "kernel"
     np.testing.assert_allclose(leaf, 2.0 * (1 - 3e-3 * 0.1) if decays else 2.0, rtol=1e-7, err_msg=str(path))
@@ -75,7 +75,7 @@ def test_first_step_is_that_of_adam():
   params = {"bias": jnp.zeros(4)}
   gradients = {"bias": jnp.array([0.3, -0.2, 0.1, 0.5])}
   optimizer = make_optimizer(make_settings(warmup_steps=0), total_steps=10)
-  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  updates, _ = jax.jit(optimizer.update)(gradients, jax.jit(optimizer.init)(params), params)
   np.testing.assert_allclose(updates["bias"], -3e-3 * np.sign(gradients["bias"]), rtol=1e-5)
 
 
@@ -87,7 +87,7 @@ def test_gradients_are_clipped_by_their_global_norm(norm, kept):
   gradients = {name: jnp.asarray(part / length * norm, jnp.float32) for name, part in direction.items()}
   optimizer = make_optimizer(make_settings(clip_norm=0.5), total_steps=10)
   params = jax.tree.map(jnp.zeros_like, gradients)
-  _, state = optimizer.update(gradients, optimizer.init(params), params)
+  _, state = jax.jit(optimizer.update)(gradients, jax.jit(optimizer.init)(params), params)
   # Adam's first moment after one step is a tenth of the gradient it was given, its second a fiftieth of the square.
   means, squares = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
   for name, part in direction.items():
@@ -98,5 +98,5 @@ def test_gradients_are_clipped_by_their_global_norm(norm, kept):
 def test_the_warm_up_begins_at_zero():
   params = make_params()
   optimizer = make_optimizer(make_settings(), total_steps=100)
-  updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+  updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), jax.jit(optimizer.init)(params), params)
   assert all(np.all(np.asarray(leaf) == 0.0) for leaf in jax.tree.leaves(updates))
