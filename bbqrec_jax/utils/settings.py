@@ -64,8 +64,9 @@ def section(kind: Any, doc: str, **defaults: Any) -> Any:
 
 
 def _fields(settings: Any) -> Iterator[tuple[dataclasses.Field, Rule]]:
-  """The fields that a config has, with their rules."""
-  for field in dataclasses.fields(settings):
+  """The fields that a config has, with their rules; those of a base class come last."""
+  own = (settings if isinstance(settings, type) else type(settings)).__annotations__
+  for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):
     rule = field.metadata["rule"]
     if not rule.derived:
       yield field, rule
