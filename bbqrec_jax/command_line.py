@@ -1,4 +1,4 @@
-"""What the programs share: flags as absl parses them, and one line instead of a traceback."""
+"""What the commands share: flags, which absl parses, and errors as one line instead of a traceback."""
 
 import ast
 import contextlib
@@ -28,9 +28,9 @@ flags.disclaim_key_flags()
 
 
 def _drop_echoes(unraisable: Any) -> None:
-  """Leaves out of what Python tells of errors that nobody can catch the signals that are heard all the same.
+  """Suppresses Python's report of an `Interrupted` that was raised in a finaliser: it is raised again afterwards.
 
-  One that finds Python collecting garbage is heard as soon as that is over (see `heard_at_once`).
+  See `immediate_signals`.
   """
   from bbqrec_jax.utils.signals import Interrupted
 
@@ -105,14 +105,14 @@ def training(workdir: pathlib.Path) -> Iterator[None]:
   Args:
     workdir: where the program writes.
   """
-  from bbqrec_jax.utils.signals import Interrupted, heard_at_once, impatient
+  from bbqrec_jax.utils.signals import Interrupted, exit_on_second_interrupt, immediate_signals
 
   if not flags.FLAGS["verbosity"].present:
     # orbax tells of every file it writes; what fails there it also raises.
     logging.set_verbosity(logging.FATAL)
   sys.unraisablehook = _drop_echoes
   try:
-    with impatient(), heard_at_once():
+    with exit_on_second_interrupt(), immediate_signals():
       yield
   except InputError as error:
     refuse(error)
@@ -160,9 +160,7 @@ def define_run_flags() -> None:
   """Defines the flags of a program that restores a finished run."""
   define_path("workdir", "The workdir of a finished run.")
   define_path("data", "The folder of the run's data, where that has moved since.")
-  flags.DEFINE_list(
-    "trust", [], "Python modules of yours that the run's config may name its head, backbone or quantizer from."
-  )
+  flags.DEFINE_list("trust", [], "Python modules of yours that the run's config may name its parts from.")
   flags.mark_flag_as_required("workdir")
 
 

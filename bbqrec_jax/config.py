@@ -1,4 +1,4 @@
-"""A run's settings, composed of those of its stages: the base of every config, and its checks."""
+"""The settings of a run, composed of those of its stages: the default config, and the checks of any config."""
 
 import dataclasses
 from typing import Any
@@ -8,19 +8,20 @@ import ml_collections
 from bbqrec_jax.data.settings import DataSettings
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.settings import EvaluationSettings, RecommenderSettings, trains_tokenizer
-from bbqrec_jax.tokenizer.quantizers import check_quantizer
+from bbqrec_jax.tokenizer.parts import check_parts
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.utils.settings import from_config, section, setting, to_config
 
 _FEWEST_ROWS = 64  # That are worth spreading: a stack of codebooks may have fewer, and stays whole.
 
-# What may change between two starts of one run: no number of a run that nothing befalls depends on it.
-CHANGEABLE = {"data.path", "keep_checkpoints", "on_nonfinite", "max_skipped", "spike_factor"}
+# What may change between two starts of one run: no number depends on it while nothing goes wrong.
+CHANGEABLE = {"data.path", *(field.name for field in dataclasses.fields(Safeguards))}
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings:
-  """Everything that a run can be told."""
+class RunSettings(Safeguards):
+  """All settings of a run."""
 
   seed: int = setting(
     0, "Of everything random: initialisation, batch order, dropout, codebook fitting.", least=0, most=2**32 - 1
@@ -32,11 +33,6 @@ class RunSettings:
     " devices; 0: each device has all.", least=0,
   )  # fmt: skip
   log_every: int = setting(50, "Steps between two lines of training metrics.")
-  keep_checkpoints: int = setting(2, "Newest ones kept of each stage, beside the best.")
-  on_nonfinite: str = setting("stop", "At a step whose loss or gradient is not finite: stop, or leave it out.",
-                              choices=("stop", "skip"))  # fmt: skip
-  max_skipped: int = setting(10, "Steps skipped in a row after which training stops all the same.")
-  spike_factor: float = setting(3.0, "Losses of more than so many times their running median are logged.", above=0)
   data: DataSettings = section(DataSettings, "The data.")
   tokenizer: TokenizerSettings = section(TokenizerSettings, "Stage 1.")
   recommender: RecommenderSettings = section(RecommenderSettings, "Stage 2.")
@@ -76,5 +72,5 @@ def read_config(config: Any, *, tokenizer_alone: bool = False) -> RunSettings:
   own = trains_tokenizer(config, alone=tokenizer_alone)
   settings = from_config(RunSettings, config, unchecked=None if own else "tokenizer.")
   if own:
-    check_quantizer(settings.tokenizer, field="config field tokenizer.")
+    check_parts(settings.tokenizer, field="config field tokenizer.")
   return settings

@@ -1,4 +1,4 @@
-"""The exceptions that say what is wrong and how to mend it, and how programs show them."""
+"""The exceptions of this package, and how programs show them: as one line that says what is wrong and what to do."""
 
 import errno
 import sys
@@ -6,7 +6,7 @@ from typing import NoReturn
 
 LONGEST_MESSAGE = 1000
 
-# What a disk answers that takes no more, or not from us.
+# Errors of a disk that is full, read-only, failing, or not ours to write to.
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -48,7 +48,7 @@ class StorageError(RuntimeError):
 
 
 class Diverged(FloatingPointError):
-  """Training came to numbers that are not finite; the last checkpoint is from before that.
+  """Training reached numbers that are not finite; the last checkpoint is from before that.
 
   Programs print it without a traceback and exit with status 1.
   """

@@ -1,8 +1,7 @@
-"""Configs by name, each the default config with what goes with it on any data: `bbqrec train --config=hybrid`."""
+"""Presets: configs by name, for `bbqrec train --config=hybrid` and the like."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import ml_collections
 
@@ -41,7 +40,7 @@ def system_config(system: str) -> ml_collections.ConfigDict:
   if is_wide(system):
     recommender.width = 128
     recommender.mlp_width = 512
-    recommender.dropout = recommender.attention_dropout = 0.5
+    recommender.dropout = 0.5
   config.evaluation.validation_users = 4096
   return config
 
@@ -62,16 +61,15 @@ def quickstart_config() -> ml_collections.ConfigDict:
   return config
 
 
-_TIGER = {
-  "full": {
-    "width": 128, "num_layers": 4, "num_heads": 6, "head_width": 64, "mlp_width": 1024, "batch_rows": 256,
-    "steps": 20_000, "evaluate_every": 2000,
-  },
-  "small": {
-    "width": 64, "num_layers": 2, "num_heads": 2, "head_width": 32, "mlp_width": 256, "batch_rows": 128,
-    "steps": 4000, "evaluate_every": 500,
-  },
+# TIGER's sequence model, whole and at a quarter of its width: fields of the recommender.
+_T5 = {
+  "backbone": "encoder_decoder", "item_inputs": ("fused",), "similarity": (), "softmax_over": "all",
+  "subtree_logits": False, "seen_item_bias": False,
 }  # fmt: skip
+_TIGER = {
+  "full": _T5 | {"width": 128, "num_layers": 4, "num_heads": 6, "head_width": 64, "mlp_width": 1024},
+  "small": _T5 | {"width": 64, "num_layers": 2, "num_heads": 2, "head_width": 32, "mlp_width": 256},
+}
 
 
 def tiger_config(size: str = "full") -> ml_collections.ConfigDict:
@@ -82,24 +80,12 @@ def tiger_config(size: str = "full") -> ml_collections.ConfigDict:
   """
   config = default_config()
   config.data.modalities = ("text",)
-  tokenizer = config.tokenizer
-  tokenizer.num_levels = 3
-  tokenizer.repair = "suffix"
-  tokenizer.item_id = "none"
-  tokenizer.specific_dropout = 1.0
-  tokenizer.weights.contrast = 0.0
-  tokenizer.weights.modality_contrast = 0.0
-  tokenizer.weights.disentangle = 0.0
-  recommender = config.recommender
-  recommender.backbone = "encoder_decoder"
-  recommender.item_inputs = ("fused",)
-  recommender.similarity = ()
-  recommender.softmax_over = "all"
-  recommender.subtree_logits = False
-  recommender.seen_item_bias = False
-  recommender.length_buckets = (2, 5, 10)
-  recommender.dropout = 0.1
-  recommender.update(_TIGER[size])
+  config.tokenizer.update({"num_levels": 3, "repair": "suffix", "item_id": "none", "specific_dropout": 1.0})
+  config.tokenizer.weights.update({"contrast": 0.0, "modality_contrast": 0.0, "disentangle": 0.0})
+  steps = {"full": (256, 20_000, 2000), "small": (128, 4000, 500)}[size]
+  config.recommender.update(_TIGER[size])
+  config.recommender.update(dict(zip(("batch_rows", "steps", "evaluate_every"), steps, strict=True)))
+  config.recommender.update({"length_buckets": (2, 5, 10), "dropout": 0.1})
   config.evaluation.validation_users = 2048
   return config
 
@@ -124,38 +110,22 @@ def benchmark_config(size: str = "small") -> ml_collections.ConfigDict:
   config.num_users = 20_000  # Of random histories, 3 items or more, 8 on average.
   config.num_items = chosen["items"]
   config.modalities = {"text": chosen["features"], "image": chosen["features"]}  # Name: width.
-  config.tokenized = 2048  # Items in a call of tokenization, as many as the program encodes of a catalogue at once.
   config.windows = 10  # Timed windows of each benchmark.
   config.window_seconds = 0.3  # About how long each is.
 
   config.run = run = default_config()
-  run.tokenizer.batch_items = 1024
-  run.tokenizer.batch_rows = 32
-  recommender = run.recommender
-  recommender.rows = "packed"
-  recommender.width = chosen["width"]
-  recommender.mlp_width = 4 * chosen["width"]
-  recommender.num_layers = chosen["layers"]
-  recommender.num_heads = chosen["heads"]
-  recommender.batch_rows = chosen["rows"]
-  recommender.max_length = recommender.row_length = chosen["length"]
+  run.tokenizer.batch_items = 8192 if size == "large" else 1024
+  run.recommender.update({
+    "width": chosen["width"], "mlp_width": 4 * chosen["width"], "num_layers": chosen["layers"],
+    "num_heads": chosen["heads"], "batch_rows": chosen["rows"], "max_length": chosen["length"],
+    "row_length": chosen["length"], "rows": "packed", "dtype": "bfloat16" if size == "large" else "float32",
+  })  # fmt: skip
   run.evaluation.batch_size = 64
-  if size == "large":
-    recommender.dtype = "bfloat16"
-    run.tokenizer.batch_items = 8192
-  # TIGER's shape, or a quarter of it: fields of `run.recommender`.
-  shape: dict[str, Any] = {
-    "width": 64,
-    "num_layers": 2,
-    "num_heads": 2,
-    "head_width": 32,
-    "mlp_width": 256,
-    "batch_rows": 16,
-  }
-  if size != "small":
-    shape = {"width": 128, "num_layers": 4, "num_heads": 6, "head_width": 64, "mlp_width": 1024, "batch_rows": 64}
-  shape |= {"max_length": 20, "row_length": 20, "softmax_over": "all", "subtree_logits": False, "seen_item_bias": False}
-  config.encoder_decoder = shape
+  # By backbone and head: which fields of `run.recommender` differ.
+  config.recommenders = {f"causal/{head}": {"head": head} for head in ("generative", "parallel", "dense", "hybrid")}
+  t5 = _TIGER["small" if size == "small" else "full"]
+  rows = 16 if size == "small" else 64
+  config.recommenders["encoder_decoder/generative"] = t5 | {"batch_rows": rows, "max_length": 20, "row_length": 20}
   return config
 
 

@@ -1,6 +1,6 @@
-"""What `bbqrec_jax.benchmark` times: small (a laptop), paper (the paper's sizes), large (an accelerator).
+"""What `bbqrec benchmark` times: small (a laptop), paper (the paper's sizes), large (an accelerator).
 
-python -m bbqrec_jax.benchmark --config=configs/benchmark.py:small --output=small.json
+bbqrec benchmark --config=configs/benchmark.py:small --output=small.json
 """
 
 from bbqrec_jax.presets import benchmark_config as get_config

@@ -2,7 +2,7 @@
 
     python experiments/benchmark_bias.py --config=configs/benchmark.py:small
 
-The steps are those of `bbqrec_jax.benchmark`, at its small size rows of 50 positions, d 64, two layers, two heads, two
+The steps are those of `bbqrec benchmark`, at its small size rows of 50 positions, d 64, two layers, two heads, two
 streams of codes (so three pairs of streams), 32 buckets. Prints medians over the rounds.
 """
 
@@ -26,10 +26,13 @@ def main(argv: list[str]) -> None:
   keep_memory()
   config = flags.FLAGS.config
   dataset = random_dataset(config)
-  cases = {case.name: case for case in recommender_cases(config, dataset, random_ids(config, dataset.modalities))}
+  heads, ids = ("generative", "dense"), random_ids(config, dataset.modalities)
+  config.recommenders = {f"{head}/{bias}": {"head": head} | ({} if bias else {"similarity": ()})
+                         for head in heads for bias in (0, 1)}  # fmt: skip
+  cases = {case.name: case for case in recommender_cases(config, dataset, ids, list(config.recommenders))}
   print("| head | without, ms | with, ms | cost |\n|---|---|---|---|")
-  for head in ("generative", "dense"):
-    sides = [cases[f"causal/{head}{which}/train step"].make() for which in (" without bias", "")]
+  for head in heads:
+    sides = [cases[f"{head}/{bias}/train step"].make() for bias in (0, 1)]
     seconds: list[list[float]] = [[], []]
     for turn in range(ROUNDS + 2):
       for side, taken in zip(sides, seconds, strict=True):

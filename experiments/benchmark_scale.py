@@ -43,7 +43,7 @@ from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.repair import collision_rate, reassign_collisions
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.serving.recommend import recommend_all
-from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, encode_blocks, frozen_parameters
+from bbqrec_jax.tokenizer.inference import InferenceTokenizer, encode_blocks, inference_parameters
 from bbqrec_jax.tokenizer.model import Tokenizer
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.files import check_place
@@ -96,7 +96,7 @@ def measure_items(folder: pathlib.Path, items: int, *, repair: bool) -> None:
   example = {"items": np.zeros(1, np.int32), "features": row, "present": here}
   params = jax.jit(Tokenizer(small).init)(jax.random.key(0), example)["params"]
   codebooks = np.asarray(params["codebooks"])
-  frozen = FrozenTokenizer(settings, frozen_parameters(small, params), codebooks)
+  frozen = InferenceTokenizer(settings, inference_parameters(small, params), codebooks)
   statistics = {"mean/text": np.zeros(WIDTH, np.float32), "deviation/text": np.ones(WIDTH, np.float32)}
 
   def encode_all(count):

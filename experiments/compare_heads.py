@@ -28,7 +28,7 @@ from bbqrec_jax.utils.host_memory import keep_memory
 HEADS = ("generative", "parallel", "dense", "hybrid")
 NO_BIAS = "-no_bias"
 SYSTEMS = ("sasrec", "sasrec_features", *(head + suffix for head in HEADS for suffix in (NO_BIAS, "")))
-PAIR = "sasrec_features-pair"  # Two seeds of it multiplied, by committee.py; not trained here.
+PAIR = "sasrec_features-pair"  # Two seeds of it multiplied, by ensemble.py; not trained here.
 SHOWN = (*SYSTEMS[:2], PAIR, *SYSTEMS[2:])
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from history_probe import id_vectors, train_probe
 from ml_collections import config_flags
 
 from bbqrec_jax.command_line import define_path, start, training
@@ -30,7 +31,6 @@ from bbqrec_jax.runs.run import load_ids, of_any_recommender, read_data, run, to
 from bbqrec_jax.runs.workdir import load_results, with_absolute_paths
 from bbqrec_jax.semantic_ids.health import codebook_health
 from bbqrec_jax.tokenizer.evaluate import cohesion
-from bbqrec_jax.tokenizer.history_probe import id_vectors, train_probe
 from bbqrec_jax.utils.compilation import keep_compiled
 from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import read_array

@@ -58,7 +58,7 @@ from bbqrec_jax.recommender.settings import BACKBONES, HEADS
 from bbqrec_jax.recommender.train import check_fingerprint
 from bbqrec_jax.runs.workdir import PARTS, SHOWN, claim, load_config, load_results, tokenizer_figure
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.tokenizer.frozen import check_arrays, settings_from_json
+from bbqrec_jax.tokenizer.inference import check_arrays, settings_from_json
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.files import check_output
 from bbqrec_jax.utils.json_files import write_json

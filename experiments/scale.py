@@ -93,8 +93,8 @@ def steps(config: Any, *, items: int) -> Iterator[tuple[str, Any, Any, Any, Any]
   dataset = random_dataset(config)
   store, ids = dataset.store, random_ids(config, dataset.modalities)
   settings = tokenizer_settings(config.run, dataset)
-  few = tokenizer_training(config.run, settings, dataset.interactions, store)
-  many = tokenizer_training(config.run, dataclasses.replace(settings, num_items=items), dataset.interactions, store)
+  few = tokenizer_training(settings, dataset.interactions, store, seed=0)
+  many = tokenizer_training(dataclasses.replace(settings, num_items=items), dataset.interactions, store, seed=0)
   yield "tokenizer", many.step, jax.eval_shape(many.initial_state), None, _first(few.batches)
   for name, changes in RECOMMENDERS.items():
     run = copy.deepcopy(config.run)
@@ -146,7 +146,7 @@ def compiled(name: str, step: Any, state: Any, shared: Any, batch: Any, *, items
   batch = partitioner.abstract_batch(batch)
   row: dict[str, Any] = {
     "step": name, "items": items, "tables": "sharded" if partitioner.shard_rows else "replicated",
-    "parameters": on_a_device(state.params), "optimizer": on_a_device((state.opt_state, state.critic_opt_state)),
+    "parameters": on_a_device(state.params), "optimizer": on_a_device((state.opt_state, state.club_opt_state)),
     "catalogue": on_a_device(shared), "temporaries": None, "total": None, "flops": None, "refused": None,
   }  # fmt: skip
   try:

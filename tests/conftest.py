@@ -36,7 +36,9 @@ def load_file():
     path = pathlib.Path(__file__).parents[1] / path
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.syspath_prepend(path.parent)  # Scripts import what stands beside them.
+      spec.loader.exec_module(module)
     return module
 
   return load

@@ -24,9 +24,9 @@ from bbqrec_jax.utils.signals import Interrupted
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def call(module, *arguments):
+def call(command, *arguments):
   return subprocess.run(
-    [sys.executable, "-m", f"bbqrec_jax.{module}", *arguments],
+    [sys.executable, "-m", "bbqrec_jax", command, *arguments],
     cwd=ROOT,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
     capture_output=True,
@@ -47,7 +47,7 @@ def call(module, *arguments):
 )
 def test_bad_input_is_one_line(tmp_path, config, arguments, named):
   workdir = tmp_path / "run"
-  result = call("main", f"--config=configs/{config}", f"--workdir={workdir}", *arguments)
+  result = call("train", f"--config=configs/{config}", f"--workdir={workdir}", *arguments)
   assert result.returncode not in (0, None)
   lines = result.stderr.splitlines()
   assert len(lines) == 1, result.stderr
@@ -246,7 +246,7 @@ def test_odd_names_are_parsed_and_shown(parse, monkeypatch, tmp_path):
 
 def test_an_unknown_config_field_is_named(tmp_path):
   workdir = tmp_path / "run"
-  result = call("main", "--config=configs/quickstart.py", f"--workdir={workdir}", "--config.recommender.nosuch=1")
+  result = call("train", "--config=configs/quickstart.py", f"--workdir={workdir}", "--config.recommender.nosuch=1")
   assert result.returncode != 0
   assert "Traceback" not in result.stderr, result.stderr
   assert "nosuch" in result.stderr

@@ -28,8 +28,7 @@ def get_config(head="generative"):
 
 
 @pytest.fixture
-def script(load_file, monkeypatch, request):
-  monkeypatch.syspath_prepend(request.config.rootpath / "experiments")
+def script(load_file):
   return load_file("experiments/compare_heads.py")
 
 

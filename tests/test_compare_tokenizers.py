@@ -7,7 +7,6 @@ from numpy.testing import assert_array_equal
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import Split, from_lengths
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.tokenizer import history_probe
 from bbqrec_jax.utils.json_files import read_json
 
 
@@ -55,11 +54,11 @@ def test_each_seed_gets_a_tokenizer_and_a_recommender_and_the_report_means_over_
 
 @pytest.mark.usefixtures("compile_cache")
 def test_every_tokenizer_can_be_probed_and_the_report_means_over_them(script, config, tmp_path, monkeypatch):
-  asked = []
+  asked, train = [], script.train_probe
 
   def train_probe(config, vectors, split):
     asked.append((config.seed, vectors))
-    return history_probe.train_probe(config, vectors, split, steps=4, evaluate_every=2)
+    return train(config, vectors, split, steps=4, evaluate_every=2)
 
   monkeypatch.setattr(script, "train_probe", train_probe)
 

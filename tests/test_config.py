@@ -237,8 +237,6 @@ CHOICES = {
   "partitioner": ("pmap", "single"),
   "tokenizer.codebooks": ("shared", "per_stream"),
   "data.source": ("synthetic", "directory", "recbole"),
-  "tokenizer.optimizer.schedule": ("constant", "cosine"),
-  "recommender.optimizer.schedule": ("constant", "cosine"),
 }
 
 
@@ -310,7 +308,6 @@ def test_empty_subsets():
       ("recommender.dense_tower.width = 63", "recommender.num_heads = 2"),
     ),
     ({"recommender.time_buckets": 8}, ("recommender.time_buckets = 8", "recommender.rows = 'packed'")),
-    ({"recommender.attention": "xla"}, ("recommender.attention = 'xla'", "set recommender.attention_dropout to 0")),
     *(
       (
         {"recommender.position_buckets": count, "recommender.backbone": "encoder_decoder"},

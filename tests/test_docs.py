@@ -4,10 +4,16 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from bbqrec_jax.tokenizer import step as steps
 from bbqrec_jax.tokenizer.losses import CatalogueRows
+from bbqrec_jax.tokenizer.model import Tokenizer
+from bbqrec_jax.tokenizer.parts import check_parts, try_parts
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
+from bbqrec_jax.tokenizer.state import TokenizerState
+from bbqrec_jax.utils.named import part
 
 
 def test_functions_by_themselves_quantize(snippet, tmp_path, load_file):
@@ -46,6 +52,51 @@ def test_the_custom_quantizer_chooses_by_cosine(snippet, tmp_path, load_file):
     np.testing.assert_array_equal(result.codewords[level], codebook[codes])
     residual, quantized = residual - codebook[codes], quantized + codebook[codes]
   np.testing.assert_allclose(result.quantized, quantized, atol=1e-6)
+
+
+def test_the_documented_encoder_and_contrast_keep_their_contracts(snippet, tmp_path, monkeypatch):
+  for name in ("my_encoders.py", "my_contrasts.py"):
+    (tmp_path / name).write_text(snippet("parts.md", name), encoding="utf-8")
+  monkeypatch.syspath_prepend(tmp_path)
+  settings = TokenizerSettings(
+    (("text", 5), ("image", 3)), num_items=9, code_width=4, num_levels=2, num_codes=4, hidden=(6,), max_length=5,
+    encoder="my_encoders:Gated", contrast="my_contrasts:margin",
+  )  # fmt: skip
+  check_parts(settings, field="")
+  try_parts(settings, batch_items=7)
+  states = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+  targets = jnp.asarray([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+  loss, aux = part("", "my_contrasts:margin", {})(
+    states, targets, jnp.asarray([1, 2, 3]), jnp.asarray([True, True, False]), temperature=0.5, axis_name=None
+  )
+  # The first: its target and another are alike. The second: orthogonal to both of two.
+  np.testing.assert_allclose((loss, aux["accuracy"]), (0.5, 0.0), atol=1e-6)
+
+
+def test_the_documented_schedule_reaches_the_contrast(request, monkeypatch):
+  page = (request.config.rootpath / "docs" / "parts.md").read_text(encoding="utf-8")
+  (diff,) = re.findall(r"```diff\n--- bbqrec_jax/tokenizer/step.py\n(.*?)```", page, re.DOTALL)
+  source = (request.config.rootpath / "bbqrec_jax" / "tokenizer" / "step.py").read_text(encoding="utf-8")
+  (old,) = re.findall(r"^-(.*\n)", diff, re.MULTILINE)
+  assert source.count(old) == 1, "the line that the page replaces"
+  (new,) = re.findall(r"^\+(.*)\n", diff, re.MULTILINE)
+  made = {"optax": optax}
+  exec(f"def temperature_at(settings, step):\n{new}", made)
+  monkeypatch.setattr(steps, "temperature_at", made["temperature_at"])
+  asked = []
+
+  def loss(model, params, batch, *, temperature, **options):
+    asked.append(temperature)
+    raise StopIteration
+
+  monkeypatch.setattr(steps, "tokenizer_loss", loss)
+  settings = TokenizerSettings((("text", 5),), num_items=9, steps=100, temperature=0.2)
+  step = steps.make_tokenizer_step(Tokenizer(settings), optax.sgd(0.1))
+  for number in (0, 100):
+    state = TokenizerState.create({}, optax.sgd(0.1), seed=0, usage=jnp.zeros(1))
+    with pytest.raises(StopIteration):
+      step(state.replace(step=jnp.asarray(number)), None, {}, axis_name=None)
+  np.testing.assert_allclose(asked, (0.2, 0.1), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""Benchmarks that run on whatever JAX sees: what is timed, what it must cost, and how far from the limit it is."""
+"""Benchmarks on the devices that JAX sees: times, counted costs, and the share of the measured limits."""

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,11 +12,10 @@ import numpy as np
 from bbqrec_jax.benchmarks.counting import cost
 from bbqrec_jax.benchmarks.timing import Case
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.interactions import Interactions, from_lengths
+from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.pipeline import evaluation_batches
 from bbqrec_jax.layers.apply import apply
-from bbqrec_jax.ops.attention import attention, history_mask
 from bbqrec_jax.recommender.evaluate import make_ranker
 from bbqrec_jax.recommender.step import make_recommender_step
 from bbqrec_jax.recommender.train import build_recommender, initial_state, training_batches
@@ -25,40 +24,20 @@ from bbqrec_jax.tokenizer.train import tokenizer_settings, tokenizer_training
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import StepFunction, make_partitioner
 
-# Backbone and head of each recommender, by name.
-RECOMMENDERS = {
-  "causal/generative": {"recommender.head": "generative"},
-  "causal/parallel": {"recommender.head": "parallel"},
-  "causal/dense": {"recommender.head": "dense"},
-  "causal/hybrid": {"recommender.head": "hybrid"},
-  "causal/dense without bias": {"recommender.head": "dense", "recommender.similarity": ()},
-  "causal/generative without bias": {"recommender.head": "generative", "recommender.similarity": ()},
-  "encoder_decoder/generative": {
-    "recommender.backbone": "encoder_decoder", "recommender.head": "generative", "recommender.similarity": (),
-    "recommender.item_inputs": ("fused",),
-  },
-}  # fmt: skip
+_TOKENIZED = 2048  # Items in a call of tokenization, as many as a run encodes of a catalogue at once.
 
 
 def random_dataset(config: Any) -> Dataset:
   """Histories and features of a benchmark config's sizes; nothing is to be learned from them."""
   rng = np.random.default_rng(0)
-  longest = config.run.recommender.max_length
-  lengths = np.clip(rng.geometric(1 / 8, config.num_users), 3, longest)
+  lengths = np.clip(rng.geometric(1 / 8, config.num_users), 3, config.run.recommender.max_length)
   features = {
     name: rng.normal(size=(config.num_items, width)).astype(np.float32) for name, width in config.modalities.items()
   }
-  return Dataset(
-    name="random",
-    source="random",
-    interactions=from_lengths(
-      rng.integers(config.num_items, size=lengths.sum()), lengths, np.arange(config.num_users).astype(str)
-    ),
-    features=features,
-    present={name: np.ones(config.num_items, bool) for name in features},
-    item_ids=ItemIds.numbered(config.num_items),
-    titles=("",) * config.num_items,
-  )
+  items, users = rng.integers(config.num_items, size=lengths.sum()), np.arange(config.num_users).astype(str)
+  present = {name: np.ones(config.num_items, bool) for name in features}
+  ids, titles = ItemIds.numbered(config.num_items), ("",) * config.num_items
+  return Dataset("random", "random", from_lengths(items, lengths, users), features, present, ids, titles)
 
 
 def random_ids(config: Any, modalities: tuple[str, ...]) -> SemanticIds:
@@ -80,11 +59,10 @@ def random_ids(config: Any, modalities: tuple[str, ...]) -> SemanticIds:
 
 
 def _step_case(
-  name: str, work: float, unit: str, partitioner: Any, step: StepFunction, state: Callable[[], Any], shared: Any,
-  batch: Any, *, dtype: str = "float32",
+  name: str, work: float, partitioner: Any, step: StepFunction, state: Callable[[], Any], shared: Any, batch: Any,
+  dtype: str = "float32",
 ) -> Case:  # fmt: skip
-  """A training step, the state donated from call to call; `state` makes the first."""
-  single = functools.partial(step, axis_name=None)
+  """A training step of `work` items, the state donated from call to call; `state` makes the first."""
 
   def make():
     compiled, constant = partitioner.compile_step(step), partitioner.place(shared)
@@ -98,12 +76,14 @@ def _step_case(
 
     return call
 
-  return Case(name, work, unit, make, lambda: cost(single, jax.eval_shape(state), shared, batch), dtype)
+  single = functools.partial(step, axis_name=None)
+  return Case(f"{name}/train step", work, "items", make, lambda: cost(single, jax.eval_shape(state), shared, batch),
+              dtype)  # fmt: skip
 
 
 def _map_case(
   name: str, work: float, unit: str, partitioner: Any, function: Callable[..., Any], state: Callable[[], Any],
-  shared: Any, batch: Any, *, dtype: str = "float32",
+  shared: Any, batch: Any, dtype: str = "float32",
 ) -> Case:  # fmt: skip
   """A function of (params, shared, batch); `state` makes what has the parameters."""
 
@@ -115,117 +95,71 @@ def _map_case(
   return Case(name, work, unit, make, lambda: cost(function, jax.eval_shape(state).params, shared, batch), dtype)
 
 
+def _pipeline_case(name: str, work: float, batches: Callable[[], Any]) -> Case:
+  def make():
+    data = iter(batches())
+    return lambda: next(data)["segments"]
+
+  return Case(f"{name}/input pipeline", work, "items", make)
+
+
 def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
   """A training step, tokenization and the pipeline of the tokenizer."""
-  run, store = config.run, dataset.store
-  partitioner = make_partitioner(run)
-  settings = tokenizer_settings(run, dataset)
-  training = tokenizer_training(run, settings, dataset.interactions, store)
-  batch = next(iter(training.batches))
-  rows = run.tokenizer.batch_items + run.tokenizer.batch_rows * run.tokenizer.row_length
-  # Past the warm-up, so that everything of a step is done.
-  step = jnp.asarray(run.tokenizer.warmup_steps, jnp.int32)
-  state = functools.cache(jax.jit(lambda: training.initial_state().replace(step=step)))  # type: ignore[attr-defined]
-  yield _step_case("tokenizer/train step", rows, "items", partitioner, training.step, state, training.shared(), batch)
+  store, settings, partitioner = dataset.store, tokenizer_settings(config.run, dataset), make_partitioner(config.run)
 
-  count = min(config.tokenized, config.num_items)
-  features, present = store.rows(np.arange(count))
+  def make_training():
+    return tokenizer_training(settings, dataset.interactions, store, seed=config.run.seed)
+
+  training = make_training()
+  work = settings.batch_items + settings.batch_rows * settings.row_length
+  # Past the warm-up, so that everything of a step is done.
+  step = jnp.asarray(settings.warmup_steps, jnp.int32)
+  state = functools.cache(jax.jit(lambda: training.initial_state().replace(step=step)))
+  batch = next(iter(training.batches))
+  yield _step_case("tokenizer", work, partitioner, training.step, state, training.shared(), batch)
 
   def encode(params, shared, batch):
     del shared
     values = apply(training.model, params, "latents", *batch).values
     return jnp.swapaxes(apply(training.model, params, "quantize", values).codes, 0, 1)
 
-  inputs = (np.arange(count), features, present)
-  yield _map_case("tokenizer/tokenization", count, "items", partitioner, encode, state, None, inputs)
-
-  def pipeline():
-    data = iter(tokenizer_training(run, settings, dataset.interactions, store).batches)
-    return lambda: next(data)["segments"]
-
-  yield Case("tokenizer/input pipeline", rows, "items", pipeline)
+  items = np.arange(min(_TOKENIZED, config.num_items))
+  rows = (items, *store.rows(items))
+  yield _map_case("tokenizer/tokenization", len(items), "items", partitioner, encode, state, None, rows)
+  yield _pipeline_case("tokenizer", work, lambda: make_training().batches)
 
 
-def recommender_cases(
-  config: Any, dataset: Dataset, ids: SemanticIds, names: Iterable[str] = tuple(RECOMMENDERS)
-) -> Iterator[Case]:
-  """Training steps, rankings and the pipeline of the recommenders that are named."""
+def recommender_cases(config: Any, dataset: Dataset, ids: SemanticIds, names: list[str]) -> Iterator[Case]:
+  """Training steps and rankings of the recommenders that are named, and a pipeline for each of their backbones."""
+  backbones = set()
   for name in names:
-    changes = RECOMMENDERS[name]
     run = copy.deepcopy(config.run)
-    run.update_from_flattened_dict(changes)
-    if run.recommender.backbone == "encoder_decoder":
-      run.recommender.update(config.encoder_decoder)
+    run.recommender.update(config.recommenders[name])
     partitioner, dtype = make_partitioner(run), run.recommender.dtype
     model, catalogue = build_recommender(run, ids, dataset.interactions, num_items=config.num_items)
     state = functools.cache(jax.jit(functools.partial(initial_state, run, model, catalogue)))
     step = make_recommender_step(model, make_optimizer(run.recommender.optimizer, total_steps=run.recommender.steps))
-    batches = training_batches(run, dataset.interactions)
-    batch = next(iter(batches))
-    positions = int(np.sum(batch["segments"] > 0))
-    yield _step_case(f"{name}/train step", positions, "items", partitioner, step, state, catalogue, batch, dtype=dtype)
-    if "without" in name:
-      continue
-    users = next(_histories(dataset.interactions, run))
+    make_batches = functools.partial(training_batches, run, dataset.interactions)
+    batch = next(iter(make_batches()))
+    work = int(np.sum(batch["segments"] > 0))
+    yield _step_case(name, work, partitioner, step, state, catalogue, batch, dtype)
+    targets, users = dataset.interactions.items[dataset.interactions.offsets[1:] - 1], run.evaluation.batch_size
+    asked = next(evaluation_batches(dataset.interactions, targets, batch_size=users,
+                                    max_length=run.recommender.max_length))  # fmt: skip
+    del asked["valid"]
     ranker = make_ranker(model, beam_width=run.evaluation.beam_width)
-    yield _map_case(
-      f"{name}/ranking", run.evaluation.batch_size, "users", partitioner, ranker, state, catalogue, users,
-      dtype=dtype,
-    )  # fmt: skip
-    if name in ("causal/dense", "encoder_decoder/generative"):
-
-      def pipeline(run=run):
-        data = iter(training_batches(run, dataset.interactions))
-        return lambda: next(data)["segments"]
-
-      yield Case(f"{run.recommender.backbone}/input pipeline", positions, "items", pipeline)
-
-
-def _histories(interactions: Interactions, run: Any) -> Iterator[Any]:
-  targets = interactions.items[interactions.offsets[1:] - 1]
-  for batch in evaluation_batches(
-    interactions, targets, batch_size=run.evaluation.batch_size, max_length=run.recommender.max_length
-  ):
-    batch.pop("valid")
-    yield batch
-
-
-def attention_cases(config: Any) -> Iterator[Case]:
-  """Attention with a bias, forward and backward, by each implementation that the device has."""
-  r, rng = config.run.recommender, np.random.default_rng(2)
-  length = r.row_length
-  shape = (r.batch_rows, length, r.num_heads, r.width // r.num_heads)
-  query, key, value = (jnp.asarray(rng.normal(size=shape), r.dtype) for _ in range(3))
-  bias = jnp.asarray(rng.normal(size=(r.batch_rows, r.num_heads, length, length)), jnp.float32)
-  mask = history_mask(jnp.ones((r.batch_rows, length), jnp.int32))
-  for implementation in ("einsum", "xla", *(("cudnn",) if jax.default_backend() == "gpu" else ())):
-
-    def gradient(query, key, value, bias, implementation=implementation):
-      def total(*args):
-        return jnp.sum(attention(*args[:3], mask=mask, bias=args[3], implementation=implementation))
-
-      return jax.grad(total, argnums=(0, 1, 2, 3))(query, key, value, bias)
-
-    inputs = (query, key, value, bias)
-
-    def make(gradient=gradient, inputs=inputs):
-      compiled = jax.jit(gradient)
-      return lambda: compiled(*inputs)
-
-    work = r.batch_rows * length
-    yield Case(f"attention/{implementation}", work, "items", make, functools.partial(cost, gradient, *inputs), r.dtype)
+    yield _map_case(f"{name}/ranking", users, "users", partitioner, ranker, state, catalogue, asked, dtype)
+    if run.recommender.backbone not in backbones:
+      backbones.add(run.recommender.backbone)
+      yield _pipeline_case(run.recommender.backbone, work, make_batches)
 
 
 def all_cases(config: Any, only: tuple[str, ...] = ()) -> Iterator[Case]:
   """Every case of a config whose name begins with one of `only` (() means all), each made as it is asked for."""
-
-  def cases() -> Iterator[Case]:
-    dataset = random_dataset(config)
-    yield from tokenizer_cases(config, dataset)
-    # A pipeline has the name of a backbone; to make a recommender takes longer than to leave out its cases.
-    backbones = tuple(name.split("/")[0] for name in only)
-    names = [name for name in RECOMMENDERS if not only or name.startswith(backbones)]
-    yield from recommender_cases(config, dataset, random_ids(config, dataset.modalities), names)
-    yield from attention_cases(config)
-
-  return (case for case in cases() if not only or case.name.startswith(only))
+  dataset = random_dataset(config)
+  # A pipeline has the name of a backbone; to make a recommender takes longer than to leave out its cases.
+  backbones = tuple(name.split("/")[0] for name in only)
+  names = [name for name in config.recommenders if not only or name.startswith(backbones)]
+  ids = random_ids(config, dataset.modalities)
+  for cases in (tokenizer_cases(config, dataset), recommender_cases(config, dataset, ids, names)):
+    yield from (case for case in cases if not only or case.name.startswith(only))

@@ -1,4 +1,4 @@
-"""What a program must compute and move, counted from its trace."""
+"""FLOPs and compulsory bytes of a function, counted from its trace."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What a machine could do at best: as its maker says, and as measured here and now."""
+"""Limits of a machine: the peak of its data sheet, and the measured rates of a product and a copy."""
 
 import statistics
 import time
@@ -12,10 +12,10 @@ class Peak(NamedTuple):
   """A device's peak by its maker's data sheet, dense.
 
   Attributes:
-    bfloat16: floating-point operations a second.
+    bfloat16: floating-point operations per second.
     float32: likewise, as JAX multiplies by default: in TF32 where the device has it; None where its matrix units have
       none.
-    bytes: of memory a second.
+    bytes: of memory per second.
   """
 
   bfloat16: float
@@ -47,7 +47,7 @@ def measured_limits(*, size: int | None = None, repeats: int = 10) -> dict[str, 
 
   Returns:
     `matmul_float32` (as JAX multiplies by default, so in TF32 on GPUs that have it) and `matmul_bfloat16` in operations
-    a second, `copy` in bytes read and written a second.
+    per second, `copy` in bytes read and written per second.
   """
   on_cpu = jax.default_backend() == "cpu"
   size = size or (2048 if on_cpu else 8192)

@@ -1,4 +1,4 @@
-"""Tables and a chart of what was measured."""
+"""Tables of what was measured."""
 
 from typing import Any
 
@@ -28,15 +28,15 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-  """Markdown, a line a record."""
-  head = ["what", "ms", "p90 ms", "a second", "GFLOP", "of matmul", "of peak", "of copy", "first call s", "cached s"]
+  """Markdown, a line per record."""
+  head = ["what", "ms", "p90 ms", "a second", "GFLOP", "of matmul", "of peak", "of copy", "first call s"]
   lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
   for record in result["records"]:
     share = [_cell(record[name], ".0%") for name in ("of_matmul", "of_peak", "of_copy")]
     cells = [
       record["name"], f"{1e3 * record['median_s']:,.2f}", f"{1e3 * record['p90_s']:,.2f}",
       f"{record['rate']:,.0f} {record['unit']}", _cell(record["flops"] and record["flops"] / 1e9, ",.2f"), *share,
-      f"{record['first_call_s']:.1f}", f"{record['first_call_cached_s']:.1f}",
+      f"{record['first_call_s']:.1f}",
     ]  # fmt: skip
     lines.append(f"| {' | '.join(cells)} |")
   about, limits = result["about"], result["limits"]
@@ -47,21 +47,6 @@ def table(result: dict[str, Any]) -> str:
     f" {limits['copy'] / 1e9:,.1f} GB/s"
   )
   return "\n".join([where, "", *lines])
-
-
-def comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
-  """Markdown: the rate of each record in two results, and the second's over the first's."""
-  names = [f"{r['about']['device_kind']}, jax {r['about']['jax']}, {r['about']['commit']}" for r in (first, second)]
-  rates = [{record["name"]: record for record in r["records"]} for r in (first, second)]
-  lines = [f"| what | {names[0]} | {names[1]} | ratio |", "|---|---|---|---|"]
-  for name, record in rates[0].items():
-    other = rates[1].get(name)
-    if other is not None:
-      ratio = other["rate"] / record["rate"]
-      lines.append(
-        f"| {name}, {record['unit']} a second | {record['rate']:,.0f} | {other['rate']:,.0f} | {ratio:.2f} |"
-      )
-  return "\n".join(lines)
 
 
 def records_table(results: list[dict[str, Any]]) -> str:
@@ -91,22 +76,3 @@ def records_table(results: list[dict[str, Any]]) -> str:
     rows.append([f"{name}, {units[name]}", *cells])
   lines = [f"| {' | '.join(row)} |" for row in rows]
   return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def chart(result: dict[str, Any]) -> Any:
-  """A matplotlib figure: of each record how long it takes, and the share of the measured rate of matrix products."""
-  from matplotlib.figure import Figure
-
-  records = result["records"][::-1]
-  figure = Figure(figsize=(9, 1.2 + 0.32 * len(records)), layout="constrained")
-  left, right = figure.subplots(1, 2, sharey=True)
-  names = [record["name"] for record in records]
-  left.barh(names, [1e3 * record["median_s"] for record in records], color="#4c72b0")
-  left.set_xscale("log")
-  left.set_xlabel("milliseconds a call")
-  right.barh(names, [100 * (record["of_matmul"] or 0.0) for record in records], color="#55a868")
-  right.set_xlabel("% of the measured rate of matrix products")
-  right.set_xlim(0, 100)
-  about = result["about"]
-  figure.suptitle(f"{about['config']} on {about['device_count']} x {about['device_kind']}, jax {about['jax']}")
-  return figure

@@ -1,4 +1,4 @@
-"""Runs the cases of a config, and reads what was measured back."""
+"""Runs the cases of a config, and reads results back."""
 
 import json
 import os

@@ -1,17 +1,14 @@
-"""Times work in windows, after it is compiled: once from nothing, once from the persistent cache."""
+"""Times work in windows, after it is compiled."""
 
 import dataclasses
 import resource
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +19,7 @@ class Case:
     name: "part/what".
     work: what one call does, in `unit`s.
     unit: "items", "users", "batches" or "steps".
-    make: -> a function of no argument that does it once and returns arrays to wait for. Made anew for each way to
-      compile it.
+    make: -> a function of no argument that does it once and returns arrays to wait for.
     cost: -> the FLOPs in the matrix products of one call and its compulsory bytes; None where it is no program of the
       device.
     dtype: that the products are computed in.
@@ -35,26 +31,6 @@ class Case:
   make: Callable[[], Callable[[], Any]]
   cost: Callable[[], tuple[float, float]] | None = None
   dtype: str = "float32"
-
-
-@contextmanager
-def _compilation_cache(folder: str) -> Iterator[None]:
-  options = {
-    "jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }  # fmt: skip
-  before = {name: jax.config.values[name] for name in options}
-
-  def choose(values):
-    for name, value in values.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()  # It holds on to the folder that it was first used with.
-
-  choose(options)
-  try:
-    yield
-  finally:
-    choose(before)
 
 
 def _seconds(call: Callable[[], Any], times: int = 1) -> float:
@@ -75,15 +51,11 @@ def measure(case: Case, *, windows: int, window_seconds: float) -> dict[str, Any
 
   Returns:
     `name`, `unit`, `work` of a call; `median_s`, `p90_s` of a call over the windows and `rate` in units a second;
-    `first_call_s` with nothing compiled and `first_call_cached_s` from the persistent cache; `flops`, `bytes`;
+    `first_call_s`, with its compilation; `flops`, `bytes`;
     `device_peak_bytes` (None where the device does not say) and `process_peak_bytes` since the process began.
   """
-  with tempfile.TemporaryDirectory() as folder, _compilation_cache(folder):
-    jax.clear_caches()
-    cold = _seconds(case.make())
-    jax.clear_caches()
-    call = case.make()
-    cached = _seconds(call)
+  call = case.make()
+  first = _seconds(call)
   once = _seconds(call)
   calls = max(1, round(window_seconds / max(once, 1e-6)))
   taken = [_seconds(call, calls) / calls for _ in range(windows)]
@@ -93,7 +65,7 @@ def measure(case: Case, *, windows: int, window_seconds: float) -> dict[str, Any
   return {
     "name": case.name, "unit": case.unit, "work": case.work, "median_s": median,
     "p90_s": float(np.quantile(taken, 0.9)), "windows": windows, "calls": calls, "rate": case.work / median,
-    "first_call_s": cold, "first_call_cached_s": cached, "flops": flops, "bytes": moved,
+    "first_call_s": first, "flops": flops, "bytes": moved,
     "dtype": case.dtype, "device_peak_bytes": memory.get("peak_bytes_in_use"),
     "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
   }  # fmt: skip

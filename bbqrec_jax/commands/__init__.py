@@ -1,4 +1,4 @@
-"""The programs, which are flags and words alone: `bbqrec NAME` starts each of them."""
+"""The commands, each a thin layer of flags and messages; `bbqrec NAME` starts one."""
 
 import difflib
 import importlib
@@ -8,12 +8,12 @@ import bbqrec_jax
 from bbqrec_jax.errors import InputError, refuse
 
 COMMANDS = {
-  "train": "train the tokenizer and the recommender of a config, or go on with that",
+  "train": "train the tokenizer and the recommender of a config, or continue",
   "recommend": "the best next items of a user, a history, or a file of them",
   "assign": "semantic IDs for items that came after training",
   "export": "a finished run as a function for JAX alone",
-  "report": "a picture of what attention makes of similar items",
-  "compare": "finished runs beside one another, user by user",
+  "report": "a figure of the learned similarity bias",
+  "compare": "compare finished runs, user by user",
   "benchmark": "time everything on whatever JAX sees",
   "launch": "start a run on TPU VMs, Slurm or Kubernetes",
 }

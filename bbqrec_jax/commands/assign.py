@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
   from bbqrec_jax.data.features import load_new_items
   from bbqrec_jax.semantic_ids.artefact import SemanticIds
   from bbqrec_jax.semantic_ids.repair import collision_rate
-  from bbqrec_jax.tokenizer.frozen import settings_from_json
+  from bbqrec_jax.tokenizer.inference import settings_from_json
   from bbqrec_jax.tokenizer.new_items import assign
   from bbqrec_jax.utils.compilation import keep_compiled
   from bbqrec_jax.utils.environment import settle_jax, start_devices
@@ -59,7 +59,7 @@ def program() -> None:
   """Defines the flags and runs the program."""
   define_path("tokenizer", "The tokenizer/ folder of a run.")
   define_path("features", "Folder with <modality>_features.npy, a row for each new item, and items.jsonl, their ids.")
-  flags.DEFINE_list("trust", [], "Python modules of yours that the tokenizer's quantizer may be imported from.")
+  flags.DEFINE_list("trust", [], "Python modules of yours that the tokenizer's parts may be imported from.")
   define_path("output", "Folder for the IDs of the known and the new items together.")
   flags.mark_flags_as_required(["tokenizer", "features", "output"])
   start(main)

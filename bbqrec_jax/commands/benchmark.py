@@ -1,12 +1,11 @@
 """Times everything on whatever JAX sees.
 
     bbqrec benchmark --config=benchmark --output=small.json
-    bbqrec benchmark --compare=small.json,other.json
     bbqrec benchmark --records=DIR
 
-prints a table, and writes `small.json` and, where matplotlib is there, `small.png`. `--only=tokenizer,causal/dense`
-chooses by the beginning of the names; `--config=benchmark_paper` and `benchmark_large` are larger. `--compare` prints
-the ratios of two such files, `--records` one table of all those in a folder, for each config.
+prints a table, and writes it as `small.json`. `--only=tokenizer,causal/dense` chooses by the beginning of the names;
+`--config=benchmark_paper` and `benchmark_large` are larger. `--records` prints one table of all such files in a folder,
+for each config.
 
 The JSON holds `schema` (1), `about` (versions, device kind and count, of a CPU its model, cores, load, commit),
 `limits` (the rates of a large product and of a copy that were measured in the same process, on one device), `peak` (the
@@ -21,14 +20,14 @@ from ml_collections import config_flags
 
 from bbqrec_jax.command_line import define_path, quiet_flags, start, writing
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.utils.files import check_output, local_path
+from bbqrec_jax.utils.files import check_output
 
 
 def main(argv: list[str]) -> None:
-  """Times, or compares."""
+  """Times, or shows what was timed before."""
   del argv
-  from bbqrec_jax.benchmarks.report import chart, comparison, table
-  from bbqrec_jax.benchmarks.run import read_result, records, run
+  from bbqrec_jax.benchmarks.report import table
+  from bbqrec_jax.benchmarks.run import records, run
   from bbqrec_jax.utils.environment import settle_jax
   from bbqrec_jax.utils.host_memory import keep_memory
   from bbqrec_jax.utils.json_files import write_json
@@ -37,18 +36,13 @@ def main(argv: list[str]) -> None:
   keep_memory()
   settle_jax()
   try:
-    if options.compare:
-      if len(options.compare) != 2:
-        raise InputError(f"--compare: expected two files, got {len(options.compare)}")
-      print(comparison(*(read_result(local_path(name, flag="compare")) for name in options.compare)))
-      return
     if options.records:
       print(records(options.records))
       return
     if options.config is None or "run" not in options.config:
       raise InputError(
         "--config: expected benchmark, benchmark_paper or benchmark_large, or a file like them, which holds what is"
-        " timed beside the config of a run; or give --compare with two files"
+        " timed beside the config of a run; or give --records with a folder"
       )
     output = options.output
 
@@ -61,20 +55,12 @@ def main(argv: list[str]) -> None:
   except InputError as error:
     refuse(error)
   print(table(result))
-  if output is None:
-    return
-  try:
-    with writing(output):
-      chart(result).savefig(output.with_suffix(".png"), dpi=120)
-  except ModuleNotFoundError:
-    print("no chart: it needs matplotlib, pip install 'bbqrec_jax[report]'")
 
 
 def program() -> None:
   """Defines the flags and runs the program."""
   config_flags.DEFINE_config_file("config", None, "benchmark, benchmark_paper, benchmark_large, or a file like them.")
-  define_path("output", "The JSON file; a chart of the same name stands beside it.", check=check_output)
+  define_path("output", "The JSON file.", check=check_output)
   flags.DEFINE_list("only", [], "Beginnings of the names of what to time.")
-  flags.DEFINE_list("compare", [], "Two files to compare instead.")
   define_path("records", "A folder of such files, to print one table of instead.")
   start(main)

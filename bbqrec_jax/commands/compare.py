@@ -1,4 +1,4 @@
-"""Puts finished runs beside one another: means over seeds, and differences user by user.
+"""Compares finished runs: means over seeds, and differences user by user.
 
     bbqrec compare runs/sasrec runs/hybrid-0 runs/hybrid-1
     bbqrec compare runs/*/* --reference=sasrec --output=comparison

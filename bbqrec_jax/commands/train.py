@@ -1,4 +1,4 @@
-"""Trains what a config describes, or goes on with it.
+"""Trains what a config describes, or continues a run that was stopped.
 
     bbqrec train --config=quickstart --workdir=runs/quickstart
     bbqrec train --config=hybrid --data=DIR --workdir=runs/mine --config.recommender.steps=500

@@ -1,9 +1,11 @@
-"""Kubernetes: a JobSet of one pod a host, all started again when one fails, on GKE (TPUs, GPUs) or elsewhere (GPUs)."""
+"""Kubernetes: a JobSet of one pod per host, restarted together when one fails; GKE (TPUs, GPUs) or others (GPUs)."""
 
 import argparse
 import json
 import math
+import pathlib
 import re
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +23,6 @@ from bbqrec_jax.launch.plan import (
   require_checkout,
   require_mount,
 )
-
-_RBAC = "rbac.authorization.k8s.io"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
     ]
 
   def apply() -> list[Step]:
-    objects = json.dumps(manifest(args, flags), indent=2)
+    objects = manifest(args, flags)
     asks = f"start the JobSet {args.name}, whose nodes may cost money until it ends or is deleted"
     return [*check_bucket(args.bucket), Step((*kubectl, "apply", "--filename=-"), stdin=objects, asks=asks)]
 
@@ -84,7 +84,7 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
   return of_actions(args.actions, [build, apply, logs, delete])
 
 
-def manifest(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
+def manifest(args: argparse.Namespace, flags: Sequence[str]) -> str:
   """What `kubectl apply` is given: the JobSet, and with GPUs the right of its pods to find one another.
 
   Args:
@@ -95,46 +95,38 @@ def manifest(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
     InputError: if the image, the devices or the storage are not told, or the workdir is not on that storage.
   """
   hosts, devices = _hosts(args)
-  metadata: dict[str, Any] = {"name": args.name, "namespace": args.namespace}
-  # Status 2 is a refusal, which another start would only repeat. After anything else all pods start again, together.
-  refused = {"action": "FailJob", "onExitCodes": {"containerName": "bbqrec", "operator": "In", "values": [2]}}
-  job = {
-    "parallelism": hosts,
-    "completions": hosts,
-    "completionMode": "Indexed",
-    "backoffLimit": 0,
-    "podFailurePolicy": {"rules": [refused]},
-    "template": _pod(args, flags, devices),
-  }
-  jobset = {
-    "apiVersion": "jobset.x-k8s.io/v1alpha2",
-    "kind": "JobSet",
-    "metadata": dict(metadata),
-    "spec": {
-      "failurePolicy": {
-        "maxRestarts": args.max_restarts,
-        "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
-      },
-      "replicatedJobs": [{"name": "hosts", "replicas": 1, "template": {"spec": job}}],
-    },
-  }
-  if args.tpu:
-    # On GKE a node pool is a slice: all pods belong in the same one.
-    exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    jobset["metadata"] = metadata | {"annotations": exclusive}
-    return {"apiVersion": "v1", "kind": "List", "items": [jobset]}
-  # TPUs know of one another; elsewhere JAX asks Kubernetes for its own pod and job.
-  rules = [{"apiGroups": [group], "resources": [kind], "verbs": ["get", "list"]} for group, kind in
-           (("", "pods"), ("batch", "jobs"))]  # fmt: skip
-  role = {"apiVersion": f"{_RBAC}/v1", "kind": "Role", "metadata": metadata, "rules": rules}
-  binding = {
-    "apiVersion": f"{_RBAC}/v1",
-    "kind": "RoleBinding",
-    "metadata": metadata,
-    "roleRef": {"apiGroup": _RBAC, "kind": "Role", "name": args.name},
-    "subjects": [{"kind": "ServiceAccount", "name": args.service_account, "namespace": args.namespace}],
-  }
-  return {"apiVersion": "v1", "kind": "List", "items": [role, binding, jobset]}
+  _require_image(args)
+  program = read_program(flags)
+  require_mount(program)
+  if bool(args.bucket) == bool(args.claim):
+    raise InputError(f"`apply` needs one of --bucket and --claim, which it mounts at {MOUNT}")
+  command = ("bash", f"{ON_HOSTS}/container.sh", program.workdir, "python", *program.arguments)
+  gke = {
+    "gke-tpu-accelerator": args.tpu, "gke-tpu-topology": args.tpu and args.topology, "gke-accelerator": args.gpu,
+    "gke-spot": "true" if args.spot else None,
+  }  # fmt: skip
+  spot = {"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"}
+  storage: dict[str, Any] = {"persistentVolumeClaim": {"claimName": args.claim}}
+  if args.bucket:
+    # Without caches of what exists: the other hosts write there too.
+    options = "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
+    attributes = {"bucketName": args.bucket, "mountOptions": options}
+    storage = {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
+  values = {
+    "name": args.name, "namespace": args.namespace, "max_restarts": args.max_restarts, "hosts": hosts,
+    "service_account": args.service_account, "image": args.image, "devices": devices, "mount": MOUNT,
+    # Kubernetes replaces $(NAME) in a command, and $$ by $.
+    "command": [word.replace("$", "$$") for word in command],
+    "storage": {"name": "storage", **storage},
+    "annotations": {"gke-gcsfuse/volumes": "true"} if args.bucket else {},
+    "selector": {f"cloud.google.com/{name}": value for name, value in gke.items() if value},
+    "tolerations": [spot] if args.spot else [],
+    # On GKE a node pool is a slice of TPUs: all pods belong in the same one.
+    "exclusive": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"} if args.tpu else {},
+  }  # fmt: skip
+  filled = {name: json.dumps(value) for name, value in values.items()}
+  files = [pathlib.Path(__file__).with_name(name) for name in ("jobset_rbac.yaml", "jobset.yaml")]
+  return "".join(string.Template(file.read_text()).substitute(filled) for file in (files[1:] if args.tpu else files))
 
 
 def _require_image(args: argparse.Namespace) -> None:
@@ -160,56 +152,3 @@ def _hosts(args: argparse.Namespace) -> tuple[int, dict[str, int]]:
       f"--topology={args.topology} has {chips} chips, not a multiple of --chips-per-host={args.chips_per_host}"
     )
   return chips // args.chips_per_host, {"google.com/tpu": args.chips_per_host}
-
-
-def _pod(args: argparse.Namespace, flags: Sequence[str], devices: dict[str, int]) -> dict[str, Any]:
-  """The template of a pod.
-
-  Raises:
-    InputError: if the image or the storage is not told, or the workdir is not on that storage.
-  """
-  _require_image(args)
-  program = read_program(flags)
-  require_mount(program)
-  if bool(args.bucket) == bool(args.claim):
-    raise InputError(f"`apply` needs one of --bucket and --claim, which it mounts at {MOUNT}")
-  command = ("bash", f"{ON_HOSTS}/container.sh", program.workdir, "python", *program.arguments)
-  annotations: dict[str, Any] = {}
-  selector: dict[str, Any] = {}
-  tolerations: list[dict[str, Any]] = []
-  volumes: list[dict[str, Any]] = [{"name": "storage", "persistentVolumeClaim": {"claimName": args.claim}}]
-  mounts = [{"name": "storage", "mountPath": MOUNT}]
-  if args.bucket:
-    annotations["gke-gcsfuse/volumes"] = "true"
-    # Without caches of what exists: the other hosts write there too.
-    options = "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
-    attributes = {"bucketName": args.bucket, "mountOptions": options}
-    volumes = [{"name": "storage", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}]
-  if args.tpu:
-    selector |= {"cloud.google.com/gke-tpu-accelerator": args.tpu, "cloud.google.com/gke-tpu-topology": args.topology}
-  else:
-    # The 64 MiB that a container has otherwise are few for NCCL.
-    volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
-    mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
-    selector |= {"cloud.google.com/gke-accelerator": args.gpu} if args.gpu else {}
-  if args.spot:
-    selector["cloud.google.com/gke-spot"] = "true"
-    tolerations.append({"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"})
-  container = {
-    "name": "bbqrec",
-    "image": args.image,
-    # Kubernetes replaces $(NAME) in a command, and $$ by $.
-    "command": [word.replace("$", "$$") for word in command],
-    "resources": {"limits": devices},
-    "volumeMounts": mounts,
-  }
-  spec = {
-    "serviceAccountName": args.service_account,
-    "restartPolicy": "Never",
-    "terminationGracePeriodSeconds": 300,
-    "nodeSelector": selector,
-    "tolerations": tolerations,
-    "containers": [container],
-    "volumes": volumes,
-  }
-  return {"metadata": {"annotations": annotations}, "spec": spec}

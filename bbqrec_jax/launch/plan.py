@@ -1,4 +1,4 @@
-"""A launch as a list of commands: what each is, how the list is printed, how it is run, and the program it starts."""
+"""A launch as a plan, that is a list of commands: how it is printed and run, and the program that it starts."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ IN_CHECKOUT = (_ROOT / "setup.cfg").is_file()
 ROOT = _ROOT if IN_CHECKOUT else pathlib.Path.cwd()
 ON_HOSTS = "bbqrec_jax/launch"
 FOLDER = ON_HOSTS if IN_CHECKOUT else str(pathlib.Path(__file__).resolve().parent)
-# Where hosts that are made for the run have the bucket, disk or claim; tpu_worker.sh has it too.
+# Where hosts that are made for the run have the bucket or claim; tpu_worker.sh has it too.
 MOUNT = "/mnt/bbqrec"
 EXAMPLE = "-- --config=configs/beauty.py --workdir=FOLDER"
 _TOOLS = {
@@ -114,7 +114,7 @@ def require_mount(program: Program) -> None:
     path = pathlib.PurePosixPath(value)
     if not path.is_relative_to(MOUNT) or ".." in path.parts:
       raise InputError(
-        f"{flag}={value}: expected a folder below {MOUNT}, where every host has the bucket, disk or claim; anything"
+        f"{flag}={value}: expected a folder below {MOUNT}, where every host has the bucket or claim; anything"
         " else is a host's own disk, which the other hosts do not see and which is lost with the host"
       )
 

@@ -1,4 +1,4 @@
-"""Slurm: a job of one task a GPU, which is how JAX divides the GPUs of a node there, requeued until the run is done."""
+"""Slurm: a job of one task per GPU, as JAX expects there, requeued until the run is done."""
 
 import argparse
 import pathlib

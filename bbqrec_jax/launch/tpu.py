@@ -1,7 +1,6 @@
-"""TPU VMs: one slice, made for the run and deleted after it; each worker installs the project and runs the program."""
+"""TPU VMs: one slice, a queued resource for the run; each worker installs the project and runs the program."""
 
 import argparse
-import re
 import shlex
 from collections.abc import Sequence
 
@@ -27,33 +26,14 @@ _ARCHIVE = "bbqrec_jax.tar.gz"
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of `plan`."""
   parser.add_argument("actions", nargs="+", help="of create, install, run, logs, stop, delete, resume; in this order")
-  parser.add_argument("--name", type=name, required=True, help="of the TPU, and of its queued resource")
+  parser.add_argument("--name", type=name, required=True, help="of the queued resource, and of its TPU")
   parser.add_argument("--zone", required=True)
   parser.add_argument("--project", help="gcloud's own if not given")
   parser.add_argument("--accelerator-type", help="as v5litepod-16")
   parser.add_argument("--runtime-version", help="as v2-alpha-tpuv5-lite")
   parser.add_argument("--spot", action="store_true", help="cheaper, and taken away at any time")
-  parser.add_argument("--queued", action="store_true", help="a queued resource: waits until there is capacity")
   parser.add_argument("--bucket", help=f"a bucket with hierarchical namespace, to be mounted at {MOUNT}")
-  parser.add_argument("--disk", help=f"a formatted disk in the zone, to be mounted at {MOUNT}; TPUs of one host")
   parser.add_argument("--create-flag", action="append", default=[], metavar="FLAG", help="any other of gcloud's create")
-
-
-def _disk_flag(args: argparse.Namespace) -> str:
-  """What attaches the disk to a TPU that is created.
-
-  Raises:
-    InputError: if the TPU has several hosts, or the disk's full name is not known.
-  """
-  # A host has eight cores or chips at most, and an accelerator type counts these.
-  size = re.fullmatch(r".*-(\d+)", args.accelerator_type)
-  if size is None or int(size[1]) > 8:
-    raise InputError(
-      f"--disk={args.disk}: {args.accelerator_type} has several hosts, which cannot all write to a disk: use --bucket"
-    )
-  if not args.project:
-    raise InputError(f"--disk={args.disk} needs --project, of which its full name is made")
-  return f"--data-disk=source=projects/{args.project}/zones/{args.zone}/disks/{args.disk},mode=read-write"
 
 
 def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
@@ -68,7 +48,7 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
   """
   where = [f"--zone={args.zone}", *([f"--project={args.project}"] if args.project else [])]
   tpus = ("gcloud", "compute", "tpus")
-  resource = (*tpus, "queued-resources" if args.queued else "tpu-vm")
+  resource = (*tpus, "queued-resources")
   worker = f"bash bbqrec_jax/{ON_HOSTS}/tpu_worker.sh"
   shown = f"the TPU {args.name} in {args.zone}"
 
@@ -80,21 +60,16 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
       raise InputError(
         "`create` needs --accelerator-type and --runtime-version, as v5litepod-16 and v2-alpha-tpuv5-lite"
       )
-    version = "--runtime-version" if args.queued else "--version"
-    options = [f"--accelerator-type={args.accelerator_type}", f"{version}={args.runtime_version}"]
-    options += [f"--node-id={args.name}"] if args.queued else []
-    options += ["--spot"] if args.spot else []
-    options += [_disk_flag(args)] if args.disk else []
+    options = [f"--accelerator-type={args.accelerator_type}", f"--runtime-version={args.runtime_version}"]
+    options += [f"--node-id={args.name}", *(["--spot"] if args.spot else []), *args.create_flag]
     asks = f"create {shown} ({args.accelerator_type}), which costs money until it is deleted"
-    wait = Step(("bash", f"{FOLDER}/check.sh", "active", args.name, *where))
-    created = Step((*resource, "create", args.name, *where, *options, *args.create_flag), asks=asks)
-    return [created, wait] if args.queued else [created]
+    created = Step((*resource, "create", args.name, *where, *options), asks=asks)
+    return [created, Step(("bash", f"{FOLDER}/check.sh", "active", args.name, *where))]
 
   def install() -> list[Step]:
     require_checkout("install")
-    if bool(args.bucket) == bool(args.disk):
-      raise InputError(f"`install` needs one of --bucket and --disk, which it mounts at {MOUNT}")
-    storage = f"bucket {shlex.quote(args.bucket)}" if args.bucket else "disk"
+    if not args.bucket:
+      raise InputError(f"`install` needs --bucket, which it mounts at {MOUNT}")
     return [
       *check_bucket(args.bucket),
       Step(("mkdir", "-p", "dist")),
@@ -102,7 +77,7 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
       Step((*tpus, "tpu-vm", "scp", f"dist/{_ARCHIVE}", f"{args.name}:", *where, "--worker=all")),
       on_workers(
         f"mkdir -p bbqrec_jax && tar --extract --gzip --file={_ARCHIVE} --directory=bbqrec_jax"
-        f" && {worker} install {storage}"
+        f" && {worker} install {shlex.quote(args.bucket)}"
       ),
     ]
 
@@ -118,8 +93,7 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Step]:
     return [on_workers("sudo systemctl stop bbqrec")]
 
   def delete() -> list[Step]:
-    options = ["--quiet", *(["--force"] if args.queued else [])]
-    return [Step((*resource, "delete", args.name, *where, *options), asks=f"delete {shown}")]
+    return [Step((*resource, "delete", args.name, *where, "--quiet", "--force"), asks=f"delete {shown}")]
 
   def resume() -> list[Step]:
     return [*delete(), *create(), *install(), *run()]

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # What every worker of a TPU VM does.
-#   tpu_worker.sh install bucket NAME    mounts the bucket at /mnt/bbqrec and installs the project
-#   tpu_worker.sh install disk           the same with the disk that was attached when the TPU was created
-#   tpu_worker.sh start ARGUMENT..       starts Python with these arguments, as a service
+#   tpu_worker.sh install BUCKET      mounts the bucket at /mnt/bbqrec and installs the project
+#   tpu_worker.sh start ARGUMENT..    starts Python with these arguments, as a service
 # Services outlive the login that starts them. At shutdown systemd sends the program SIGTERM, on which it saves, and
 # keeps the storage until the program has ended.
 set -euo pipefail
@@ -33,15 +32,6 @@ mount_bucket() {
     gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$1" "$mount_point"
 }
 
-mount_disk() {
-  local device=/dev/disk/by-id/google-persistent-disk-1
-  [[ -b $device ]] || fail "$device is not there: create the TPU with --disk"
-  # Never formatted here: a disk that seems to be empty may only be unreadable.
-  sudo blkid "$device" >/dev/null || fail "$device has no file system: make one, once, with sudo mkfs.ext4 $device"
-  sudo mount -o discard,defaults "$device" "$mount_point"
-  sudo chown "$(id -u):$(id -g)" "$mount_point"
-}
-
 install_project() {
   # The images' own Python is older than the project's.
   python3 -m pip install --quiet --user uv
@@ -62,7 +52,7 @@ case $1 in
   install)
     if ! mountpoint --quiet "$mount_point"; then
       sudo install --directory --owner="$(id -u)" --group="$(id -g)" "$mount_point"
-      "mount_$2" "${@:3}"
+      mount_bucket "$2"
     fi
     install_project
     ;;

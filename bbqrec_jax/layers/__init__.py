@@ -1,1 +1,1 @@
-"""Layers that both stages are built of."""
+"""Flax layers that both stages use."""

@@ -1,4 +1,4 @@
-"""Calls one method of a module with given parameters, as a pure function."""
+"""Calls a method of a Flax module with given parameters, as a pure function."""
 
 from typing import Any
 

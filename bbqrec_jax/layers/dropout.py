@@ -1,4 +1,4 @@
-"""Dropout that draws a byte an element."""
+"""Dropout that draws one random byte per element."""
 
 import flax.linen as nn
 import jax

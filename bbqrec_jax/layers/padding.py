@@ -1,4 +1,4 @@
-"""Arrays whose rows are filled up, so that devices can share them evenly whatever their number is."""
+"""Arrays padded to a multiple of rows, so that any number of devices can share them evenly."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class PaddedRows:
 
   Attributes:
     values: [count or more, ...].
-    count: rows that are there in truth.
+    count: rows without the padding.
   """
 
   values: Any

@@ -17,12 +17,10 @@ class SelfAttention(nn.Module):
 
   Attributes:
     num_heads: H; must divide the width.
-    implementation: of the attention, see `ops.attention`.
     dropout: rate on the attention weights.
   """
 
   num_heads: int
-  implementation: str = "einsum"
   dropout: float = 0.0
 
   @nn.compact
@@ -56,7 +54,7 @@ class SelfAttention(nn.Module):
     if cache is not None:
       key, value = jnp.concatenate([cache[0], key], axis=1), jnp.concatenate([cache[1], value], axis=1)
     drop = None if deterministic or not self.dropout else Dropout(self.dropout, deterministic=False)
-    mixed = attention(query, key, value, mask=mask, bias=bias, implementation=self.implementation, drop=drop)
+    mixed = attention(query, key, value, mask=mask, bias=bias, drop=drop)
     return DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
 
 
@@ -67,7 +65,6 @@ class TransformerLayer(nn.Module):
     num_heads: H.
     mlp_width: width of the feed-forward part.
     dropout: rate on each of the two residual branches.
-    implementation: see `SelfAttention`.
     attention_dropout: rate on the attention weights.
     post_norm: normalise each sum of the residual stream and a branch, in place of what goes into the branch.
   """
@@ -75,7 +72,6 @@ class TransformerLayer(nn.Module):
   num_heads: int
   mlp_width: int
   dropout: float = 0.0
-  implementation: str = "einsum"
   attention_dropout: float = 0.0
   post_norm: bool = False
 
@@ -96,7 +92,7 @@ class TransformerLayer(nn.Module):
     """
     drop = Dropout(self.dropout, deterministic=deterministic)
     before, after = nn.LayerNorm(name="LayerNorm_0"), nn.LayerNorm(name="LayerNorm_1")
-    attend = SelfAttention(self.num_heads, self.implementation, self.attention_dropout, name="attention")
+    attend = SelfAttention(self.num_heads, self.attention_dropout, name="attention")
     normed, queries = x if self.post_norm else before(x), None
     if at is not None:
       x, queries = _at(x, at, axis=1), _at(normed, at, axis=1)
@@ -176,7 +172,6 @@ class CausalBackbone(nn.Module):
     mlp_width: width of the feed-forward parts.
     max_length: positions that have an embedding; places from `max_length` on share the last.
     dropout: rate on the input and on each residual branch.
-    implementation: see `SelfAttention`.
     time_buckets: of the time between interactions, a bias like that of relative positions; 0: none.
     attention_dropout: rate on the attention weights.
     post_norm: see `TransformerLayer`; the input is normalised too, and the output no more.
@@ -188,7 +183,6 @@ class CausalBackbone(nn.Module):
   mlp_width: int
   max_length: int
   dropout: float = 0.0
-  implementation: str = "einsum"
   time_buckets: int = 0
   attention_dropout: float = 0.0
   post_norm: bool = False
@@ -230,7 +224,7 @@ class CausalBackbone(nn.Module):
     mask, added = history_mask(segments), summed_bias(elapsed, bias)
     for index in range(self.num_layers):
       layer = TransformerLayer(
-        self.num_heads, self.mlp_width, self.dropout, self.implementation, self.attention_dropout, self.post_norm,
+        self.num_heads, self.mlp_width, self.dropout, self.attention_dropout, self.post_norm,
         name=f"layer_{index}",
       )  # fmt: skip
       at = last if self.whole_rows and index == self.num_layers - 1 else None

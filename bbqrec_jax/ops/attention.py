@@ -1,7 +1,5 @@
 """Dot-product attention with an optional additive bias: the one place where similarity meets the backbone."""
 
-import functools
-import logging
 from collections.abc import Callable
 
 import jax
@@ -71,7 +69,6 @@ def attention(
   *,
   mask: jax.Array,
   bias: jax.Array | None = None,
-  implementation: str = "einsum",
   drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
   """softmax(q k / sqrt(d_head) + bias) v over the positions that `mask` allows.
@@ -84,26 +81,11 @@ def attention(
     value: [B, T, H, d_head].
     mask: bool, broadcasts to [B, H, T, T].
     bias: float, broadcasts to [B, H, T, T], or None.
-    implementation: "einsum", the reference; "xla" or "cudnn", those of `jax.nn.dot_product_attention`. Where cuDNN's
-      conditions do not hold (an NVIDIA GPU, 16-bit inputs, a head width that is a multiple of 8, even lengths), "xla"
-      steps in, and one line says so.
-    drop: dropout of the attention weights, [B, H, T, T] to the same; of "einsum" alone.
+    drop: dropout of the attention weights, [B, H, T, T] to the same; None: none.
 
   Returns:
     [B, T, H, d_head], in the type of `query`; scores and softmax are float32.
   """
-  if implementation != "einsum":
-    if implementation == "cudnn" and not _cudnn_can(query, key):
-      implementation = "xla"
-    full = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    return jax.nn.dot_product_attention(
-      query,
-      key,
-      value,
-      bias=None if bias is None else jnp.broadcast_to(bias, full).astype(query.dtype),
-      mask=jnp.broadcast_to(mask, full),
-      implementation="cudnn" if implementation == "cudnn" else "xla",
-    )
   # One query, as in a cached search: many products of a vector and a few rows, for which a sum is the faster form.
   if query.shape[1] == 1:
     products = query.astype(jnp.float32) * key.astype(jnp.float32)
@@ -115,22 +97,3 @@ def attention(
     scores = scores + bias.astype(jnp.float32)
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
   return _weighted_sums((weights if drop is None else drop(weights)).astype(value.dtype), value)
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-  logging.getLogger(__name__).warning(message)
-
-
-def _cudnn_can(query: jax.Array, key: jax.Array) -> bool:
-  """Whether cuDNN's attention takes these shapes and types here; says once what is in the way."""
-  hindrances = {
-    "no NVIDIA GPU": jax.default_backend() != "gpu",
-    f"inputs of {query.dtype}, not of 16 bits": query.dtype not in (jnp.bfloat16, jnp.float16),
-    f"a head width of {query.shape[-1]}, not a multiple of 8": query.shape[-1] % 8 != 0,
-    f"odd lengths, {query.shape[1]} and {key.shape[1]}": query.shape[1] % 2 != 0 or key.shape[1] % 2 != 0,
-  }
-  found = [name for name, there in hindrances.items() if there]
-  if found:
-    _say_once(f"attention: XLA's implementation instead of cuDNN's: {'; '.join(found)}")
-  return not found

@@ -1,4 +1,4 @@
-"""Upkeep of a codebook beside the loss: counts, perplexity, and revival of codes out of use."""
+"""Code counts, perplexity, and revival of unused codes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Sums of code embeddings, with a gradient that a CPU is quick at."""
+"""Sums of code embeddings, with a custom gradient that is faster on a CPU."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Residual k-means over any number of points, held in memory or memory-mapped: a block is on the device at a time."""
+"""Residual k-means over any number of points, in memory or memory-mapped, with one block on the device at a time."""
 
 import functools
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def residual_kmeans(
     num_levels: L.
     num_codes: K.
     weights: [N] float >= 0, or None for all alike; rows of weight 0 take no part, and may be NaN.
-    iterations: Lloyd passes a level.
+    iterations: Lloyd passes per level.
     sample: points at most that the seeds are drawn from.
     block: points on the device at once; memory is block x (d + K), whatever N is.
 

@@ -1,4 +1,4 @@
-"""Buckets of relative positions, in places and in time."""
+"""Buckets of relative positions and of elapsed times."""
 
 import math
 

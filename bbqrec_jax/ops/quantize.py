@@ -109,7 +109,7 @@ def quantization_error(result: ResidualQuantization, *, commitment: float = 0.25
     commitment: the weight beta that pulls latents to their codewords.
 
   Returns:
-    [B] float32, one value a row; the squared norms are sums over the width.
+    [B] float32, one value per row; the squared norms are sums over the width.
   """
   residuals, codewords = result.residuals.astype(jnp.float32), result.codewords.astype(jnp.float32)
   error = commitment * jnp.sum(jnp.square(residuals - jax.lax.stop_gradient(codewords)), axis=-1)

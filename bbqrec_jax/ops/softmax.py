@@ -1,4 +1,4 @@
-"""Cross-entropy over a catalogue of items, whole or drawn, without ever holding all logits of a batch."""
+"""Cross-entropy over a catalogue of items, full or sampled, without holding all logits of a batch at once."""
 
 import functools
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ def cross_entropy(
 
   Args:
     states: [P, d].
-    vectors: [N, d], one an item.
+    vectors: [N, d], one per item.
     targets: [P] int.
     raised: what is added to the logits of some items; None adds nothing.
     max_logits: float32 logits that may be there at once; one position's N always are.
@@ -74,7 +74,7 @@ def weighted_cross_entropy(
 
   Args:
     states: [P, d].
-    vectors: [N, d], one an item.
+    vectors: [N, d], one per item.
     targets: [P] int.
     weights: [P] float32, 0 or more; positions that weigh nothing may hold anything. No gradient flows to them.
     raised: what is added to the logits of some items; None adds nothing.

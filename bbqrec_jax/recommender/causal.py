@@ -20,11 +20,6 @@ class Causal(Backbone):
         f"config field {prefix}time_buckets = {settings.time_buckets} needs {prefix}rows = 'packed': set it so, or"
         f" {prefix}time_buckets to 0"
       )
-    if settings.attention_dropout and settings.attention != "einsum":
-      raise InputError(
-        f"config field {prefix}attention = {settings.attention!r} drops no weights: set {prefix}attention_dropout to 0,"
-        f" or {prefix}attention to einsum"
-      )
     if settings.width % settings.num_heads:
       raise InputError(
         f"config field {prefix}width = {settings.width} must be a multiple of {prefix}num_heads = {settings.num_heads}"
@@ -39,9 +34,8 @@ class Causal(Backbone):
       mlp_width=s.mlp_width,
       max_length=s.max_length,
       dropout=s.dropout,
-      implementation=s.attention,
       time_buckets=s.time_buckets,
-      attention_dropout=s.attention_dropout,
+      attention_dropout=s.dropout,
       post_norm=s.norm == "post",
       whole_rows=not s.packed,
     )

@@ -41,7 +41,7 @@ class Attention(nn.Module):
   def __call__(self, x: jax.Array, keys_values: KeyValue, mask: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """[B, T, d] attends to S places; mask and bias, which is added to the scores, broadcast to [B, H, T, S]."""
     query, (key, value) = self.query(x), keys_values
-    mixed = attention(query, key, value, mask=mask, bias=bias, implementation=self.settings.attention)
+    mixed = attention(query, key, value, mask=mask, bias=bias)
     return self.out(mixed)
 
 

@@ -61,7 +61,7 @@ class DenseTowerSettings:
 
   width: int = setting(128, "d of its backbone.")
   mlp_width: int = setting(512, "Of its feed-forward parts.")
-  dropout: float = setting(0.5, "Of its layers and attention weights.", below=1)
+  dropout: float = setting(0.5, "As that of the other.", below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +114,6 @@ class RecommenderSettings:
     choices=("equal_frequency", "overlap", "continuous"),
   )  # fmt: skip
   num_buckets: int = setting(32, "Of each similarity, where they are of the cosines.", most=10**4)
-  attention: str = setting("einsum", "Implementation of attention: einsum, or those of jax.nn.dot_product_attention.",
-                           choices=("einsum", "xla", "cudnn"))  # fmt: skip
   width: int = setting(64, "d of the sequence model.")
   num_layers: int = setting(2, "Layers of the backbone.", most=1000)
   num_heads: int = setting(2, "H, attention heads.")
@@ -149,8 +147,7 @@ class RecommenderSettings:
     " items; 0 takes all items.", least=0,
   )  # fmt: skip
   depth_layers: int = setting(1, "Layers of the generative head's depth transformer.", most=1000)
-  dropout: float = setting(0.3, "Of item vectors and residual branches.", below=1)
-  attention_dropout: float = setting(0.3, "Of the causal backbone's attention weights.", below=1)
+  dropout: float = setting(0.3, "Of item vectors, attention weights and residual branches.", below=1)
   item_dropout: float = setting(
     0.0, "Share of the items that lack a vector of their own in a step, as items do that come after training.", below=1
   )

@@ -27,9 +27,9 @@ from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.loop import Plan, fit
-from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import Partitioner, made_on_host
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.files import is_given

@@ -46,7 +46,6 @@ def tower_settings(settings: RecommenderSettings) -> tuple[RecommenderSettings, 
     width=settings.dense_tower.width,
     mlp_width=settings.dense_tower.mlp_width,
     dropout=settings.dense_tower.dropout,
-    attention_dropout=settings.dense_tower.dropout,
     item_dropout=settings.item_dropout if settings.feature_width else 0.0,
   )
   return generative, dense

@@ -1,1 +1,1 @@
-"""A run: its workdir, both stages in order, and reading a finished one back."""
+"""Runs: the workdir, both stages in order, restoring a finished run, and comparing several."""

@@ -1,4 +1,4 @@
-"""Finished runs beside one another: means over seeds, and differences user by user."""
+"""Compares finished runs: means over seeds, and paired differences user by user."""
 
 import pathlib
 import re
@@ -84,7 +84,7 @@ def compare(systems: Mapping[str, Sequence[pathlib.Path]], *, reference: str) ->
     reference: the system that the others are compared with; without runs, nothing is compared.
 
   Returns:
-    What the results say of the data, and a row a system.
+    What the results say of the data, and a row per system.
 
   Raises:
     InputError: if `results.json` or `ranks.npz` is none, or the runs are not of the same data.

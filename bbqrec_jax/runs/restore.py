@@ -1,4 +1,4 @@
-"""A finished run, read back to rank with: its best model, of its own items or of more."""
+"""Restores a finished run for ranking: its best model, with its own items or with new ones added."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""A run from config to results: data, tokenizer, recommender, evaluation, each picked up where it was."""
+"""A run from config to results: data, tokenizer, recommender, evaluation; each stage resumes where it stopped."""
 
 import contextlib
 import copy
@@ -33,9 +33,8 @@ from bbqrec_jax.runs.workdir import (
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import check_capacity
 from bbqrec_jax.tokenizer.kmeans import check_varied
-from bbqrec_jax.tokenizer.losses import check_own_loss
-from bbqrec_jax.tokenizer.quantizers import make_quantizer, try_quantizer
-from bbqrec_jax.tokenizer.settings import QUANTIZERS
+from bbqrec_jax.tokenizer.parts import try_parts
+from bbqrec_jax.tokenizer.quantizers import make_quantizer
 from bbqrec_jax.tokenizer.train import run_tokenizer, tokenizer_settings
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.partitioning import Partitioner, make_partitioner
@@ -91,19 +90,17 @@ def _check_stages(
   """Refuses, of the stages that are to be trained, what would only come to light hours into the run.
 
   Raises:
-    InputError: if the items outnumber the semantic IDs, there is nothing to tell them apart by, a loss or a
-      quantizer of one's own is none, or a batch cannot be spread evenly over the devices.
+    InputError: if the items outnumber the semantic IDs, there is nothing to tell them apart by, a custom part
+      of the tokenizer breaks its contract, or a batch cannot be spread evenly over the devices.
   """
   t, r, batches = config.tokenizer, config.recommender, []
   if trains_tokenizer(config, alone=tokenizer_alone):
     check_capacity(dataset.num_items, id_length(config, len(dataset.modalities)), t.num_codes)
     settings = tokenizer_settings(config, dataset)
-    if t.quantizer not in QUANTIZERS:
-      try_quantizer(settings)
+    try_parts(settings, batch_items=t.batch_items)
     if not make_quantizer(settings).trained:
       check_varied(dataset)
     else:
-      check_own_loss(t.own_loss, settings, batch_items=t.batch_items)
       batches += [("tokenizer.batch_items", t.batch_items, 1), ("tokenizer.batch_rows", t.batch_rows, 1)]
   if not tokenizer_alone:
     batches.append(("recommender.batch_rows", r.batch_rows, r.accumulation))
@@ -170,7 +167,7 @@ def _begun(
   dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone, given=given)
   if config.recommender.candidate_similarity.streams and not tokenizer_alone and split.train.lengths.max() < 3:
     raise InputError(
-      f"{dataset.source}: candidate similarity is fitted on each user's last training transition, and before it there is"
+      f"{dataset.source}: candidate similarity is fitted on each user's last training transition, before which there is"
       f" nothing to learn from: give some users {MINIMUM_LENGTH + 2} items or more, or set"
       " recommender.candidate_similarity.streams=()"
     )

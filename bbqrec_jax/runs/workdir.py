@@ -1,4 +1,4 @@
-"""What a workdir holds besides tensors: whose run it is, its config and its results; written, read back and checked."""
+"""The JSON files of a workdir: the identity of its run, its config and its results; written, read and checked."""
 
 import contextlib
 import copy
@@ -14,13 +14,13 @@ from bbqrec_jax.config import CHANGEABLE, RunSettings, default_config, read_conf
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY
-from bbqrec_jax.recommender.settings import BACKBONES, HEADS
-from bbqrec_jax.tokenizer.settings import QUANTIZERS
+from bbqrec_jax.recommender.settings import RecommenderSettings
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.files import check_links, check_place, is_given, local_path, plain_path
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.lock import locked
 from bbqrec_jax.utils.messages import warn
-from bbqrec_jax.utils.settings import flatten, from_config, to_config
+from bbqrec_jax.utils.settings import flatten, foreign_code, from_config, to_config
 
 PATHS = ("data.path", "tokenizer.artefact")  # Fields that name a folder.
 # Of the figures of `statistics`: what tells one data set from another.
@@ -187,7 +187,7 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
 
   Args:
     workdir: of the run, from anywhere.
-    trusted: Python modules outside this project that its head, backbone and quantizer may be imported from.
+    trusted: Python modules outside this project that its parts may be imported from.
 
   Raises:
     InputError: if there is no run, it is of another version of the fields, a value is none that the field can have, it
@@ -209,14 +209,14 @@ def load_config(workdir: pathlib.Path, *, trusted: Collection[str] = ()) -> ml_c
   differing = differences(_identity(noted), _identity(flatten(config)))
   if differing:
     raise InputError(f"{path} and run.json beside it tell of different runs: {', '.join(differing)}; restore them")
-  parts = {"recommender.head": HEADS, "recommender.backbone": BACKBONES, "tokenizer.quantizer": QUANTIZERS}
-  for name, registered in parts.items():
-    module = written[name].partition(":")[0]
-    if written[name] not in registered and module not in trusted:
-      raise InputError(
-        f"{path} field {name} names code outside this project, {written[name]!r}, and reading a workdir runs none: if"
-        f" you trust it, say --trust={module}"
-      )
+  for stage, kind in (("recommender", RecommenderSettings), ("tokenizer", TokenizerSettings)):
+    for name, code in foreign_code(kind, config[stage]):
+      module = code.partition(":")[0]
+      if module not in trusted:
+        raise InputError(
+          f"{path} field {stage}.{name} names code outside this project, {code!r}, and reading a workdir runs none: if"
+          f" you trust it, say --trust={module}"
+        )
   read_config(config)
   return config
 

@@ -1,4 +1,4 @@
-"""What the tokenizer leaves behind: one folder that the recommender, and any other program, reads."""
+"""The artefact of a tokenizer: one folder of semantic IDs, codebooks and encoders, which any program can read."""
 
 import dataclasses
 import hashlib
@@ -37,7 +37,7 @@ class SemanticIds:
     data_hash: of the features and histories that all this was learned from.
     item_ids: what the data calls the N items.
     settings: what the tokenizer was built from, the fields of `tokenizer.settings.TokenizerSettings`.
-    encoder: what quantizes an item that was not there: parameters and feature statistics, arrays by name.
+    encoder: what quantizes new items: parameters and feature statistics, arrays by name.
   """
 
   streams: tuple[str, ...]
@@ -101,7 +101,7 @@ class SemanticIds:
     if self.streams != known.streams or not all(np.array_equal(ours, theirs) for ours, theirs in pairs):
       raise InputError(
         f"{where} does not extend the semantic IDs that the recommender was trained on (fingerprint"
-        f" {known.fingerprint}): make it from them with python -m bbqrec assign"
+        f" {known.fingerprint}): make it from them with bbqrec assign"
       )
     self.check_items(known.item_ids, where=where, mend="make it from the run's own with bbqrec assign")
 

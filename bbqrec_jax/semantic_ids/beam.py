@@ -1,4 +1,4 @@
-"""Beam search over semantic IDs that can only end in items that exist."""
+"""Beam search over semantic IDs, constrained to the items that exist."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar

@@ -1,4 +1,4 @@
-"""How well a codebook is used, in figures and, where it is not, in words."""
+"""Health figures of codebooks and semantic IDs, and warnings where codes are not used."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Collision repair: every item its own semantic ID, as near as can be to what the quantizer chose."""
+"""Collision repair: gives every item a semantic ID of its own, as near as possible to the quantizer's."""
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """The trie of all items' semantic IDs as flat arrays, so that a jitted search can walk it.
 
 Items are sorted by ID, so the children of a node are one range of the next level's nodes, and the nodes of the last
-level are the items. Memory is one code and one offset a node: no dense [nodes, K] table.
+level are the items. Memory is one code and one offset per node: no dense [nodes, K] table.
 """
 
 import flax.struct

@@ -1,4 +1,4 @@
-"""The CLUB bound between the two latents of a modality: its variational network, how that is fitted, and the bound."""
+"""The CLUB bound between the two latents of a modality, and the variational network that it is estimated with."""
 
 import dataclasses
 from typing import Any
@@ -14,11 +14,12 @@ from bbqrec_jax.ops.club import club_full, gaussian_log_likelihood
 from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.tokenizer.encoders import MLP
 from bbqrec_jax.tokenizer.losses import Bound
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.partitioning import reduce_shares
 
 
-class ClubCritic(nn.Module):
-  """q(s_m | q_m) = N(mean(q_m), diag exp(log_variance(q_m))), one network a modality.
+class ClubNetwork(nn.Module):
+  """q(s_m | q_m) = N(mean(q_m), diag exp(log_variance(q_m))), one network per modality.
 
   Attributes:
     modalities: their names.
@@ -45,20 +46,20 @@ class Disentangling:
   """How the CLUB bound is fitted and taken.
 
   Attributes:
-    critic: the network q(s_m | q_m).
+    network: the network q(s_m | q_m).
     optimizer: its own.
     steps: likelihood steps it takes on each batch, before the next one's main step.
   """
 
-  critic: ClubCritic
+  network: ClubNetwork
   optimizer: optax.GradientTransformation
-  steps: int = 5
+  steps: int
 
   def bound(self, params: Any, *, axis_name: str | None) -> Bound:
     """The bound with the network held fixed; every row of the global batch is a negative."""
 
     def total(quantized, specific, present):
-      predicted = apply(self.critic, jax.lax.stop_gradient(params), "__call__", quantized)
+      predicted = apply(self.network, jax.lax.stop_gradient(params), "__call__", quantized)
       value = jnp.zeros((), jnp.float32)
       for name, (mean, log_variance) in sorted(predicted.items()):
         value += club_full(mean, log_variance, specific[name], present[name], axis_name=axis_name)
@@ -79,7 +80,7 @@ class Disentangling:
     """Likelihood steps on latents that carry no gradient: (params, opt_state, log-likelihood before the last step)."""
 
     def surprise(params):
-      predicted = apply(self.critic, params, "__call__", quantized)
+      predicted = apply(self.network, params, "__call__", quantized)
       value = jnp.zeros((), jnp.float32)
       for name, (mean, log_variance) in predicted.items():
         likelihood = gaussian_log_likelihood(mean, log_variance, specific[name])
@@ -94,3 +95,11 @@ class Disentangling:
 
     (params, opt_state), likelihoods = jax.lax.scan(one, (params, opt_state), None, length=self.steps)
     return params, opt_state, likelihoods[-1]
+
+
+def make_disentangling(settings: TokenizerSettings) -> Disentangling | None:
+  """What the settings say of the bound; None where its weight is 0."""
+  if not settings.weights.disentangle:
+    return None
+  network = ClubNetwork(settings.names, settings.code_width)
+  return Disentangling(network, optax.adam(settings.club.learning_rate), settings.club.steps)

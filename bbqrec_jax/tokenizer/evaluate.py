@@ -1,4 +1,4 @@
-"""What is looked at of a tokenizer while it trains and after: use, cohesion, reconstruction, disentangling, recall."""
+"""Figures of a tokenizer, while it trains and after: code use, cohesion, reconstruction, disentangling, recall."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ from bbqrec_jax.layers.padding import without_padding
 from bbqrec_jax.ops.contrastive import normalize
 from bbqrec_jax.ops.ranking import expected_hits
 from bbqrec_jax.semantic_ids.health import behaviour_cohesion, codebook_health, linear_r2
-from bbqrec_jax.tokenizer.frozen import encode_blocks
+from bbqrec_jax.tokenizer.inference import encode_blocks
 from bbqrec_jax.tokenizer.model import Tokenizer, codebooks_of
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.partitioning import Partitioner
 
-# Items whose reconstruction and disentangling are looked at: figures about a catalogue, not work that grows with it.
-_LOOKED_AT = 8192
+# Items whose reconstruction and disentangling are measured: a sample, so that the work does not grow with N.
+_SAMPLE = 8192
 
 
 class CatalogueEncoder:
@@ -52,12 +52,12 @@ class CatalogueEncoder:
 
 
 class Inspection:
-  """What the tokenizer makes of a sample of items: reconstruction errors, what specific latents say of behaviour."""
+  """Reconstruction errors on a sample of items, and how well specific latents predict behaviour-aligned ones."""
 
   def __init__(self, model: Tokenizer, store: FeatureStore, *, seed: int, partitioner: Partitioner):
     """Draws the items once."""
     settings = model.settings
-    count = min(settings.num_items, _LOOKED_AT)
+    count = min(settings.num_items, _SAMPLE)
     items = np.random.default_rng(seed).permutation(settings.num_items)[:count].astype(np.int32)
     self._names, self._batches = settings.names, []
     for first in range(0, count, 1024):
@@ -106,7 +106,7 @@ class Inspection:
 class SequenceRecall:
   """Sequence-to-item Recall@10: how often the state of a history ranks the next item among the first ten, by cosine.
 
-  Items of equal vectors, which share their codes, stand in random order among themselves.
+  Items with equal vectors, that is with the same codes, are ranked in random order.
   """
 
   def __init__(self, model: nn.Module, *, max_length: int, partitioner: Partitioner):
@@ -180,8 +180,8 @@ def tokenizer_health(settings: TokenizerSettings, codes: np.ndarray, split: Spli
 def cohesion(codes: np.ndarray, split: Split) -> dict[str, float]:
   """The `behaviour_cohesion` of codes [N, L] over each user's last training item and the validation target.
 
-  Beside it stand `training1` and `training2`, the shares among items that follow one another in training: what binding
-  knows by heart of them is what these are above the held-out ones.
+  `training1` and `training2` are the same shares among consecutive items of training; the gap to the held-out ones is
+  memorisation.
   """
   items, offsets = split.train.items, split.train.offsets
   follows = np.ones(len(items), bool)

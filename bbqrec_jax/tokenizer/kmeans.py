@@ -1,4 +1,4 @@
-"""Codes by residual k-means of the features: nothing is learned of behaviour, and no gradient is taken."""
+"""Residual k-means of the features themselves, the baseline without gradients and without behaviour."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +40,7 @@ def content_latents(
 
 
 def check_varied(dataset: Dataset, *, block: int = 2048) -> None:
-  """Refuses features that k-means finds nothing in.
+  """Refuses constant features, which k-means cannot cluster.
 
   Raises:
     InputError: if a modality's features are the same in all items that have it.
@@ -74,7 +74,7 @@ class _Latents:
 
 
 def kmeans_codebooks(settings: TokenizerSettings, store: FeatureStore, *, seed: int) -> np.ndarray:
-  """Residual k-means of the standardised features, one codebook a stream: [S, L, K, sum of D] float32."""
+  """Residual k-means of the standardised features, one codebook per stream: [S, L, K, sum of D] float32."""
   width = sum(width for _, width in settings.modalities)
 
   def fitted(some: FeatureStore, weights: np.ndarray | None) -> np.ndarray:
@@ -83,7 +83,7 @@ def kmeans_codebooks(settings: TokenizerSettings, store: FeatureStore, *, seed: 
       points = points[:]  # Each pass over them would make them anew.
     return residual_kmeans(
       seed, points, num_levels=settings.num_levels, num_codes=settings.num_codes, weights=weights,
-      iterations=settings.kmeans_iterations, sample=settings.kmeans_points, block=4096,
+      iterations=settings.kmeans_iterations, block=4096,
     )  # fmt: skip
 
   codebooks = np.zeros((len(settings.streams), settings.num_levels, settings.num_codes, width), np.float32)

@@ -1,5 +1,6 @@
-"""The losses of stage 1: what binds the tokenizer's codes to content and to behaviour."""
+"""The losses of stage 1, which bind the tokenizer's codes to content and to behaviour."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,17 +9,17 @@ import jax.numpy as jnp
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply
-from bbqrec_jax.ops.contrastive import following, info_nce
+from bbqrec_jax.ops.contrastive import following
 from bbqrec_jax.ops.quantize import straight_through
 from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.tokenizer.model import Tokenizer
 from bbqrec_jax.tokenizer.quantizers import make_quantizer
-from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
-from bbqrec_jax.utils.named import named
+from bbqrec_jax.tokenizer.settings import CONTRASTS, TokenizerSettings
+from bbqrec_jax.utils.named import part
 
 
 class CatalogueRows(NamedTuple):
-  """What a loss of one's own is given: B items of the catalogue, and what the tokenizer makes of them.
+  """What a custom loss is given: B items of the catalogue, and what the tokenizer makes of them.
 
   Attributes:
     items: [B] int.
@@ -39,64 +40,17 @@ class CatalogueRows(NamedTuple):
   specific: dict[str, jax.Array]
 
 
-# A loss of one's own: [B], a number an item. Its mean over the items of all devices is what counts.
+# A custom loss: [B], a number per item. Its mean over the items of all devices is added to the loss.
 OwnLoss = Callable[[CatalogueRows], jax.Array]
 
 
-def find_own_loss(name: str) -> OwnLoss | None:
-  """The function of `tokenizer.own_loss`; None for "".
+def find_own_loss(settings: TokenizerSettings) -> OwnLoss | None:
+  """The function that the setting `own_loss` names; None for "".
 
   Raises:
-    InputError: if there is no such function.
+    InputError: if it names none.
   """
-  if not name:
-    return None
-  try:
-    found = named(name, {})
-  except ValueError as error:
-    raise InputError(f"config field tokenizer.own_loss: {error}") from error
-  if not callable(found):
-    raise InputError(f"config field tokenizer.own_loss: expected a function, got {name!r}, a {type(found).__name__}")
-  return found
-
-
-def check_own_loss(name: str, settings: TokenizerSettings, *, batch_items: int) -> None:
-  """Tries the function of `tokenizer.own_loss` on shapes alone, as a step of training would call it.
-
-  Args:
-    name: the field's value; "" is none.
-    settings: of the tokenizer.
-    batch_items: B.
-
-  Raises:
-    InputError: if there is no such function, it fails, or it gives anything else than a number an item.
-  """
-  own_loss = find_own_loss(name)
-  if own_loss is None:
-    return
-
-  def array(*shape: int, dtype: Any = jnp.float32) -> Any:
-    return jax.ShapeDtypeStruct((batch_items, *shape), dtype)
-
-  vectors = dict.fromkeys(settings.streams, array(settings.code_width))
-  rows = CatalogueRows(
-    items=array(dtype=jnp.int32),
-    features={name: array(width) for name, width in settings.modalities},
-    present=dict.fromkeys(settings.streams, array(dtype=jnp.bool_)),
-    latents=vectors,
-    quantized=vectors,
-    codes=dict.fromkeys(settings.streams, array(settings.num_levels, dtype=jnp.int32)),
-    specific=dict.fromkeys(settings.names, array(settings.code_width)),
-  )
-  try:
-    jax.eval_shape(lambda rows: _own(own_loss, rows, axis_name=None), rows)
-  except InputError:
-    raise
-  except Exception as error:  # It may be anybody's code.
-    raise InputError(
-      f"config field tokenizer.own_loss = {name!r}: expected a function of CatalogueRows (see"
-      f" bbqrec_jax/tokenizer/losses.py), got {type(error).__name__}: {error}"
-    ) from error
+  return part("tokenizer.own_loss", settings.own_loss, {}) if settings.own_loss else None
 
 
 class TokenizerOutput(NamedTuple):
@@ -128,10 +82,9 @@ def tokenizer_loss(
   params: Any,
   batch: dict[str, Any],
   *,
-  weights: LossWeights,
   quantized: jax.Array | bool = True,
+  temperature: jax.Array | None = None,
   bound: Bound | None = None,
-  own_loss: OwnLoss | None = None,
   key: jax.Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[jax.Array, TokenizerOutput]:
@@ -141,14 +94,13 @@ def tokenizer_loss(
   packed training histories, each position's state against the item that follows it there.
 
   Args:
-    model: the tokenizer.
+    model: the tokenizer; its settings have the weight of each loss.
     params: its parameters.
     batch: `items` [B], `features`, `present` of the catalogue sample; `history_items` [R, C], `history_features`
       (modality -> [R, C, D]), `history_present`, `segments` [R, C], `positions` [R, C] of whole packed histories.
-    weights: the weight of each term.
     quantized: False trains on the latents themselves, before the codebooks exist; may be traced.
+    temperature: of the contrast; None is the settings'.
     bound: the CLUB bound between quantized and specific latents, its own network held fixed; None leaves it out.
-    own_loss: of `CatalogueRows`, added as `weights.own` says; None is none.
     key: for dropout of activations and of specific latents; None means neither.
     axis_name: the mapped axis over which the batch is split, or None.
 
@@ -156,11 +108,11 @@ def tokenizer_loss(
     (loss, `TokenizerOutput`); over several devices the loss is this device's share.
 
   Raises:
-    InputError: if `own_loss` gives anything else than a number an item.
+    InputError: if the custom loss gives anything else than a number per item.
   """
   s = model.settings
   names, streams, training = s.names, s.streams, key is not None
-  quantizer = make_quantizer(s)
+  quantizer, own_loss = make_quantizer(s), find_own_loss(s)
 
   def run(method, *args, **kwargs):
     rngs = {"dropout": key} if training else None
@@ -214,7 +166,10 @@ def tokenizer_loss(
 
   disentangle = jnp.zeros((), jnp.float32) if bound is None else bound(behaviour, specific, batch["present"])
 
-  contrast, modality_contrast, accuracy = _contrast(run, through_codebook, batch, s, key=key, axis_name=axis_name)
+  temperature = jnp.float32(s.temperature) if temperature is None else temperature
+  contrast, modality_contrast, accuracy = _contrast(
+    run, through_codebook, batch, s, temperature=temperature, key=key, axis_name=axis_name
+  )
   terms = {
     "reconstruction": reconstruction,
     "fused_reconstruction": fused_reconstruction,
@@ -229,23 +184,23 @@ def tokenizer_loss(
     by_stream = {name: dict(zip(streams, part, strict=True)) for name, part in parts.items()}
     rows = CatalogueRows(items=batch["items"], features=batch["features"], specific=specific, **by_stream)
     terms["own"] = _own(own_loss, rows, axis_name=axis_name)
-  loss = sum((getattr(weights, name) * value for name, value in terms.items()), start=jnp.zeros((), jnp.float32))
+  loss = sum((getattr(s.weights, name) * value for name, value in terms.items()), start=jnp.zeros((), jnp.float32))
   observed = jax.lax.stop_gradient((result.codes, result.residuals, latents.present, behaviour, specific))
   return loss, TokenizerOutput(terms | {"contrast_accuracy": accuracy}, *observed)
 
 
 def _own(own_loss: OwnLoss, rows: CatalogueRows, *, axis_name: str | None) -> jax.Array:
-  """The mean of a loss of one's own, this device's share."""
+  """The mean of a custom loss, this device's share."""
   values, shape = own_loss(rows), rows.items.shape
   if jnp.shape(values) != shape:
     raise InputError(
-      f"config field tokenizer.own_loss: expected a number for each of {shape[0]} items, [{shape[0]}], got an array of"
-      f" shape {list(jnp.shape(values))}"
+      f"config field tokenizer.own_loss: expected a number per item, {list(shape)}, got an array of shape"
+      f" {list(jnp.shape(values))}"
     )
   return masked_mean(values, jnp.ones(shape, bool), axis_name=axis_name)
 
 
-def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
+def _contrast(run, through_codebook, batch, settings, *, temperature, key, axis_name):
   """Sequence-to-item contrast against the fused vector, and against each modality's own."""
   streams, names = settings.streams, settings.names
   rows, columns = batch["history_items"].shape
@@ -262,7 +217,6 @@ def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
     cut = jax.random.bernoulli(dropped, jnp.float32(settings.level_dropout), items.shape)
     levels = jnp.where(cut, prefix, settings.num_levels)
   _, passed = through_codebook(latents, levels=levels)
-  temperature = jnp.float32(settings.temperature)
   vectors = passed[-1]
   if "id" in streams:
     vectors = vectors + latents.values[streams.index("id")]
@@ -275,13 +229,12 @@ def _contrast(run, through_codebook, batch, settings, *, key, axis_name):
   ).reshape(rows * columns, -1)
 
   target, has_target = following(batch["segments"])
-  contrast, aux = info_nce(
-    states, vectors[target], items[target], has_target, temperature=temperature, axis_name=axis_name
-  )
+  loss = part("tokenizer.contrast", settings.contrast, CONTRASTS)
+  loss = functools.partial(loss, temperature=temperature, axis_name=axis_name)
+  contrast, aux = loss(states, vectors[target], items[target], has_target)
   modality = jnp.zeros((), jnp.float32)
   for name in names:
     known = has_target & present[name][target]
-    stream = passed[streams.index(name)]
-    value, _ = info_nce(states, stream[target], items[target], known, temperature=temperature, axis_name=axis_name)
+    value, _ = loss(states, passed[streams.index(name)][target], items[target], known)
     modality += value / len(names)
   return contrast, modality, aux["accuracy"]

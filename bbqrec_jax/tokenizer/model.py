@@ -1,5 +1,6 @@
-"""Stage 1, the behaviour-bind tokenizer: from item features and histories to one shared residual codebook."""
+"""The model of stage 1: encoders, fusion, codebooks, decoders and the history transformer of the contrast."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import numpy as np
 from bbqrec_jax.layers.dense import Dense
 from bbqrec_jax.layers.transformer import CausalBackbone
 from bbqrec_jax.ops.quantize import ResidualQuantization
-from bbqrec_jax.tokenizer.encoders import MLP
+from bbqrec_jax.tokenizer.encoders import MLP, encoder_class
 from bbqrec_jax.tokenizer.quantizers import make_quantizer
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
@@ -36,7 +37,7 @@ def stream_codebooks(settings: TokenizerSettings, codebooks: jax.Array) -> jax.A
 
 
 class Latents(NamedTuple):
-  """What is quantized, one row a stream (see `TokenizerSettings.streams`).
+  """What is quantized, one row per stream (see `TokenizerSettings.streams`).
 
   Attributes:
     values: [S, B, d]; where an item lacks a modality, its fused latent stands in.
@@ -61,7 +62,7 @@ def history_reader(s: TokenizerSettings) -> tuple[CausalBackbone, nn.Dense]:
 
 
 class Tokenizer(nn.Module):
-  """Dual encoders a modality, a learnable item ID, one residual codebook shared by all streams (the paper's part 1-3).
+  """Dual encoders per modality, a learnable item ID, and residual codebooks shared by all streams.
 
   Attributes:
     settings: of the stage.
@@ -72,8 +73,9 @@ class Tokenizer(nn.Module):
   def setup(self):
     """Makes the parameters and submodules."""
     s = self.settings
-    self.behaviour_encoders = {name: MLP((*s.hidden, s.code_width)) for name, _ in s.modalities}
-    self.specific_encoders = {name: MLP((*s.hidden, s.code_width)) for name, _ in s.modalities}
+    encoder = functools.partial(encoder_class(s), (*s.hidden, s.code_width))
+    self.behaviour_encoders = {name: encoder() for name, _ in s.modalities}
+    self.specific_encoders = {name: encoder() for name, _ in s.modalities}
     # Bounded specific latents: what a decoder may lean on must not grow without limit (this project's choice).
     self.specific_norms = {name: nn.LayerNorm(use_bias=False, use_scale=False) for name, _ in s.modalities}
     # Streams of one scale can share codewords; otherwise each settles on codewords of its own (this project's choice).
@@ -106,8 +108,7 @@ class Tokenizer(nn.Module):
   def fuse(self, item_id: jax.Array | None, features: dict[str, jax.Array], present: dict[str, jax.Array]) -> Latents:
     """As `latents`, from the ID vectors [B, d] themselves; None where the settings have none."""
     names = self.settings.names
-    scale = self.latent_norm if self.settings.normalize else lambda x: x
-    values = [scale(self.behaviour_encoders[name](features[name])) for name in names]
+    values = [self.latent_norm(self.behaviour_encoders[name](features[name])) for name in names]
     masks = [present[name] for name in names]
     weights = jnp.stack(masks).astype(jnp.float32)[..., None]
     fused = jnp.sum(jnp.stack(values) * weights, axis=0) / jnp.maximum(jnp.sum(weights, axis=0), 1.0)
@@ -117,7 +118,7 @@ class Tokenizer(nn.Module):
       fused = fused + item_id
       values.append(item_id)
       masks.append(everywhere)
-    stacked, here = jnp.stack([*values, scale(fused)]), jnp.stack([*masks, everywhere])
+    stacked, here = jnp.stack([*values, self.latent_norm(fused)]), jnp.stack([*masks, everywhere])
     return Latents(jnp.where(here[..., None], stacked, stacked[-1:]), here)
 
   def specific(self, features: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Semantic IDs for items that came after training."""
+"""Semantic IDs for items that are added after training."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
-from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
+from bbqrec_jax.tokenizer.inference import InferenceTokenizer, check_arrays, encode_blocks, id_space, settings_from_json
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 
 
@@ -36,7 +36,7 @@ def assign(
     item_ids: what the data calls the N known and the n new items; None where those of the known ones are 0..N - 1, and
       the new ones count on.
     block: items that are quantized at once.
-    trusted: Python modules outside this project that the tokenizer's quantizer may be imported from.
+    trusted: Python modules outside this project that the tokenizer's parts may be imported from.
 
   Returns:
     The IDs of N + n items, the new ones at the end.
@@ -87,7 +87,7 @@ def _quantized(
     )
   ordered = {name: features[name] for name in settings.names}
   store = FeatureStore(ordered, present, ids.encoder)
-  frozen = FrozenTokenizer(settings, ids.encoder, ids.codebooks)
+  tokenizer = InferenceTokenizer(settings, ids.encoder, ids.codebooks)
   count = len(next(iter(ordered.values())))
-  latents, here, codes = encode_blocks(lambda items: frozen(*store.rows(items)), count, block=block)
+  latents, here, codes = encode_blocks(lambda items: tokenizer(*store.rows(items)), count, block=block)
   return settings, latents, here, codes

@@ -1,7 +1,7 @@
-"""Quantizers: what makes codes of latents, and vectors of codes.
+"""Quantizers: latents to codes, and codes to vectors.
 
-A code names a codeword, and what a quantizer makes of a latent is the sum of the codewords that its codes name. So the
-codebooks, which an artefact holds, are all that it takes to turn codes into the vectors that items are compared by.
+A code names a codeword, and the quantized latent is the sum of the codewords that its codes name. So the codebooks,
+which an artefact holds, suffice to turn codes into the vectors that items are compared by.
 """
 
 import jax
@@ -14,7 +14,6 @@ from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.ops.quantize import (
   ResidualQuantization,
   channel_levels,
-  decode,
   finite_code,
   finite_codebook,
   quantization_error,
@@ -22,15 +21,15 @@ from bbqrec_jax.ops.quantize import (
 )
 from bbqrec_jax.tokenizer.kmeans import kmeans_codebooks
 from bbqrec_jax.tokenizer.settings import QUANTIZERS, TokenizerSettings
-from bbqrec_jax.utils.named import named
+from bbqrec_jax.utils.named import part
 
 
 class Quantizer:
-  """The contract; a quantizer of one's own is a subclass, and its name "module:Class" the setting `quantizer`.
+  """The contract of a quantizer; a custom one is a subclass, named as "module:Class" in the setting `quantizer`.
 
   Attributes:
-    trained: whether it stands behind encoders that learn by gradient, and quantizes their latents; otherwise nothing is
-      learned, and it quantizes the features themselves (see `kmeans.content_latents`).
+    trained: whether it quantizes the latents of encoders that are trained; otherwise it quantizes the features
+      themselves, and there is no training (see `kmeans.content_latents`).
     settings: of the tokenizer.
   """
 
@@ -63,7 +62,7 @@ class Quantizer:
     return None
 
   def bounded(self, latents: jax.Array) -> jax.Array:
-    """What the codewords of latents [..., d] come near to; the gradient of the codewords is that of this."""
+    """Maps latents [..., d] to the range of the codewords; the straight-through gradient is taken of the result."""
     return latents
 
   def fit(self, latents: np.ndarray, present: np.ndarray, *, seed: int) -> np.ndarray:
@@ -83,7 +82,7 @@ class Quantizer:
     return np.stack([
       residual_kmeans(
         seed, rows[number], num_levels=levels, num_codes=num_codes, weights=here[number],
-        iterations=s.kmeans_iterations, sample=s.kmeans_points,
+        iterations=s.kmeans_iterations,
       )
       for number in range(sets)
     ])  # fmt: skip
@@ -97,7 +96,7 @@ class Quantizer:
     raise NotImplementedError
 
   def loss(self, result: ResidualQuantization) -> jax.Array:
-    """[B], what is minimised beside the other losses, of B rows that were encoded."""
+    """The quantization loss of B encoded rows, [B]."""
     return jnp.zeros(result.codes.shape[0], jnp.float32)
 
 
@@ -177,66 +176,6 @@ def make_quantizer(settings: TokenizerSettings) -> Quantizer:
   """What the setting `quantizer` names, made of the settings.
 
   Raises:
-    InputError: if there is no such quantizer.
+    InputError: if it names no subclass of `Quantizer`.
   """
-  field = f"config field tokenizer.quantizer = {settings.quantizer!r}"
-  try:
-    make = named(settings.quantizer, QUANTIZERS)
-  except ValueError as error:
-    raise InputError(f"config field tokenizer.quantizer: {error}") from error
-  try:
-    made = make(settings)
-    came = f"a {type(made).__name__}"
-  except Exception as error:  # It may be anybody's code.
-    made, came = None, f"{type(error).__name__}: {error}"
-  if not isinstance(made, Quantizer):
-    raise InputError(
-      f"{field}: expected a subclass of Quantizer, or a function that makes one of the settings (see"
-      f" bbqrec_jax/tokenizer/quantizers.py), got {came}"
-    )
-  return made
-
-
-def check_quantizer(settings: TokenizerSettings, *, field: str) -> None:
-  """Refuses settings that their quantizer does not work with; `field` is what a message puts before their names.
-
-  Raises:
-    InputError: if there are some, or there is no such quantizer.
-  """
-  quantizer = make_quantizer(settings)
-  if settings.own_loss and not quantizer.trained:
-    raise InputError(
-      f"{field}own_loss: nothing learns with {field.split()[-1]}quantizer = {settings.quantizer!r}; leave it empty, or"
-      " choose another quantizer"
-    )
-  quantizer.check(field)
-
-
-def try_quantizer(settings: TokenizerSettings) -> None:
-  """Tries a quantizer on a few random latents, as training and everything after it would use it.
-
-  Raises:
-    InputError: if it fails, or what it gives is not what the codewords that its codes name add up to.
-  """
-  quantizer = make_quantizer(settings)
-  _, levels, num_codes, width = quantizer.codebook_shape
-  expected: dict[str, tuple[int, ...]] = {"codes": (8, levels), "quantized": (8, width)}
-  expected |= {name: (levels, 8, width) for name in ("residuals", "codewords")}
-  rng = np.random.default_rng(0)
-  try:
-    fixed = quantizer.fixed()
-    codebooks = jnp.asarray(rng.normal(size=quantizer.codebook_shape) if fixed is None else fixed, jnp.float32)[0]
-    result = quantizer.encode(jnp.asarray(rng.normal(size=(8, width)), jnp.float32), codebooks)
-    came = {name: tuple(getattr(result, name).shape) for name in expected}
-    wrong = f"arrays of shapes {came} where {expected} were expected" if came != expected else ""
-    if not wrong and not (int(jnp.min(result.codes)) >= 0 and int(jnp.max(result.codes)) < num_codes):
-      wrong = f"codes that are not in 0..{num_codes - 1}"
-    if not wrong and not np.allclose(result.quantized, decode(result.codes, codebooks), atol=1e-4):
-      wrong = "vectors that are not the sums of the codewords which the codes name"
-  except Exception as error:  # It may be anybody's code.
-    wrong = f"{type(error).__name__}: {error}"
-  if wrong:
-    raise InputError(
-      f"config field tokenizer.quantizer = {settings.quantizer!r}: expected codes, and what their codewords add up to"
-      f" (see bbqrec_jax/tokenizer/quantizers.py), got {wrong}"
-    )
+  return part("tokenizer.quantizer", settings.quantizer, QUANTIZERS, base=Quantizer)(settings)

@@ -1,4 +1,4 @@
-"""The settings of stage 1, and the shapes that follow from them and from the data."""
+"""The settings of stage 1, and the shapes derived from them and from the data."""
 
 import dataclasses
 from typing import Any
@@ -9,12 +9,14 @@ from bbqrec_jax.utils.settings import derived, from_config, section, setting
 
 _LARGEST = 2**31 - 1  # Of what an array is as long as.
 
-# Quantizers by name: what makes one of the settings.
+# Parts by name: classes, and of the contrast a function.
 QUANTIZERS = {
   "rq_vae": "bbqrec_jax.tokenizer.quantizers:ResidualQuantizer",
   "rq_kmeans": "bbqrec_jax.tokenizer.quantizers:ResidualKMeans",
   "fsq": "bbqrec_jax.tokenizer.quantizers:FiniteScalarQuantizer",
 }
+ENCODERS = {"mlp": "bbqrec_jax.tokenizer.encoders:MLP"}
+CONTRASTS = {"info_nce": "bbqrec_jax.ops.contrastive:info_nce"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,8 @@ class TokenizerSettings:
     " finite scalar quantization, without codebooks.",
     parts=QUANTIZERS,
   )
+  encoder: str = setting("mlp", "Of a modality's features, twice: behaviour-aligned and specific.", parts=ENCODERS)
+  contrast: str = setting("info_nce", "Of a history's state with the next item, against others'.", parts=CONTRASTS)
   codebooks: str = setting(
     "shared", "Shared by all streams (the paper's), or one per stream.", choices=("shared", "per_stream")
   )
@@ -67,7 +71,6 @@ class TokenizerSettings:
                              choices=("fused", "concatenated"))  # fmt: skip
   repair: str = setting("reassign", "Colliding items: to the nearest free ID, or a counting suffix level.",
                         choices=("reassign", "suffix"))  # fmt: skip
-  normalize: bool = setting(True, "Layer-normalise the modalities' and the fused latents before they are quantized.")
   history_layers: int = setting(1, "Layers of the transformer behind the sequence-to-item contrast.", most=100)
   history_heads: int = setting(2, "Its heads.")
   max_length: int = setting(20, "The longest history the contrast looks at, in items.", most=_LARGEST)
@@ -75,7 +78,6 @@ class TokenizerSettings:
   steps: int = setting(2000, "Training steps.")
   warmup_steps: int = setting(200, "Steps on unquantized latents, before k-means fits the codebooks to them.", least=0)
   kmeans_iterations: int = setting(20, "Of Lloyd's algorithm at each level.")
-  kmeans_points: int = setting(65536, "Latents that k-means is seeded from, drawn at random; iterations see all.")
   revival_threshold: float = setting(
     0.1, "A code chosen less than this share of 1 / K is moved to a live residual; 0: never.", below=1
   )
@@ -99,7 +101,7 @@ class TokenizerSettings:
   specific_dropout: float = setting(
     0.5, "Share of items decoded from codes alone in a step, so that codes carry content.", most=1
   )
-  own_loss: str = setting("", "A custom loss beside those below, as module:function; see `tokenizer.losses.OwnLoss`.")
+  own_loss: str = setting("", "A custom loss beside those below, as module:function; see docs/parts.md.")
   weights: LossWeights = section(LossWeights, "Of the losses.")
   club: ClubSettings = section(ClubSettings, "Of the CLUB bound.")
   optimizer: OptimizerSettings = section(
@@ -123,7 +125,7 @@ class TokenizerSettings:
 
   @property
   def codebook_shape(self) -> tuple[int, int, int, int]:
-    """[G, L, K, d]: G sets of codebooks, one for all streams or one a stream."""
+    """[G, L, K, d]: G sets of codebooks, one for all streams, or one per stream."""
     sets = len(self.streams) if self.codebooks == "per_stream" else 1
     return sets, self.num_levels, self.num_codes, self.code_width
 

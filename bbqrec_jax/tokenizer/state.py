@@ -16,13 +16,13 @@ class TokenizerState(TrainState):
   Attributes:
     usage: [G, L, K] float32, moving average of each code's share of the choices that make semantic IDs (see
       `TokenizerSettings.codebook_shape` for G).
-    critic: parameters of the CLUB bound's network; None where the bound is left out.
-    critic_opt_state: its own optimiser's.
+    club: parameters of the CLUB bound's network; None where the bound is left out.
+    club_opt_state: its own optimiser's.
   """
 
   usage: jax.Array
-  critic: Any = None
-  critic_opt_state: Any = None
+  club: Any = None
+  club_opt_state: Any = None
 
 
 def even_usage(shape: tuple[int, ...]) -> jax.Array:

@@ -11,11 +11,11 @@ import optax
 from bbqrec_jax.data.pipeline import features_of
 from bbqrec_jax.layers.padding import without_padding
 from bbqrec_jax.ops.codebooks import code_counts, perplexity, revive_codes
-from bbqrec_jax.tokenizer.club import Disentangling
-from bbqrec_jax.tokenizer.losses import OwnLoss, TokenizerOutput, tokenizer_loss
+from bbqrec_jax.tokenizer.club import make_disentangling
+from bbqrec_jax.tokenizer.losses import TokenizerOutput, tokenizer_loss
 from bbqrec_jax.tokenizer.model import Tokenizer, by_codebook
 from bbqrec_jax.tokenizer.quantizers import make_quantizer
-from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.tokenizer.state import TokenizerState
 from bbqrec_jax.training.partitioning import StepFunction, reduce_shares
 from bbqrec_jax.training.state import step_key
@@ -24,17 +24,17 @@ from bbqrec_jax.training.step import Metrics, updated
 
 @dataclasses.dataclass(frozen=True)
 class CodebookUpkeep:
-  """What happens to the codewords beside the loss: revival of codes out of use.
+  """Revives codes out of use, after each step past the warm-up.
+
+  A code that makes up less than `revival_threshold` of an even use of its level is moved to a residual, drawn at
+  random, of the streams that make the semantic IDs.
 
   Attributes:
     settings: of the tokenizer.
-    revival_threshold: a code that makes up less than this share of an even use of its level is moved to a live residual
-      of the streams that make the semantic IDs; 0 never moves one.
-    usage_decay: of the average that share is taken of.
+    usage_decay: of the moving average of each code's use.
   """
 
   settings: TokenizerSettings
-  revival_threshold: float = 0.1
   usage_decay: float = 0.98
 
   def _counted(self, output: TokenizerOutput) -> jax.Array:
@@ -46,7 +46,7 @@ class CodebookUpkeep:
     return by_codebook(s, jnp.broadcast_to(mask[:, None], (len(s.streams), s.num_levels, mask.shape[1])))
 
   def counts(self, output: TokenizerOutput, *, axis_name: str | None) -> jax.Array:
-    """How often a step chose each code for what makes semantic IDs, [G, L, K]."""
+    """How often a step chose each code, counted over the streams that make semantic IDs: [G, L, K]."""
     chosen = by_codebook(self.settings, jnp.swapaxes(output.codes, 1, 2))
     count = jax.vmap(jax.vmap(lambda code, weight: code_counts(code, self.settings.num_codes, weights=weight)))
     return reduce_shares(count(chosen, self._counted(output)), axis_name)
@@ -54,7 +54,7 @@ class CodebookUpkeep:
   def __call__(
     self, codebooks: jax.Array, usage: jax.Array, output: TokenizerOutput, *, key: jax.Array, axis_name: str | None
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keeps codebooks [G, L, K, d] up after a step.
+    """Updates the codebooks [G, L, K, d] and the record of their use after a step.
 
     Args:
       codebooks: after the optimiser.
@@ -72,59 +72,56 @@ class CodebookUpkeep:
     rows = jnp.sum(counts, axis=-1, keepdims=True)
     share = jnp.where(rows > 0, counts / jnp.maximum(rows, 1.0), usage)
     usage = self.usage_decay * usage + (1.0 - self.usage_decay) * share
-    if self.revival_threshold:
+    threshold = self.settings.revival_threshold
+    if threshold:
       if axis_name is not None:
         # Every device must move the same codes to the same places.
         residuals, counted = (jax.lax.all_gather(x, axis_name, axis=2, tiled=True) for x in (residuals, counted))
       keys = jax.random.split(key, counts.shape[:2])
-      revive = jax.vmap(jax.vmap(functools.partial(revive_codes, threshold=self.revival_threshold)))
+      revive = jax.vmap(jax.vmap(functools.partial(revive_codes, threshold=threshold)))
       codebooks, usage = revive(keys, codebooks, usage, residuals, counted)
     return codebooks, usage, counts
 
 
-def make_tokenizer_step(
-  model: Tokenizer,
-  optimizer: optax.GradientTransformation,
-  *,
-  weights: LossWeights,
-  warmup_steps: int,
-  upkeep: CodebookUpkeep,
-  disentangling: Disentangling | None = None,
-  own_loss: OwnLoss | None = None,
-) -> StepFunction:
-  """The step of stage 1.
+def temperature_at(settings: TokenizerSettings, step: jax.Array) -> jax.Array:
+  """Temperature of the contrast at a step: constant (docs/parts.md shows a schedule)."""
+  del step
+  return jnp.float32(settings.temperature)
+
+
+def make_tokenizer_step(model: Tokenizer, optimizer: optax.GradientTransformation) -> StepFunction:
+  """The step of stage 1, as the model's settings describe it.
+
+  Until the warm-up is over it trains on unquantized latents; codebooks are fitted to these when it ends, and kept up
+  from then on. The network of the CLUB bound is fitted to the latents of each batch after the main step, so that the
+  next one judges it on rows it has not been fitted to.
 
   Args:
     model: the tokenizer.
     optimizer: of all its parameters.
-    weights: of the losses.
-    warmup_steps: steps on unquantized latents; the codebooks are fitted to the latents when they end.
-    upkeep: of the codewords, from then on.
-    disentangling: the CLUB bound; None leaves it out. Its network is fitted to the latents of each batch after the main
-      step, so that the next one judges it on rows it has not been fitted to.
-    own_loss: see `tokenizer_loss`.
 
   Returns:
     step(state, shared, batch, *, axis_name) -> (state, metrics); `shared` is a `FeatureStore.table` where batches are
     made without features, otherwise None.
   """
-  fixed = make_quantizer(model.settings).fixed() is not None
+  settings = model.settings
+  fixed = make_quantizer(settings).fixed() is not None
+  disentangling, upkeep = make_disentangling(settings), CodebookUpkeep(settings)
 
   def step(state: TokenizerState, shared: Any, batch: Any, *, axis_name: str | None) -> tuple[TokenizerState, Metrics]:
     if shared is not None:
       table = without_padding(shared)
       batch = batch | features_of(batch, lambda items: jax.tree.map(lambda array: array[items], table))
-    quantized = state.step >= warmup_steps
+    quantized, temperature = state.step >= settings.warmup_steps, temperature_at(settings, state.step)
     key = step_key(state, axis_name)
     bound = None
     if disentangling is not None:
-      bound = disentangling.bound(state.critic, axis_name=axis_name)
+      bound = disentangling.bound(state.club, axis_name=axis_name)
 
     def loss_function(params):
       return tokenizer_loss(
-        model, params, batch, weights=weights, quantized=quantized, bound=bound, own_loss=own_loss, key=key,
-        axis_name=axis_name,
-      )  # fmt: skip
+        model, params, batch, quantized=quantized, temperature=temperature, bound=bound, key=key, axis_name=axis_name
+      )
 
     (loss, output), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
     loss, terms, gradients = reduce_shares((loss, output.terms, gradients), axis_name)
@@ -133,16 +130,16 @@ def make_tokenizer_step(
     upkeep_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**32 - 1)
     state, metrics = updated(state, optimizer, gradients, metrics)
     if disentangling is not None:
-      critic, critic_opt_state, likelihood = disentangling.update(
-        state.critic,
-        state.critic_opt_state,
+      club, club_opt_state, likelihood = disentangling.update(
+        state.club,
+        state.club_opt_state,
         output.quantized,
         output.specific,
         batch["present"],
         axis_name=axis_name,
       )
-      state = state.replace(critic=critic, critic_opt_state=critic_opt_state)  # type: ignore[attr-defined]
-      metrics["critic_likelihood"] = likelihood
+      state = state.replace(club=club, club_opt_state=club_opt_state)  # type: ignore[attr-defined]
+      metrics["club_likelihood"] = likelihood
 
     if fixed:
       metrics["perplexity_level_1"] = perplexity(upkeep.counts(output, axis_name=axis_name)[-1, 0])

@@ -1,4 +1,4 @@
-"""Stage 1 from data to semantic IDs."""
+"""The training stage of the tokenizer: from data to semantic IDs."""
 
 import dataclasses
 import pathlib
@@ -10,7 +10,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore
@@ -22,25 +21,19 @@ from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.health import codebook_health, format_health
 from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
-from bbqrec_jax.tokenizer.club import ClubCritic, Disentangling
+from bbqrec_jax.tokenizer.club import make_disentangling
 from bbqrec_jax.tokenizer.evaluate import CatalogueEncoder, ContrastRecall, Inspection, tokenizer_health
-from bbqrec_jax.tokenizer.frozen import (
-  FrozenTokenizer,
-  encode_blocks,
-  frozen_parameters,
-  id_space,
-)
-from bbqrec_jax.tokenizer.losses import find_own_loss
+from bbqrec_jax.tokenizer.inference import InferenceTokenizer, encode_blocks, id_space, inference_parameters
 from bbqrec_jax.tokenizer.model import Tokenizer, codebooks_of
 from bbqrec_jax.tokenizer.quantizers import make_quantizer
 from bbqrec_jax.tokenizer.settings import TokenizerSettings, unchecked_settings
 from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
-from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
+from bbqrec_jax.tokenizer.step import make_tokenizer_step
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.loop import Plan, fit
-from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import Partitioner, StepFunction
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.json_files import write_json
@@ -109,7 +102,7 @@ def _finish(ids: SemanticIds, raw: np.ndarray, health: dict[str, Any], folder: p
 def run_feature_tokenizer(
   config: Any, dataset: Dataset, split: Split, *, data_hash: str, workdir: pathlib.Path
 ) -> SemanticIds:
-  """Semantic IDs of the standardised features themselves, one codebook a stream: no gradient, no behaviour.
+  """Semantic IDs of the standardised features themselves, one codebook per stream: no gradient, no behaviour.
 
   Returns:
     As `run_tokenizer`.
@@ -117,8 +110,8 @@ def run_feature_tokenizer(
   start = time.monotonic()
   settings, store = tokenizer_settings(config, dataset), dataset.store
   codebooks, encoder = make_quantizer(settings).fit_features(store, seed=config.seed), store.arrays()
-  frozen = FrozenTokenizer(settings, encoder, codebooks)
-  latents, present, codes = encode_blocks(lambda items: frozen(*store.rows(items)), dataset.num_items, block=2048)
+  tokenizer = InferenceTokenizer(settings, encoder, codebooks)
+  latents, present, codes = encode_blocks(lambda items: tokenizer(*store.rows(items)), dataset.num_items, block=2048)
   ids, raw = build_semantic_ids(
     settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
   )
@@ -155,60 +148,42 @@ class Training(NamedTuple):
 
 
 def tokenizer_training(
-  config: Any, settings: TokenizerSettings, histories: Interactions, store: FeatureStore
+  settings: TokenizerSettings, histories: Interactions, store: FeatureStore, *, seed: int
 ) -> Training:
-  """Everything that training needs, as `config` describes it.
+  """Everything that training needs, as the settings describe it.
 
   Args:
-    config: of the run.
     settings: what `tokenizer_settings` gives.
     histories: the training histories.
     store: the features of all items.
+    seed: of the run.
   """
-  t = config.tokenizer
-  model = Tokenizer(settings)
+  s = settings
+  model, optimizer = Tokenizer(s), make_optimizer(s.optimizer, total_steps=s.steps)
   process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
   rows = PackedHistories(
-    histories,
-    batch_rows=t.batch_rows,
-    max_length=t.max_length,
-    row_length=t.row_length,
-    whole=True,
-    seed=config.seed,
+    histories, batch_rows=s.batch_rows, max_length=s.max_length, row_length=s.row_length, whole=True, seed=seed,
     **process,
-  )
-  sample = CatalogueSample(settings.num_items, t.batch_items, config.seed)
-  held = store.nbytes <= t.device_features * 2**20
+  )  # fmt: skip
+  held = store.nbytes <= s.device_features * 2**20
+  sample = CatalogueSample(s.num_items, s.batch_items, seed)
   batches = tokenizer_batches(rows, None if held else store, sample, **process)
-  optimizer = make_optimizer(t.optimizer, total_steps=t.steps)
-  disentangling = None
-  if t.weights.disentangle:
-    critic = ClubCritic(settings.names, t.code_width)
-    disentangling = Disentangling(critic, optax.adam(t.club.learning_rate), t.club.steps)
 
   def initial_state() -> TokenizerState:
     items = np.arange(1, dtype=np.int32)
     example = dict(zip(("items", "features", "present"), (items, *store.rows(items)), strict=True))
-    params = model.init(base_key(config.seed), example)["params"]
-    critic, critic_opt_state = None, None
+    params = model.init(base_key(seed), example)["params"]
+    club, club_opt_state, disentangling = None, None, make_disentangling(s)
     if disentangling is not None:
-      zeros = {name: jnp.zeros((1, t.code_width), jnp.float32) for name in settings.names}
-      critic = disentangling.critic.init(base_key(config.seed), zeros)["params"]
-      critic_opt_state = disentangling.optimizer.init(critic)
+      zeros = {name: jnp.zeros((1, s.code_width), jnp.float32) for name in s.names}
+      club = disentangling.network.init(base_key(seed), zeros)["params"]
+      club_opt_state = disentangling.optimizer.init(club)
     return TokenizerState.create(
-      params, optimizer, seed=config.seed, usage=even_usage(settings.codebook_shape), critic=critic,
-      critic_opt_state=critic_opt_state,
+      params, optimizer, seed=seed, usage=even_usage(s.codebook_shape), club=club,
+      club_opt_state=club_opt_state,
     )  # fmt: skip
 
-  step = make_tokenizer_step(
-    model,
-    optimizer,
-    weights=settings.weights,
-    warmup_steps=t.warmup_steps,
-    upkeep=CodebookUpkeep(settings, t.revival_threshold),
-    disentangling=disentangling,
-    own_loss=find_own_loss(t.own_loss),
-  )
+  step = make_tokenizer_step(model, optimizer)
   return Training(model, initial_state, step, batches, store.table if held else lambda: None)
 
 
@@ -227,19 +202,18 @@ def run_tokenizer(
   Returns:
     The semantic IDs, also in `workdir/tokenizer`, with the health report in `health.json`.
   """
-  t, folder = config.tokenizer, workdir / "tokenizer"
-  settings = tokenizer_settings(config, dataset)
+  settings, folder = tokenizer_settings(config, dataset), workdir / "tokenizer"
   quantizer = make_quantizer(settings)
   if not quantizer.trained:
     return run_feature_tokenizer(config, dataset, split, data_hash=data_hash, workdir=workdir)
   store = dataset.store
-  model, initial_state, step, batches, shared = tokenizer_training(config, settings, split.train, store)
+  model, initial_state, step, batches, shared = tokenizer_training(settings, split.train, store, seed=config.seed)
   encode = CatalogueEncoder(model, store, partitioner=partitioner)
   contrast_recall = ContrastRecall(model, split, partitioner=partitioner)
   inspect = Inspection(model, store, seed=config.seed, partitioner=partitioner)
 
   def before_step(step: int, state: TrainState) -> TrainState:
-    if step != t.warmup_steps or quantizer.fixed() is not None:
+    if step != settings.warmup_steps or quantizer.fixed() is not None:
       return state
     latents, present, _ = encode(state.params)
     codebooks = processes.of_the_first(quantizer.fit(latents, present, seed=config.seed))
@@ -255,14 +229,15 @@ def run_tokenizer(
     raw, _, _ = id_space(settings, latents, codes, codebooks)
     health = tokenizer_health(settings, raw, split) | inspect(state.params)
     # Without the contrast nothing has taught the history's states where to point.
-    health["contrast_recall@10"] = contrast_recall(state.params, latents, codes[-1]) if t.weights.contrast else None
+    told = settings.weights.contrast > 0
+    health["contrast_recall@10"] = contrast_recall(state.params, latents, codes[-1]) if told else None
     return health, encoded
 
   def evaluate(state: TrainState) -> dict[str, float]:
     health, _ = examine(state)
     write_json(folder / "health.json", health)
     values = {"collision_rate": health["collision_rate_before"]}
-    if t.weights.contrast:
+    if settings.weights.contrast:
       values["contrast_recall@10"] = health["contrast_recall@10"]
     for name in ("usage", "perplexity"):
       values |= {f"{name}_level_{level + 1}": value for level, value in enumerate(health[name])}
@@ -272,9 +247,9 @@ def run_tokenizer(
 
   plan = Plan(
     name="tokenizer",
-    steps=t.steps,
+    steps=settings.steps,
     log_every=config.log_every,
-    evaluate_every=t.evaluate_every,
+    evaluate_every=settings.evaluate_every,
     evaluate=evaluate,
     before_step=before_step,
     item_ids=dataset.item_ids,
@@ -293,7 +268,7 @@ def run_tokenizer(
   health, (latents, present, codes) = examine(state)
   params = partitioner.fetch(state.params)
   codebooks = codebooks_of(settings, params)
-  encoder = frozen_parameters(settings, params) | store.arrays()
+  encoder = inference_parameters(settings, params) | store.arrays()
   ids, raw = build_semantic_ids(
     settings, latents, present, codes, codebooks, encoder, data_hash=data_hash, item_ids=dataset.item_ids
   )

@@ -1,1 +1,1 @@
-"""What both stages are trained with: devices, loop, optimiser, checkpoints, logs."""
+"""The training machinery of both stages: partitioning over devices, loop, optimiser, checkpoints, logs."""

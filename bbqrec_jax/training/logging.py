@@ -1,4 +1,4 @@
-"""Where a run's figures go: JSON lines, TensorBoard, and a progress bar or plain lines."""
+"""Logs of a run: JSON lines, TensorBoard, and a progress bar or plain lines."""
 
 import datetime
 import json

@@ -14,13 +14,14 @@ import grain
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.training.checkpointing import Checkpointer, restore_state
 from bbqrec_jax.training.logging import MetricsLog, Progress
-from bbqrec_jax.training.monitor import Safeguards, Watch, items_of, require_finite
+from bbqrec_jax.training.monitor import Monitor, items_of, require_finite
 from bbqrec_jax.training.partitioning import Partitioner, StepFunction
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.training.step import skip_nonfinite
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.messages import say
-from bbqrec_jax.utils.signals import Interrupted, heard_at_once, noted
+from bbqrec_jax.utils.signals import Interrupted, deferred_signals, immediate_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def fit(
 
   Returns:
     The best state by `plan.select` (or the last), and the progress record: `step`, `evaluated_step`, `best_step`,
-    `best`, `worse`, `finished`, what `Watch` remembers (`skipped` steps among it), `training_seconds`,
+    `best`, `worse`, `finished`, what `Monitor` remembers (`skipped` steps among it), `training_seconds`,
     `evaluation_seconds` and `checkpoint_seconds` (the loop waited so long for them), all over every start of the run.
 
   Raises:
@@ -96,14 +97,14 @@ def fit(
     StorageError: if a checkpoint could not be written.
     InputError: if the best checkpoint was damaged meanwhile.
   """
-  with noted() as caught, contextlib.ExitStack() as stack:
+  with deferred_signals() as caught, contextlib.ExitStack() as stack:
     data = iter(batches)
     stack.callback(data.close)
     checkpointer = Checkpointer(directory, keep=plan.safeguards.keep_checkpoints, strict=not partitioner.fills_rows)
     stack.callback(checkpointer.close)
     progress: dict[str, Any] = {
       "step": 0, "evaluated_step": 0, "best_step": -1, "best": -math.inf, "worse": 0, "finished": False,
-      "training_seconds": 0.0, "evaluation_seconds": 0.0, "checkpoint_seconds": 0.0, **Watch.fresh(),
+      "training_seconds": 0.0, "evaluation_seconds": 0.0, "checkpoint_seconds": 0.0, **Monitor.fresh(),
     }  # fmt: skip
     restored = checkpointer.restore_latest(partitioner.to_checkpoint(state), data)
     if restored is not None:
@@ -114,7 +115,7 @@ def fit(
     if plan.safeguards.on_nonfinite == "skip":
       step_function = skip_nonfinite(step_function)
     step = partitioner.compile_step(step_function)
-    watch = Watch(plan.name, plan.safeguards, log, plan.item_ids)
+    monitor = Monitor(plan.name, plan.safeguards, log, plan.item_ids)
     compiled = progress["finished"]
     recent: list[Any] = []  # Metrics of the steps since they were last looked at, and what their batches held.
     bar = Progress(plan.name, total=plan.steps, done=progress["step"])
@@ -129,7 +130,7 @@ def fit(
 
     def look(*, logging: bool) -> None:
       """Judges the recent steps. Done before every checkpoint: none is ever written of a state that has diverged."""
-      memory, latest = watch.look(progress["step"], recent, progress)
+      memory, latest = monitor.look(progress["step"], recent, progress)
       progress.update(memory)
       recent.clear()
       if logging and latest is not None:
@@ -145,7 +146,7 @@ def fit(
       try:
         # A run that was stopped amid an evaluation goes on with it.
         if not plan.due(progress["step"]) or progress["evaluated_step"] == progress["step"]:
-          with heard_at_once():
+          with immediate_signals():
             state = plan.before_step(progress["step"], state)
           batch = next(data)
           if not compiled:
@@ -164,7 +165,7 @@ def fit(
             look(logging=True)
         if plan.due(progress["step"]):
           spent("training")
-          with heard_at_once():
+          with immediate_signals():
             values = plan.evaluate(state)
           spent("evaluation")
           log.write(plan.name, "validation", progress["step"], values)

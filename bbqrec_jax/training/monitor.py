@@ -1,6 +1,5 @@
-"""What is made of the metrics of training steps: divergence, steps to skip, and spikes of the loss."""
+"""Monitors the metrics of training steps: divergence, steps to skip, and spikes of the loss."""
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from jax.experimental import multihost_utils
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import Diverged
 from bbqrec_jax.training.logging import MetricsLog
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.utils.messages import warn
 from bbqrec_jax.utils.processes import several
 
@@ -22,37 +22,15 @@ _SHOWN = 10  # Items that a message names.
 _ITEMS = ("items", "history_items", "targets")  # What a batch calls its items.
 
 
-@dataclasses.dataclass(frozen=True)
-class Safeguards:
-  """How a run is kept from losing what it has; none of this changes a number of a run that nothing befalls.
-
-  Attributes:
-    keep_checkpoints: newest checkpoints that are kept beside the best.
-    on_nonfinite: "stop" at a step whose metrics are not all finite, or "skip" it.
-    max_skipped: steps skipped in a row after which training stops all the same.
-    spike_factor: a loss of more than so many times the median of those before it is logged.
-  """
-
-  keep_checkpoints: int = 2
-  on_nonfinite: str = "stop"
-  max_skipped: int = 10
-  spike_factor: float = 3.0
-
-  @classmethod
-  def of(cls, config: Any) -> "Safeguards":
-    """Those that a config names."""
-    return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
-
-
 def items_of(batch: Any) -> dict[str, np.ndarray]:
-  """The parts of a batch that say which items it holds, for `distinct_items`; the rest need not be kept for it."""
+  """The arrays of a batch from which `distinct_items` finds its items."""
   if not isinstance(batch, Mapping):
     return {}
   return {name: batch[name] for name in (*_ITEMS, "segments") if name in batch}
 
 
 def distinct_items(parts: Mapping[str, np.ndarray]) -> list[int]:
-  """The distinct items of a batch, sorted, without the filling of its rows."""
+  """The distinct items of a batch, sorted, without padding."""
   real = np.asarray(parts.get("segments", ())) > 0
   found: set[int] = set()
   for name in _ITEMS:
@@ -62,10 +40,10 @@ def distinct_items(parts: Mapping[str, np.ndarray]) -> list[int]:
   return sorted(found)
 
 
-class Watch:
-  """Looks at the metrics of every step, a number of steps at once, after the devices are done with them.
+class Monitor:
+  """Checks the metrics of every step, several steps at a time, so that the devices need not wait for the host.
 
-  What it remembers is part of the run's progress, so that a run that goes on judges as if it had never stopped.
+  Its memory is part of the run's progress, so that a resumed run judges as an uninterrupted one.
   """
 
   def __init__(self, name: str, safeguards: Safeguards, log: MetricsLog, item_ids: ItemIds | None = None):
@@ -142,7 +120,7 @@ class Watch:
     warn(f"{where}; the step is skipped, the {memory['skipped']}. of this stage")
 
   def _spike(self, step: int, loss: float, before: list[float]) -> list[tuple[float, int]]:
-    """Logs a loss that stands out: its ratio to the median and its step, or nothing."""
+    """Logs a spike of the loss: [(its ratio to the median, its step)], or []."""
     if len(before) < _ENOUGH:
       return []
     median = statistics.median(before)
@@ -155,7 +133,7 @@ class Watch:
 def _finite(array: jax.Array) -> bool:
   """Whether all that this process holds of an array is finite.
 
-  Looked at on the host, where a checkpoint goes anyway: a program for all arrays takes longer to compile than this.
+  Checked on the host, where a checkpoint goes anyway: a jitted check of all arrays takes longer to compile.
   """
   parts = [part.data for part in array.addressable_shards if part.replica_id == 0]
   return all(bool(np.isfinite(np.asarray(part)).all()) for part in parts)

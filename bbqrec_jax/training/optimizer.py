@@ -1,4 +1,4 @@
-"""The optimiser that a config describes."""
+"""AdamW with its learning-rate schedule, weight-decay mask and gradient clipping."""
 
 from typing import Any
 
@@ -7,18 +7,16 @@ import optax
 
 
 def make_schedule(settings: Any, *, total_steps: int) -> optax.Schedule:
-  """Linear warm-up, then constant or cosine decay to a hundredth.
+  """Linear warm-up, then cosine decay to a hundredth.
 
   Args:
-    settings: has `learning_rate`, `warmup_steps` and `schedule` ("constant" or "cosine").
+    settings: has `learning_rate` and `warmup_steps`.
     total_steps: steps of the whole run.
   """
   warmup = min(settings.warmup_steps, total_steps)
-  if settings.schedule == "cosine":
-    after = optax.cosine_decay_schedule(settings.learning_rate, max(total_steps - warmup, 1), alpha=0.01)
-  else:
-    after = optax.constant_schedule(settings.learning_rate)
-  return optax.join_schedules([optax.linear_schedule(0.0, settings.learning_rate, max(warmup, 1)), after], [warmup])
+  rise = optax.linear_schedule(0.0, settings.learning_rate, max(warmup, 1))
+  fall = optax.cosine_decay_schedule(settings.learning_rate, max(total_steps - warmup, 1), alpha=0.01)
+  return optax.join_schedules([rise, fall], [warmup])
 
 
 def make_optimizer(settings: Any, *, total_steps: int) -> optax.GradientTransformation:

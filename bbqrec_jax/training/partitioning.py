@@ -1,4 +1,4 @@
-"""How a step meets the devices. The only file that knows pmap, and meshes.
+"""Runs training steps and maps over devices; the only file that knows pmap and meshes.
 
 A step is a pure function `step(state, shared, batch, *, axis_name)` that returns (state, metrics). It reduces its
 gradients and metrics over `axis_name` with `reduce_shares`, so that what leaves it is the same on every device; where
@@ -31,9 +31,9 @@ def reduce_shares(tree: Any, axis_name: str | None) -> Any:
 
 
 def made_on_host() -> contextlib.AbstractContextManager[Any]:
-  """Where what is made stays in the host's memory until it is placed: it may be larger than a device.
+  """Makes arrays in the host's memory, to be placed later: they may be larger than a device.
 
-  Where JAX was told to leave the CPU alone (`JAX_PLATFORMS`), it is made on the first device after all.
+  Where `JAX_PLATFORMS` excludes the CPU, they are made on the first device.
   """
   try:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
@@ -42,10 +42,9 @@ def made_on_host() -> contextlib.AbstractContextManager[Any]:
 
 
 def _jit_once(function: Callable[[], Any], **options: Any) -> Callable[[], Any]:
-  """Jits what will run a single time.
+  """Jits a function that will run once, with a lower optimisation level on a CPU.
 
-  On a CPU the program of a state's first values takes the compiler longer than a thousand runs of it would: it is told
-  to do less, which changes no bit. Where JAX is told to optimise nothing, that is less still.
+  There the initialisation of a state takes longer to compile than to run a thousand times; the level changes no bit.
   """
   told = jax.config.values["jax_disable_most_optimizations"]
   quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" and not told else None
@@ -53,25 +52,25 @@ def _jit_once(function: Callable[[], Any], **options: Any) -> Callable[[], Any]:
 
 
 class Partitioner(Protocol):
-  """Where the state lives and how a batch is spread, over the devices of one process or of several."""
+  """Places a state on the devices and spreads batches over them, within one process or several."""
 
   num_devices: int
-  fills_rows: bool  # Whether large arrays have rows that fill them up, as many as the number of devices asks for.
+  fills_rows: bool  # Whether large arrays are padded to a multiple of the number of devices.
 
   def place(self, tree: Any) -> Any:
-    """Copies a state, or data shared by all devices, to where the steps will find it; alike in every process."""
+    """Copies a state, or data shared by all devices, to the devices; every process gives the same."""
     ...
 
   def create(self, function: Callable[[], Any]) -> Any:
-    """What a function makes of nothing, placed: it need never be whole on one device."""
+    """The result of a function without arguments, placed; it need never be whole on one device."""
     ...
 
   def fetch(self, tree: Any) -> Any:
-    """What is placed, as whole NumPy arrays in every process."""
+    """The placed tree as whole NumPy arrays, in every process."""
     ...
 
   def to_checkpoint(self, state: Any) -> Any:
-    """The form of a placed state that is saved, with nothing copied."""
+    """A view of a placed state as checkpoints store it."""
     ...
 
   def from_checkpoint(self, saved: Any, like: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the training steps of both stages share: an optimiser's update, and steps that are left out."""
+"""What the training steps of both stages share: the optimiser's update, and skipping of non-finite steps."""
 
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ def updated(
 
 
 def skip_nonfinite(step: StepFunction) -> StepFunction:
-  """The step, but for one thing: where its metrics are not all finite, nothing changes but the count of steps.
+  """The step, except that where its metrics are not all finite only the step count changes.
 
   The loss and the norm of the gradients are among the metrics, and metrics are the same on every device.
   """

@@ -1,1 +1,1 @@
-"""Small things that every part uses: files, processes, signals, the compilation cache."""
+"""Utilities: settings, files, processes, signals, messages, the compilation cache."""

@@ -1,4 +1,4 @@
-"""Compiled programs are kept between runs, so that the same command starts faster the second time."""
+"""The persistent compilation cache, so that the same command starts faster the second time."""
 
 import hashlib
 import os

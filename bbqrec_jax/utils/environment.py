@@ -1,4 +1,4 @@
-"""What a user's shell or job script may tell JAX, and what becomes of it."""
+"""JAX options from the environment: which are overridden, and why."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Paths and files from anywhere: a path can be held to the end, and a file holds what it declares; none of it is run.
+"""Checks of paths and files from anywhere: that a path can be used, and a file holds what its header declares.
 
 Arrays are read without pickle, from a header that may declare no more than the file holds.
 """

@@ -1,4 +1,4 @@
-"""Memory of the host that a training step uses again, instead of asking the kernel for it anew."""
+"""Makes glibc reuse the memory that a training step frees, instead of returning it to the kernel."""
 
 import ctypes
 import os

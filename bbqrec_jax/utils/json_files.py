@@ -1,4 +1,4 @@
-"""JSON files that are there whole or not at all, and that tell when they were changed."""
+"""JSON files, written atomically and with a checksum."""
 
 import hashlib
 import json

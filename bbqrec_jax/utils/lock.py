@@ -1,4 +1,4 @@
-"""One start of a run at a time in its workdir: whoever comes second is told who is there."""
+"""A lock per workdir, so that one process at a time trains there; a second is told which process holds it."""
 
 import contextlib
 import datetime

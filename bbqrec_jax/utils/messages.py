@@ -1,4 +1,4 @@
-"""What a program says to the person at the terminal."""
+"""Messages and warnings on the terminal, from the first process alone."""
 
 import contextlib
 import sys

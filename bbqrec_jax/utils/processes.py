@@ -1,4 +1,4 @@
-"""One run in several processes, each with devices of its own: how they find one another, and what they agree on."""
+"""Runs of several processes, each with its own devices: how they join, and values that they agree on."""
 
 import itertools
 import os

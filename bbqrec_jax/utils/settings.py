@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import ml_collections
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.utils.named import named
+from bbqrec_jax.utils.named import part
 
 Settings = TypeVar("Settings")
 
@@ -64,8 +64,9 @@ def section(kind: Any, doc: str, **defaults: Any) -> Any:
 
 
 def _fields(settings: Any) -> Iterator[tuple[dataclasses.Field, Rule]]:
-  """The fields that a config has, with their rules."""
-  for field in dataclasses.fields(settings):
+  """The fields that a config has, with their rules; those of a base class come last."""
+  own = (settings if isinstance(settings, type) else type(settings)).__annotations__
+  for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):
     rule = field.metadata["rule"]
     if not rule.derived:
       yield field, rule
@@ -89,6 +90,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     else:
       flat[prefix + name] = tuple(value) if isinstance(value, list) else value
   return flat
+
+
+def foreign_code(kind: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """The fields, with their values, that name a part which is none of this project's."""
+  for field, rule in _fields(kind):
+    name = values.get(field.name)
+    if rule.parts and name is not None and name not in tuple(rule.parts):
+      yield field.name, str(name)
 
 
 def from_config(kind: type[Settings], config: Any, *, prefix: str = "", unchecked: str | None = None) -> Settings:
@@ -166,10 +175,7 @@ def _check(name: str, value: Any, rule: Rule) -> None:
   if rule.subset and (not set(value) <= set(rule.subset) or len(set(value)) < len(value)):
     raise InputError(f"{field} may hold each of {', '.join(rule.subset)} once, got {value!r}")
   if rule.parts:
-    try:
-      named(value, rule.parts)
-    except ValueError as error:
-      raise InputError(f"{field}: {error}") from error
+    part(name, value, rule.parts)
   if rule.least is not None and not (rule.least <= value and math.isfinite(value)):
     raise InputError(f"{field} must be at least {rule.least} and finite, got {value}")
   for bound, broken, words in (

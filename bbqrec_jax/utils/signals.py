@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: heard at once where nothing is lost by it, noted for later where a step is underway."""
+"""SIGTERM and Ctrl-C: raised immediately where work can be repeated, deferred to the end of a training step."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interrupted(BaseException):
   """A signal asked the run to stop, and everything is saved.
 
-  No `Exception`, so that no library takes it for an error of its own and goes on.
+  Not a subclass of `Exception`, so that no library catches it and continues.
 
   Attributes:
     signum: the signal.
@@ -27,14 +27,14 @@ class Interrupted(BaseException):
 
 
 @contextlib.contextmanager
-def heard_at_once() -> Iterator[None]:
-  """Raises `Interrupted` wherever the first SIGTERM or Ctrl-C finds the main thread.
+def immediate_signals() -> Iterator[None]:
+  """Raises `Interrupted` in the main thread at the first SIGTERM or Ctrl-C.
 
   A second Ctrl-C raises `KeyboardInterrupt`. Must be entered by the main thread. May be nested with itself and with
-  `noted`: the innermost counts.
+  `deferred_signals`: the innermost applies.
   """
   if processes.several():
-    yield  # One of several processes alone must not leave the work that they share.
+    yield  # One of several processes must not stop alone: the others would wait for it in a collective.
     return
   heard: list[int] = []
 
@@ -49,19 +49,19 @@ def heard_at_once() -> Iterator[None]:
       yield
     except KeyboardInterrupt:
       raise
-    except BaseException:  # A library may have made another error of it,
+    except BaseException:  # A library may have replaced `Interrupted` by an error of its own,
       if not heard:
         raise
-    if heard:  # and Python drops what is raised in a finaliser.
+    if heard:  # and Python ignores exceptions raised in a finaliser.
       raise Interrupted(heard[0])
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[list[int]]:
-  """Gives a list of the signals that came since, SIGTERM or Ctrl-C; a second Ctrl-C raises `KeyboardInterrupt`.
+def deferred_signals() -> Iterator[list[int]]:
+  """Yields a list that SIGTERM and Ctrl-C are appended to; a second Ctrl-C raises `KeyboardInterrupt`.
 
-  As `heard_at_once` in all else. Where there are several processes, JAX itself notes SIGTERM (see
-  `processes.told_to_stop`), and gets Ctrl-C as one; the list stays empty.
+  Otherwise as `immediate_signals`. With several processes JAX handles SIGTERM (see `processes.told_to_stop`), and
+  Ctrl-C is passed on to it as SIGTERM; the list stays empty.
   """
   caught: list[int] = []
 
@@ -83,14 +83,14 @@ def noted() -> Iterator[list[int]]:
 
 
 def _refuse_to_wait(signum: int) -> None:
-  """Schedulers may send SIGTERM again and again; whoever presses Ctrl-C once more means it."""
+  """Raises `KeyboardInterrupt` at a second Ctrl-C, but not at a second SIGTERM: schedulers may repeat that."""
   if signum == signal.SIGINT:
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, Any], None], numbers: tuple[int, ...] = _SIGNALS) -> Iterator[None]:
-  """Handles signals; what handled them before does so again afterwards."""
+  """Installs a handler for signals, and restores the previous ones afterwards."""
   previous = {number: signal.signal(number, handler) for number in numbers}
   try:
     yield
@@ -100,10 +100,10 @@ def _handled(handler: Callable[[int, Any], None], numbers: tuple[int, ...] = _SI
 
 
 @contextlib.contextmanager
-def impatient() -> Iterator[None]:
-  """Ends the process at a Ctrl-C that follows another signal, from a thread of its own; for programs.
+def exit_on_second_interrupt() -> Iterator[None]:
+  """Exits the process, from a separate thread, at a Ctrl-C that follows another signal; for programs.
 
-  Python's handlers wait for the main thread, which hears nothing while XLA compiles or computes.
+  Python's handlers run in the main thread, which is blocked while XLA compiles or computes.
   """
   reader, writer = os.pipe()
   os.set_blocking(writer, False)

@@ -1,4 +1,4 @@
-"""Standard streams that can be printed to whatever they are: closed, a pipe that nobody reads, a full disk, ASCII."""
+"""Standard streams that printing never fails on, though they be closed, a broken pipe, a full disk or ASCII only."""
 
 import contextlib
 import errno
@@ -15,10 +15,10 @@ _NARROWEST = 20  # Columns of a terminal in which help can be wrapped and a prog
 
 
 class _LastingFile(io.FileIO):
-  """A file descriptor that takes everything: from the first write that fails on it is the null device.
+  """A file descriptor that is replaced by the null device at the first write that fails.
 
   Attributes:
-    lost: the error of that write, None while there was none.
+    lost: the error of that write; None while all succeeded.
   """
 
   lost: OSError | None = None
@@ -47,10 +47,10 @@ def lasting(stream: TextIO) -> tuple[TextIO, _LastingFile]:
 
 @contextlib.contextmanager
 def lasting_streams(*, needed: bool = True) -> Iterator[None]:
-  """For programs: whatever standard streams there are, printing to them ends nothing.
+  """For programs: no failure of a standard stream ends the program.
 
-  Where a stream is closed, the null device takes its place (and no other file its number, which libraries write to). A
-  reader that has gone, as in `| head -1`, is no error: the program does what it does, to its usual status.
+  A closed stream is replaced by the null device, so that no other file gets its descriptor, which libraries write to. A
+  broken pipe, as in `| head -1`, is no error: the program runs to its end with its usual status.
 
   Args:
     needed: whether what is printed is what the program is for: if it could not be written for another reason, the

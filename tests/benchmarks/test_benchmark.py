@@ -10,8 +10,8 @@ import pytest
 
 from bbqrec_jax.benchmarks import limits
 from bbqrec_jax.benchmarks import run as benchmark
-from bbqrec_jax.benchmarks.cases import RECOMMENDERS, all_cases
-from bbqrec_jax.benchmarks.report import chart, comparison, table, utilisation
+from bbqrec_jax.benchmarks.cases import all_cases
+from bbqrec_jax.benchmarks.report import table, utilisation
 from bbqrec_jax.benchmarks.timing import Case, measure
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.json_files import write_json
@@ -20,7 +20,7 @@ from bbqrec_jax.utils.json_files import write_json
 @pytest.fixture
 def config(load_file):
   config = load_file("configs/benchmark.py").get_config("small")
-  config.num_users, config.num_items, config.tokenized, config.windows, config.window_seconds = 200, 100, 40, 2, 1e-3
+  config.num_users, config.num_items, config.windows, config.window_seconds = 200, 100, 2, 1e-3
   config.modalities = {"text": 12, "image": 8}
   config.run.update_from_flattened_dict({
     "tokenizer.num_codes": 16, "tokenizer.code_width": 8, "tokenizer.hidden": (16,), "tokenizer.batch_items": 16,
@@ -28,8 +28,9 @@ def config(load_file):
     "recommender.batch_rows": 4, "recommender.max_length": 8, "recommender.row_length": 8,
     "evaluation.batch_size": 8, "evaluation.beam_width": 4,
   })  # fmt: skip
-  config.encoder_decoder.update({"width": 8, "num_layers": 1, "head_width": 4, "mlp_width": 8, "batch_rows": 4,
-                                 "max_length": 8, "row_length": 8})  # fmt: skip
+  config.recommenders["encoder_decoder/generative"].update({
+    "width": 8, "num_layers": 1, "head_width": 4, "mlp_width": 8, "batch_rows": 4, "max_length": 8, "row_length": 8,
+  })  # fmt: skip
   return config
 
 
@@ -37,9 +38,8 @@ def test_every_case_has_a_name_of_its_own_and_is_counted(config):
   cases = list(all_cases(config))
   names = [case.name for case in cases]
   assert len(set(names)) == len(names)
-  assert {f"{name}/train step" for name in RECOMMENDERS} | {"tokenizer/train step", "tokenizer/tokenization"} <= set(
-    names
-  )
+  made = {"tokenizer", *config.recommenders}
+  assert {name for name in names if name.endswith("/train step")} == {f"{name}/train step" for name in made}
   for case in cases:
     assert case.work > 0
     assert ("pipeline" in case.name) == (case.cost is None)
@@ -51,21 +51,21 @@ def test_every_case_has_a_name_of_its_own_and_is_counted(config):
 
 def test_some_names_make_no_other_cases(config):
   everything = [case.name for case in all_cases(config)]
-  for only in (("tokenizer/tok",), ("causal/input", "attention/xla"), ("causal/dense",), ("encoder_decoder",)):
+  for only in (("tokenizer/tok",), ("causal/input",), ("causal/dense",), ("encoder_decoder",)):
     assert [case.name for case in all_cases(config, only)] == [name for name in everything if name.startswith(only)]
 
 
-def test_a_result_can_be_written_compared_and_drawn(config, monkeypatch):
+def test_a_result_can_be_written_and_read(config, monkeypatch):
   monkeypatch.setattr(benchmark, "measured_limits", lambda: limits.measured_limits(size=64))
   kept = []
   result = benchmark.run(
     config,
-    only=("tokenizer/tokenization", "tokenizer/input", "attention/einsum"),
+    only=("tokenizer/tokenization", "tokenizer/input"),
     keep=lambda result: kept.append(len(result["records"])),
   )
-  assert kept == [1, 2, 3]
+  assert kept == [1, 2]
   names = [record["name"] for record in result["records"]]
-  assert names == ["tokenizer/tokenization", "tokenizer/input pipeline", "attention/einsum"]
+  assert names == ["tokenizer/tokenization", "tokenizer/input pipeline"]
   for record in result["records"]:
     assert 0 < record["median_s"] <= record["p90_s"]
     assert record["rate"] == pytest.approx(record["work"] / record["median_s"])
@@ -73,9 +73,6 @@ def test_a_result_can_be_written_compared_and_drawn(config, monkeypatch):
   result = json.loads(json.dumps(result))
   text = table(result)
   assert all(name in text for name in names)
-  assert "1.00 |" in comparison(result, result)
-  figure = chart(result)
-  assert len(figure.axes[0].patches) == len(names)
 
 
 def stored(device, config, rates):
@@ -156,8 +153,8 @@ def test_a_window_holds_as_many_calls_as_it_says():
     return lambda: called.append(1) or made[-1](jnp.ones(3))
 
   record = measure(Case("a/b", 3, "items", make, lambda: (5.0, 7.0)), windows=3, window_seconds=1e-3)
-  assert len(made) == 2, "once compiled from nothing, once from the cache"
-  assert len(called) == 3 + 3 * record["calls"], "each first call, one to judge by, and the windows"
+  assert len(made) == 1
+  assert len(called) == 2 + 3 * record["calls"], "the first call, one to judge by, and the windows"
   assert (record["flops"], record["bytes"]) == (5.0, 7.0)
 
 

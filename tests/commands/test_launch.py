@@ -3,7 +3,6 @@
 Nothing here reaches a cloud or a cluster: the programs that would are replaced by ones that note how they were called.
 """
 
-import json
 import os
 import pathlib
 import pty
@@ -15,7 +14,9 @@ import sys
 import time
 
 import pytest
+import yaml
 
+from bbqrec_jax.commands import launch as program
 from bbqrec_jax.launch import slurm
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -104,7 +105,7 @@ def test_the_scripts_pass_shellcheck():
 
 
 def test_plan_of_a_resumed_queued_tpu(launch):
-  options = ("--queued", "--spot", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite")
+  options = ("--spot", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite")
   result = launch(*TPU, "resume", *options, "--bucket=my-bucket", "--dry-run", flags=FLAGS)
   assert commands(result) == [
     "# asks first: delete the TPU bb in us-west4-a",
@@ -119,26 +120,27 @@ def test_plan_of_a_resumed_queued_tpu(launch):
     " experiments pyproject.toml setup.cfg",
     "gcloud compute tpus tpu-vm scp dist/bbqrec_jax.tar.gz bb: --zone=us-west4-a --worker=all",
     "gcloud compute tpus tpu-vm ssh bb --zone=us-west4-a --worker=all '--command=mkdir -p bbqrec_jax && tar --extract"
-    f" --gzip --file=bbqrec_jax.tar.gz --directory=bbqrec_jax && {WORKER} install bucket my-bucket'",
+    f" --gzip --file=bbqrec_jax.tar.gz --directory=bbqrec_jax && {WORKER} install my-bucket'",
     f"gcloud compute tpus tpu-vm ssh bb --zone=us-west4-a --worker=all '--command={WORKER} start -m bbqrec_jax.main"
     " --distributed=on --config=configs/beauty.py:dense --workdir=/mnt/bbqrec/runs/bb'",
   ]
   assert all((ROOT / name).exists() for name in commands(result)[7].split()[5:])
 
 
-def test_plan_of_a_tpu_with_a_disk(launch):
-  options = ("--project=p", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e", "--disk=my-disk")
+def test_plan_of_a_tpu_with_flags_of_its_own(launch):
+  options = ("--project=p", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e")
   result = launch(*TPU, "create", "logs", "stop", "delete", *options, "--create-flag=--network=my net", "--dry-run")
   where = "--zone=us-west4-a --project=p"
   assert commands(result) == [
     "# asks first: create the TPU bb in us-west4-a (v6e-8), which costs money until it is deleted",
-    f"gcloud compute tpus tpu-vm create bb {where} --accelerator-type=v6e-8 --version=v2-alpha-tpuv6e"
-    " --data-disk=source=projects/p/zones/us-west4-a/disks/my-disk,mode=read-write '--network=my net'",
+    f"gcloud compute tpus queued-resources create bb {where} --accelerator-type=v6e-8"
+    " --runtime-version=v2-alpha-tpuv6e --node-id=bb '--network=my net'",
+    f"bash bbqrec_jax/launch/check.sh active bb {where}",
     f"gcloud compute tpus tpu-vm ssh bb {where} --worker=0"
     " '--command=sudo journalctl --unit=bbqrec --output=cat --lines=1000 --follow'",
     f"gcloud compute tpus tpu-vm ssh bb {where} --worker=all '--command=sudo systemctl stop bbqrec'",
     "# asks first: delete the TPU bb in us-west4-a",
-    f"gcloud compute tpus tpu-vm delete bb {where} --quiet",
+    f"gcloud compute tpus queued-resources delete bb {where} --quiet --force",
   ]
 
 
@@ -158,7 +160,7 @@ def test_plan_of_a_slurm_job(launch):
 def manifest(lines):
   """The objects that `kubectl apply` reads, by kind."""
   start = next(at for at, line in enumerate(lines) if line.endswith("apply --filename=- <<'END'"))
-  items = json.loads("\n".join(lines[start + 1 : lines.index("END")]))["items"]
+  items = yaml.safe_load_all("\n".join(lines[start + 1 : lines.index("END")]))
   return {item["kind"]: item for item in items}
 
 
@@ -167,7 +169,8 @@ def test_plan_of_a_jobset_of_tpus(launch):
   own += ("--name=bb", "--image=registry/bb:1", "--context=mine", "--namespace=lab", "--dry-run")
   lines = commands(launch("jobset", "delete", "build", "apply", "logs", *own, flags=FLAGS))
   kubectl = "kubectl --context=mine --namespace=lab"
-  assert [line for line in lines if not line.startswith((" ", "{", "}"))] == [
+  start, end = next(at for at, line in enumerate(lines) if line.endswith("<<'END'")), lines.index("END")
+  assert lines[: start + 1] + lines[end:] == [
     "# asks first: delete the JobSet bb",
     f"{kubectl} delete jobsets.jobset.x-k8s.io bb --cascade=foreground --ignore-not-found",
     "docker build --file=bbqrec_jax/launch/Dockerfile --platform=linux/amd64 --build-arg=ACCELERATOR=tpu"
@@ -221,8 +224,9 @@ def test_plan_of_a_jobset_of_tpus(launch):
   (container,) = spec["containers"]
   assert (container["name"], container["image"]) == ("bbqrec", "registry/bb:1")
   assert container["resources"] == {"limits": {"google.com/tpu": 4}}
-  assert container["volumeMounts"] == [{"name": "storage", "mountPath": "/mnt/bbqrec"}]
-  assert [volume["csi"]["volumeAttributes"]["bucketName"] for volume in spec["volumes"]] == ["my-bucket"]
+  shared = {"name": "shared-memory", "mountPath": "/dev/shm"}
+  assert container["volumeMounts"] == [{"name": "storage", "mountPath": "/mnt/bbqrec"}, shared]
+  assert spec["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
   script = ("bash", "bbqrec_jax/launch/container.sh", "/mnt/bbqrec/runs/bb")
   assert container["command"] == [*script, "python", *MAIN, *FLAGS]
 
@@ -363,7 +367,7 @@ def test_a_worker_mounts_and_installs_once(stand_ins, tmp_path):
   )
   uv.symlink_to(stand_ins.path.split(os.pathsep)[0] + "/uv")
   environment = os.environ | {"PATH": stand_ins.path, "HOME": str(tmp_path)}
-  command = ["bash", FOLDER / "tpu_worker.sh", "install", "bucket", "my-bucket"]
+  command = ["bash", FOLDER / "tpu_worker.sh", "install", "my-bucket"]
   for _ in range(2):
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
   plain = [call for call in calls() if call[0] not in ("sudo", "mountpoint")]
@@ -437,10 +441,7 @@ SLURM = ("slurm", "--nodes=2", "--gpus-per-node=4")
     ((*TPU, "run"), (*FLAGS, "--config.data.path=gs:/b"), "--config.data.path=gs:/b: expected a path, got a URL"),
     ((*TPU, "run"), ("--config=c", "--workdir=/mnt/bbqrec/../x"), "expected a folder below"),
     ((*TPU, "run"), (*FLAGS, "--config.data.path=/home/me/data"), "--config.data.path=/home/me/data: expected"),
-    ((*TPU, "install"), (), "needs one of --bucket and --disk"),
-    ((*TPU, "install", "--bucket=b", "--disk=d"), (), "needs one of --bucket and --disk"),
-    ((*CREATE, "--disk=d"), (), "--disk=d needs --project"),
-    ((*CREATE, "--accelerator-type=v6e-16", "--disk=d", "--project=p"), (), "v6e-16 has several hosts"),
+    ((*TPU, "install"), (), "`install` needs --bucket"),
     ((*SLURM[:2], "--gpus-per-node=0"), FLAGS, "--gpus-per-node: expected a number from 1 on, got 0"),
     (SLURM, (), "--config is missing"),
     (SLURM, ("--config=c", "--workdir=S3://b/x"), "--workdir=S3://b/x: expected a path, got a URL"),
@@ -454,11 +455,14 @@ SLURM = ("slurm", "--nodes=2", "--gpus-per-node=4")
     (("jobset", "build", "--name=bb"), (), "--image is missing"),
   ],
 )
-def test_what_cannot_work_is_refused_in_one_line(launch, arguments, flags, named):
-  result = launch(*arguments, "--dry-run", flags=flags) if arguments else launch()
-  assert result.returncode == 2
-  assert result.stdout == ""
-  (line,) = result.stderr.splitlines()
+def test_what_cannot_work_is_refused_in_one_line(capsys, arguments, flags, named):
+  own = [*arguments, "--dry-run"] if arguments else []
+  with pytest.raises(SystemExit) as end:
+    program.main([*own, *(["--", *flags] if flags else [])])
+  assert end.value.code == 2
+  printed = capsys.readouterr()
+  assert printed.out == ""
+  (line,) = printed.err.splitlines()
   assert line.startswith("error: ")
   assert named in line
 
@@ -494,10 +498,10 @@ def test_without_a_terminal_nothing_that_costs_is_run(launch, stand_ins):
 
 
 @pytest.mark.parametrize(
-  ("answers", "status", "run"), [("y\ny\n", 0, 2), ("y\nn\n", 1, 0), ("\n", 1, 0)], ids=["agreed", "half", "declined"]
+  ("answers", "status", "run"), [("y\ny\n", 0, 3), ("y\nn\n", 1, 0), ("\n", 1, 0)], ids=["agreed", "half", "declined"]
 )
 def test_everything_is_asked_before_anything_is_run(launch, stand_ins, answers, status, run):
-  calls = stand_ins(gcloud="")
+  calls = stand_ins(gcloud="echo ACTIVE")
   terminal, end = pty.openpty()
   try:
     os.write(terminal, answers.encode())
@@ -513,9 +517,13 @@ def test_everything_is_asked_before_anything_is_run(launch, stand_ins, answers, 
 
 def test_what_is_run_is_what_is_printed_until_something_fails(launch, stand_ins):
   own = (*TPU, "delete", "create", "run", *CREATE[4:])
-  calls = stand_ins(gcloud='[[ $4 != "$FAILING" ]]')
+  noted = stand_ins(gcloud='echo ACTIVE; [[ $4 != "$FAILING" ]]')
+
+  def calls():
+    return [call for call in noted() if "describe" not in call]
+
   lines = commands(launch(*own, "--dry-run", flags=(*FLAGS, *ODD), path=stand_ins.path))
-  printed = [shlex.split(line) for line in lines if not line.startswith("#")]
+  printed = [shlex.split(line) for line in lines if line.startswith("gcloud")]
   assert calls() == []
   result = launch(*own, "--yes", flags=(*FLAGS, *ODD), path=stand_ins.path)
   assert result.returncode == 0, result.stderr
@@ -526,4 +534,4 @@ def test_what_is_run_is_what_is_printed_until_something_fails(launch, stand_ins)
   assert calls()[3:] == printed[:2]
   assert result.returncode == 1
   (line,) = result.stderr.splitlines()
-  assert line.startswith("error: status 1 of gcloud compute tpus tpu-vm create bb ")
+  assert line.startswith("error: status 1 of gcloud compute tpus queued-resources create bb ")

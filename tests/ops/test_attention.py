@@ -1,7 +1,6 @@
 """Attention with an additive bias against NumPy in float64, and who may see whom."""
 
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -51,20 +50,26 @@ def test_attention_equals_numpy_with_and_without_a_bias():
   assert_allclose(plain, oracle(query, key, value, np.asarray(mask), np.zeros_like(bias)), atol=1e-5)
 
 
+def jaxs_own(query, key, value, *, mask, bias):
+  full = (BATCH, HEADS, LENGTH, LENGTH)
+  bias, mask = jnp.broadcast_to(bias, full), jnp.broadcast_to(mask, full)
+  return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask)
+
+
 @pytest.mark.parametrize("shape", [(BATCH, HEADS, LENGTH, LENGTH), (1, HEADS, LENGTH, LENGTH), (BATCH, 1, 1, LENGTH)])
-def test_xlas_attention_equals_the_reference_and_so_do_its_gradients(shape):
+def test_attention_and_its_gradients_equal_jaxs_own(shape):
   query, key, value, bias = map(jnp.asarray, inputs())
   mask = history_mask(jnp.asarray(SEGMENTS))
   bias = bias[: shape[0], : shape[1], : shape[2]]
   cotangent = jnp.asarray(np.random.default_rng(7).normal(size=query.shape), jnp.float32)
 
-  def run(implementation):
+  def gradients(function):
     def scalar(*parts):
-      return jnp.sum(cotangent * attention(*parts[:3], mask=mask, bias=parts[3], implementation=implementation))
+      return jnp.sum(cotangent * function(*parts[:3], mask=mask, bias=parts[3]))
 
     return jax.jit(jax.grad(scalar, argnums=(0, 1, 2, 3)))(query, key, value, bias)
 
-  for got, expected in zip(run("xla"), run("einsum"), strict=True):
+  for got, expected in zip(gradients(attention), gradients(jaxs_own), strict=True):
     assert_allclose(got, expected, atol=2e-5)
 
 
@@ -100,33 +105,19 @@ def test_the_gradient_of_attentions_gradient_is_that_of_plain_products():
   query, key, value, bias = map(jnp.asarray, inputs())
   mask = history_mask(jnp.asarray(SEGMENTS))
 
-  def curvature(implementation):
+  def curvature(function):
     def scalar(query):
-      return jnp.sum(jnp.sin(attention(query, key, value, mask=mask, bias=bias, implementation=implementation)))
+      return jnp.sum(jnp.sin(function(query, key, value, mask=mask, bias=bias)))
 
     return jax.jit(jax.grad(lambda query: jnp.sum(jnp.square(jax.grad(scalar)(query)))))(query)
 
-  assert_allclose(curvature("einsum"), curvature("xla"), atol=1e-4)
+  assert_allclose(curvature(attention), curvature(jaxs_own), atol=1e-4)
 
 
-def test_where_cudnn_cannot_xla_does_and_one_line_says_so(caplog):
-  query, key, value, bias = map(jnp.asarray, inputs())
-  mask = history_mask(jnp.asarray(SEGMENTS))
-  with caplog.at_level(logging.WARNING):
-    for _ in range(2):
-      got = attention(query, key, value, mask=mask, bias=bias, implementation="cudnn")
-  assert_array_equal(got, attention(query, key, value, mask=mask, bias=bias, implementation="xla"))
-  (line,) = [record.getMessage() for record in caplog.records if "cuDNN" in record.getMessage()]
-  for part in ("float32", "a head width of 4", "odd lengths, 7 and 7"):
-    assert part in line
-
-
-@pytest.mark.parametrize("implementation", ["einsum", "xla"])
-def test_zero_bias_gives_bit_for_bit_what_no_bias_gives(implementation):
+def test_zero_bias_gives_bit_for_bit_what_no_bias_gives():
   query, key, value, bias = inputs()
   mask = history_mask(jnp.asarray(SEGMENTS))
-  bound = functools.partial(attention, implementation=implementation)
-  for run in (bound, jax.jit(bound, static_argnames="implementation")):
+  for run in (attention, jax.jit(attention)):
     plain = run(query, key, value, mask=mask)
     assert_array_equal(run(query, key, value, mask=mask, bias=jnp.zeros_like(jnp.asarray(bias))), plain)
     assert (np.asarray(run(query, key, value, mask=mask, bias=jnp.asarray(bias))) != np.asarray(plain)).any()

@@ -13,7 +13,7 @@ from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.recommender import train as recommender_stage
 from bbqrec_jax.recommender.train import run_recommender
-from bbqrec_jax.training.monitor import Safeguards
+from bbqrec_jax.training.settings import Safeguards
 
 ITEMS = 30  # Of `ids`.
 

@@ -1,9 +1,11 @@
 """The tokenizer's losses: what each sees, what it moves, and what must not touch it."""
 
+import contextlib
 import dataclasses
 import functools
-import re
+from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.club import club_full
 from bbqrec_jax.ops.quantize import residual_quantize
-from bbqrec_jax.tokenizer.club import ClubCritic
-from bbqrec_jax.tokenizer.losses import check_own_loss, tokenizer_loss
+from bbqrec_jax.ops.reduction import masked_mean
+from bbqrec_jax.tokenizer.club import ClubNetwork
+from bbqrec_jax.tokenizer.encoders import MLP, Encoder
+from bbqrec_jax.tokenizer.losses import tokenizer_loss
 from bbqrec_jax.tokenizer.model import Tokenizer, by_codebook, stream_codebooks
+from bbqrec_jax.tokenizer.parts import try_parts
 from bbqrec_jax.tokenizer.quantizers import ResidualQuantizer
 from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
 
@@ -24,15 +29,16 @@ MODALITIES = ("text", "image")
 SETTINGS = TokenizerSettings(
   modalities=(("text", 5), ("image", 3)), num_items=ITEMS, code_width=WIDTH, num_levels=LEVELS, num_codes=CODES,
   hidden=(7,), temperature=0.5, history_layers=1, history_heads=2, max_length=6, dropout=0.3,
+  own_loss=f"{__name__}:far_from_one",
 )  # fmt: skip
-WITHOUT_ID = dataclasses.replace(SETTINGS, item_id="none")
+WITHOUT_ID = replace(SETTINGS, item_id="none")
 # Items 0..7 occur in histories, 8 and 9 at padding alone, 10 and 11 in the catalogue sample alone.
 # The last row is full, so that a history ends with it.
 HISTORY = np.array([[0, 1, 2, 3, 4, 8], [5, 6, 7, 1, 9, 8], [4, 0, 6, 5, 3, 1]])
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 0, 0], [4, 4, 4, 4, 4, 4]])
 POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 5]])
 SAMPLE = np.array([10, 3, 0, 11, 6, 9, 2])
-CRITIC = ClubCritic(MODALITIES, WIDTH)
+NETWORK = ClubNetwork(MODALITIES, WIDTH)
 LOSSES = tuple(field.name for field in dataclasses.fields(LossWeights))
 ONES = LossWeights(**dict.fromkeys(LOSSES, 1.0))
 
@@ -42,7 +48,7 @@ def only(name):
 
 
 def far_from_one(rows):
-  """A loss of one's own."""
+  """A custom loss."""
   return jnp.mean(jnp.square(rows.quantized["fused"] - 1.0), axis=-1)
 
 
@@ -77,19 +83,19 @@ def params(random_params, batch):
 @pytest.fixture(scope="module")
 def run(random_params):
   """(params, batch, weights, quantized) -> (loss, output, gradient), one compiled program for each setting."""
-  critic = random_params(CRITIC, {name: jnp.zeros((1, WIDTH)) for name in MODALITIES}, seed=1)
+  network = random_params(NETWORK, {name: jnp.zeros((1, WIDTH)) for name in MODALITIES}, seed=1)
 
   def bound(quantized, specific, present):
-    predicted = CRITIC.apply({"params": critic}, quantized)
+    predicted = NETWORK.apply({"params": network}, quantized)
     return sum(club_full(*predicted[name], specific[name], present[name]) for name in MODALITIES)
 
   @functools.partial(jax.jit, static_argnames="settings")
   def compiled(params, batch, weights, quantized, settings):
+    # Weights are traced, so that others need no other program.
+    model = Tokenizer(replace(settings, weights=LossWeights(**weights)))
+
     def loss(params):
-      return tokenizer_loss(
-        Tokenizer(settings), params, batch, weights=LossWeights(**weights), quantized=quantized, bound=bound,
-        own_loss=far_from_one,
-      )  # fmt: skip
+      return tokenizer_loss(model, params, batch, quantized=quantized, bound=bound)
 
     (value, output), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     return value, output, gradient
@@ -124,31 +130,31 @@ def layer_norm(x):
   return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-6)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_fused_latent_is_the_mean_of_the_present_modalities_plus_the_item_id(params, batch, normalize):
-  values, present = latents(params, batch, dataclasses.replace(SETTINGS, normalize=normalize))
+def test_fused_latent_is_the_normalised_mean_of_the_present_modalities_plus_the_item_id(params, batch):
+  values, present = latents(params, batch)
   assert SETTINGS.streams == ("text", "image", "id", "fused")
   masks = np.stack([batch["present"][name] for name in MODALITIES])
   assert {tuple(column) for column in masks.T.tolist()} == {(True, True), (True, False), (False, True)}
   assert_array_equal(present, [*masks, *np.ones((2, len(SAMPLE)), bool)])
   assert_array_equal(values[2], params["item_embedding"]["embedding"][SAMPLE])
   mean = (np.asarray(values[:2]) * masks[..., None]).sum(axis=0) / masks.sum(axis=0)[:, None]
-  fused = mean + np.asarray(values[2])
-  assert_allclose(values[3], layer_norm(fused) if normalize else fused, atol=1e-5)
+  assert_allclose(values[3], layer_norm(mean + np.asarray(values[2])), atol=1e-5)
 
 
 def test_an_item_of_no_modality_is_its_id_alone(params, batch):
-  plain = dataclasses.replace(SETTINGS, normalize=False)
   absent = batch | {"present": {name: np.zeros(len(SAMPLE), bool) for name in MODALITIES}}
-  values, _ = latents(params, absent, plain)
-  assert_array_equal(values[3], values[2])
+  values, _ = latents(params, absent)
+  assert_allclose(values[3], layer_norm(values[2]), atol=1e-5)
 
 
-def test_normalised_modalities_are_the_layer_norm_of_the_plain_ones(params, batch):
-  plain = latents(params, batch, dataclasses.replace(SETTINGS, normalize=False)).values
+def test_the_latents_of_modalities_are_the_layer_norm_of_what_their_encoders_give(params, batch):
   values, present = latents(params, batch)
-  here = np.asarray(present)[:2]
-  assert_allclose(np.asarray(values)[:2][here], layer_norm(plain[:2])[here], atol=1e-5)
+  for index, name in enumerate(MODALITIES):
+    plain = MLP((*SETTINGS.hidden, WIDTH)).apply(
+      {"params": params[f"behaviour_encoders_{name}"]}, batch["features"][name]
+    )
+    here = np.asarray(present)[index]
+    assert_allclose(np.asarray(values)[index][here], layer_norm(plain)[here], atol=1e-5)
 
 
 def test_specific_latents_have_zero_mean_and_unit_variance(params, batch):
@@ -162,7 +168,7 @@ def test_specific_latents_have_zero_mean_and_unit_variance(params, batch):
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_weight_changes_the_gradient_by_the_gradient_of_its_term(params, batch, run, name):
   full_loss, output, full = run(params, batch)
-  loss, _, without = run(params, batch, weights=dataclasses.replace(ONES, **{name: 0.0}))
+  loss, _, without = run(params, batch, weights=replace(ONES, **{name: 0.0}))
   alone_loss, _, alone = run(params, batch, weights=only(name))
   assert_allclose(full_loss - loss, output.terms[name], atol=1e-5)
   assert_allclose(alone_loss, output.terms[name], rtol=1e-6)
@@ -194,24 +200,28 @@ def test_each_loss_moves_its_own_parameters_and_only_quantization_moves_codeword
   assert moved(gradient) == expected
 
 
+GIVEN = []
+
+
+def watched(rows):
+  """A custom loss that keeps what it is given, outside of any compiled program."""
+  GIVEN.append(rows)
+  return jnp.arange(len(rows.items), dtype=jnp.float32)
+
+
 @pytest.mark.parametrize("quantized", [False, True])
-def test_a_loss_of_ones_own_is_given_what_the_tokenizer_makes_of_the_items(params, batch, quantized):
+def test_a_custom_loss_is_given_what_the_tokenizer_makes_of_the_items(params, batch, quantized):
+  settings = replace(SETTINGS, own_loss=f"{__name__}:watched", weights=replace(only("own"), own=3.0))
+
   @jax.jit
   def run(params, batch):
-    given = []
+    GIVEN.clear()
+    return *tokenizer_loss(Tokenizer(settings), params, batch, quantized=quantized), GIVEN[0]
 
-    def own_loss(rows):
-      given.append(rows)
-      return jnp.arange(len(SAMPLE), dtype=jnp.float32)
-
-    weights = dataclasses.replace(only("own"), own=3.0)
-    result = tokenizer_loss(Tokenizer(SETTINGS), params, batch, weights=weights, quantized=quantized, own_loss=own_loss)
-    return *result, given
-
-  loss, output, given = run(params, batch)
+  loss, output, rows = run(params, batch)
   assert_allclose(output.terms["own"], (len(SAMPLE) - 1) / 2)
   assert_allclose(loss, 3 * (len(SAMPLE) - 1) / 2)
-  (rows,), made = given, latents(params, batch)
+  made = latents(params, batch)
   assert_array_equal(rows.items, SAMPLE)
   assert_trees_equal(rows.features, batch["features"])
   specific = call(SETTINGS, "specific", params, batch["features"])
@@ -226,29 +236,63 @@ def test_a_loss_of_ones_own_is_given_what_the_tokenizer_makes_of_the_items(param
     assert_allclose(rows.specific[name], specific[name], atol=1e-6)
 
 
-SHAPES = []
+class Linear(Encoder):
+  """A custom encoder, of one layer."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(self.widths[-1])(x)
 
 
-def watched(rows):
-  SHAPES.append(jax.eval_shape(lambda: rows))
-  return jnp.zeros(len(rows.items))
+class Wide(Linear):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(self.widths[-1] + 1)(x)
 
 
-def test_a_loss_of_ones_own_is_tried_on_what_it_will_be_given(params, batch):
-  SHAPES.clear()
-  check_own_loss(f"{__name__}:watched", SETTINGS, batch_items=len(SAMPLE))
-  jax.eval_shape(functools.partial(tokenizer_loss, Tokenizer(SETTINGS), weights=ONES, own_loss=watched), params, batch)
-  tried, given = SHAPES
-  assert tried == given
+def margin(queries, targets, target_ids, valid, *, temperature, axis_name):
+  """A custom contrast: the mean distance of a state from its target, beyond the temperature."""
+  distance = jnp.sum(jnp.square(queries - targets), axis=-1)
+  loss = masked_mean(jax.nn.relu(distance - temperature), valid, axis_name=axis_name)
+  return loss, {"accuracy": jnp.zeros((), jnp.float32)}
 
 
-@pytest.mark.parametrize("shape", [(), (len(SAMPLE), 2), (3,)])
-def test_a_loss_of_ones_own_that_is_no_number_an_item_is_refused(params, batch, shape):
-  bound = functools.partial(tokenizer_loss, Tokenizer(SETTINGS), weights=ONES, own_loss=lambda rows: jnp.zeros(shape))
-  with pytest.raises(
-    InputError, match=rf"own_loss: expected a number for each of 7 items, \[7\], got .* {re.escape(str(list(shape)))}"
-  ):
-    jax.eval_shape(bound, params, batch)
+def no_mean(queries, *rest, **options):
+  return queries[:, 0], {"accuracy": jnp.zeros((), jnp.float32)}
+
+
+def numberless(rows):
+  return jnp.zeros((len(rows.items), 2))
+
+
+def test_a_custom_encoder_and_contrast_are_what_the_losses_are_taken_of(random_params, batch):
+  settings = replace(SETTINGS, encoder=f"{__name__}:Linear", contrast=f"{__name__}:margin")
+  try_parts(settings, batch_items=len(SAMPLE))
+  params = random_params(Tokenizer(settings), batch)
+  assert params["behaviour_encoders_text"]["Dense_0"]["kernel"].shape == (5, WIDTH)
+  _, output = jax.jit(functools.partial(tokenizer_loss, Tokenizer(settings)))(params, batch)
+  _, plain = jax.jit(functools.partial(tokenizer_loss, Tokenizer(replace(settings, contrast="info_nce"))))(
+    params, batch
+  )
+  assert output.terms["contrast"] != plain.terms["contrast"]
+  assert output.terms["reconstruction"] == plain.terms["reconstruction"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"own_loss": "watched"}, ""),
+    ({"own_loss": "numberless"}, r"own_loss: expected a number per item, \[7\], got an array of shape \[7, 2\]"),
+    ({"encoder": "Wide"}, r"tokenizer\.encoder = .*Wide' breaks the contract"),
+    ({"encoder": "margin"}, r"tokenizer\.encoder = .* expected a subclass of .*\.Encoder, got <function margin"),
+    ({"contrast": "no_mean"}, r"tokenizer\.contrast = .*no_mean' breaks the contract .*a loss that is one number"),
+    ({"contrast": "nosuch"}, r"tokenizer\.contrast: expected one of info_nce, or module:function, got"),
+  ],
+)
+def test_custom_parts_are_tried_on_shapes_before_anything_is_trained(changes, said):
+  settings = replace(SETTINGS, **{"own_loss": ""} | {name: f"{__name__}:{part}" for name, part in changes.items()})
+  with pytest.raises(InputError, match=said) if said else contextlib.nullcontext():
+    try_parts(settings, batch_items=len(SAMPLE))
 
 
 def test_features_of_missing_modalities_change_nothing_whatever_they_hold(params, batch, run):
@@ -316,7 +360,7 @@ def test_codebooks_take_no_part_while_unquantized(params, batch, run):
 
 
 def test_equal_latents_in_all_streams_get_equal_codes(random_params):
-  settings = dataclasses.replace(SETTINGS, modalities=(("text", 5), ("image", 5)), item_id="none", normalize=False)
+  settings = replace(SETTINGS, modalities=(("text", 5), ("image", 5)), item_id="none")
   features = np.random.default_rng(2).normal(size=(len(SAMPLE), 5)).astype(np.float32)
   present = np.ones(len(SAMPLE), bool)
   batch = {
@@ -347,7 +391,7 @@ def test_without_item_ids_the_numbers_of_items_do_not_matter(params, batch, run)
   assert_trees_equal(other_gradient, gradient)
 
 
-CONTRASTS = dataclasses.replace(only("contrast"), modality_contrast=1.0)
+CONTRASTS = replace(only("contrast"), modality_contrast=1.0)
 
 
 def test_contrast_sees_no_item_outside_the_packed_histories(params, batch, run):
@@ -390,7 +434,7 @@ def test_contrast_is_blind_to_padding_but_not_to_a_real_position(params, batch, 
 
 
 def test_other_losses_see_the_catalogue_sample_alone(params, batch, run):
-  others = dataclasses.replace(ONES, contrast=0.0, modality_contrast=0.0)
+  others = replace(ONES, contrast=0.0, modality_contrast=0.0)
   loss, _, gradient = run(params, batch, weights=others)
   changed = batch | {"history_features": {name: value + 1 for name, value in batch["history_features"].items()}}
   other_loss, _, other_gradient = run(params, changed, weights=others)
@@ -454,12 +498,10 @@ def test_with_every_specific_latent_withheld_they_cannot_help_reconstruction(par
   on_device = jax.tree.map(jnp.asarray, batch)
 
   def gradient(share):
-    settings = dataclasses.replace(SETTINGS, specific_dropout=share, dropout=0.0)
+    settings = replace(SETTINGS, specific_dropout=share, dropout=0.0, weights=only("reconstruction"))
 
     def loss(params):
-      return tokenizer_loss(
-        Tokenizer(settings), params, on_device, weights=only("reconstruction"), key=jax.random.key(0)
-      )[0]
+      return tokenizer_loss(Tokenizer(settings), params, on_device, key=jax.random.key(0))[0]
 
     return moved(jax.jit(jax.grad(loss))(params))
 
@@ -472,11 +514,8 @@ def test_an_item_seen_by_a_prefix_of_its_codewords_is_seen_by_its_first_and_with
 
   @functools.partial(jax.jit, static_argnames="share")
   def contrast(codebooks, share):
-    settings = dataclasses.replace(SETTINGS, level_dropout=share, dropout=0.0)
-    loss, _ = tokenizer_loss(
-      Tokenizer(settings), params | {"codebooks": codebooks}, on_device, weights=only("contrast"), key=jax.random.key(0)
-    )
-    return loss
+    settings = replace(SETTINGS, level_dropout=share, dropout=0.0, weights=only("contrast"))
+    return tokenizer_loss(Tokenizer(settings), params | {"codebooks": codebooks}, on_device, key=jax.random.key(0))[0]
 
   codebooks = jnp.asarray(params["codebooks"])
   assert LEVELS == 2, "a prefix of three levels may be of one or of two"
@@ -507,7 +546,7 @@ def test_a_row_that_lacks_a_modality_has_its_fused_latent_there(params, batch):
 
 @pytest.mark.parametrize("codebooks", ["shared", "per_stream"])
 def test_each_stream_is_quantized_with_the_codebooks_that_serve_it(batch, random_params, codebooks):
-  settings = dataclasses.replace(SETTINGS, codebooks=codebooks)
+  settings = replace(SETTINGS, codebooks=codebooks)
   params = random_params(Tokenizer(settings), batch)
   assert params["codebooks"].shape == settings.codebook_shape
   assert settings.codebook_shape[:2] == {"shared": (1, 2), "per_stream": (4, 2)}[codebooks]
@@ -538,7 +577,7 @@ class Zeros(ResidualQuantizer):
 
 
 def test_another_quantizer_is_a_class_by_its_name(params, batch):
-  settings = dataclasses.replace(SETTINGS, quantizer=f"{__name__}:Zeros")
+  settings = replace(SETTINGS, quantizer=f"{__name__}:Zeros")
   values = latents(params, batch, settings).values
   result = call(settings, "quantize", params, values)
   assert len(np.unique(np.asarray(result.codes).reshape(-1, LEVELS), axis=0)) == 1
@@ -546,7 +585,7 @@ def test_another_quantizer_is_a_class_by_its_name(params, batch):
 
 
 def test_the_gradient_of_finite_codes_is_that_of_the_bounded_latents(params, batch, run):
-  settings = dataclasses.replace(SETTINGS, quantizer="fsq")
+  settings = replace(SETTINGS, quantizer="fsq")
   own = {name: value for name, value in params.items() if name != "codebooks"}
   _, output, gradient = run(own, batch, settings=settings)
   assert output.terms["quantization"] == 0

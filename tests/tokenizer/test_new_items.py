@@ -14,12 +14,12 @@ from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.repair import reassign_collisions, suffix_collisions
-from bbqrec_jax.tokenizer.frozen import (
-  FrozenTokenizer,
+from bbqrec_jax.tokenizer.inference import (
+  InferenceTokenizer,
   check_arrays,
   encode_blocks,
-  frozen_parameters,
   id_space,
+  inference_parameters,
   settings_from_json,
 )
 from bbqrec_jax.tokenizer.kmeans import content_latents
@@ -61,19 +61,19 @@ def make_ids(random_params, *, repair="reassign", **choices):
     items = np.arange(1)
     example = {"items": items} | dict(zip(("features", "present"), store.rows(items), strict=True))
     params = random_params(Tokenizer(settings), example)
-    encoder = frozen_parameters(settings, params) | store.arrays()
+    encoder = inference_parameters(settings, params) | store.arrays()
   own = params["item_embedding"]["embedding"] if settings.item_id != "none" else None
   rows = store.rows(np.arange(ITEMS))
   quantizer = make_quantizer(settings)
   start = np.zeros(quantizer.codebook_shape, np.float32)
-  latents, _, _ = FrozenTokenizer(settings, encoder, start)(*rows, own)
+  latents, _, _ = InferenceTokenizer(settings, encoder, start)(*rows, own)
   # Codewords amid the latents, so that items are told apart at all.
   drawn = np.random.default_rng(2).permutation(ITEMS)[: LEVELS * CODES].reshape(LEVELS, CODES)
   scale = np.array([1.0, 0.3], np.float32)[:, None, None]
   books = [latents[stream][drawn] * scale for stream in range(len(settings.streams))]
   codebooks = np.stack(books if settings.codebooks == "per_stream" else books[-1:])
   codebooks = codebooks if quantizer.fixed() is None else quantizer.fixed()
-  frozen = FrozenTokenizer(settings, encoder, codebooks)
+  frozen = InferenceTokenizer(settings, encoder, codebooks)
   latents, here, codes = frozen(*rows, own)
   raw, id_latents, id_codebooks = id_space(settings, latents, codes, codebooks)
   if repair == "suffix":
@@ -88,7 +88,7 @@ CHOICES = [
   {},
   {"repair": "suffix"},
   {"codebooks": "per_stream", "semantic_id": "concatenated"},
-  {"item_id": "none", "normalize": False},
+  {"item_id": "none"},
   {"quantizer": "fsq"},
   {"quantizer": "rq_kmeans"},
   {"quantizer": "rq_kmeans", "semantic_id": "concatenated", "repair": "suffix"},
@@ -131,7 +131,7 @@ def test_an_unseen_items_id_vector_is_the_mean_of_the_learned_ones(random_params
   example = {"items": np.arange(4), "features": features, "present": present}
   learned = random_params(Tokenizer(settings), example)["item_embedding"]["embedding"]
   assert learned.shape == (ITEMS, WIDTH)
-  latents, _, _ = FrozenTokenizer(settings, ids.encoder, ids.codebooks)(features, present)
+  latents, _, _ = InferenceTokenizer(settings, ids.encoder, ids.codebooks)(features, present)
   assert_allclose(latents[ids.streams.index("id")], np.tile(learned.mean(axis=0), (4, 1)), rtol=1e-5)
 
 

@@ -10,14 +10,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.quantize import decode, nearest_code
-from bbqrec_jax.tokenizer.frozen import settings_from_json
+from bbqrec_jax.tokenizer.inference import settings_from_json
 from bbqrec_jax.tokenizer.model import Tokenizer
-from bbqrec_jax.tokenizer.quantizers import (
-  ResidualQuantizer,
-  check_quantizer,
-  make_quantizer,
-  try_quantizer,
-)
+from bbqrec_jax.tokenizer.parts import check_parts, try_parts
+from bbqrec_jax.tokenizer.quantizers import ResidualQuantizer, make_quantizer
 from bbqrec_jax.tokenizer.settings import QUANTIZERS, TokenizerSettings
 
 LEVELS, CODES, WIDTH = 3, 12, 6
@@ -29,9 +25,9 @@ FSQ = dataclasses.replace(SETTINGS, quantizer="fsq")
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_quantizer_keeps_the_contract(name):
-  settings = dataclasses.replace(SETTINGS, quantizer=name)
-  check_quantizer(settings, field="config field ")
-  try_quantizer(settings)
+  check_parts(dataclasses.replace(SETTINGS, quantizer=name), field="config field ")
+  # As if it were a custom one.
+  try_parts(dataclasses.replace(SETTINGS, quantizer=QUANTIZERS[name]), batch_items=7)
 
 
 def test_which_learn_and_which_can_be_compared_across_streams():
@@ -78,7 +74,7 @@ def test_a_tokenizer_with_finite_codes_has_no_codebooks_to_learn():
 )
 def test_settings_that_finite_codes_do_not_work_with_are_refused(changes, said):
   with pytest.raises(InputError, match=said):
-    check_quantizer(dataclasses.replace(FSQ, **changes), field="config field tokenizer.")
+    check_parts(dataclasses.replace(FSQ, **changes), field="config field tokenizer.")
 
 
 class OfOtherCodebooks(ResidualQuantizer):
@@ -106,12 +102,12 @@ class Flat(ResidualQuantizer):
 
 @pytest.mark.parametrize(
   ("kind", "said"),
-  [(OfOtherCodebooks, "not the sums of the codewords"), (Broken, "KeyError: 'nothing'"), (TooMany, "not in 0..11"),
+  [(OfOtherCodebooks, "sums of the codewords"), (Broken, "KeyError: 'nothing'"), (TooMany, "in 0..11"),
    (Flat, "'codes': (8,)")],
 )  # fmt: skip
 def test_a_quantizer_that_breaks_the_contract_is_refused_before_it_trains(kind, said):
   with pytest.raises(InputError) as error:
-    try_quantizer(dataclasses.replace(SETTINGS, quantizer=f"{__name__}:{kind.__name__}"))
+    try_parts(dataclasses.replace(SETTINGS, quantizer=f"{__name__}:{kind.__name__}"), batch_items=7)
   assert said in str(error.value)
 
 

@@ -16,23 +16,21 @@ from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.kmeans import residual_kmeans
-from bbqrec_jax.ops.reduction import masked_mean
 from bbqrec_jax.tokenizer import train as tokenizer_stage
-from bbqrec_jax.tokenizer.club import Disentangling
+from bbqrec_jax.tokenizer.club import make_disentangling
 from bbqrec_jax.tokenizer.model import Tokenizer
 from bbqrec_jax.tokenizer.quantizers import Quantizer, make_quantizer
-from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
-from bbqrec_jax.tokenizer.step import CodebookUpkeep
+from bbqrec_jax.tokenizer.settings import ClubSettings, LossWeights, TokenizerSettings
 from bbqrec_jax.tokenizer.train import run_tokenizer, tokenizer_settings, tokenizer_training
-from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.partitioning import SingleDevice
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.utils.settings import to_config
 
 ITEMS, USERS = 40, 30
 SMALL = {
   "seed": 3, "tokenizer.code_width": 4, "tokenizer.num_levels": 2, "tokenizer.num_codes": 5, "tokenizer.hidden": (6,),
   "tokenizer.max_length": 6, "tokenizer.row_length": 8, "tokenizer.batch_rows": 2, "tokenizer.batch_items": 8,
-  "tokenizer.steps": 20, "tokenizer.warmup_steps": 8, "tokenizer.kmeans_iterations": 3, "tokenizer.kmeans_points": 50,
+  "tokenizer.steps": 20, "tokenizer.warmup_steps": 8, "tokenizer.kmeans_iterations": 3,
 }  # fmt: skip
 
 
@@ -75,57 +73,17 @@ def test_features_stay_on_the_device_as_long_as_they_are_not_too_large(dataset):
   for mebibytes, held in ((0, False), (1, False), (2, True)):
     config = make_config(**{"tokenizer.device_features": mebibytes})
     made = tokenizer_training(
-      config, tokenizer_settings(config, dataset), leave_one_out(dataset.interactions).train, store
+      tokenizer_settings(config, dataset), leave_one_out(dataset.interactions).train, store, seed=0
     )
     assert (made.shared() is not None) == held
     batch = next(iter(made.batches))
     assert ("features" in batch) != held
 
 
-def test_the_step_is_made_of_the_configs_weights_upkeep_and_bound(dataset, monkeypatch):
-  given = {}
-
-  def make_step(model, optimizer, **options):
-    given.update(options, settings=model.settings)
-
-  monkeypatch.setattr(tokenizer_stage, "make_tokenizer_step", make_step)
-  names = list(default_config().tokenizer.weights)
-  weights = {name: 3.0 + index for index, name in enumerate(names)}
-  changes = {f"tokenizer.weights.{name}": value for name, value in weights.items()} | {
-    "tokenizer.revival_threshold": 0.375, "tokenizer.club.steps": 7,
-  }  # fmt: skip
-
-  def made(**more):
-    config = make_config(**changes, **more)
-    settings = tokenizer_settings(config, dataset)
-    store = FeatureStore(dataset.features, dataset.present)
-    tokenizer_training(config, settings, leave_one_out(dataset.interactions).train, store)
-    assert given["settings"] == settings
-    return settings
-
-  settings = made()
-  assert sorted(names) == sorted(field.name for field in dataclasses.fields(LossWeights))
-  assert vars(given["weights"]) == weights
-  assert given["warmup_steps"] == 8
-  expected = {"settings": settings, "revival_threshold": 0.375}
-  upkeep = {field.name: getattr(given["upkeep"], field.name) for field in dataclasses.fields(CodebookUpkeep)}
-  assert {name: upkeep[name] for name in expected} == expected
-  assert upkeep.keys() - expected.keys() == {"usage_decay"}, "a field of which the config says nothing"
-  assert given["disentangling"].steps == 7
-  changes["tokenizer.weights.disentangle"] = 0.0
-  made()
-  assert given["disentangling"] is None
-  assert given["own_loss"] is None
-  made(**{"tokenizer.own_loss": "bbqrec_jax.ops.reduction:masked_mean"})
-  assert given["own_loss"] is masked_mean
-
-
-def test_the_defaults_of_the_steps_parts_are_those_of_the_config():
-  t = default_config().tokenizer
-  settings = TokenizerSettings((("text", 3),), num_items=5)
-  assert CodebookUpkeep(settings) == CodebookUpkeep(settings, t.revival_threshold)
-  defaults = {field.name: field.default for field in dataclasses.fields(Disentangling)}
-  assert defaults["steps"] == t.club.steps
+def test_the_bound_is_as_the_settings_say_and_left_out_where_its_weight_is_0():
+  settings = TokenizerSettings((("text", 3),), num_items=5, club=ClubSettings(steps=7))
+  assert make_disentangling(settings).steps == 7
+  assert make_disentangling(dataclasses.replace(settings, weights=LossWeights(disentangle=0.0))) is None
 
 
 class Enough(Exception):
@@ -212,7 +170,7 @@ def rows():
 
 
 def fitted(codebooks, latents, present, **changes):
-  options = {"kmeans_iterations": 4, "kmeans_points": 1000, "seed": 1} | changes
+  options = {"kmeans_iterations": 4, "seed": 1} | changes
   seed = options.pop("seed")
   settings = dataclasses.replace(CODEBOOKS, codebooks=codebooks, **options)
   return make_quantizer(settings).fit(latents, present, seed=seed)
@@ -241,5 +199,5 @@ def test_codebooks_are_the_residual_kmeans_of_the_latents_that_they_serve_and_ar
 def test_how_codebooks_are_fitted_is_told(rows):
   latents, present = rows
   plain = fitted("shared", latents, present)
-  for changes in ({"kmeans_iterations": 1}, {"kmeans_points": 8}, {"seed": 2}):
+  for changes in ({"kmeans_iterations": 1}, {"seed": 2}):
     assert (fitted("shared", latents, present, **changes) != plain).any(), changes

@@ -15,7 +15,7 @@ from bbqrec_jax.data.sources import load
 from bbqrec_jax.ops.quantize import residual_quantize
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer import train as tokenizer_stage
-from bbqrec_jax.tokenizer.frozen import FrozenTokenizer, settings_from_json
+from bbqrec_jax.tokenizer.inference import InferenceTokenizer, settings_from_json
 from bbqrec_jax.tokenizer.quantizers import ResidualQuantizer
 from bbqrec_jax.tokenizer.settings import QUANTIZERS, TokenizerSettings
 from bbqrec_jax.tokenizer.step import make_tokenizer_step
@@ -43,8 +43,8 @@ ALTERNATIVES = {
     "tokenizer.weights.disentangle": 0.0, "tokenizer.weights.item_id": 0.0,
   },
   "features in, codes out": {
-    "tokenizer.item_id": "none", "tokenizer.repair": "suffix", "tokenizer.optimizer.schedule": "constant",
-    "tokenizer.normalize": False, "tokenizer.level_dropout": 0.0, "tokenizer.specific_dropout": 0.0,
+    "tokenizer.item_id": "none", "tokenizer.repair": "suffix",
+    "tokenizer.level_dropout": 0.0, "tokenizer.specific_dropout": 0.0,
     "tokenizer.revival_threshold": 0.0, "tokenizer.dropout": 0.0, "tokenizer.weights.contrast": 0.0,
     "tokenizer.weights.modality_contrast": 0.0,
   },
@@ -173,7 +173,7 @@ def test_every_alternative_gives_ids_of_its_own(trained):
 def test_the_artefact_alone_gives_every_item_of_no_id_vector_its_codes_again(data, trained, name):
   dataset, _ = data
   ids, _ = trained(name)
-  frozen = FrozenTokenizer(settings_from_json(ids.settings), ids.encoder, ids.codebooks)
+  frozen = InferenceTokenizer(settings_from_json(ids.settings), ids.encoder, ids.codebooks)
   store = dataset.store
   _, present, codes = frozen(*store.rows(np.arange(ITEMS)))
   np.testing.assert_array_equal(codes, ids.stream_codes)

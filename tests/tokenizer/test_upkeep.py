@@ -1,7 +1,7 @@
 """What happens to codewords beside the loss: whom they are judged by, how long a revival lasts, and its random key."""
 
-import dataclasses
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from bbqrec_jax.tokenizer import step as steps
 from bbqrec_jax.tokenizer.losses import TokenizerOutput
 from bbqrec_jax.tokenizer.model import Tokenizer
-from bbqrec_jax.tokenizer.settings import LossWeights, TokenizerSettings
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
 from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
 
@@ -57,8 +57,8 @@ def is_one_of(row, rows):
 
 @pytest.mark.parametrize("semantic_id", ["fused", "concatenated"])
 def test_shared_codewords_are_judged_by_the_streams_that_make_ids_and_revived_from_their_residuals(semantic_id):
-  settings = dataclasses.replace(SETTINGS, semantic_id=semantic_id)
-  upkeep = CodebookUpkeep(settings, revival_threshold=0.9, usage_decay=0.0)
+  settings = replace(SETTINGS, semantic_id=semantic_id)
+  upkeep = CodebookUpkeep(replace(settings, revival_threshold=0.9), usage_decay=0.0)
   codebooks, usage = start(settings)
   output = make_output()
   moved, _, counts = keep(upkeep, codebooks, usage, output)
@@ -77,10 +77,12 @@ def test_shared_codewords_are_judged_by_the_streams_that_make_ids_and_revived_fr
 
 
 def test_a_streams_own_codewords_are_judged_by_that_stream():
-  settings = dataclasses.replace(SETTINGS, codebooks="per_stream")
+  settings = replace(SETTINGS, codebooks="per_stream")
   codebooks, usage = start(settings)
   output = make_output()
-  moved, _, counts = keep(CodebookUpkeep(settings, revival_threshold=0.5, usage_decay=0.0), codebooks, usage, output)
+  moved, _, counts = keep(
+    CodebookUpkeep(replace(settings, revival_threshold=0.5), usage_decay=0.0), codebooks, usage, output
+  )
   for stream in (TEXT, FUSED):
     for level in range(LEVELS):
       own = np.bincount(np.asarray(output.codes)[stream, :, level], minlength=CODES)
@@ -92,7 +94,9 @@ def test_a_streams_own_codewords_are_judged_by_that_stream():
 def test_use_follows_an_average_of_its_decay():
   codebooks, usage = start(SETTINGS)
   output = make_output()
-  moved, after, _ = keep(CodebookUpkeep(SETTINGS, revival_threshold=0.0, usage_decay=0.9), codebooks, usage, output)
+  moved, after, _ = keep(
+    CodebookUpkeep(replace(SETTINGS, revival_threshold=0.0), usage_decay=0.9), codebooks, usage, output
+  )
   assert_array_equal(moved, codebooks)
   for level in range(LEVELS):
     share = np.bincount(np.asarray(output.codes)[FUSED, :, level], minlength=CODES) / ROWS
@@ -103,7 +107,7 @@ def test_a_revived_codeword_stays_where_it_was_moved_to_and_counts_as_used():
   codebooks, usage = start(SETTINGS)
   usage = usage.at[..., -1].set(1e-4)
   fused = make_output()._replace(present=jnp.asarray([[False] * ROWS, [True] * ROWS]))
-  upkeep = CodebookUpkeep(SETTINGS, revival_threshold=0.5)
+  upkeep = CodebookUpkeep(replace(SETTINGS, revival_threshold=0.5))
   moved, after, _ = keep(upkeep, codebooks, usage, fused)
   for level in range(LEVELS):
     assert is_one_of(moved[0, level, -1], fused.residuals[FUSED, level])
@@ -117,7 +121,7 @@ def test_where_no_stream_is_present_use_stays_and_nothing_is_revived():
   codebooks, usage = start(SETTINGS)
   usage = usage.at[..., 0].set(0.0)
   nobody = make_output()._replace(present=jnp.zeros((2, ROWS), bool))
-  moved, after, counts = keep(CodebookUpkeep(SETTINGS, revival_threshold=0.5), codebooks, usage, nobody)
+  moved, after, counts = keep(CodebookUpkeep(replace(SETTINGS, revival_threshold=0.5)), codebooks, usage, nobody)
   assert_array_equal(moved, codebooks)
   assert_allclose(after, usage, rtol=1e-6)
   assert not np.any(counts)
@@ -134,10 +138,10 @@ def test_a_step_gives_upkeep_a_key_of_its_own_and_its_result_counts_once_the_war
     return drawn, drawn[..., 0], jnp.ones(codebooks.shape[:-1])
 
   monkeypatch.setattr(steps, "tokenizer_loss", loss)
+  monkeypatch.setattr(steps, "CodebookUpkeep", lambda settings: upkeep)
   optimizer = optax.sgd(0.0)
-  step = make_tokenizer_step(
-    Tokenizer(SETTINGS), optimizer, weights=LossWeights(), warmup_steps=2, upkeep=upkeep
-  )  # fmt: skip
+  weights = replace(SETTINGS.weights, disentangle=0.0)
+  step = make_tokenizer_step(Tokenizer(replace(SETTINGS, warmup_steps=2, weights=weights)), optimizer)
 
   def after(number, seed=0):
     state = TokenizerState.create({"codebooks": codebooks}, optimizer, seed=seed, usage=usage)

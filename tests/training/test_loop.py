@@ -22,8 +22,8 @@ from bbqrec_jax.training import checkpointing
 from bbqrec_jax.training.checkpointing import Checkpointer, damage, restore_state
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.loop import Plan, fit
-from bbqrec_jax.training.monitor import Safeguards
 from bbqrec_jax.training.partitioning import Pmap, SingleDevice
+from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.training.state import TrainState, step_key
 from bbqrec_jax.training.step import skip_nonfinite
 from bbqrec_jax.utils.signals import Interrupted

@@ -41,7 +41,7 @@ IGNORED = ("JAX_DEBUG_INFS", "JAX_DISABLE_JIT", "JAX_TRANSFER_GUARD", "JAX_COMPI
 
 
 def program(name, *arguments, **environment):
-  command = [sys.executable, "-m", f"bbqrec_jax.{name}", *arguments]
+  command = [sys.executable, "-m", "bbqrec_jax", name, *arguments]
   return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
@@ -66,7 +66,7 @@ def test_no_setting_of_the_shell_changes_a_run(tmp_path):
   )
   # The compiler is told what it is told here.
   ended = program(
-    "main", f"--config={file}", f"--workdir={tmp_path / 'unkind'}", JAX_DISABLE_MOST_OPTIMIZATIONS="1", **UNKIND
+    "train", f"--config={file}", f"--workdir={tmp_path / 'unkind'}", JAX_DISABLE_MOST_OPTIMIZATIONS="1", **UNKIND
   )
   assert ended.returncode == 0, ended.stderr
   warnings = [line for line in ended.stdout.splitlines() if line.startswith("warning: JAX_")]

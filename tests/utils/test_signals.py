@@ -1,4 +1,4 @@
-"""Signals: where they are heard at once, where they are noted, and that a second Ctrl-C always ends the process."""
+"""Signals: where they are raised immediately, where they are deferred, and that a second Ctrl-C always exits."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bbqrec_jax.utils.signals import Interrupted, heard_at_once, impatient, noted
+from bbqrec_jax.utils.signals import Interrupted, deferred_signals, exit_on_second_interrupt, immediate_signals
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +28,11 @@ def send(signum=signal.SIGTERM):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_heard_at_once_or_noted_as_the_innermost_says(signum):
   def work():
-    with heard_at_once():
+    with immediate_signals():
       send(signum)
       pytest.fail("not heard")
 
-  with noted() as caught:
+  with deferred_signals() as caught:
     with pytest.raises(Interrupted) as stop:
       work()
     assert stop.value.signum == signum
@@ -41,14 +41,14 @@ def test_a_signal_is_heard_at_once_or_noted_as_the_innermost_says(signum):
     send(signal.SIGTERM)
     send(signal.SIGTERM)
     assert caught == [signal.SIGTERM, signal.SIGTERM]
-  with noted() as caught:
+  with deferred_signals() as caught:
     send(signum)
     assert caught == [signum]
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_whoever_presses_ctrl_c_once_more_is_not_kept_waiting(first):
-  with noted():
+  with deferred_signals():
     send(first)
     with pytest.raises(KeyboardInterrupt):
       send(signal.SIGINT)
@@ -59,7 +59,7 @@ def test_whoever_presses_ctrl_c_once_more_is_not_kept_waiting(first):
     finally:
       send(signal.SIGINT)
 
-  with pytest.raises(KeyboardInterrupt), heard_at_once():
+  with pytest.raises(KeyboardInterrupt), immediate_signals():
     work()
 
 
@@ -72,7 +72,7 @@ def test_an_interruption_is_no_error_that_a_library_would_catch():
     except Exception as error:
       caught.append(error)
 
-  with pytest.raises(Interrupted), heard_at_once():
+  with pytest.raises(Interrupted), immediate_signals():
     library()
   assert not caught
 
@@ -83,7 +83,7 @@ def test_an_interruption_that_python_drops_is_raised_in_the_end():
     def __del__(self):
       send()
 
-  with pytest.raises(Interrupted), heard_at_once():
+  with pytest.raises(Interrupted), immediate_signals():
     Dropped()
 
 
@@ -94,7 +94,7 @@ def test_an_interruption_that_became_another_error_is_one_still():
     except BaseException:
       raise RuntimeError("a library failed") from None
 
-  with pytest.raises(Interrupted), heard_at_once():
+  with pytest.raises(Interrupted), immediate_signals():
     library()
 
 
@@ -102,7 +102,7 @@ def test_watching_leaves_nothing_behind():
   def watchers():
     return sum(thread.name == "second Ctrl-C" for thread in threading.enumerate())
 
-  with impatient(), noted() as caught:
+  with exit_on_second_interrupt(), deferred_signals() as caught:
     assert watchers() == 1
     send(signal.SIGTERM)
     send(signal.SIGTERM)
@@ -112,14 +112,14 @@ def test_watching_leaves_nothing_behind():
 
 DEAF = """
 import hashlib
-from bbqrec_jax.utils.signals import heard_at_once, impatient, noted
-with impatient(), {context}():
+from bbqrec_jax.utils.signals import immediate_signals, exit_on_second_interrupt, deferred_signals
+with exit_on_second_interrupt(), {context}():
   print("deaf", flush=True)
   hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # No handler of Python's runs before it returns.
 """
 
 
-@pytest.mark.parametrize("context", ["noted", "heard_at_once"])
+@pytest.mark.parametrize("context", ["deferred_signals", "immediate_signals"])
 def test_a_second_ctrl_c_ends_the_process_even_while_it_is_deaf(context):
   command = [sys.executable, "-c", DEAF.format(context=context)]
   with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -1,6 +1,6 @@
 """What finished runs are worth together: items ranked by the product of the probabilities that each run gives them.
 
-    python experiments/committee.py --workdirs=runs/sasrec_features/0,runs/sasrec_features/1 --output=runs/committee/0
+    python experiments/ensemble.py --workdirs=runs/sasrec_features/0,runs/sasrec_features/1 --output=runs/ensemble/0
 
 for runs of one data set whose heads score every item (dense, parallel). Nothing is trained. The output is a folder as
 a run leaves it, `results.json` and `ranks.npz`, which `compare_heads.py --report` puts beside the others: what a
@@ -79,7 +79,7 @@ def judge(
   }
   figures = {name: ranking.metrics for name, ranking in rankings.items()}
   seconds = {name: sum(result["seconds"][name] for result in results) for name in ("recommender", "evaluation")}
-  together = results[0] | figures | {"model": "committee", "seconds": seconds}
+  together = results[0] | figures | {"model": "ensemble", "seconds": seconds}
   output.mkdir(parents=True)
   np.savez(output / "ranks.npz", **{name: ranking.ranks for name, ranking in rankings.items()})  # type: ignore[arg-type]
   write_json(output / "results.json", together)

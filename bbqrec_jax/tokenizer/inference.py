@@ -1,4 +1,4 @@
-"""A tokenizer that no longer learns: what quantizes items from arrays that an artefact holds."""
+"""Inference with a trained tokenizer: quantizes items with the arrays of an artefact alone."""
 
 import dataclasses
 import functools
@@ -14,23 +14,24 @@ from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.tokenizer.kmeans import content_latents
 from bbqrec_jax.tokenizer.model import Tokenizer
-from bbqrec_jax.tokenizer.quantizers import check_quantizer, make_quantizer
-from bbqrec_jax.tokenizer.settings import QUANTIZERS, TokenizerSettings
+from bbqrec_jax.tokenizer.parts import check_parts
+from bbqrec_jax.tokenizer.quantizers import make_quantizer
+from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.utils.files import is_plain_name
-from bbqrec_jax.utils.settings import from_config
+from bbqrec_jax.utils.settings import foreign_code, from_config
 
 _MEND = "train the tokenizer again"
 
 
 def settings_from_json(values: Mapping[str, Any], *, trusted: Collection[str] = ()) -> TokenizerSettings:
-  """`TokenizerSettings` from what an artefact holds of them, which may come from anywhere.
+  """`TokenizerSettings` from an artefact, which may come from an untrusted source.
 
   Args:
     values: of the fields.
-    trusted: Python modules outside this project that its quantizer may be imported from; no other code of it is run.
+    trusted: Python modules outside this project that its parts may be imported from; no other code of it is run.
 
   Raises:
-    InputError: if a field is missing, unknown, or breaks its rules, or the quantizer is code that is not trusted.
+    InputError: if a field is missing, unknown, or breaks its rules, or a part is code that is not trusted.
   """
   given = dict(values)
   shapes = {name: _tuples(given.pop(name)) for name in ("modalities", "num_items") if name in given}
@@ -39,16 +40,16 @@ def settings_from_json(values: Mapping[str, Any], *, trusted: Collection[str] = 
       raise InputError(f"tokenizer setting {name} is missing; {_MEND}")
     if not fits(shapes[name]):
       raise InputError(f"tokenizer setting {name}: expected another value than {shown(repr(shapes[name]))}; {_MEND}")
-  quantizer = given.get("quantizer")
-  module = str(quantizer).partition(":")[0]
-  if quantizer not in tuple(QUANTIZERS) and module not in trusted:
-    raise InputError(
-      f"tokenizer setting quantizer names code outside this project, {shown(str(quantizer))}, and reading an artefact"
-      f" runs none: if you trust it, say --trust={shown(module)[1:-1]}"
-    )
+  for name, code in foreign_code(TokenizerSettings, given):
+    if code.partition(":")[0] not in trusted:
+      module = shown(code.partition(":")[0])[1:-1]
+      raise InputError(
+        f"tokenizer setting {name} names code outside this project, {shown(code)}, and reading an artefact runs none:"
+        f" if you trust it, say --trust={module}"
+      )
   try:
     settings = dataclasses.replace(from_config(TokenizerSettings, given), **shapes)
-    check_quantizer(settings, field="config field ")
+    check_parts(settings, field="config field ")
     return settings
   except InputError as error:
     raise InputError(f"the tokenizer's settings do not fit this version: {_MEND} ({error})") from error
@@ -70,7 +71,7 @@ def _tuples(value: Any) -> Any:
 
 
 def check_arrays(settings: TokenizerSettings, encoder: Mapping[str, np.ndarray], codebooks: np.ndarray) -> None:
-  """Makes sure that `FrozenTokenizer` finds what it needs: an artefact may come from anywhere.
+  """Checks the arrays of an artefact, which may come from an untrusted source, for `InferenceTokenizer`.
 
   Raises:
     InputError: if an array of the encoder is missing or not needed, has another shape, or is not of finite float32
@@ -126,21 +127,21 @@ def _parameter_shapes(settings: TokenizerSettings) -> dict[str, tuple[int, ...]]
 
 
 def _needed(params: Any) -> dict[str, Any]:
-  """What of the parameters quantizes items, by name, but for the ID vectors."""
+  """The parameters that quantize items, by name, without the ID vectors."""
   needed = {name: value for name, value in params.items() if name.startswith("behaviour_encoders_")}
   return flax.traverse_util.flatten_dict(needed, sep="/")
 
 
-def frozen_parameters(settings: TokenizerSettings, params: Any) -> dict[str, np.ndarray]:
-  """What of the parameters quantizes items, by name; of the ID vectors the mean, which stands for an unseen item's."""
+def inference_parameters(settings: TokenizerSettings, params: Any) -> dict[str, np.ndarray]:
+  """The parameters that quantize items, by name, and the mean of the ID vectors, which stands for a new item's."""
   arrays = {f"params/{name}": np.asarray(value) for name, value in _needed(params).items()}
   if settings.item_id != "none":
     arrays["item_id"] = np.asarray(params["item_embedding"]["embedding"]).mean(axis=0)
   return arrays
 
 
-class FrozenTokenizer:
-  """Latents and codes of items, known or not, from settings and arrays alone."""
+class InferenceTokenizer:
+  """Latents and codes of items, known or new, from settings and arrays alone."""
 
   def __init__(self, settings: TokenizerSettings, encoder: Mapping[str, np.ndarray], codebooks: np.ndarray):
     """Takes what an artefact holds: see `semantic_ids.artefact.SemanticIds`."""

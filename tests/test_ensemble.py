@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("compile_cache")
 
 @pytest.fixture(scope="module")
 def script(load_file):
-  return load_file("experiments/committee.py")
+  return load_file("experiments/ensemble.py")
 
 
 def make_config(**changes):

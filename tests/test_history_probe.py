@@ -10,8 +10,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
-from bbqrec_jax.tokenizer import history_probe
-from bbqrec_jax.tokenizer.history_probe import HistoryProbe, ProbedRecall, id_vectors, make_probe_step, train_probe
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import Pmap, SingleDevice
@@ -38,6 +36,11 @@ def split_of(items):
 
 
 @pytest.fixture(scope="module")
+def probe(load_file):
+  return load_file("experiments/history_probe.py")
+
+
+@pytest.fixture(scope="module")
 def vectors():
   return np.random.default_rng(0).normal(size=(ITEMS, WIDTH)).astype(np.float32)
 
@@ -48,19 +51,19 @@ def circle():
   return (np.random.default_rng(1).integers(ITEMS, size=(USERS, 1)) + np.arange(LENGTH)) % ITEMS
 
 
-def test_what_follows_what_is_learned_as_far_as_the_vectors_tell_items_apart(vectors, circle):
+def test_what_follows_what_is_learned_as_far_as_the_vectors_tell_items_apart(probe, vectors, circle):
   chance = 10 / ITEMS
-  told = train_probe(make_config(), vectors, split_of(circle), steps=100, evaluate_every=50)
+  told = probe.train_probe(make_config(), vectors, split_of(circle), steps=100, evaluate_every=50)
   assert min(told.validation, told.test) > 3 * chance
-  same = train_probe(make_config(), np.ones_like(vectors), split_of(circle), steps=20, evaluate_every=20)
+  same = probe.train_probe(make_config(), np.ones_like(vectors), split_of(circle), steps=20, evaluate_every=20)
   assert (same.validation, same.test) == pytest.approx((chance, chance)), "ties stand in random order"
   disorder = np.random.default_rng(2).integers(ITEMS, size=circle.shape)
-  untold = train_probe(make_config(), vectors, split_of(disorder), steps=60, evaluate_every=60)
+  untold = probe.train_probe(make_config(), vectors, split_of(disorder), steps=60, evaluate_every=60)
   assert max(untold.validation, untold.test) < 2 * chance
 
 
 @pytest.fixture
-def judged(monkeypatch):
+def judged(probe, monkeypatch):
   """A function that trains a probe with given recalls: (result, what the judge was shown at each call)."""
 
   def train(recalls, *args, **options):
@@ -70,8 +73,8 @@ def judged(monkeypatch):
       shown.append(jax.device_get(given[:2]) + given[2:])
       return next(rest)
 
-    monkeypatch.setattr(history_probe, "SequenceRecall", lambda *_, **__: judge)
-    return train_probe(*args, **options), shown
+    monkeypatch.setattr(probe, "SequenceRecall", lambda *_, **__: judge)
+    return probe.train_probe(*args, **options), shown
 
   return train
 
@@ -80,10 +83,10 @@ def assert_trees_equal(ours, theirs):
   jax.tree.map(assert_array_equal, ours, theirs)
 
 
-def test_the_step_that_is_best_on_validation_is_the_one_that_is_tested(judged, vectors, circle):
+def test_the_step_that_is_best_on_validation_is_the_one_that_is_tested(probe, judged, vectors, circle):
   split = split_of(circle)
   result, shown = judged([0.1, 0.5, 0.5, 0.3, 0.2], make_config(), vectors, split, steps=7, evaluate_every=2)
-  assert result == ProbedRecall(0.5, 0.2, 4)
+  assert result == probe.ProbedRecall(0.5, 0.2, 4)
   params, mapped, histories, targets = zip(*shown, strict=True)
   assert_trees_equal(params[-1], params[1])
   assert np.any(params[1]["map"]["kernel"] != params[2]["map"]["kernel"])
@@ -118,9 +121,11 @@ def test_neither_scale_nor_place_of_the_vectors_counts(judged, vectors, circle):
 
 
 @pytest.mark.parametrize("partitioner", [SingleDevice, Pmap])
-def test_the_loss_of_a_step_is_the_contrast_of_states_and_next_items_over_all_devices(vectors, partitioner):
+def test_the_loss_of_a_step_is_the_contrast_of_states_and_next_items_over_all_devices(probe, vectors, partitioner):
   rows, columns = 4, 5
-  model = HistoryProbe(TokenizerSettings((), ITEMS, code_width=8, max_length=columns, dropout=0.0, temperature=0.5))
+  model = probe.HistoryProbe(
+    TokenizerSettings((), ITEMS, code_width=8, max_length=columns, dropout=0.0, temperature=0.5)
+  )
   optimizer, partitioner = make_optimizer(make_config().tokenizer.optimizer, total_steps=2), partitioner()
   segments = np.array([[1, 1, 1, 2, 2], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 2, 2, 2, 0]], np.int32)
   positions = np.array([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0], [0, 1, 2, 3, 4], [0, 0, 1, 2, 0]], np.int32)
@@ -145,7 +150,7 @@ def test_the_loss_of_a_step_is_the_contrast_of_states_and_next_items_over_all_de
     kept = (next_items != next_items[row]) | (np.arange(len(pairs)) == row)
     losses.append(np.log(np.exp(scores[row, kept]).sum()) - scores[row, row])
 
-  step = partitioner.compile_step(make_probe_step(model, optimizer))
+  step = partitioner.compile_step(probe.make_probe_step(model, optimizer))
   state = partitioner.create(lambda: TrainState.create(params, optimizer, seed=0))
   batch = {"items": items, "segments": segments, "positions": positions}
   state, metrics = step(state, partitioner.place(vectors), batch)
@@ -153,13 +158,13 @@ def test_the_loss_of_a_step_is_the_contrast_of_states_and_next_items_over_all_de
   assert metrics["gradient_norm"] > 0
 
 
-def test_the_vectors_of_an_id_are_the_codewords_that_were_chosen_before_repair(ids):
+def test_the_vectors_of_an_id_are_the_codewords_that_were_chosen_before_repair(probe, ids):
   def codewords(stream):
     return sum(ids.codebooks[0, level][ids.stream_codes[stream, :, level]] for level in range(3))
 
-  fused = id_vectors(dataclasses.replace(ids, settings={"semantic_id": "fused"}))
+  fused = probe.id_vectors(dataclasses.replace(ids, settings={"semantic_id": "fused"}))
   assert_allclose(fused, codewords(2), rtol=1e-6)
-  both = id_vectors(dataclasses.replace(ids, settings={"semantic_id": "concatenated"}))
+  both = probe.id_vectors(dataclasses.replace(ids, settings={"semantic_id": "concatenated"}))
   has_image = ids.present[1]
   assert_allclose(both[:, :5], codewords(0), rtol=1e-6)
   assert_allclose(both[has_image, 5:], codewords(1)[has_image], rtol=1e-6)
