@@ -1,5 +1,7 @@
 """Sequence backbones. Each takes the similarity bias as one optional argument and is otherwise what it was."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from bbqrec_jax.ops.attention import attention, history_mask
 from bbqrec_jax.ops.positions import elapsed_buckets, relative_buckets
 
 KeyValue = tuple[jax.Array, jax.Array]
+Initializer = nn.initializers.Initializer
+LECUN = nn.initializers.lecun_normal()  # Flax's own choice.
 
 
 class SelfAttention(nn.Module):
@@ -18,10 +22,12 @@ class SelfAttention(nn.Module):
   Attributes:
     num_heads: H; must divide the width.
     dropout: rate on the attention weights.
+    kernel_init: of all matrices.
   """
 
   num_heads: int
   dropout: float = 0.0
+  kernel_init: Initializer = LECUN
 
   @nn.compact
   def __call__(
@@ -49,13 +55,14 @@ class SelfAttention(nn.Module):
     """
     width = x.shape[-1]
     heads = (self.num_heads, width // self.num_heads)
-    query = DenseGeneral(heads, name="query")(x if queries is None else queries)
-    key, value = (DenseGeneral(heads, name=name)(x) for name in ("key", "value"))
+    dense = functools.partial(DenseGeneral, kernel_init=self.kernel_init)
+    query = dense(heads, name="query")(x if queries is None else queries)
+    key, value = (dense(heads, name=name)(x) for name in ("key", "value"))
     if cache is not None:
       key, value = jnp.concatenate([cache[0], key], axis=1), jnp.concatenate([cache[1], value], axis=1)
     drop = None if deterministic or not self.dropout else Dropout(self.dropout, deterministic=False)
     mixed = attention(query, key, value, mask=mask, bias=bias, drop=drop)
-    return DenseGeneral(width, axis=(-2, -1), name="out")(mixed), (key, value)
+    return dense(width, axis=(-2, -1), name="out")(mixed), (key, value)
 
 
 class TransformerLayer(nn.Module):
@@ -66,7 +73,8 @@ class TransformerLayer(nn.Module):
     mlp_width: width of the feed-forward part.
     dropout: rate on each of the two residual branches.
     attention_dropout: rate on the attention weights.
-    post_norm: normalise each sum of the residual stream and a branch, in place of what goes into the branch.
+    post_norm: normalise each sum of the residual stream and a branch, in place of what goes into the branch; the
+      matrices then start small (normal, 0.02), as BERT's do, so that at first a layer hardly changes its input.
   """
 
   num_heads: int
@@ -92,7 +100,8 @@ class TransformerLayer(nn.Module):
     """
     drop = Dropout(self.dropout, deterministic=deterministic)
     before, after = nn.LayerNorm(name="LayerNorm_0"), nn.LayerNorm(name="LayerNorm_1")
-    attend = SelfAttention(self.num_heads, self.attention_dropout, name="attention")
+    init = nn.initializers.normal(0.02) if self.post_norm else LECUN
+    attend = SelfAttention(self.num_heads, self.attention_dropout, init, name="attention")
     normed, queries = x if self.post_norm else before(x), None
     if at is not None:
       x, queries = _at(x, at, axis=1), _at(normed, at, axis=1)
@@ -101,8 +110,8 @@ class TransformerLayer(nn.Module):
     x = x + drop(mixed)
     if self.post_norm:
       x = before(x)
-    hidden = nn.gelu(Dense(self.mlp_width)(x if self.post_norm else after(x)))
-    x = x + drop(Dense(x.shape[-1])(hidden))
+    hidden = nn.gelu(Dense(self.mlp_width, kernel_init=init)(x if self.post_norm else after(x)))
+    x = x + drop(Dense(x.shape[-1], kernel_init=init)(hidden))
     return after(x) if self.post_norm else x, cache
 
 
