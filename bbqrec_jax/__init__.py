@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from bbqrec_jax.config import default_config
   from bbqrec_jax.data.dataset import Dataset
+  from bbqrec_jax.data.preparation.prepare import prepare
   from bbqrec_jax.data.tables import load_data
   from bbqrec_jax.errors import InputError
   from bbqrec_jax.presets import preset
@@ -36,6 +37,7 @@ __all__ = [
   "default_config",
   "load_data",
   "load_run",
+  "prepare",
   "preset",
   "run",
   "tokenize",
@@ -49,6 +51,7 @@ _MODULES = {
   "default_config": "config",
   "load_data": "data.tables",
   "load_run": "serving.run",
+  "prepare": "data.preparation.prepare",
   "preset": "presets",
   "run": "serving.run",
   "tokenize": "serving.run",
