@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.encoding.store import made
 from bbqrec_jax.data.features import load_modalities, unused_files
 from bbqrec_jax.data.files import check_label, read_lines, require_folder, separator_of
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
@@ -56,9 +57,22 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
     whole = dataclasses.replace(whole, users=read_user_ids(users, count=whole.num_users))
   interactions = check_history_lengths(whole, path=sequences, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(titles))
-  notes = (*time_notes(interactions, unit), *unused_files(folder, features, (sequences.name, times.name, users.name)))
+  notes = (
+    *time_notes(interactions, unit),
+    *_origins(folder, features),
+    *unused_files(folder, features, (sequences.name, times.name, users.name)),
+  )
   item_ids = item_ids or ItemIds.numbered(len(titles))
   return Dataset(folder.resolve().name, str(path), interactions, features, present, item_ids, titles, notes, unit)
+
+
+def _origins(folder: Path, modalities: Iterable[str]) -> Iterator[str]:
+  """How the features were made, where `bbqrec features` made them, as sentences."""
+  noted = made(folder)
+  for name in modalities:
+    note = noted.get(name)
+    if isinstance(note, dict):
+      yield f"{name} features by {note.get('made_by')}, fingerprint {note.get('fingerprint')}"
 
 
 def has_items(folder: Path) -> bool:

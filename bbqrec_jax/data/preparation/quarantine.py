@@ -18,7 +18,7 @@ class Quarantine:
     """Writes nothing yet.
 
     Args:
-      path: of the file.
+      path: of the file; one that is there is added to.
     """
     self.path = path
     self.counts: Counter[tuple[str, str]] = Counter()
@@ -36,7 +36,7 @@ class Quarantine:
     """
     held = str(text)[:_LONGEST]
     if self._file is None:
-      self._file = self.path.open("w", encoding="utf-8", errors="backslashreplace")
+      self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
     record = {"file": file, "row": int(row), "reason": reason, "text": held}
     self._file.write(json.dumps(record) + "\n")
     self.counts[file, reason] += 1
