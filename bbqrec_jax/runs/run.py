@@ -71,8 +71,9 @@ def read_data(
   if (for_tokenizer or needs_features(config)) and not dataset.modalities:
     without = "" if for_tokenizer else ", or take --config=sasrec, which needs none"
     raise InputError(
-      f"{dataset.source}: this config reads items' features, found none: give NAME_features.npy of shape [items, width]"
-      f" or a NAME:float_seq column of the .item file (recbole){without}"
+      f"{dataset.source}: this config reads items' features, found none: bbqrec features makes them of what items.jsonl"
+      f" says, or give NAME_features.npy of shape [items, width] or a NAME:float_seq column of the .item file (recbole)"
+      f"{without}"
     )
   if config.recommender.time_buckets and dataset.interactions.times is None:
     raise InputError(
