@@ -5,6 +5,8 @@ import dataclasses
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.settings import section, setting
 
+SOURCES = ("synthetic", "directory", "recbole", "memory")
+
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticSettings:
@@ -21,21 +23,24 @@ class DataSettings:
   """What a run is trained on."""
 
   source: str = setting(
-    "directory", "The project's own format, RecBole's atomic files, synthetic data with planted structure, or what a"
-    " program of yours gives.",
-    choices=("synthetic", "directory", "recbole", "memory"),
+    "directory", "directory (the project's own format), recbole (its atomic files), synthetic (planted structure),"
+    " memory (what a program of yours gives), or tfds:NAME (of TensorFlow Datasets).",
   )  # fmt: skip
-  path: str = setting("", "The folder of directory and recbole.")
+  path: str = setting("", "The folder of directory and recbole; of tfds that of its data, if not the usual one.")
   modalities: tuple[str, ...] = setting((), "Names of the modalities to use, in order; empty for all that are found.")
   drop_short_users: bool = setting(False, "Drop users with fewer than 3 interactions instead of refusing them.")
   drop_incomplete_items: bool = setting(False, "Drop items that lack one of the modalities, and their interactions.")
   synthetic: SyntheticSettings = section(SyntheticSettings, "Of the synthetic source.")
 
   def check(self, prefix: str) -> None:
-    """Refuses modalities without a name.
+    """Refuses a source that there is none of, and modalities without a name.
 
     Raises:
       InputError: if there is one.
     """
+    if self.source not in SOURCES and not self.source.removeprefix("tfds:") != self.source:
+      raise InputError(
+        f"config field {prefix}source must be one of {', '.join(SOURCES)} or tfds:NAME, got {self.source!r}"
+      )
     if not all(self.modalities):
       raise InputError(f"config field {prefix}modalities must be names, got {self.modalities!r}")

@@ -93,8 +93,8 @@ def load(settings: Any, given: Dataset | None = None) -> Dataset:
   """Loads what `config.data` names; there may be no features.
 
   Args:
-    settings: has `source` ("synthetic", "directory" or "recbole"), `path`, `modalities`, `drop_short_users`,
-      `drop_incomplete_items`, and `synthetic` with `num_users`, `num_items` and `seed`.
+    settings: has `source` ("synthetic", "directory", "recbole" or "tfds:NAME"), `path`, `modalities`,
+      `drop_short_users`, `drop_incomplete_items`, and `synthetic` with `num_users`, `num_items` and `seed`.
     given: the data itself, where the source is "memory".
 
   Raises:
@@ -113,6 +113,11 @@ def _load(settings: Any, given: Dataset | None) -> Dataset:
     return folder_sources[settings.source](
       settings.path, modalities=settings.modalities, drop_short_users=settings.drop_short_users
     )
+  if settings.source.startswith("tfds:"):
+    from bbqrec_jax.data.tfds_source import load_tfds  # Imports TensorFlow Datasets, which takes seconds.
+
+    dataset = load_tfds(settings.source, settings.path, drop_short_users=settings.drop_short_users)
+    return _chosen(dataset, settings.modalities)
   if settings.source == MEMORY:
     if given is None:
       raise InputError(

@@ -179,6 +179,8 @@ def _point_to_data(config: ml_collections.ConfigDict, workdir: pathlib.Path, dat
     return
   if data is not None:
     config.data.path = str(data)
+  if config.data.source.startswith("tfds:") and not config.data.path:
+    return
   if not os.path.isdir(config.data.path):
     raise InputError(
       f"{config.data.path}: expected the data of the run in {workdir}, found no such folder; say where it is now with"

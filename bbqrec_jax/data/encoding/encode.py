@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import bbqrec_jax
+from bbqrec_jax.data.amazon_reviews.image_features import read_image_features
 from bbqrec_jax.data.directory import read_items as read_checked
 from bbqrec_jax.data.encoding.catalogue import attributes_of, items_file, read_items, text_of
 from bbqrec_jax.data.encoding.pictures import PictureEncoder, picture_encoder
@@ -45,8 +46,8 @@ def features(folder: str | Path, *, join: Mapping[str, Any] | None = None, **set
   Args:
     folder: of the data set; gets `text_features.npy`, `image_features.npy` and `has_image.npy`,
       `attributes_features.npy`, and `features.json`, which says how they were made.
-    join: further modalities by name: (ids, vectors [n, D]), or a file of them, .npz with `ids` and `vectors`, or
-      .parquet with a column of ids and one of lists.
+    join: further modalities by name: (ids, vectors [n, D]), or a file of them, .npz with `ids` and `vectors`,
+      .parquet with a column of ids and one of lists, or the .b that came with Amazon's reviews of 2014.
     **settings: fields of `FeatureSettings`.
 
   Returns:
@@ -242,6 +243,12 @@ class _Job:
       raise InputError(f"--images={root}: expected the folder of the pictures, found none; say where it is now")
     return root
 
+  def _read_vectors(self, given: Any) -> tuple[list[Any], np.ndarray]:
+    path = local_path(given, flag="join")
+    if path.suffix == ".b":
+      return read_image_features(path, set(map(str, self.item_ids.to_json())))
+    return _read_vectors(path)
+
   def join(self, name: str, given: Any) -> int:
     """A modality of vectors that come with ids, and how many items have it.
 
@@ -250,7 +257,7 @@ class _Job:
     """
     check_name(name, where="--join")
     check_ours(self.folder, name)
-    ids, vectors = given if isinstance(given, tuple) else _read_vectors(local_path(given, flag="join"))
+    ids, vectors = given if isinstance(given, tuple) else self._read_vectors(given)
     vectors = np.asarray(vectors)
     place = f"join {name}"
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu" or len(vectors) != len(ids) or not vectors.size:
@@ -347,7 +354,7 @@ def _read_vectors(path: Path) -> tuple[list[Any], np.ndarray]:
     if len(widths) != 1:
       raise InputError(f"{path} column {lists[0]!r}: expected lists of one length, got {sorted(widths)[:5]}")
     return table[others[0]].to_pylist(), np.array(rows, np.float32)
-  raise InputError(f"{path}: expected vectors with ids as .npz (ids, vectors) or .parquet, got another ending")
+  raise InputError(f"{path}: expected vectors with ids as .npz (ids, vectors), .parquet or .b, got another ending")
 
 
 def _is_fixed(kind: Any) -> bool:

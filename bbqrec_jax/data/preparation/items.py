@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import html
 import io
 import json
 import os
@@ -196,8 +197,12 @@ def _item(item: str, fields: dict[str, list[str]]) -> dict[str, Any]:
       if price is not None:
         record[kind] = price
     else:
-      text = (" > " if kind == "category" else " ").join(dict.fromkeys(values))
-      record[kind] = text[:_LONGEST_TEXT] if kind == "image" else " ".join(text[:_LONGEST_TEXT].split())
+      text = (" > " if kind == "category" else " ").join(dict.fromkeys(values))[:_LONGEST_TEXT]
+      if kind == "image":  # Of several the first, by its URL where it has one.
+        parts = text.split(" > ")
+        record[kind] = next((part for part in parts if "://" in part), parts[0])
+      else:
+        record[kind] = " ".join((html.unescape(text) if "&" in text else text).split())
   return {name: value for name, value in record.items() if value != ""}
 
 
