@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
   keep_compiled()
   try:
     check_options(options)
-    dataset, ids, model, params, catalogue, config = restore(
+    dataset, ids, model, params, catalogue, config, *_ = restore(
       options.workdir,
       data=options.data,
       tokenizer=options.tokenizer,

@@ -10,8 +10,19 @@ from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import choose_modalities
 from bbqrec_jax.data.files import require_folder
-from bbqrec_jax.data.interactions import MINIMUM_LENGTH, check_history_lengths, choose, drop_short_users
+from bbqrec_jax.data.interactions import (
+  MINIMUM_LENGTH,
+  Interactions,
+  Split,
+  check_history_lengths,
+  choose,
+  drop_short_users,
+  leave_one_out,
+  temporal,
+  without_split,
+)
 from bbqrec_jax.data.recbole import load_recbole
+from bbqrec_jax.data.settings import moment
 from bbqrec_jax.data.synthetic import make_synthetic
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.files import is_given
@@ -28,6 +39,7 @@ __all__ = [
   "load_recbole",
   "make_synthetic",
   "recognise_source",
+  "split_of",
   "statistics",
 ]
 
@@ -87,6 +99,22 @@ def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
     item_ids=dataset.item_ids.keep(keep),
     titles=tuple(title for title, here in zip(dataset.titles, keep, strict=True) if here),
   )
+
+
+def split_of(settings: Any, interactions: Interactions) -> Split:
+  """The split that `config.data` asks for.
+
+  Args:
+    settings: has `split`, `validation_from` and `test_from`.
+    interactions: the whole histories, with times where the split needs them.
+
+  Raises:
+    InputError: as `leave_one_out`, `temporal` and `without_split`.
+  """
+  if settings.split == "temporal":
+    first, second = (moment(getattr(settings, name), field=f"data.{name}") for name in ("validation_from", "test_from"))
+    return temporal(interactions, validation_from=first, test_from=second)
+  return without_split(interactions) if settings.split == "none" else leave_one_out(interactions)
 
 
 def load(settings: Any, given: Dataset | None = None) -> Dataset:

@@ -154,8 +154,8 @@ def _first_left(places: np.ndarray, *, num_items: int) -> np.ndarray:
 
 
 def sample_users(split: Split, count: int, *, seed: int) -> np.ndarray:
-  """Indices of `count` users, drawn once and sorted; all of them where `count` is 0 or no fewer."""
-  users = split.train.num_users
+  """Indices of `count` users of those with a validation target, drawn once and sorted; all where `count` is 0."""
+  users = len(split.validation_target)
   if count == 0 or count >= users:
     return np.arange(users)
   return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))

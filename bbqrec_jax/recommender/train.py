@@ -121,7 +121,7 @@ def run_recommender(
     )
   ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
   shared = partitioner.place(catalogue)
-  some = sample_users(split, e.validation_users, seed=config.seed)
+  some, shown = sample_users(split, e.validation_users, seed=config.seed), split.history("validation")
 
   def rank(params: Any, stage_histories: Interactions, targets: np.ndarray, **options: Any) -> Ranking:
     return evaluate(
@@ -142,7 +142,7 @@ def run_recommender(
     steps=r.steps,
     log_every=config.log_every,
     evaluate_every=r.evaluate_every,
-    evaluate=lambda state: rank(state.params, split.train, split.validation_target, users=some).metrics,
+    evaluate=lambda state: rank(state.params, shown, split.validation_target, users=some).metrics,
     select="ndcg@10",
     patience=r.patience,
     item_ids=dataset.item_ids,

@@ -14,6 +14,7 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import has_items, read_new_items
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
+from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.data.sources import MEMORY
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.catalogue import Catalogue
@@ -42,6 +43,7 @@ class Restored(NamedTuple):
     params: the best ones by validation.
     catalogue: what the model is told of the items.
     config: of the run.
+    split: of the data, as the run had it.
   """
 
   dataset: Dataset
@@ -50,6 +52,7 @@ class Restored(NamedTuple):
   params: Any
   catalogue: Catalogue
   config: ml_collections.ConfigDict
+  split: Split
 
 
 def restore(
@@ -110,7 +113,7 @@ def restore(
       rows = np.concatenate([rows, more])
     _, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=rows)
   state = restore_state(workdir / "checkpoints" / "recommender", best, like, strict=not config.shard_rows)
-  return Restored(dataset, ids, model, state.params, catalogue, config)
+  return Restored(dataset, ids, model, state.params, catalogue, config, split)
 
 
 def _new_items(known: FeatureStore, folder: pathlib.Path) -> FeatureStore:

@@ -13,8 +13,8 @@ from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.feature_store import squeezed_columns
 from bbqrec_jax.data.features import feature_widths
-from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, leave_one_out
-from bbqrec_jax.data.sources import load
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, without_times
+from bbqrec_jax.data.sources import load, split_of
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, popularity_metrics
 from bbqrec_jax.recommender.items import check_compared, id_length, recommender_settings
@@ -80,9 +80,10 @@ def read_data(
       f"{dataset.source}: config field recommender.time_buckets = {config.recommender.time_buckets} needs timestamps,"
       " found none: give timestamps.txt (directory) or a timestamp:float column (recbole), or set it to 0"
     )
+  split = split_of(config.data, dataset.interactions)
   if not config.recommender.time_buckets:
     dataset = dataclasses.replace(dataset, interactions=dataclasses.replace(dataset.interactions, times=None))
-  split = leave_one_out(dataset.interactions)
+    split = without_times(split)
   return dataset, split, statistics(dataset, split)
 
 
@@ -164,6 +165,11 @@ def _begun(
   own_tokenizer = tokenizer_alone or trains_tokenizer(config)
   if own_tokenizer:
     _shorten_warmup(config)
+  if config.data.split == "none":
+    # The last step is the best one: what is ranked was learned from, and tells no better.
+    config.recommender.evaluate_every = config.recommender.steps
+    config.tokenizer.evaluate_every = config.tokenizer.steps
+    warn("data.split = 'none': figures are of what was learned from; take the steps of a run that was validated")
   read_config(config, tokenizer_alone=tokenizer_alone)
   workdir = local_path(workdir, flag="workdir")
   check_workdir(workdir, config)
@@ -316,7 +322,9 @@ def _train(run: _Run) -> dict[str, Any]:
   }
   return {
     "model": f"{config.recommender.head} head",
-    "data": {name: run.figures[name] for name in ("name", "source", "users", "items", "interactions", "split_hash")},
+    "data": {
+      name: run.figures[name] for name in ("name", "source", "users", "items", "interactions", "split", "split_hash")
+    },
     **popularity,
     **metrics,
     "best_step": progress["best_step"],

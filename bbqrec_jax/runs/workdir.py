@@ -170,7 +170,7 @@ def format_results(results: dict[str, Any]) -> str:
   data = results["data"]
   lines = [
     f"{results['model']} on {data['name']}: {data['users']:,} users, {data['items']:,} items,"
-    f" {data['interactions']:,} interactions, split {data['split_hash']}",
+    f" {data['interactions']:,} interactions, {data.get('split', 'leave-one-out')} split {data['split_hash']}",
     f"{'':48s}   own history left out:",
     f"{'':12s}" + 2 * f"  {'popularity':>10s}  {'validation':>10s}  {'test':>10s}",
   ]

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.interactions import Interactions, from_lengths, leave_one_out, select_users
+from bbqrec_jax.data.interactions import Interactions, from_lengths, select_users
 from bbqrec_jax.data.item_ids import nearest
 from bbqrec_jax.data.sources import MEMORY, recognise_source
 from bbqrec_jax.data.titles import find_titles
@@ -141,7 +141,7 @@ class Run:
 
   def evaluate(self) -> dict[str, dict[str, float]]:
     """The metrics of the best model on everybody's validation and test items, as in `results`: ranked again."""
-    split, restored = leave_one_out(self.dataset.interactions), self._restored
+    split, restored = self._restored.split, self._restored
     r, e = self.config.recommender, self.config.evaluation
     return {
       part + suffix: evaluate(

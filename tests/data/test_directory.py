@@ -334,6 +334,7 @@ def test_statistics_against_counts_by_hand(folder):
   assert figures["split_hash"] == split.split_hash
   assert len(figures.pop("features_hash")) == 16
   assert len(figures.pop("ids_hash")) == 16
+  assert figures.pop("split") == "leave-one-out"
   del figures["split_hash"]
   assert figures == {
     "name": folder.name,

@@ -4,7 +4,9 @@ CSV and TSV, Parquet, JSON lines, RecBole's atomic files, and tables in memory (
 """
 
 import gzip
+import io
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,6 +139,40 @@ def _without_type(name: str) -> str:
   return stem if stem and kind in _TYPES else name
 
 
+class _Counted(io.RawIOBase):
+  """A stream of text that counts its double quotes, and its lines that are not blank, as they are read."""
+
+  def __init__(self, inner: Any):
+    self._inner = inner
+    self.quotes = self.lines = 0
+    self._length, self._last = 0, -1  # Bytes so far, and where the last line ended.
+    self._open = b""  # The beginning of what may be a blank line, "" or a carriage return.
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    count = self._inner.readinto(buffer)
+    piece = bytes(memoryview(buffer)[:count])
+    self.quotes += piece.count(b'"')
+    ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n"))
+    lengths = np.diff(ends, prepend=self._last - self._length) - 1
+    blank = lengths == 0
+    before = [piece[end - 1 : end] if end else self._open[-1:] for end in ends[lengths == 1].tolist()]
+    blank[lengths == 1] = [sign == b"\r" for sign in before]
+    self.lines += int(np.sum(~blank))
+    if len(ends):
+      self._last = self._length + int(ends[-1])
+    self._length += count
+    self._open = (self._open + piece)[-1:]
+    return count
+
+  @property
+  def total(self) -> int:
+    """Lines that are not blank, the last one without an end among them."""
+    return self.lines + (self._length - 1 > self._last and self._open not in (b"", b"\r", b"\n"))
+
+
 def _read_csv(
   path: Path,
   names: Sequence[str],
@@ -149,12 +185,15 @@ def _read_csv(
   import pyarrow.csv
 
   bad: list[int] = []  # Rows that were skipped; the others' numbers follow from them.
+  bad_lines = good = 0
 
   def skip(row: Any) -> str:
+    nonlocal bad_lines
     bad.append(row.number)
     reason = f"{row.actual_columns} fields where the header has {row.expected_columns}"
-    for line in row.text.splitlines() or [""]:  # Several, where a double quote is not closed.
+    for line in list(filter(str.strip, row.text.split("\n"))) or [""]:  # Several, where a double quote is not closed.
       quarantine.add(path.name, row.number, reason, line)
+      bad_lines += 1
     return "skip"
 
   parse = pyarrow.csv.ParseOptions(
@@ -176,7 +215,8 @@ def _read_csv(
     with gzip.open(path) if compressed else path.open("rb") as stream:
       if stream.read(3) != b"\xef\xbb\xbf":
         stream.seek(0)
-      reader = pyarrow.csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
+      counted = _Counted(stream)
+      reader = pyarrow.csv.open_csv(counted, read_options=read, parse_options=parse, convert_options=convert)
       done = 0
       while True:
         try:
@@ -188,6 +228,7 @@ def _read_csv(
         while done < len(bad) and len(rows) and bad[done] <= rows[-1]:
           rows[np.searchsorted(rows, bad[done]) :] += 1
           done += 1
+        good += len(rows)
         if len(rows):
           number = int(rows[-1]) + 1
         for first in range(0, len(block), _ROWS):
@@ -195,10 +236,18 @@ def _read_csv(
           yield Batch(
             {_without_type(name): part.column(name) for name in part.schema.names}, rows[first : first + _ROWS]
           )
-  except (pa.ArrowInvalid, EOFError, OSError) as error:
+      swallowed = counted.total - (not headless) - good - bad_lines
+      if counted.quotes % 2 and swallowed > 0:
+        raise InputError(
+          f"{path}: expected every double quote to be closed, got {counted.quotes} of them, and {swallowed} lines that"
+          " are within one; close it, or double those that are meant"
+        )
+  except InputError:
+    raise
+  except (pa.ArrowInvalid, UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
     if "Empty CSV file" in str(error):
       return
-    if not isinstance(error, pa.ArrowInvalid):
+    if isinstance(error, EOFError | zlib.error | OSError) and not isinstance(error, pa.ArrowInvalid):
       raise InputError(f"{path}: expected a table of text, got corrupt or cut-off gzip; copy it again") from None
     raise InputError(
       f"{path}: expected a table of text, could not read on ({' '.join(str(error).split())[:200]}); a double quote that"

@@ -106,8 +106,21 @@ def test_what_is_no_table_is_one_line(tmp_path, name, content, says):
 def test_a_quote_that_is_not_closed_costs_no_row_silently(tmp_path, before):
   (tmp_path / "log.csv").write_text(f'user,item\nu1,a\n{before}"a,b\n' + "c,d\n" * 5)
   quarantine = Quarantine(tmp_path / "q")
-  with pytest.raises(InputError, match=r"got 6 of 7"):
+  with pytest.raises(InputError, match=r"got 6 of 7|1 of them, and 5 lines"):
     read_log(open_table(tmp_path / "log.csv", what="log"), PreparationSettings(), quarantine)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ["", "\n", "\n\n"])
+def test_lines_within_a_quote_that_is_not_closed_are_never_lost(tmp_path, end, last):
+  lines = ["user,item,note", 'u1,a,"two', 'lines"', "", "u2,b,fine", 'u3,c,"open', "u4,d,", "u5,e,"]
+  (tmp_path / "log.csv").write_bytes((end.join(lines) + last).encode())
+  table = open_table(tmp_path / "log.csv", what="log")
+  with pytest.raises(InputError, match=r"got 3 of them, and [23] lines"):
+    rows_of(table, Quarantine(tmp_path / "q"), ("user", "item"))
+  (tmp_path / "log.csv").write_bytes((end.join(lines).replace("open", 'closed"') + last).encode())
+  found = rows_of(open_table(tmp_path / "log.csv", what="log"), Quarantine(tmp_path / "q"), ("user", "item"))
+  assert found == [(f"u{n}", "abcde"[n - 1]) for n in range(1, 6)]
 
 
 def test_numbers_that_pandas_made_fractions_are_ids_all_the_same():
