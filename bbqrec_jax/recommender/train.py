@@ -2,6 +2,7 @@
 
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -101,8 +102,11 @@ def run_recommender(
   workdir: pathlib.Path,
   partitioner: Partitioner,
   log: MetricsLog,
+  warm: Callable[[SequenceModel, Catalogue, Any], Any] | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
   """Trains the recommender (or goes on with it), picks it by validation NDCG@10, ranks the test items once.
+
+  `warm`, of the model, its catalogue and the first parameters, gives others to begin with.
 
   The rank of each user's validation and test item, in the order of the users, goes into `workdir/ranks.npz`.
 
@@ -149,9 +153,12 @@ def run_recommender(
     safeguards=Safeguards.of(config),
   )
   optimizer = make_optimizer(r.optimizer, total_steps=r.steps)
+  state = partitioner.create(lambda: initial_state(config, model, catalogue))
+  if warm is not None:
+    state = state.replace(params=partitioner.place(warm(model, catalogue, partitioner.fetch(state.params))))
   state, progress = fit(
     plan,
-    partitioner.create(lambda: initial_state(config, model, catalogue)),
+    state,
     shared,
     make_recommender_step(model, optimizer, accumulation=r.accumulation),
     training_batches(config, split.train),

@@ -21,6 +21,7 @@ from bbqrec_jax.recommender.items import check_compared, id_length, recommender_
 from bbqrec_jax.recommender.settings import needs_features, needs_semantic_ids, trains_tokenizer
 from bbqrec_jax.recommender.train import check_fingerprint, run_recommender, tokenizer_folder
 from bbqrec_jax.recommender.two_towers import make_recommender
+from bbqrec_jax.runs import nightly
 from bbqrec_jax.runs.workdir import (
   REMAKE,
   check_workdir,
@@ -141,7 +142,7 @@ def _fewer_codes(config: ml_collections.ConfigDict, num_items: int) -> None:
 
 
 class _Run(NamedTuple):
-  """What both stages of a run start from; `ids` are those of the artefact that the config names, if it does."""
+  """What both stages of a run start from; `ids` are of the artefact, `earlier` is the run, that the config names."""
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
@@ -150,6 +151,7 @@ class _Run(NamedTuple):
   split: Split
   figures: dict[str, Any]
   ids: SemanticIds | None
+  earlier: nightly.Earlier | None
 
 
 @contextlib.contextmanager
@@ -177,10 +179,12 @@ def _begun(
   dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone, given=given)
   if own_tokenizer:
     _fewer_codes(config, dataset.num_items)
-  ids = None
+  ids, earlier = None, None
   done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
   if not done:  # What is done needs none of it any more.
     _check_stages(config, dataset, num_devices=partitioner.num_devices, tokenizer_alone=tokenizer_alone)
+    if config.init_from:
+      earlier = nightly.read_earlier(pathlib.Path(config.init_from), dataset)
     if config.tokenizer.artefact:
       ids = load_ids(config, workdir, dataset, figures)
     if not tokenizer_alone:
@@ -199,7 +203,9 @@ def _begun(
     if not done and (tokenizer_alone or needs_features(config)):
       for sentence in squeezed_columns(dataset.store):
         warn(sentence)
-    yield _Run(config, workdir, partitioner, dataset, split, figures, ids)
+    if earlier is not None:
+      say(nightly.describe(earlier, dataset))
+    yield _Run(config, workdir, partitioner, dataset, split, figures, ids, earlier)
 
 
 def _data_hash(figures: dict[str, Any]) -> str:
@@ -228,6 +234,8 @@ def _semantic_ids(run: _Run) -> SemanticIds:
     ids = run.ids or load_ids(run.config, run.workdir, run.dataset, run.figures)
     say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
     return ids
+  if run.earlier is not None:
+    return nightly.make_ids(run.earlier, run.dataset, folder, data_hash=_data_hash(run.figures))
   with contextlib.closing(MetricsLog(run.workdir)) as log:
     return run_tokenizer(
       run.config,
@@ -297,7 +305,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, given: D
 
 def _train(run: _Run) -> dict[str, Any]:
   """Trains what is not trained yet, and evaluates: what `results.json` is to hold."""
-  config, workdir, dataset, split = run.config, run.workdir, run.dataset, run.split
+  config, workdir, dataset, split, earlier = run.config, run.workdir, run.dataset, run.split, run.earlier
   ids, seconds, skipped = None, 0.0, 0.0
   if needs_semantic_ids(config):
     ids = _semantic_ids(run)
@@ -313,6 +321,9 @@ def _train(run: _Run) -> dict[str, Any]:
       workdir=workdir,
       partitioner=run.partitioner,
       log=log,
+      warm=None
+      if earlier is None
+      else lambda model, catalogue, params: nightly.grow_params(config, model, catalogue, params, earlier),
     )
   popularity = {
     "popularity" + suffix: popularity_metrics(

@@ -25,7 +25,7 @@ from bbqrec_jax.data.files import require_folder
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.errors import InputError, shown
-from bbqrec_jax.utils.files import is_given, local_path, read_archive
+from bbqrec_jax.utils.files import is_given, local_path, read_archive, unfinished
 from bbqrec_jax.utils.json_files import read_json
 from bbqrec_jax.utils.messages import say, warn
 from bbqrec_jax.utils.settings import from_config
@@ -105,6 +105,7 @@ class _Job:
     self._count = len(item_ids)
     self._source_hash = _hash_file(source)
     self._prices: list[float] = []
+    self._bounds = np.zeros(0)  # Of the bins of prices.
 
   def survey(self) -> dict[str, int]:
     """How many items have something for each modality."""
@@ -171,20 +172,52 @@ class _Job:
     words = HashedWords(width=s.attribute_width, seed=s.seed, tokens=True)
     return self._words("attributes", words, self._tokens, s.attribute_width)
 
+  def _like(self, name: str) -> Path | None:
+    """The file of what was learned of words for the data set that this one is to be like.
+
+    Raises:
+      InputError: if there is none.
+    """
+    if not self.settings.like:
+      return None
+    path = local_path(self.settings.like, flag="like") / f"{name}_words.npz"
+    if not is_given(path):
+      raise InputError(
+        f"--like={self.settings.like}: expected {path.name}, which bbqrec features leaves beside the features that it"
+        f" makes, found none; give another folder, or leave {name} out (--{name}=none)"
+      )
+    return path
+
   def _texts(self) -> Iterator[str]:
     return map(text_of, read_items(self.source))
 
   def _tokens(self) -> Iterator[list[str]]:
-    bounds = np.quantile(self._prices, np.linspace(0, 1, _PRICES + 1)[1:-1]) if self._prices else np.zeros(0)
     for record in read_items(self.source):
       tokens, price = attributes_of(record)
-      yield tokens if price is None else [*tokens, f"price={int(np.searchsorted(bounds, price, side='right'))}"]
+      yield tokens if price is None else [*tokens, f"price={int(np.searchsorted(self._bounds, price, side='right'))}"]
 
   def _words(self, name: str, words: HashedWords, texts: Any, width: int) -> int:
-    note = self._note(name, "hashed TF-IDF and SVD, version 1", width=width, seed=self.settings.seed)
+    like = self._like(name)
+    told = {} if like is None else {"like": _hash_file(like)}
+    note = self._note(name, "hashed TF-IDF and SVD, version 1", width=width, seed=self.settings.seed, **told)
     if self._stands(name, note):
       return self._present(name)
-    words.fit(texts, self._count)
+    if like is None:
+      if self._prices:
+        self._bounds = np.quantile(self._prices, np.linspace(0, 1, _PRICES + 1)[1:-1])
+      words.fit(texts, self._count)
+    else:
+      arrays = read_archive(like)
+      try:
+        self._bounds = np.sort(arrays.pop("prices")).astype(np.float64)
+        words.restore(arrays)
+      except (KeyError, ValueError, TypeError) as error:
+        raise InputError(
+          f"{like}: expected what bbqrec features learned of words, got something else ({error})"
+        ) from None
+    with open(unfinished(self.folder / f"{name}_words.npz"), "wb") as file:
+      np.savez(file, prices=self._bounds, **words.arrays())  # type: ignore[arg-type]
+    os.replace(unfinished(self.folder / f"{name}_words.npz"), self.folder / f"{name}_words.npz")
 
     def batches(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
       stream = itertools.islice(texts(), first, None)

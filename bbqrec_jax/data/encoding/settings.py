@@ -17,6 +17,8 @@ class FeatureSettings:
                             choices=("tfidf", "none"))  # fmt: skip
   weights: str = setting("", "Of timm or open_clip: the file of the network's weights, or the tag of published ones.")
   images: str = setting("", "Where the pictures are now, if not where bbqrec prepare found them.")
+  like: str = setting("", "A data set whose features tfidf made: make these in the very same way, as a tokenizer"
+                      " that was trained on those asks for of new items.")  # fmt: skip
   text_width: int = setting(256, "Numbers an item of tfidf's text features.", least=2, most=4096)
   attribute_width: int = setting(64, "Numbers an item of the attributes' features.", least=2, most=4096)
   batch_size: int = setting(256, "Items that are encoded at once.", most=65536)

@@ -57,6 +57,24 @@ class HashedWords:
     self._directions = directions[kept].astype(np.float32)
     self.width = len(self._directions)
 
+  def arrays(self) -> dict[str, np.ndarray]:
+    """What was learned, by name, for `restore`."""
+    return {"columns": self._columns, "directions": self._directions, "rarity": np.asarray(self._weigh.idf_)}
+
+  def restore(self, arrays: dict[str, np.ndarray]) -> None:
+    """Knows what another, made in the same way, had learned.
+
+    Raises:
+      ValueError: if that is not what `arrays` hold.
+    """
+    columns, directions, rarity = (arrays[name] for name in ("columns", "directions", "rarity"))
+    fits = directions.ndim == 2 and columns.shape == directions.shape[1:] and rarity.shape == (_HASHED,)
+    if not fits or columns.dtype.kind != "i" or np.any((columns < 0) | (columns >= _HASHED)):
+      raise ValueError(f"expected directions of {_HASHED} columns, got {list(directions.shape)}")
+    self._columns, self._directions = columns, directions.astype(np.float32)
+    self._weigh.idf_ = rarity.astype(np.float64)
+    self.width = len(directions)
+
   def encode(self, texts: Sequence[Any]) -> np.ndarray:
     """The vectors [n, width] of texts."""
     weighed = self._weighed(self._hash.transform(texts))[:, self._columns]

@@ -93,6 +93,26 @@ def test_what_is_made_stays_until_something_of_it_changes(shop, monkeypatch):
   assert not set(prints.values()) & {note["fingerprint"] for note in store.made(shop).values()}
 
 
+def test_features_are_made_as_those_of_another_data_set(shop):
+  more = shop.parent / "more"
+  more.mkdir()
+  lines = (shop / "items.jsonl").read_text().splitlines()
+  new = json.dumps({"id": "new", "title": "purple sofa", "brand": "B0", "price": 500.0, "category": "Home > sofa"})
+  (more / "items.jsonl").write_text("\n".join([new, *reversed(lines)]))
+  encode.features(shop, image="none")
+  encode.features(more, image="none", like=str(shop))
+  for name in ("text", "attributes"):
+    ours, theirs = (np.load(folder / f"{name}_features.npy") for folder in (shop, more))
+    assert_array_equal(theirs[:0:-1], ours)
+    assert np.isfinite(theirs).all()
+  assert encode.features(more, image="none", like=str(shop))["text"] >= ITEMS - 1
+  with pytest.raises(InputError, match=r"--like=.*text_words\.npz"):
+    encode.features(more, image="none", like=str(shop.parent))
+  (shop / "text_words.npz").write_bytes((shop / "attributes_words.npz").read_bytes()[:-5])
+  with pytest.raises(InputError, match=r"text_words\.npz"):
+    encode.features(more, image="none", like=str(shop))
+
+
 def test_a_stopped_run_goes_on_where_it_was(shop, monkeypatch):
   whole = shop.parent / "whole"
   whole.mkdir()
