@@ -29,7 +29,7 @@ class HashedWords:
 
     self.width, self._seed = width, seed
     how: dict[str, Any] = {"analyzer": _as_it_is} if tokens else {"token_pattern": _WORD, "ngram_range": (1, 2)}
-    self._hash = HashingVectorizer(n_features=_HASHED, norm=None, dtype=np.float32, alternate_sign=True, **how)
+    self._hash = HashingVectorizer(n_features=_HASHED, norm=None, dtype=np.float32, alternate_sign=False, **how)
     self._weigh = TfidfTransformer(sublinear_tf=not tokens)
     self._columns, self._directions = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
 
@@ -44,9 +44,7 @@ class HashedWords:
 
     step = max(1, -(-count // _FITTED))
     hashed = self._hash.transform(itertools.islice(texts(), 0, None, step))
-    # Of signed hashes it is whether they are there that says how rare a word is.
-    self._weigh.fit(abs(hashed))
-    weighed = self._weighed(hashed)
+    weighed = self._weigh.fit_transform(hashed)
     self._columns = np.flatnonzero(weighed.getnnz(axis=0))
     weighed = weighed[:, self._columns]
     width = max(1, min(self.width, min(weighed.shape) - 1))
@@ -77,15 +75,10 @@ class HashedWords:
 
   def encode(self, texts: Sequence[Any]) -> np.ndarray:
     """The vectors [n, width] of texts."""
-    weighed = self._weighed(self._hash.transform(texts))[:, self._columns]
+    weighed = self._weigh.transform(self._hash.transform(texts), copy=False)[:, self._columns]
     vectors = np.asarray(weighed @ self._directions.T, np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 1e-12, lengths, 1)
-
-  def _weighed(self, hashed: Any) -> Any:
-    signs = hashed.sign()
-    weighed = self._weigh.transform(abs(hashed), copy=False)
-    return signs.multiply(weighed).tocsr()
 
 
 def _as_it_is(tokens: list[str]) -> list[str]:
