@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from bbqrec_jax.config import default_config
   from bbqrec_jax.data.dataset import Dataset
+  from bbqrec_jax.data.encoding.encode import features
+  from bbqrec_jax.data.preparation.prepare import prepare
   from bbqrec_jax.data.tables import load_data
   from bbqrec_jax.errors import InputError
   from bbqrec_jax.presets import preset
@@ -34,8 +36,10 @@ __all__ = [
   "Run",
   "assign",
   "default_config",
+  "features",
   "load_data",
   "load_run",
+  "prepare",
   "preset",
   "run",
   "tokenize",
@@ -47,8 +51,10 @@ _MODULES = {
   "Run": "serving.run",
   "assign": "tokenizer.new_items",
   "default_config": "config",
+  "features": "data.encoding.encode",
   "load_data": "data.tables",
   "load_run": "serving.run",
+  "prepare": "data.preparation.prepare",
   "preset": "presets",
   "run": "serving.run",
   "tokenize": "serving.run",

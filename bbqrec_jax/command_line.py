@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import io
 import itertools
@@ -154,6 +155,37 @@ def define_path(name: str, help_text: str, *, check: Callable[..., None] | None 
     check: called with the path and flag=name; refuses, with an `InputError`, what the program could not use.
   """
   flags.DEFINE(_PathParser(name, check), name, None, help_text, serializer=flags.ArgumentSerializer())
+
+
+def define_settings(settings: Any) -> None:
+  """Defines a flag for each field of settings, called like it, with its sentence.
+
+  Args:
+    settings: with their defaults, of a class whose fields are declared by `utils.settings.setting`.
+  """
+  from bbqrec_jax.utils.settings import describe
+
+  for name, _, allowed, sentence in describe(settings):
+    value = getattr(settings, name)
+    shown = "" if value in ("", ()) else f" Default: {value}."
+    help_text = f"{sentence} ({allowed})" if allowed and isinstance(value, str) else sentence
+    if isinstance(value, bool):
+      flags.DEFINE_bool(name, None, help_text + shown)
+    elif isinstance(value, int):
+      flags.DEFINE_integer(name, None, help_text + shown)
+    elif isinstance(value, float):
+      flags.DEFINE_float(name, None, help_text + ("" if abs(value) == float("inf") else shown))
+    elif isinstance(value, tuple):
+      flags.DEFINE_list(name, None, help_text + shown)
+    else:
+      flags.DEFINE_string(name, None, help_text + shown)
+
+
+def given_settings(kind: Any) -> dict[str, Any]:
+  """The fields of settings that flags of `define_settings` were given for, by name."""
+  values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(kind)}
+  given = {name: value for name, value in values.items() if value is not None}
+  return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def define_run_flags() -> None:

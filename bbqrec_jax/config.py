@@ -33,6 +33,8 @@ class RunSettings(Safeguards):
     " devices; 0: each device has all.", least=0,
   )  # fmt: skip
   log_every: int = setting(50, "Steps between two lines of training metrics.")
+  init_from: str = setting("", "The workdir of a finished run on earlier data, whose semantic IDs and parameters this"
+                           " one begins with.")  # fmt: skip
   data: DataSettings = section(DataSettings, "The data.")
   tokenizer: TokenizerSettings = section(TokenizerSettings, "Stage 1.")
   recommender: RecommenderSettings = section(RecommenderSettings, "Stage 2.")
@@ -47,6 +49,10 @@ class RunSettings(Safeguards):
     field = f"config field {prefix}"
     if 0 < self.shard_rows < _FEWEST_ROWS:
       raise InputError(f"{field}shard_rows must be 0 or at least {_FEWEST_ROWS}, got {self.shard_rows}")
+    if self.shard_rows and self.init_from:
+      raise InputError(f"{field}init_from works with {prefix}shard_rows = 0, got {self.shard_rows}")
+    if self.init_from and self.tokenizer.artefact:
+      raise InputError(f"{field}init_from brings a tokenizer of its own: leave {prefix}tokenizer.artefact empty")
     if self.shard_rows and self.partitioner != "mesh":
       raise InputError(
         f"{field}shard_rows = {self.shard_rows} works with {prefix}partitioner = 'mesh': set it so, or shard_rows to 0"

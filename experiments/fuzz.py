@@ -19,6 +19,7 @@ import codecs
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import gzip
@@ -43,15 +44,21 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
+import pyarrow.parquet
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.config import CHANGEABLE, default_config
+from bbqrec_jax.data.amazon_reviews.image_features import read_image_features
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
+from bbqrec_jax.data.encoding.pictures import ColoursAndEdges
 from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.histories import read_histories
 from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.data.preparation import card
+from bbqrec_jax.data.preparation.prepare import prepare
 from bbqrec_jax.data.recbole import load_recbole
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.settings import BACKBONES, HEADS
@@ -939,6 +946,126 @@ def expect_settings(files: Files) -> Any:
   return given
 
 
+# --- raw data -------------------------------------------------------------------------------------------------------
+
+card._draw = lambda *given: None  # type: ignore[assignment]  # Its pictures take longer than all else.
+
+
+def _rows() -> list[dict[str, Any]]:
+  """A log of eight users and five items."""
+  return [
+    {"user": f"u {user}", "item": f"i{(user + step) % 5}", "time": 10**9 + 60 * step + user, "note": f"n, {step}"}
+    for user in range(8)
+    for step in range(4)
+  ]
+
+
+def _table(rows: list[dict[str, Any]]) -> bytes:
+  text = io.StringIO()
+  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue().encode()
+
+
+def _lines(rows: list[dict[str, Any]], *, literal: bool = False) -> bytes:
+  return "".join((repr(row) if literal else json.dumps(row)) + "\n" for row in rows).encode()
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+  file = io.BytesIO()
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+  return file.getvalue()
+
+
+def _catalogue() -> list[dict[str, Any]]:
+  return [
+    {
+      "id": f"i{item}",
+      "title": f"It's {item}",
+      "brand": "B" * item,
+      "price": f"${item}.50",
+      "categories": f"A > {item}",
+    }
+    for item in range(5)
+  ]
+
+
+RAW = {"log.csv": _table(_rows()), "items.csv": _table(_catalogue())}
+
+
+def read_prepared(log: str, items: str) -> Callable[[pathlib.Path], Any]:
+  """A reader that prepares a folder's log and item table elsewhere, and holds what came of it against what went in."""
+
+  def read(folder: pathlib.Path) -> Any:
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+      output = pathlib.Path(name, "out")
+      report = prepare(folder / log, output, items=folder / items, max_bad=1.0)
+      data = load_directory(output)
+      first, last = report["steps"][0], report["steps"][-1]
+      aside = {file: sum(reasons.values()) for file, reasons in report["quarantine"].items()}
+      if data.interactions.num_interactions != last["interactions"] or data.num_items != last["items"]:
+        raise AssertionError("what was written is not what was said")
+      if report["rows"] > first["interactions"] + aside.get(log, 0):
+        raise AssertionError(f"{report['rows']} rows, of which {first['interactions']} are used and {aside} set aside")
+      kept = (output / "quarantine.jsonl").read_bytes().count(b"\n") if aside else 0
+      if kept != sum(aside.values()):
+        raise AssertionError("the rows set aside are not those counted")
+      if data.interactions.num_users > 64 or not np.isfinite(data.interactions.times).all():
+        raise AssertionError("users or times that were never there")
+    return "sound"
+
+  return read
+
+
+def always(what: Any) -> Callable[[Files], Any]:
+  """An expectation that does not depend on the files: soundness is looked at by what reads them."""
+  return lambda files: what
+
+
+def read_pictures(folder: pathlib.Path) -> Any:
+  """The features of three pictures, of which one is damaged: that one is masked, or is as good as any."""
+  encoder = ColoursAndEdges()
+  for name in ("a.png", "b.jpg", "c.gif"):
+    try:
+      prepared = encoder.prepare(folder / name)
+    except Exception as error:  # Whatever it is, `encode.features` masks the item and says so.
+      if isinstance(error, MemoryError):
+        raise
+      continue
+    vector = encoder.encode([prepared])
+    if vector.shape != (1, encoder.width) or not np.isfinite(vector).all() or np.abs(vector).max() > 1 + 1e-6:
+      raise AssertionError("features that are none")
+  return "sound"
+
+
+def _picture(kind: str) -> bytes:
+  file = io.BytesIO()
+  PIL.Image.new("RGB", (8, 6), "red").save(file, kind)
+  return file.getvalue()
+
+
+def vectors(files: Files) -> dict[str, bytes]:
+  """The records of a file of pictures' features, each item once."""
+  content = files["x.b"]
+  size = 10 + 4 * 4096
+  if len(content) % size or not content:
+    raise Bad
+  found: dict[str, bytes] = {}
+  for place in range(0, len(content), size):
+    name = content[place : place + 10].rstrip(b"\0").decode("ascii")
+    if not name.strip() or not name.isprintable():
+      raise Bad
+    found.setdefault(name, content[place + 10 : place + size])
+  return {name: vector for name, vector in found.items() if name in ("B000000001", "B000000002")}
+
+
+def read_vectors(folder: pathlib.Path) -> dict[str, bytes]:
+  """The same by the program."""
+  ids, found = read_image_features(folder / "x.b", {"B000000001", "B000000002"})
+  return {name: vector.tobytes() for name, vector in zip(ids, found, strict=True)}
+
+
 def in_files(names: tuple[str, ...], changes: tuple[Change, ...], others: tuple[str, ...] = ()) -> tuple[Damage, ...]:
   """Damages of one file: each change of its content about as often as all that may stand in its place together."""
 
@@ -1007,6 +1134,45 @@ def readers() -> dict[str, Reader]:
     ),
     "RecBole .inter": recbole("tiny.inter"),
     "RecBole .item": recbole("tiny.item"),
+    "logs, CSV": Reader(
+      RAW, in_files(("log.csv",), (damage_bytes, damage_fields), NO_FILE), read_prepared("log.csv", "items.csv"),
+      always("sound"), True,
+    ),
+    "logs, Parquet": Reader(
+      RAW | {"log.parquet": _parquet(_rows())}, in_files(("log.parquet",), (damage_bytes,), NO_FILE),
+      read_prepared("log.parquet", "items.csv"), always("sound"), True,
+    ),
+    "logs, JSON": Reader(
+      RAW | {"log.jsonl": _lines(_rows())},
+      in_files(("log.jsonl",), (damage_bytes, damage_fields, damage_json_line), NO_FILE),
+      read_prepared("log.jsonl", "items.csv"), always("sound"), True,
+    ),
+    "item tables, CSV": Reader(
+      RAW, in_files(("items.csv",), (damage_bytes, damage_fields), NO_FILE), read_prepared("log.csv", "items.csv"),
+      always("sound"), True,
+    ),
+    "item tables, literals": Reader(
+      RAW | {"meta.json.gz": gzip.compress(_lines(_catalogue(), literal=True), mtime=0)},
+      in_files(
+        ("meta.json.gz",),
+        (damage_bytes, gzip_bomb, compressed(damage_bytes), compressed(damage_fields)),
+        NO_FILE,
+      ),
+      read_prepared("log.csv", "meta.json.gz"), always("sound"), True,
+    ),
+    "asked histories, Parquet": Reader(
+      {"asked.parquet": _parquet([{"user": "a", "items": ASKED_IDS[:2]}, {"user": "b", "items": ASKED_IDS[2:]}])},
+      in_files(("asked.parquet",), (damage_bytes,), NO_FILE),
+      lambda folder: bool(read_asked(folder / "asked.parquet")), always(True), True,
+    ),
+    "pictures": Reader(
+      {"a.png": _picture("PNG"), "b.jpg": _picture("JPEG"), "c.gif": _picture("GIF")},
+      in_files(("a.png", "b.jpg", "c.gif"), (damage_bytes,), NO_FILE), read_pictures, always("sound"), True,
+    ),
+    "pictures' features": Reader(
+      {"x.b": b"".join(b"B%09d" % item + np.full(4096, item, "<f4").tobytes() for item in range(1, 4))},
+      in_files(("x.b",), (damage_bytes,), NO_FILE), read_vectors, vectors,
+    ),
     "artefact arrays": Reader(
       ids,
       in_files(("codes.npy", "stream_codes.npy", "present.npy", "codebooks.npy"), ARRAY_CHANGES, NO_FILE),

@@ -279,7 +279,7 @@ def test_recommending_from_no_run_is_one_line(tmp_path):
   ],
 )
 def test_flags_of_recommend_that_do_not_go_together(given, said):
-  nothing = dict.fromkeys(("history", "user", "histories", "times", "timestamps", "output"))
+  nothing = dict.fromkeys(("history", "user", "titles", "histories", "times", "timestamps", "output"))
   given = {name: pathlib.Path(value) if name == "output" else value for name, value in given.items()}
   with pytest.raises(InputError, match=re.escape(said)):
     recommend.check_options(types.SimpleNamespace(**({"top": 10} | nothing | given)))
@@ -298,7 +298,7 @@ def test_flags_of_recommend_that_do_not_go_together(given, said):
   ],
 )
 def test_recommend_takes_times_in_the_unit_of_the_data(tmp_path, many, unit, times, seconds):
-  options = dict.fromkeys(("history", "user", "histories", "times", "timestamps"))
+  options = dict.fromkeys(("history", "user", "titles", "histories", "times", "timestamps"))
   dataset = types.SimpleNamespace(item_ids=ItemIds.numbered(4), time_unit=unit)
   if many:
     options |= {"histories": tmp_path / "histories.txt", "timestamps": tmp_path / "times.txt"}

@@ -8,6 +8,8 @@ import bbqrec_jax
 from bbqrec_jax.errors import InputError, refuse
 
 COMMANDS = {
+  "prepare": "logs, a product table and pictures become a data set",
+  "features": "features of a data set's items, from their texts, pictures and attributes",
   "train": "train the tokenizer and the recommender of a config, or continue",
   "recommend": "the best next items of a user, a history, or a file of them",
   "assign": "semantic IDs for items that came after training",

@@ -2,10 +2,11 @@
 
     bbqrec recommend --workdir=runs/mine --history=SKU-1,SKU-2 --top=10
     bbqrec recommend --workdir=runs/mine --user=U17
+    bbqrec recommend --workdir=runs/mine --titles='red mug,oak table' --deny=@sold_out.txt
     bbqrec recommend --workdir=runs/mine --histories=FILE --output=recommended.jsonl
 
-Items go in and come out by the ids of the run's data. `--user=ID` takes the history of one of its users, and
-`--histories=FILE --output=FILE` does so for every line of a file.
+Items go in and come out by the ids of the run's data. `--user=ID` takes the history of one of its users, `--titles` one
+of items that are called nearly so, and `--histories=FILE --output=FILE` does so for every line of a file.
 """
 
 import dataclasses
@@ -26,10 +27,10 @@ def check_options(options: Any) -> None:
   """
   if options.top < 1:
     raise InputError(f"--top must be at least 1, got {options.top}")
-  if sum(value is not None for value in (options.history, options.user, options.histories)) != 1:
+  if sum(value is not None for value in (options.history, options.titles, options.user, options.histories)) != 1:
     raise InputError(
-      "give one of --history=3,17,256, --user=ID (of the run's data) and --histories=FILE, a line 'user item item ...'"
-      " each"
+      "give one of --history=3,17,256, --user=ID (of the run's data), --titles='red mug,oak table' and"
+      " --histories=FILE, a line 'user item item ...' each"
     )
   if (options.histories is None) != (options.output is None):
     raise InputError("--output=FILE goes with --histories=FILE: what is recommended for a file is written to a file")
@@ -58,10 +59,14 @@ def asked_for(options: Any, dataset: Any) -> Any:
   from bbqrec_jax.data.histories import read_histories
   from bbqrec_jax.data.interactions import from_lengths
   from bbqrec_jax.data.times import in_seconds_as
+  from bbqrec_jax.data.titles import require_titles
   from bbqrec_jax.serving.recommend import history_of, parse_history, parse_times
 
   if options.user is not None:
     return history_of(options.user, dataset.interactions)
+  if options.titles is not None:
+    rows = require_titles(options.titles, dataset.titles, flag="--titles")
+    return from_lengths(rows, np.array([len(rows)]), np.array(["history"]))
   if options.histories is None:
     history = parse_history(options.history, dataset.item_ids)
     times = parse_times(options.times, count=len(history))
@@ -80,8 +85,9 @@ def main(argv: list[str]) -> None:
   """Prints the history and the recommended items with titles, semantic IDs and scores, or writes those of a file."""
   del argv
   from bbqrec_jax.data.times import long_gaps
+  from bbqrec_jax.data.titles import listed_items
   from bbqrec_jax.runs.restore import restore
-  from bbqrec_jax.serving.recommend import recommend_all, write_recommendations
+  from bbqrec_jax.serving.recommend import left_out, recommend_all, write_recommendations
   from bbqrec_jax.utils.compilation import keep_compiled
   from bbqrec_jax.utils.environment import settle_jax
   from bbqrec_jax.utils.messages import warn
@@ -91,7 +97,7 @@ def main(argv: list[str]) -> None:
   keep_compiled()
   try:
     check_options(options)
-    dataset, ids, model, params, catalogue, config = restore(
+    dataset, ids, model, params, catalogue, config, *_ = restore(
       options.workdir,
       data=options.data,
       tokenizer=options.tokenizer,
@@ -99,6 +105,10 @@ def main(argv: list[str]) -> None:
       trusted=options.trust,
     )
     histories = asked_for(options, dataset)
+    allow, deny = (
+      None if given is None else listed_items(given, dataset.item_ids, flag=flag)
+      for flag, given in (("--allow", options.allow), ("--deny", options.deny))
+    )
     many = options.histories is not None
     if model.settings.time_buckets and histories.times is None:
       flag = "--timestamps" if many else "--times"
@@ -116,6 +126,7 @@ def main(argv: list[str]) -> None:
     beam_width=config.evaluation.beam_width,
     repeat=options.repeat,
     batch_size=config.evaluation.batch_size,
+    exclude=left_out(allow, deny, num_items=catalogue.num_items),
   )
   if many:
     with writing(options.output):
@@ -131,7 +142,7 @@ def main(argv: list[str]) -> None:
   print("history:", *(" " * 16 + line(item) for item in histories.items), sep="\n")
   rows = enumerate(zip(items, scores, strict=True), 1)
   if not len(items):
-    print("nothing is left to recommend: the history holds every item; --repeat recommends those again")
+    print("nothing is left to recommend: every item is in the history (--repeat recommends those again) or left out")
     return
   print("recommended:", *(f"{rank:4d}  {score:8.3f}  {line(item)}" for rank, (item, score) in rows), sep="\n")
 
@@ -141,10 +152,15 @@ def program() -> None:
   define_run_flags()
   flags.DEFINE_string("history", None, "Ids of items in time order, separated by commas; 'a,\"b,c\"' as in CSV.")
   flags.DEFINE_string("user", None, "In place of --history: the id of a user of the run's data, with all of its items.")
+  flags.DEFINE_string("titles", None, "In place of --history: titles, or words of them, separated by commas.")
+  flags.DEFINE_string("allow", None, "Recommend these items alone: ids separated by commas, or @FILE, an id a line.")
+  flags.DEFINE_string("deny", None, "Never recommend these items, likewise.")
   flags.DEFINE_string("times", None, "When each interaction was, in the unit of the data, for one with time buckets.")
-  define_path("histories", "A file in place of --history: a line per user, 'user item item ...', or JSON (.jsonl).")
+  define_path(
+    "histories", "A file in place of --history: a line per user, 'user item item ...', .jsonl or .parquet."
+  )
   define_path("timestamps", "A file with the time of each interaction in place of its item, in the unit of the data.")
-  define_path("output", "The file for what is recommended for --histories: one JSON object per line.")
+  define_path("output", "The file for what is recommended for --histories: one JSON object per line, or .parquet.")
   define_path("tokenizer", "Semantic IDs that `bbqrec assign` extended by new items.")
   define_path("features", "The new items' features, for a recommender that reads features.")
   flags.DEFINE_integer("top", 10, "How many items to recommend.")

@@ -2,6 +2,7 @@
 
     bbqrec train --config=quickstart --workdir=runs/quickstart
     bbqrec train --config=hybrid --data=DIR --workdir=runs/mine --config.recommender.steps=500
+    bbqrec train --config=hybrid --data=TODAY --init_from=runs/yesterday --workdir=runs/today
     bbqrec train --help-config
 
 `--config` is the name of a preset or a file with a `get_config`, as FILE or FILE:CHOICE. Any of its fields can be set
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> None:
       num_processes=options.num_processes,
       process_id=options.process_id,
     )
+    if options.init_from is not None:
+      options.config.init_from = str(options.init_from)
     run(options.config, options.workdir)
 
 
@@ -70,6 +73,7 @@ def program() -> None:
   """Defines the flags and runs the program."""
   config_flags.DEFINE_config_file("config", None, "A preset or a config file; --config.field=value sets a field.")
   define_path("data", "The folder of the data, in the project's own format or in RecBole's: sets data.path and source.")
+  define_path("init_from", "The workdir of a finished run on earlier data, to begin with what it learned.")
   define_path("workdir", "Where everything is written; the same one again goes on with the run.")
   flags.DEFINE_enum(
     "distributed",

@@ -56,14 +56,21 @@ class Dataset:
     return FeatureStore(self.features, self.present)
 
 
+_SPLITS = {
+  "leave-one-out": "leave-one-out split",
+  "temporal": "temporal split",
+  "none": "no split: figures below are of what was learned from;",
+}
+
+
 def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
   """Figures that say which data a result stands on, ready for JSON.
 
   Returns:
     name, source, users, items, interactions; history_length (mean, median, min, max); density, interactions / (users x
     items); head_share, the share of interactions that the most popular 10 % of items hold; unseen_items, how many are
-    in no training history; modalities (width and coverage of each); notes; split_hash, features_hash, ids_hash (of the
-    items' and the users' ids) and times_hash (None without times).
+    in no training history; modalities (width and coverage of each); notes; split, its kind; split_hash, features_hash,
+    ids_hash (of the items' and the users' ids) and times_hash (None without times).
   """
   interactions = dataset.interactions
   lengths = interactions.lengths
@@ -89,6 +96,7 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
       for name, array in dataset.features.items()
     },
     "notes": list(dataset.notes),
+    "split": split.kind,
     "split_hash": split.split_hash,
     "features_hash": features_hash(dataset.features, dataset.present),
     "ids_hash": hashlib.sha256("\n".join([dataset.item_ids.digest, *interactions.users]).encode()).hexdigest()[:16],
@@ -112,5 +120,5 @@ def format_statistics(figures: Mapping[str, Any]) -> str:
     lines.append(f"  {name}: width {modality['width']}, {modality['coverage']:.1%} of items have it")
   lines += [f"  {note}" for note in figures["notes"]]
   features = f"features {figures['features_hash']}" if figures["modalities"] else "no features"
-  lines.append(f"  leave-one-out split {figures['split_hash']}, {features}")
+  lines.append(f"  {_SPLITS[figures['split']]} {figures['split_hash']}, {features}")
   return "\n".join(lines)

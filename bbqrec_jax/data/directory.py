@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.encoding.store import made
 from bbqrec_jax.data.features import load_modalities, unused_files
 from bbqrec_jax.data.files import check_label, read_lines, require_folder, separator_of
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
@@ -24,6 +25,7 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
   """Reads and checks a folder.
 
   - `sequences.txt`: a line a user, `user item item ...`, separated by blanks; ids from 0, in time order.
+  - `users.txt`, optional: line k is the id of the user of line k of `sequences.txt`, in place of the one there.
   - `timestamps.txt`, optional: the same lines with the second of each interaction in place of its item; other units
     are recognised, see `times.unit_of`.
   - `items.jsonl.gz` or `items.jsonl`: line k is the JSON object of item k; its `title` is used, and its `id`: a string
@@ -50,11 +52,27 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
   if is_given(times):
     seconds, unit = in_seconds(read_timestamps(times, whole), where=time_places(times, whole))
     whole = dataclasses.replace(whole, times=seconds)
+  users = folder / "users.txt"
+  if is_given(users):
+    whole = dataclasses.replace(whole, users=read_user_ids(users, count=whole.num_users))
   interactions = check_history_lengths(whole, path=sequences, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(titles))
-  notes = (*time_notes(interactions, unit), *unused_files(folder, features, (sequences.name, times.name)))
+  notes = (
+    *time_notes(interactions, unit),
+    *_origins(folder, features),
+    *unused_files(folder, features, (sequences.name, times.name, users.name)),
+  )
   item_ids = item_ids or ItemIds.numbered(len(titles))
   return Dataset(folder.resolve().name, str(path), interactions, features, present, item_ids, titles, notes, unit)
+
+
+def _origins(folder: Path, modalities: Iterable[str]) -> Iterator[str]:
+  """How the features were made, where `bbqrec features` made them, as sentences."""
+  noted = made(folder)
+  for name in modalities:
+    note = noted.get(name)
+    if isinstance(note, dict):
+      yield f"{name} features by {note.get('made_by')}, fingerprint {note.get('fingerprint')}"
 
 
 def has_items(folder: Path) -> bool:
@@ -191,6 +209,24 @@ def read_users(path: Path) -> tuple[np.ndarray, list[bytes], np.ndarray]:
     tails.append(line[len(label) :])
     lengths[row] = len(fields) - 1
   return np.array([label.decode() for label in labels], str), tails, lengths
+
+
+def read_user_ids(path: Path, *, count: int) -> np.ndarray:
+  """The ids [count] str of users, a line each, which may hold blanks.
+
+  Raises:
+    InputError: if there are more or fewer, or one is empty, longer than 256 bytes, or there twice.
+  """
+  lines = read_lines(path)
+  if len(lines) != count:
+    raise InputError(f"{path}: expected {count} lines, one for each line of sequences.txt, got {len(lines)}")
+  first: dict[bytes, int] = {}
+  for row, line in enumerate(lines):
+    check_label(line, where=f"{path} line {row + 1}")
+    if not line.strip() or first.setdefault(line, row) != row:
+      came = "an empty line" if not line.strip() else f"{shown(line)} again (first on line {first[line] + 1})"
+      raise InputError(f"{path} line {row + 1}: expected the id of a user, each once, got {came}; correct it")
+  return np.array([line.decode() for line in lines], str)
 
 
 def read_sequences(path: Path, *, num_items: int, of_folder: bool = False) -> Interactions:

@@ -33,7 +33,8 @@ def require_folder(path: str | Path) -> Path:
   folder = local_path(path, flag="config.data.path")
   if not os.path.isdir(folder):
     came = "a file" if os.path.exists(folder) else "nothing"
-    raise InputError(f"{path}: expected a folder of data, found {came}; set --config.data.path=DIR")
+    mend = "bbqrec prepare makes one of a log" if came == "a file" else "set --config.data.path=DIR"
+    raise InputError(f"{path}: expected a folder of data, found {came}; {mend}")
   return folder
 
 

@@ -18,14 +18,16 @@ def read_histories(path: Path, item_ids: ItemIds) -> Interactions:
 
   Args:
     path: of lines 'user item item ...'; or, where its name ends in `.jsonl` or `.jsonl.gz`, of objects
-      `{"user": ..., "items": [...]}`, for ids with blanks in them.
+      `{"user": ..., "items": [...]}`, for ids with blanks in them; or a `.parquet` file with these columns.
     item_ids: of the catalogue.
 
   Raises:
     InputError: if the file holds no user, a line is something else, a user is there twice, or no item has such an id.
   """
-  in_json = path.name.endswith((".jsonl", ".jsonl.gz"))
-  if in_json:
+  in_json = path.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+  if path.name.endswith(".parquet"):
+    users, histories = _read_parquet(path)
+  elif in_json:
     users, histories = _read_json_lines(path)
   elif item_ids.are_rows:
     return _require_users(path, read_sequences(path, num_items=len(item_ids)))
@@ -69,6 +71,35 @@ def _read_json_lines(path: Path) -> tuple[np.ndarray, list[list[str]]]:
     check_label(str(user).encode(), where=f"{place} field 'user'")
     if str(user) in histories:
       raise InputError(f"{place} field 'user': expected each user once, got {shown(str(user))} again; join the lines")
+    histories[str(user)] = list(map(str, items))
+  return np.array(list(histories), str), list(histories.values())
+
+
+def _read_parquet(path: Path) -> tuple[np.ndarray, list[list[str]]]:
+  """The users [U] str and their items, as text, of a Parquet file with columns `user` and `items`, a list."""
+  import pyarrow as pa
+  import pyarrow.parquet
+
+  try:
+    table = pyarrow.parquet.read_table(path)
+  except (pa.ArrowException, OSError, ValueError) as error:
+    raise InputError(f"{path}: expected a Parquet file, could not read one ({error}); write it again") from None
+  if not {"user", "items"} <= set(table.column_names):
+    raise InputError(
+      f"{path}: expected columns user and items (a list), got {', '.join(table.column_names)}; name them so"
+    )
+  histories: dict[str, list[str]] = {}
+  for row, (user, items) in enumerate(zip(table["user"].to_pylist(), table["items"].to_pylist(), strict=True), start=1):
+    if not isinstance(items, list) or not items or not all(_is_id(value) for value in (user, *items)):
+      raise InputError(
+        f"{path} line {row}: expected a user and a list of items, ids being strings or integers, got {shown(str(user))}"
+        f" and {shown(str(items))}; correct it"
+      )
+    check_label(str(user).encode(), where=f"{path} line {row} field 'user'")
+    if str(user) in histories:
+      raise InputError(
+        f"{path} line {row} field 'user': expected each user once, got {shown(str(user))} again; join them"
+      )
     histories[str(user)] = list(map(str, items))
   return np.array(list(histories), str), list(histories.values())
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -128,14 +128,17 @@ def check_history_lengths(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-  """The leave-one-out split: a user's last item is the test target, the one before it the validation target.
+  """What is learned from, and what is held out of it; of `leave_one_out` unless `shown` says otherwise.
 
   Attributes:
-    train: everything but each user's last two items; the only interactions that anything is fitted on.
-    validation_target: [U] int32.
-    test_target: [U] int32.
+    train: the only interactions that anything is fitted on; of leave-one-out everything but each user's last two items.
+    validation_target: [V] int32, what really came after the histories that are shown at validation.
+    test_target: [T] int32, likewise at test.
     split_hash: 16 hexadecimal digits that change with any interaction, their order, or the protocol.
-    validation_time: [U] float64, when the validation target came; None where the source has no times.
+    validation_time: [V] float64, when the validation target came; None where the source has no times.
+    kind: "leave-one-out", "temporal" or "none".
+    shown: the histories that a model is shown at "validation" (of V users) and "test" (of T); None for leave-one-out,
+      where they are those of all U users.
   """
 
   train: Interactions
@@ -143,17 +146,21 @@ class Split:
   test_target: np.ndarray
   split_hash: str
   validation_time: np.ndarray | None = None
+  kind: str = "leave-one-out"
+  shown: Mapping[str, Interactions] | None = None
 
   def history(self, stage: str) -> Interactions:
-    """What a model is shown at "validation" (the training part) or "test" (all but the last item).
+    """What a model is shown at "validation" or "test": of leave-one-out the training part, and all but the last item.
 
     Raises:
       InputError: if the stage is neither.
     """
+    if stage not in ("validation", "test"):
+      raise InputError(f"expected stage 'validation' or 'test', got {stage!r}")
+    if self.shown is not None:
+      return self.shown[stage]
     if stage == "validation":
       return self.train
-    if stage != "test":
-      raise InputError(f"expected stage 'validation' or 'test', got {stage!r}")
     ends = self.train.offsets[1:]
     items, times = np.insert(self.train.items, ends, self.validation_target), self.train.times
     if times is not None and self.validation_time is not None:
@@ -208,6 +215,114 @@ def hold_out_last(split: Split) -> tuple[Split, np.ndarray]:
   lengths[users] -= 1
   target[users] = train.items[last]
   return Split(choose(train, kept, lengths, train.users), target, target, f"{split.split_hash}-1"), users
+
+
+def temporal(interactions: Interactions, *, validation_from: float | None, test_from: float | None) -> Split:
+  """Splits at two moments, the same for everybody: nothing is learned from what came after the first.
+
+  A user's target is the first item from the moment on, and what is shown are all items before the moment. Users without
+  an item in the time of a stage, or without one before the first moment, are not ranked there; users of the latter kind
+  are in no part at all.
+
+  Args:
+    interactions: with times.
+    validation_from: second from which on interactions validate; None: that of the interaction at 80 % of them by time.
+    test_from: second from which on they test; None: that at 90 %.
+
+  Raises:
+    InputError: if there are no times, or a part is left without a user.
+  """
+  times = interactions.times
+  if times is None:
+    raise InputError(
+      "data.split = 'temporal': expected times of the interactions, found none; give them, or use another"
+    )
+  in_order = np.sort(times)
+  first, second = (
+    float(in_order[len(in_order) * share // 10] if given is None else given)
+    for given, share in ((validation_from, 8), (test_from, 9))
+  )
+  if not first < second:
+    raise InputError(
+      f"data.validation_from: expected it before data.test_from, got second {first:.15g} and {second:.15g}; give both"
+    )
+  owner = np.repeat(np.arange(interactions.num_users), interactions.lengths)
+
+  def count(chosen: np.ndarray) -> np.ndarray:
+    return np.bincount(owner[chosen], minlength=interactions.num_users)
+
+  before, until = times < first, times < second
+  known, early = count(before), count(until)
+  starts = interactions.offsets[:-1]
+  validated = np.flatnonzero((known > 0) & (early > known))
+  tested = np.flatnonzero((known > 0) & (interactions.lengths > early))
+  for name, users in (("learn from", np.flatnonzero(known > 1)), ("validate on", validated), ("test on", tested)):
+    if not len(users):
+      raise InputError(
+        f"data.split = 'temporal': expected users to {name}, found none with validation from second {first:.15g} and"
+        f" test from {second:.15g} on; set data.validation_from and data.test_from"
+      )
+  kept = known > 0
+  train = choose(interactions, before, known[kept], interactions.users[kept])
+
+  def shown(users: np.ndarray, mine: np.ndarray, lengths: np.ndarray) -> Interactions:
+    chosen = np.zeros(interactions.num_users, bool)
+    chosen[users] = True
+    return choose(interactions, mine & chosen[owner], lengths[users], interactions.users[users])
+
+  digest = hashlib.sha256(f"temporal {first!r} {second!r}".encode())
+  for part in (interactions.lengths.astype("<i8"), interactions.items.astype("<i4"), times.astype("<f8")):
+    digest.update(part.tobytes())
+  return Split(
+    train=train,
+    validation_target=interactions.items[(starts + known)[validated]],
+    test_target=interactions.items[(starts + early)[tested]],
+    split_hash=digest.hexdigest()[:16],
+    validation_time=times[(starts + known)[validated]],
+    kind="temporal",
+    shown={"validation": shown(validated, before, known), "test": shown(tested, until, early)},
+  )
+
+
+def without_split(interactions: Interactions) -> Split:
+  """Everything is learned from, for production; what is "held out" are the last items, which the model has seen.
+
+  Figures on them tell that a model works, and nothing of how well.
+
+  Raises:
+    InputError: if no user has two items.
+  """
+  lengths = interactions.lengths
+  several = np.flatnonzero(lengths > 1)
+  if not len(several):
+    raise InputError("data.split = 'none': expected users with two items or more, found none; give longer histories")
+  last = np.zeros(interactions.num_interactions, bool)
+  last[interactions.offsets[1:][lengths > 0] - 1] = True
+  long_enough = np.repeat(lengths > 1, lengths)
+  shown = choose(interactions, long_enough & ~last, lengths[several] - 1, interactions.users[several])
+  target = interactions.items[long_enough & last]
+  digest = hashlib.sha256(b"none")
+  digest.update(lengths.astype("<i8").tobytes())
+  digest.update(interactions.items.astype("<i4").tobytes())
+  return Split(
+    train=interactions,
+    validation_target=target,
+    test_target=target,
+    split_hash=digest.hexdigest()[:16],
+    validation_time=None if interactions.times is None else interactions.times[long_enough & last],
+    kind="none",
+    shown={"validation": shown, "test": shown},
+  )
+
+
+def without_times(split: Split) -> Split:
+  """The same split of interactions without times."""
+  shown = None if split.shown is None else {stage: _timeless(histories) for stage, histories in split.shown.items()}
+  return dataclasses.replace(split, train=_timeless(split.train), validation_time=None, shown=shown)
+
+
+def _timeless(interactions: Interactions) -> Interactions:
+  return dataclasses.replace(interactions, times=None)
 
 
 # Interactions of a block of users.

@@ -1,7 +1,6 @@
 """The ids that a data source gives its items: what people type and read, where the program itself counts rows."""
 
 import csv
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -148,7 +147,9 @@ class ItemIds:
 
 def nearest(unknown: str, known: Sequence[str]) -> str:
   """Which of the ids that there are may have been meant by another, in words."""
-  near = [shown(name) for name in difflib.get_close_matches(unknown, known, 3)]
+  from rapidfuzz import fuzz, process
+
+  near = [shown(name) for name, _, _ in process.extract(unknown, known, scorer=fuzz.ratio, limit=3, score_cutoff=60)]
   return f"the nearest are {', '.join(near)}" if near else f"they are written like {shown(known[0])}"
 
 

@@ -10,8 +10,19 @@ from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.features import choose_modalities
 from bbqrec_jax.data.files import require_folder
-from bbqrec_jax.data.interactions import MINIMUM_LENGTH, check_history_lengths, choose, drop_short_users
+from bbqrec_jax.data.interactions import (
+  MINIMUM_LENGTH,
+  Interactions,
+  Split,
+  check_history_lengths,
+  choose,
+  drop_short_users,
+  leave_one_out,
+  temporal,
+  without_split,
+)
 from bbqrec_jax.data.recbole import load_recbole
+from bbqrec_jax.data.settings import moment
 from bbqrec_jax.data.synthetic import make_synthetic
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.files import is_given
@@ -28,6 +39,7 @@ __all__ = [
   "load_recbole",
   "make_synthetic",
   "recognise_source",
+  "split_of",
   "statistics",
 ]
 
@@ -89,12 +101,28 @@ def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
   )
 
 
+def split_of(settings: Any, interactions: Interactions) -> Split:
+  """The split that `config.data` asks for.
+
+  Args:
+    settings: has `split`, `validation_from` and `test_from`.
+    interactions: the whole histories, with times where the split needs them.
+
+  Raises:
+    InputError: as `leave_one_out`, `temporal` and `without_split`.
+  """
+  if settings.split == "temporal":
+    first, second = (moment(getattr(settings, name), field=f"data.{name}") for name in ("validation_from", "test_from"))
+    return temporal(interactions, validation_from=first, test_from=second)
+  return without_split(interactions) if settings.split == "none" else leave_one_out(interactions)
+
+
 def load(settings: Any, given: Dataset | None = None) -> Dataset:
   """Loads what `config.data` names; there may be no features.
 
   Args:
-    settings: has `source` ("synthetic", "directory" or "recbole"), `path`, `modalities`, `drop_short_users`,
-      `drop_incomplete_items`, and `synthetic` with `num_users`, `num_items` and `seed`.
+    settings: has `source` ("synthetic", "directory", "recbole" or "tfds:NAME"), `path`, `modalities`,
+      `drop_short_users`, `drop_incomplete_items`, and `synthetic` with `num_users`, `num_items` and `seed`.
     given: the data itself, where the source is "memory".
 
   Raises:
@@ -113,6 +141,11 @@ def _load(settings: Any, given: Dataset | None) -> Dataset:
     return folder_sources[settings.source](
       settings.path, modalities=settings.modalities, drop_short_users=settings.drop_short_users
     )
+  if settings.source.startswith("tfds:"):
+    from bbqrec_jax.data.tfds_source import load_tfds  # Imports TensorFlow Datasets, which takes seconds.
+
+    dataset = load_tfds(settings.source, settings.path, drop_short_users=settings.drop_short_users)
+    return _chosen(dataset, settings.modalities)
   if settings.source == MEMORY:
     if given is None:
       raise InputError(

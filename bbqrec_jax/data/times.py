@@ -18,6 +18,12 @@ _BOUNDS = (1e8, 1e11, 1e14, 1e17, 1e20)
 LONGEST_GAP = int(np.iinfo(np.int32).max)
 
 
+def magnitude_counts(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Which magnitude times have [n]: 0 is near zero, k that of the k-th unit; and how many have each, [6]."""
+  magnitudes = np.searchsorted(_BOUNDS, np.abs(times), side="right")
+  return magnitudes, np.bincount(magnitudes, minlength=len(_BOUNDS) + 1)
+
+
 def unit_of(times: np.ndarray, *, where: Callable[[int], str]) -> str | None:
   """The unit of times since 1970, by their magnitude.
 
@@ -33,8 +39,8 @@ def unit_of(times: np.ndarray, *, where: Callable[[int], str]) -> str | None:
   Raises:
     InputError: if the times are of several units' magnitudes, and none is near zero.
   """
-  magnitudes = np.searchsorted(_BOUNDS, np.abs(times), side="right")
-  near_zero, *counts = np.bincount(magnitudes, minlength=len(_BOUNDS) + 1).tolist()
+  magnitudes, found = magnitude_counts(times)
+  near_zero, *counts = found.tolist()
   most = int(np.argmax(counts))
   if counts[most] + near_zero < len(times):
     if near_zero:

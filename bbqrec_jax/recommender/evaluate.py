@@ -154,8 +154,8 @@ def _first_left(places: np.ndarray, *, num_items: int) -> np.ndarray:
 
 
 def sample_users(split: Split, count: int, *, seed: int) -> np.ndarray:
-  """Indices of `count` users, drawn once and sorted; all of them where `count` is 0 or no fewer."""
-  return chosen_users(np.arange(split.train.num_users), count, seed=seed)
+  """Indices of `count` users of those with a validation target, drawn once and sorted; all where `count` is 0."""
+  return chosen_users(np.arange(len(split.validation_target)), count, seed=seed)
 
 
 def chosen_users(users: np.ndarray, count: int, *, seed: int) -> np.ndarray:

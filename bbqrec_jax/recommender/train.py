@@ -176,12 +176,13 @@ def _trained(
   """
   r = config.recommender
   steps, evaluate_every = training_plan(r, split.train)
+  shown = split.history("validation")
   plan = Plan(
     name=stage.name,
     steps=steps,
     log_every=config.log_every,
     evaluate_every=evaluate_every,
-    evaluate=lambda state: stage.rank(state.params, split.train, split.validation_target, users=users).metrics,
+    evaluate=lambda state: stage.rank(state.params, shown, split.validation_target, users=users).metrics,
     select="ndcg@10",
     patience=r.patience,
     item_ids=dataset.item_ids,
@@ -250,11 +251,13 @@ def run_recommender(
   workdir: pathlib.Path,
   partitioner: Partitioner,
   log: MetricsLog,
+  warm: Callable[[SequenceModel, Catalogue, Any], Any] | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
   """Trains the recommender (or goes on with it), picks it by validation NDCG@10, ranks the test items once.
 
   Where candidates are compared with the history, a base is trained first without each user's last training transition,
   the tables are fitted on these, and the training of all goes on from both.
+  `warm`, of the model, its catalogue and the first parameters, gives others to begin with, tables included.
 
   The rank of each user's validation and test item, in the order of the users, goes into `workdir/ranks.npz`.
 
@@ -271,7 +274,10 @@ def run_recommender(
     )
   work: dict[str, Any] = {"workdir": workdir, "partitioner": partitioner, "log": log}
   start, before = None, None
-  if config.recommender.candidate_similarity.streams:
+  if warm is not None:
+    fresh = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue)).params
+    start = warm(stage.model, stage.catalogue, partitioner.fetch(fresh))
+  elif config.recommender.candidate_similarity.streams:
     start, before = _with_similarity(config, ids, split, dataset, **work)
   users = sample_users(split, e.validation_users, seed=config.seed)
   state, progress = _trained(stage, config, split, dataset, users, start=start, **work)

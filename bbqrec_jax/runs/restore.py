@@ -14,6 +14,7 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import has_items, read_new_items
 from bbqrec_jax.data.feature_store import FeatureStore, far_features
 from bbqrec_jax.data.features import feature_widths, load_new_items
+from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.data.sources import MEMORY
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.catalogue import Catalogue
@@ -42,6 +43,7 @@ class Restored(NamedTuple):
     params: the best ones by validation.
     catalogue: what the model is told of the items.
     config: of the run.
+    split: of the data, as the run had it.
   """
 
   dataset: Dataset
@@ -50,6 +52,7 @@ class Restored(NamedTuple):
   params: Any
   catalogue: Catalogue
   config: ml_collections.ConfigDict
+  split: Split
 
 
 def restore(
@@ -109,7 +112,7 @@ def restore(
     rows = {name: np.concatenate([known_rows, more[name]]) for name, known_rows in rows.items()}
     _, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=rows)
   state = restore_state(workdir / "checkpoints" / "recommender", best, like, strict=not config.shard_rows)
-  return Restored(dataset, ids, model, state.params, catalogue, config)
+  return Restored(dataset, ids, model, state.params, catalogue, config, split)
 
 
 def _new_items(known: FeatureStore, folder: pathlib.Path) -> FeatureStore:
@@ -178,6 +181,8 @@ def _point_to_data(config: ml_collections.ConfigDict, workdir: pathlib.Path, dat
     return
   if data is not None:
     config.data.path = str(data)
+  if config.data.source.startswith("tfds:") and not config.data.path:
+    return
   if not os.path.isdir(config.data.path):
     raise InputError(
       f"{config.data.path}: expected the data of the run in {workdir}, found no such folder; say where it is now with"

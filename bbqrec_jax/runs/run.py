@@ -13,14 +13,15 @@ from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.feature_store import squeezed_columns
 from bbqrec_jax.data.features import feature_widths
-from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, hold_out_last, leave_one_out
-from bbqrec_jax.data.sources import load
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, hold_out_last, without_times
+from bbqrec_jax.data.sources import load, split_of
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, popularity_metrics
 from bbqrec_jax.recommender.items import check_compared, id_length, recommender_settings
 from bbqrec_jax.recommender.settings import needs_features, needs_semantic_ids, trains_tokenizer
 from bbqrec_jax.recommender.train import check_fingerprint, run_recommender, tokenizer_folder
 from bbqrec_jax.recommender.two_towers import make_recommender
+from bbqrec_jax.runs import nightly
 from bbqrec_jax.runs.workdir import (
   REMAKE,
   check_workdir,
@@ -70,17 +71,19 @@ def read_data(
   if (for_tokenizer or needs_features(config)) and not dataset.modalities:
     without = "" if for_tokenizer else ", or take --config=sasrec, which needs none"
     raise InputError(
-      f"{dataset.source}: this config reads items' features, found none: give NAME_features.npy of shape [items, width]"
-      f" or a NAME:float_seq column of the .item file (recbole){without}"
+      f"{dataset.source}: this config reads items' features, found none: bbqrec features makes them of what items.jsonl"
+      f" says, or give NAME_features.npy of shape [items, width] or a NAME:float_seq column of the .item file (recbole)"
+      f"{without}"
     )
   if config.recommender.time_buckets and dataset.interactions.times is None:
     raise InputError(
       f"{dataset.source}: config field recommender.time_buckets = {config.recommender.time_buckets} needs timestamps,"
       " found none: give timestamps.txt (directory) or a timestamp:float column (recbole), or set it to 0"
     )
+  split = split_of(config.data, dataset.interactions)
   if not config.recommender.time_buckets:
     dataset = dataclasses.replace(dataset, interactions=dataclasses.replace(dataset.interactions, times=None))
-  split = leave_one_out(dataset.interactions)
+    split = without_times(split)
   return dataset, split, statistics(dataset, split)
 
 
@@ -136,7 +139,7 @@ def _fewer_codes(config: ml_collections.ConfigDict, num_items: int) -> None:
 
 
 class _Run(NamedTuple):
-  """What both stages of a run start from; `ids` are those of the artefact that the config names, if it does."""
+  """What both stages of a run start from; `ids` are of the artefact, `earlier` is the run, that the config names."""
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
@@ -145,6 +148,7 @@ class _Run(NamedTuple):
   split: Split
   figures: dict[str, Any]
   ids: SemanticIds | None
+  earlier: nightly.Earlier | None
 
 
 @contextlib.contextmanager
@@ -160,6 +164,11 @@ def _begun(
   own_tokenizer = tokenizer_alone or trains_tokenizer(config)
   if own_tokenizer:
     _shorten_warmup(config)
+  if config.data.split == "none":
+    # The last step is the best one: what is ranked was learned from, and tells no better.
+    config.recommender.evaluate_every = config.recommender.steps
+    config.tokenizer.evaluate_every = config.tokenizer.steps
+    warn("data.split = 'none': figures are of what was learned from; take the steps of a run that was validated")
   read_config(config, tokenizer_alone=tokenizer_alone)
   workdir = local_path(workdir, flag="workdir")
   check_workdir(workdir, config)
@@ -173,10 +182,12 @@ def _begun(
     )
   if own_tokenizer:
     _fewer_codes(config, dataset.num_items)
-  ids = None
+  ids, earlier = None, None
   done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
   if not done:  # What is done needs none of it any more.
     _check_stages(config, dataset, num_devices=partitioner.num_devices, tokenizer_alone=tokenizer_alone)
+    if config.init_from:
+      earlier = nightly.read_earlier(pathlib.Path(config.init_from), dataset)
     if config.tokenizer.artefact:
       ids = load_ids(config, workdir, dataset, figures)
     if not tokenizer_alone:
@@ -195,7 +206,9 @@ def _begun(
     if not done and (tokenizer_alone or needs_features(config)):
       for sentence in squeezed_columns(dataset.store):
         warn(sentence)
-    yield _Run(config, workdir, partitioner, dataset, split, figures, ids)
+    if earlier is not None:
+      say(nightly.describe(earlier, dataset))
+    yield _Run(config, workdir, partitioner, dataset, split, figures, ids, earlier)
 
 
 def _data_hash(figures: dict[str, Any]) -> str:
@@ -224,6 +237,8 @@ def _semantic_ids(run: _Run) -> SemanticIds:
     ids = run.ids or load_ids(run.config, run.workdir, run.dataset, run.figures)
     say(f"tokenizer: {folder} is there already, fingerprint {ids.fingerprint}")
     return ids
+  if run.earlier is not None:
+    return nightly.make_ids(run.earlier, run.dataset, folder, data_hash=_data_hash(run.figures))
   split, (held, _) = run.split, hold_out_last(run.split)
   if run.config.tokenizer.hold_out_last and held.train.lengths.max() >= 2:
     split = dataclasses.replace(split, train=held.train)
@@ -296,7 +311,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, given: D
 
 def _train(run: _Run) -> dict[str, Any]:
   """Trains what is not trained yet, and evaluates: what `results.json` is to hold."""
-  config, workdir, dataset, split = run.config, run.workdir, run.dataset, run.split
+  config, workdir, dataset, split, earlier = run.config, run.workdir, run.dataset, run.split, run.earlier
   ids, seconds, skipped = None, 0.0, 0.0
   if needs_semantic_ids(config):
     ids = _semantic_ids(run)
@@ -312,6 +327,9 @@ def _train(run: _Run) -> dict[str, Any]:
       workdir=workdir,
       partitioner=run.partitioner,
       log=log,
+      warm=None
+      if earlier is None
+      else lambda model, catalogue, params: nightly.grow_params(config, model, catalogue, params, earlier),
     )
   popularity = {
     "popularity" + suffix: popularity_metrics(
@@ -321,7 +339,9 @@ def _train(run: _Run) -> dict[str, Any]:
   }
   return {
     "model": f"{config.recommender.head} head",
-    "data": {name: run.figures[name] for name in ("name", "source", "users", "items", "interactions", "split_hash")},
+    "data": {
+      name: run.figures[name] for name in ("name", "source", "users", "items", "interactions", "split", "split_hash")
+    },
     **popularity,
     **metrics,
     "best_step": progress["best_step"],

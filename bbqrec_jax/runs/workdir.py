@@ -22,7 +22,7 @@ from bbqrec_jax.utils.lock import locked
 from bbqrec_jax.utils.messages import warn
 from bbqrec_jax.utils.settings import flatten, foreign_code, from_config, to_config
 
-PATHS = ("data.path", "tokenizer.artefact")  # Fields that name a folder.
+PATHS = ("data.path", "tokenizer.artefact", "init_from")  # Fields that name a folder.
 # Of the figures of `statistics`: what tells one data set from another.
 HASHES = ("split_hash", "features_hash", "ids_hash", "times_hash")
 _LARGEST = 2**63  # Of numbers in the files of a workdir; JSON itself knows no bounds.
@@ -170,7 +170,7 @@ def format_results(results: dict[str, Any]) -> str:
   data = results["data"]
   lines = [
     f"{results['model']} on {data['name']}: {data['users']:,} users, {data['items']:,} items,"
-    f" {data['interactions']:,} interactions, split {data['split_hash']}",
+    f" {data['interactions']:,} interactions, {data.get('split', 'leave-one-out')} split {data['split_hash']}",
     f"{'':48s}   own history left out:",
     f"{'':12s}" + 2 * f"  {'popularity':>10s}  {'validation':>10s}  {'test':>10s}",
   ]

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -21,6 +22,9 @@ from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.utils.files import unfinished
 
 _BATCHES = (1, 16)  # Sizes of batches, for requests of less than a full one.
+
+# Comparisons of beams with items to leave out at once: where many are left out, fewer users are ranked at once.
+_COMPARED = 2**28
 
 
 def parse_history(text: str, item_ids: ItemIds) -> np.ndarray:
@@ -143,6 +147,8 @@ def recommend_all(
     )
   call = _compiled(model)
   width = min(max(beam_width, top), catalogue.num_items)
+  if exclude is not None:
+    batch_size = max(1, min(batch_size, _COMPARED // (width * max(1, len(exclude)))))
   batch_size = min(size for size in (*_BATCHES, batch_size) if min(histories.num_users, batch_size) <= size)
   barred = None
   if exclude is not None:
@@ -180,11 +186,13 @@ def write_recommendations(
 ) -> int:
   """Writes what `recommend_all` yields as lines of JSON, `{"user", "items", "scores"}`; the file is whole or not there.
 
-  Items are written by their ids.
+  Items are written by their ids. A file whose name ends in `.parquet` gets the same as columns.
 
   Returns:
-    How many lines there are.
+    How many users there are.
   """
+  if path.suffix == ".parquet":
+    return _write_parquet(found, path, item_ids)
   count = 0
   with open(unfinished(path), "w", encoding="utf-8") as file:
     for user, items, scores in found:
@@ -193,3 +201,41 @@ def write_recommendations(
       count += 1
   os.replace(unfinished(path), path)
   return count
+
+
+def _write_parquet(found: Iterator[tuple[str, np.ndarray, np.ndarray]], path: pathlib.Path, item_ids: ItemIds) -> int:
+  import pyarrow as pa
+  import pyarrow.parquet
+
+  kind = pa.string() if any(isinstance(one, str) for one in item_ids.to_json()[:1]) else pa.int64()
+  schema = pa.schema([("user", pa.string()), ("items", pa.list_(kind)), ("scores", pa.list_(pa.float32()))])
+  count = 0
+  with pyarrow.parquet.ParquetWriter(unfinished(path), schema) as writer:
+    while block := list(itertools.islice(found, 2**14)):
+      rows = [
+        {"user": user, "items": [item_ids[item] for item in items], "scores": scores.tolist()}
+        for user, items, scores in block
+      ]
+      writer.write_table(pa.Table.from_pylist(rows, schema))
+      count += len(rows)
+  os.replace(unfinished(path), path)
+  return count
+
+
+def left_out(allow: np.ndarray | None, deny: np.ndarray | None, *, num_items: int) -> np.ndarray | None:
+  """Items that nobody is to be recommended, [n] int; None for none of them.
+
+  Args:
+    allow: [a] int, the only ones that may be; None for all.
+    deny: [d] int, those that may not be; None for none.
+    num_items: N.
+  """
+  if allow is None and deny is None:
+    return None
+  barred = np.zeros(num_items, bool)
+  if allow is not None:
+    barred[:] = True
+    barred[allow] = False
+  if deny is not None:
+    barred[deny] = True
+  return np.flatnonzero(barred)

@@ -11,9 +11,10 @@ import ml_collections
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.interactions import Interactions, from_lengths, leave_one_out, select_users
+from bbqrec_jax.data.interactions import Interactions, from_lengths, select_users
 from bbqrec_jax.data.item_ids import nearest
 from bbqrec_jax.data.sources import MEMORY, recognise_source
+from bbqrec_jax.data.titles import find_titles
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, evaluate, make_ranker
@@ -21,7 +22,7 @@ from bbqrec_jax.recommender.settings import length_bounds
 from bbqrec_jax.runs import run as runs
 from bbqrec_jax.runs.restore import Restored, restore
 from bbqrec_jax.runs.workdir import load_results
-from bbqrec_jax.serving.recommend import recommend_all
+from bbqrec_jax.serving.recommend import left_out, recommend_all
 from bbqrec_jax.utils.files import local_path
 
 Id = str | int
@@ -73,6 +74,7 @@ class Run:
     users: Iterable[Id] | None = None,
     k: int = 10,
     exclude: Iterable[Id] = (),
+    allow: Iterable[Id] | None = None,
     repeat: bool = False,
     times: Sequence[Sequence[float]] | None = None,
   ) -> list[list[Scored]]:
@@ -83,6 +85,7 @@ class Run:
       users: in place of histories: users of the data, with all of their items.
       k: how many items; fewer come back if no more are left.
       exclude: items that nobody is to be recommended.
+      allow: the only items that may be recommended; all of them if it is None.
       repeat: whether items of the history may be recommended again.
       times: of histories, the second of each interaction, for a recommender with time buckets.
 
@@ -106,7 +109,11 @@ class Run:
       beam_width=evaluation.beam_width,
       repeat=repeat,
       batch_size=evaluation.batch_size,
-      exclude=self._rows(exclude, "exclude"),
+      exclude=left_out(
+        None if allow is None else self._rows(allow, "allow"),
+        self._rows(exclude, "exclude"),
+        num_items=self._restored.catalogue.num_items,
+      ),
     )
     return [self._scored(items, scores) for _, items, scores in found]
 
@@ -128,9 +135,14 @@ class Run:
     best = np.argsort(-cosines, axis=1, kind="stable")[:, : min(k, cosines.shape[1] - 1)]
     return [self._scored(own, of[own]) for own, of in zip(best, cosines, strict=True)]
 
+  def find(self, title: str, k: int = 3) -> list[Scored]:
+    """The items whose titles are most like some words, in any order and with slips; scores are from 0 to 100."""
+    ids = self.dataset.item_ids
+    return [Scored(ids[row], likeness) for row, likeness in find_titles(title, self.dataset.titles, count=k)]
+
   def evaluate(self) -> dict[str, dict[str, float]]:
     """The metrics of the best model on everybody's validation and test items, as in `results`: ranked again."""
-    split, restored = leave_one_out(self.dataset.interactions), self._restored
+    split, restored = self._restored.split, self._restored
     r, e = self.config.recommender, self.config.evaluation
     return {
       part + suffix: evaluate(

@@ -169,7 +169,8 @@ class ContrastRecall:
     vectors = sum(codebooks[level][codes[:, level]] for level in range(len(codebooks)))
     if "id" in settings.streams:
       vectors = vectors + latents[settings.streams.index("id")]
-    return self._recall(params, vectors, self._split.train, self._split.validation_target, users=self._users)
+    shown = self._split.history("validation")
+    return self._recall(params, vectors, shown, self._split.validation_target, users=self._users)
 
 
 def tokenizer_health(settings: TokenizerSettings, codes: np.ndarray, split: Split) -> dict[str, Any]:
@@ -187,5 +188,6 @@ def cohesion(codes: np.ndarray, split: Split) -> dict[str, float]:
   follows = np.ones(len(items), bool)
   follows[offsets[:-1]] = False
   in_training = behaviour_cohesion(codes, items[:-1][follows[1:]], items[follows])
-  held_out = behaviour_cohesion(codes, items[offsets[1:] - 1], split.validation_target)
+  shown = split.history("validation")
+  held_out = behaviour_cohesion(codes, shown.items[shown.offsets[1:] - 1], split.validation_target)
   return held_out | {f"training{level}": in_training[f"level{level}"] for level in (1, 2)}

@@ -68,6 +68,20 @@ def assign(
   )
 
 
+def quantize(ids: SemanticIds, features: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]) -> np.ndarray:
+  """The codes [S, n, L] of items as the tokenizer, which no longer learns, chooses them for each stream.
+
+  Args:
+    ids: of the tokenizer.
+    features: modality -> [n, D].
+    present: modality -> [n] bool.
+
+  Raises:
+    InputError: if the modalities or their widths are not the tokenizer's.
+  """
+  return _quantized(ids, features, present, block=2048, trusted=())[3]
+
+
 def _quantized(
   ids: SemanticIds,
   features: Mapping[str, np.ndarray],

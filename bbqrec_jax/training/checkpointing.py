@@ -15,6 +15,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -140,6 +141,26 @@ def restore_state(directory: pathlib.Path, step: int, like: Any, *, strict: bool
       raise InputError(
         f"{folder}: expected a checkpoint that fits the config, found none ({reason}); restore it"
       ) from error
+
+
+def read_params(directory: pathlib.Path, step: int) -> Any:
+  """The parameters saved at a step, as nested dictionaries of arrays on the host, whatever state they are of.
+
+  Args:
+    directory: of the stage's checkpoints.
+    step: of the checkpoint.
+
+  Raises:
+    InputError: if the checkpoint is missing or damaged.
+  """
+  folder = directory.absolute() / str(step)
+  problem = damage(folder)
+  if problem:
+    raise InputError(f"{problem}: checkpoint {step} cannot be used; restore it from a copy")
+  with plain_path(folder) as plain, _finishing_loops(), ocp.PyTreeCheckpointer() as checkpointer:
+    about = checkpointer.metadata(plain / "state").item_metadata
+    host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), about.tree)
+    return checkpointer.restore(plain / "state", restore_args=host)["params"]
 
 
 class Checkpointer:

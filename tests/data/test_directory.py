@@ -334,6 +334,7 @@ def test_statistics_against_counts_by_hand(folder):
   assert figures["split_hash"] == split.split_hash
   assert len(figures.pop("features_hash")) == 16
   assert len(figures.pop("ids_hash")) == 16
+  assert figures.pop("split") == "leave-one-out"
   del figures["split_hash"]
   assert figures == {
     "name": folder.name,
@@ -384,7 +385,7 @@ def test_files_that_are_not_read_are_named_in_one_note(folder):
   np.save(folder / "image.npy", IMAGE)
   np.save(folder / "text_feature\n.npy", TEXT)
   note = "  not used: image.npy, text_feature .npy, timestamp.txt (read are NAME_features.npy, has_NAME.npy,"
-  assert f"{note} sequences.txt, timestamps.txt)\n" in text()
+  assert f"{note} sequences.txt, timestamps.txt, users.txt)\n" in text()
   assert "not used: image.npy, image_features.npy, text" in text(modalities=["text"])
   for number in range(20):
     (folder / f"about_{number:02d}.txt").write_text("")

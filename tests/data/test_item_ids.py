@@ -3,11 +3,14 @@
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from numpy.testing import assert_array_equal
 
 from bbqrec_jax.data.histories import read_histories
 from bbqrec_jax.data.item_ids import ItemIds, split_ids
+from bbqrec_jax.data.titles import find_titles, require_titles
 from bbqrec_jax.errors import InputError
 
 NAMES = ItemIds(["sku-1", "7", "007", "a b", "Ж"])
@@ -94,6 +97,40 @@ def test_histories_are_read_by_the_ids_of_the_data(tmp_path, name, content, hist
   found = read_histories(path, NAMES)
   assert {str(user): found.history(row).tolist() for row, user in enumerate(found.users)} == histories
   assert found.items.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+  ("columns", "says"),
+  [
+    ({"user": ["u"], "items": [["sku-1", "nope"]]}, "line 1 item 2.*'nope'"),
+    ({"user": ["u"], "items": [[]]}, "line 1: expected a user and a list"),
+    ({"user": ["u", "u"], "items": [["7"], ["7"]]}, "line 2 field 'user'.*again"),
+    ({"user": ["u"], "item": ["7"]}, "expected columns user and items"),
+  ],
+)
+def test_histories_in_parquet_are_read_or_refused(tmp_path, columns, says):
+  path = tmp_path / "h.parquet"
+  pyarrow.parquet.write_table(pyarrow.table({"user": ["a n", "5"], "items": [["a b", "7"], ["sku-1"]]}), path)
+  assert read_histories(path, NAMES).items.tolist() == [3, 1, 0]
+  pyarrow.parquet.write_table(pyarrow.table(columns), path)
+  with pytest.raises(InputError, match=says):
+    read_histories(path, NAMES)
+  path.write_bytes(b"PAR1")
+  with pytest.raises(InputError, match="Parquet"):
+    read_histories(path, NAMES)
+
+
+def test_titles_are_found_by_words_in_any_order():
+  titles = ["Red mug, large", "Red mug", "", "Blue oak table", "Oak table"]
+  assert find_titles("RED MUG", titles, count=2)[0][0] == 1
+  assert find_titles("mug large red", titles)[0][0] == 0
+  assert find_titles("blue okk table", titles)[0][0] == 3
+  assert find_titles(" ?", titles) == []
+  assert require_titles('"red mug, large",oak tabel', titles, flag="--titles").tolist() == [0, 4]
+  with pytest.raises(InputError, match=r"--titles.*'garden hose'; the most alike are"):
+    require_titles("garden hose", titles, flag="--titles")
+  with pytest.raises(InputError, match="has none"):
+    require_titles("x", ["", ""], flag="--titles")
 
 
 def test_rows_that_were_left_out_shift_no_number(tmp_path):

@@ -66,7 +66,7 @@ def artefact(tmp_path_factory, compile_cache):
 def test_every_choice_trains_and_recommends(artefact, tmp_path, changes):
   results = experiment.run(make_config(**{"tokenizer.artefact": artefact}, **changes), tmp_path / "run")
   assert results["validation"]["recall@20"] > results["popularity"]["recall@20"]
-  _, _, model, params, catalogue, _ = restore(tmp_path / "run")
+  _, _, model, params, catalogue, *_ = restore(tmp_path / "run")
   items, scores = recommend(model, params, catalogue, np.array([5, 9, 70, 2], np.int32), top=10, beam_width=20)
   assert len(set(items.tolist()) - {5, 9, 70, 2}) == 10
   assert np.all(np.diff(scores) <= 0)
@@ -76,7 +76,7 @@ def test_time_between_interactions_needs_times_and_is_asked_for(artefact, tmp_pa
   changes = {"tokenizer.artefact": artefact, "recommender.head": "dense", "recommender.time_buckets": 32}
   changes["recommender.rows"] = "packed"
   experiment.run(make_config(**changes), tmp_path / "run")
-  _, _, model, params, catalogue, _ = restore(tmp_path / "run")
+  _, _, model, params, catalogue, *_ = restore(tmp_path / "run")
   assert np.any(params["backbone"]["time"]["table"])
   history = np.array([5, 9, 70], np.int32)
   scores = [

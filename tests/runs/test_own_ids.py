@@ -5,6 +5,8 @@ import json
 import sys
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from bbqrec_jax.commands import recommend
@@ -13,6 +15,7 @@ from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.runs import run as experiment
 from bbqrec_jax.runs.restore import restore
+from bbqrec_jax.serving.run import load_run
 from bbqrec_jax.tokenizer.new_items import assign
 
 ITEMS = 24  # After item n comes item n + 1, which the tokens say; those whose number ends in 3 have no features.
@@ -56,7 +59,8 @@ def finished(tmp_path_factory):
 
 
 def call(monkeypatch, capsys, workdir, **options):
-  names = ("history", "user", "histories", "times", "timestamps", "output", "data", "tokenizer", "features")
+  names = ("history", "user", "titles", "histories", "times", "timestamps", "output", "data", "tokenizer", "features")
+  names += ("allow", "deny")
   given = dict.fromkeys(names) | {"workdir": workdir, "top": 1, "repeat": False, "trust": []} | options
   monkeypatch.setattr(recommend, "quiet_flags", lambda: type("Options", (), given))
   recommend.main(sys.argv[:1])
@@ -75,6 +79,44 @@ def test_ids_go_in_and_come_out(finished, monkeypatch, capsys, tmp_path):
   call(monkeypatch, capsys, workdir, histories=lines, output=tmp_path / "found")
   records = [json.loads(line) for line in (tmp_path / "found").read_text().splitlines()]
   assert [(one["user"], one["items"]) for one in records] == [("ann", ["sku-16"]), ("bob", ["sku-14"])]
+
+
+def test_items_are_asked_for_by_what_they_are_called(finished, monkeypatch, capsys):
+  _, workdir = finished
+  shown = call(monkeypatch, capsys, workdir, titles="titel 4,TITLE 5,6 title")
+  history, best = shown.split("recommended:")
+  assert [f"sku-{n} " in history for n in (4, 5, 6)] == [True] * 3
+  assert "sku-7 " in best
+  with pytest.raises(SystemExit):
+    call(monkeypatch, capsys, workdir, titles="Title 4,garden hose")
+  assert "got 'garden hose'" in capsys.readouterr().err
+
+
+def test_allowed_items_alone_are_recommended_and_denied_ones_never(finished, monkeypatch, capsys, tmp_path):
+  _, workdir = finished
+  given = {"history": "sku-4,sku-5,sku-6", "top": 30}
+  best = call(monkeypatch, capsys, workdir, **given | {"top": 1}, deny="sku-7").split("recommended:")[1]
+  assert "sku-7 " not in best
+  (tmp_path / "allowed.txt").write_text("sku-9\n\nsku-7\nsku-8\n")
+  best = call(monkeypatch, capsys, workdir, **given, allow=f"@{tmp_path}/allowed.txt", deny="sku-9")
+  assert [line.split()[2] for line in best.split("recommended:")[1].splitlines()[1:]] == ["sku-7", "sku-8"]
+  with pytest.raises(SystemExit):
+    call(monkeypatch, capsys, workdir, **given, deny="sku-7,suk-8")
+  assert "--deny entry 2: expected the id of an item, got 'suk-8'; the nearest are 'sku-8'" in capsys.readouterr().err
+  run = load_run(workdir, data=finished[0])
+  assert [one.item for one in run.recommend([["sku-4", "sku-5"]], allow=["sku-6", "sku-8"])[0]] == ["sku-6", "sku-8"]
+  assert run.find("titel 11")[0].item == "sku-11"
+
+
+def test_parquet_goes_in_and_out(finished, monkeypatch, capsys, tmp_path):
+  _, workdir = finished
+  asked = {"user": ["a nn", "bob"], "items": [["sku-14", "sku-15"], ["sku-11", "sku-12"]]}
+  pyarrow.parquet.write_table(pyarrow.table(asked), tmp_path / "asked.parquet")
+  call(monkeypatch, capsys, workdir, histories=tmp_path / "asked.parquet", output=tmp_path / "found.parquet")
+  found = pyarrow.parquet.read_table(tmp_path / "found.parquet").to_pylist()
+  assert [(row["user"], row["items"], len(row["scores"])) for row in found] == [
+    ("a nn", ["sku-16"], 1), ("bob", ["sku-14"], 1)
+  ]  # fmt: skip
 
 
 def test_a_user_of_the_data_is_asked_for_by_id(finished, monkeypatch, capsys):

@@ -1,0 +1,277 @@
+"""Item tables and folders of pictures: read a batch at a time, joined by the item's id, written as `items.jsonl.gz`."""
+
+import contextlib
+import gzip
+import hashlib
+import html
+import io
+import json
+import os
+import re
+import urllib.parse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bbqrec_jax.data.preparation.columns import ITEMS, choose, said
+from bbqrec_jax.data.preparation.language import language_of
+from bbqrec_jax.data.preparation.logs import wrong_ids
+from bbqrec_jax.data.preparation.quarantine import Quarantine
+from bbqrec_jax.data.preparation.settings import PreparationSettings
+from bbqrec_jax.data.preparation.tables import Table, as_text
+from bbqrec_jax.errors import InputError
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FIELDS = ("title", "description", "brand", "category", "price", "image")
+
+_LONGEST_TEXT = 20_000  # Characters of a description that are kept; no encoder reads as far.
+_EXAMPLES = 10
+_EACH_LANGUAGE = 20_000  # Titles that languages are told of, at most.
+
+
+class Pictures:
+  """The pictures of a folder, by their names, wherever in it they lie."""
+
+  def __init__(self, folder: Path):
+    """Lists the folder.
+
+    Raises:
+      InputError: if it is none, or has no pictures.
+    """
+    if not folder.is_dir():
+      came = "a file" if folder.exists() else "nothing"
+      raise InputError(f"--images={folder}: expected a folder of pictures, found {came}; check the path")
+    self.folder = folder
+    self._names: dict[str, str] = {}
+    self._stems: dict[str, str] = {}
+    for parent, folders, files in os.walk(folder):
+      folders.sort()
+      for file in sorted(files):
+        stem, ending = os.path.splitext(file)
+        if ending.lower() in PICTURES:
+          path = os.path.relpath(os.path.join(parent, file), folder)
+          self._names.setdefault(path, path)
+          self._names.setdefault(file, path)
+          self._stems.setdefault(stem, path)
+    if not self._names:
+      raise InputError(f"--images={folder}: expected pictures ({', '.join(PICTURES)}), found none; check the path")
+
+  def __len__(self) -> int:
+    return len(set(self._names.values()))
+
+  def of(self, item: str, given: str) -> str:
+    """The picture of an item, a path within the folder; "" where there is none.
+
+    Args:
+      item: its id.
+      given: the file's path or name, or the URL that it came from; "" where the table says nothing.
+    """
+    if given:
+      path = urllib.parse.unquote(urllib.parse.urlsplit(given).path) if "://" in given else given
+      for name in (path, os.path.normpath(path), os.path.basename(path)):
+        if name in self._names:
+          return self._names[name]
+    return self._stems.get(item, self._names.get(item, ""))
+
+
+class ItemFigures:
+  """What is said of the items on the data card, gathered one by one."""
+
+  def __init__(self) -> None:
+    """Has seen no item yet."""
+    self.count = 0
+    self.have: Counter[str] = Counter()
+    self.lengths: dict[str, list[int]] = {"title": [], "description": []}  # Words.
+    self.prices: list[float] = []
+    self.languages: Counter[str] = Counter()
+    self.brands: Counter[str] = Counter()
+    self.categories: Counter[str] = Counter()
+    self.alike = 0
+    self.alike_examples: list[tuple[str, str, str]] = []
+    self._known: dict[bytes, tuple[str, str]] = {}
+
+  def add(self, record: dict[str, Any]) -> None:
+    """Counts an item in."""
+    self.count += 1
+    for field in FIELDS:
+      self.have[field] += field in record
+    for field, lengths in self.lengths.items():
+      if field in record:
+        lengths.append(len(record[field].split()))
+    if "price" in record:
+      self.prices.append(record["price"])
+    self.brands.update([record["brand"]] if "brand" in record else [])
+    self.categories.update([record["category"].split(" > ")[-1]] if "category" in record else [])
+    title = record.get("title", "")
+    if title and self.languages.total() < _EACH_LANGUAGE:
+      self.languages[language_of(f"{title} {record.get('description', '')[:300]}")] += 1
+    words = "".join(sorted(set(re.findall(r"\w+", title.lower()))))
+    if words:
+      key = hashlib.blake2b(f"{words}\0{record.get('brand', '').lower()}".encode(), digest_size=8).digest()
+      first = self._known.setdefault(key, (record["id"], title))
+      if first[0] != record["id"]:
+        self.alike += 1
+        if len(self.alike_examples) < _EXAMPLES:
+          self.alike_examples.append((*first, record["id"]))
+
+
+def price_of(text: str) -> float | None:
+  """The number in a price such as "$1,299.00" or "12,99 EUR"; None if there is none, or it is none at all."""
+  found = re.search(r"\d[\d.,' ]*", text)
+  if not found:
+    return None
+  digits = re.sub(r"[' ]", "", found[0]).rstrip(".,")
+  if re.search(r",\d{1,2}$", digits):  # A decimal comma.
+    digits = digits.replace(".", "").replace(",", ".")
+  digits = digits.replace(",", "")
+  if digits.count(".") > 1:
+    digits = digits.replace(".", "")
+  try:
+    value = float(digits)
+  except ValueError:
+    return None
+  return value if 0 <= value < 1e12 else None
+
+
+def read_items(
+  table: Table, settings: PreparationSettings, quarantine: Quarantine, chosen: dict[str, tuple[str, ...]]
+) -> Iterator[dict[str, Any]]:
+  """The items of a table, each once, as the objects that `items.jsonl` holds.
+
+  Args:
+    table: of the items.
+    settings: how many rows may be unusable.
+    quarantine: for rows without an id, or with one that came before.
+    chosen: which columns are what, of `item_columns`.
+
+  Raises:
+    InputError: if the file cannot be read on, or too many of its rows cannot be used.
+  """
+  known: set[str] = set()
+  wanted = tuple(dict.fromkeys(name for names in chosen.values() for name in names))
+  rows = good = 0
+  for batch in table.batches(wanted, quarantine):
+    rows += len(batch.rows)
+    texts = {name: as_text(batch.columns[name]) for name in wanted}
+    ids, bad = texts[chosen["item_id"][0]]
+    usable = np.ones(len(batch.rows), bool)
+    for faulty, reason in wrong_ids(ids, bad, "item id"):
+      for place in np.flatnonzero(faulty & usable).tolist():
+        quarantine.add(table.name, batch.rows[place], reason, ids[place].as_py())
+      usable[faulty] = False
+    columns = {kind: [texts[name][0].to_pylist() for name in names] for kind, names in chosen.items()}
+    for place, item in enumerate(columns["item_id"][0]):
+      if not usable[place]:
+        continue
+      if item in known:
+        quarantine.add(table.name, batch.rows[place], "an item id that came before", item)
+        continue
+      known.add(item)
+      good += 1
+      yield _item(item, {kind: [values[place] for values in parts] for kind, parts in columns.items()})
+  rows += sum(quarantine.of(table.name).values()) - (rows - good)
+  quarantine.check(table.name, rows=rows, most=settings.max_bad)
+
+
+def item_columns(table: Table, settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
+  """Which columns of an item table are what.
+
+  Raises:
+    InputError: if one that was named is not there, or the id's cannot be guessed.
+  """
+  asked = {kind: getattr(settings, kind) for kind in ITEMS}
+  return choose(table.columns, ITEMS, asked, ("item_id",), where=table.name)
+
+
+def _item(item: str, fields: dict[str, list[str]]) -> dict[str, Any]:
+  record: dict[str, Any] = {"id": item}
+  for kind in FIELDS:
+    values = list(filter(None, fields.get(kind, [])))
+    if not values:
+      continue
+    if kind == "price":
+      price = price_of(values[0])
+      if price is not None:
+        record[kind] = price
+    else:
+      text = (" > " if kind == "category" else " ").join(dict.fromkeys(values))[:_LONGEST_TEXT]
+      if kind == "image":  # Of several the first, by its URL where it has one.
+        parts = text.split(" > ")
+        record[kind] = next((part for part in parts if "://" in part), parts[0])
+      else:
+        record[kind] = " ".join((html.unescape(text) if "&" in text else text).split())
+  return {name: value for name, value in record.items() if value != ""}
+
+
+@contextlib.contextmanager
+def compressed_text(path: Path) -> Iterator[io.TextIOWrapper]:
+  """A gzip file for text; the same text gives the same bytes."""
+  with (
+    path.open("wb") as raw,
+    gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw, mtime=0) as packed,
+    io.TextIOWrapper(io.BufferedWriter(packed, 2**16), encoding="utf-8") as file,
+  ):
+    yield file
+
+
+def write_items(
+  path: Path,
+  wanted: Sequence[str],
+  *,
+  table: Table | None,
+  pictures: Pictures | None,
+  settings: PreparationSettings,
+  quarantine: Quarantine,
+) -> tuple[np.ndarray, ItemFigures, str]:
+  """Writes `items.jsonl.gz`: the wanted items, in the order of the table, then those that it lacks.
+
+  Args:
+    path: of the file.
+    wanted: ids of items with interactions.
+    table: of the items, if there is one.
+    pictures: of the items, if there are any.
+    settings: which columns are what, and whether items that nobody wants stay.
+    quarantine: for rows that cannot be used.
+
+  Returns:
+    The number that each wanted item got [n] int32; figures about all items; and what the columns are.
+
+  Raises:
+    InputError: as `read_items`.
+  """
+  places = {item: place for place, item in enumerate(wanted)}
+  number = np.full(len(wanted), -1, np.int32)
+  figures = ItemFigures()
+  columns = ""
+  with compressed_text(path) as file:
+
+    def write(record: dict[str, Any]) -> None:
+      if pictures is not None:
+        picture = pictures.of(record["id"], record.get("image", ""))
+        record = {name: value for name, value in record.items() if name != "image"}
+        record |= {"image": picture} if picture else {}
+      figures.add(record)
+      file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    if table is not None:
+      chosen = item_columns(table, settings)
+      columns = said(chosen, table.columns)
+      for record in read_items(table, settings, quarantine, chosen):
+        place = places.get(record["id"], -1)
+        if place >= 0:
+          number[place] = figures.count
+        if place >= 0 or settings.unseen_items:
+          write(record)
+      if not np.any(number >= 0):
+        example = next(iter(wanted), "")
+        raise InputError(
+          f"{table.name}: expected the items of the log, such as {example!r}, found none of them; say which column has"
+          " their ids with --item_id=COLUMN"
+        )
+    for place in np.flatnonzero(number < 0).tolist():
+      number[place] = figures.count
+      write({"id": wanted[place]})
+  return number, figures, columns

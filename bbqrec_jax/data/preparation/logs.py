@@ -1,0 +1,273 @@
+"""Logs of interactions: read a batch at a time into numbered users and items and their times."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bbqrec_jax.data.files import LONGEST_LABEL
+from bbqrec_jax.data.preparation.columns import LOG, choose, said
+from bbqrec_jax.data.preparation.quarantine import Quarantine
+from bbqrec_jax.data.preparation.settings import PreparationSettings
+from bbqrec_jax.data.preparation.tables import Batch, Table, as_text
+from bbqrec_jax.data.times import UNITS, magnitude_counts
+from bbqrec_jax.errors import InputError
+
+
+class Numbering:
+  """Numbers texts in the order in which they first come."""
+
+  def __init__(self) -> None:
+    """Knows none yet."""
+    self.numbers: dict[str, int] = {}
+
+  def encode(self, texts: pa.Array) -> np.ndarray:
+    """The numbers [n] int32 of texts [n], new ones among them."""
+    encoded, numbers = texts.dictionary_encode(), self.numbers
+    own = [numbers.setdefault(one, len(numbers)) for one in encoded.dictionary.to_pylist()]
+    return np.array(own, np.int32)[encoded.indices.to_numpy(zero_copy_only=False)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Log:
+  """What a log holds, in its order.
+
+  Attributes:
+    user: [n] int32, of `users`.
+    item: [n] int32, of `items`.
+    time: [n] float64 seconds; None where the log has none.
+    users: ids, in order of first appearance.
+    items: ids likewise.
+    rows: of the file, all of them.
+    left_out: interactions left out for their rating or event.
+    unit: that the times came in, "dates", or "" without times.
+    columns: what was read as what, in words.
+  """
+
+  user: np.ndarray
+  item: np.ndarray
+  time: np.ndarray | None
+  users: list[str]
+  items: list[str]
+  rows: int
+  left_out: int
+  unit: str
+  columns: str
+
+
+def read_log(table: Table, settings: PreparationSettings, quarantine: Quarantine) -> Log:
+  """Reads a log; rows that cannot be used go into quarantine.
+
+  Args:
+    table: the log.
+    settings: which columns are what, and the lowest rating.
+    quarantine: for rows without a user, an item or a time, or with one that is none.
+
+  Raises:
+    InputError: if a column cannot be found, the file cannot be read, or too many of its rows cannot be used.
+  """
+  asked: dict[str, str | tuple[str, ...]] = {
+    "user": settings.user,
+    "item": settings.item,
+    "time": settings.time,
+    "rating": settings.rating,
+    "event": settings.event,
+  }
+  chosen = choose(table.columns, LOG, asked, ("user", "item"), where=table.name)
+  if settings.min_rating > float("-inf") and "rating" not in chosen:
+    raise InputError(f"{table.name}: expected a column with ratings for --min_rating; say it with --rating=COLUMN")
+  if settings.min_rating == float("-inf") and not settings.rating:
+    chosen.pop("rating", None)
+  if not settings.events:
+    chosen.pop("event", None)
+  elif "event" not in chosen:
+    raise InputError(f"{table.name}: expected a column with kinds of events for --events; say it with --event=COLUMN")
+  names = {kind: columns[0] for kind, columns in chosen.items()}
+  users, items = Numbering(), Numbering()
+  parts: list[tuple[np.ndarray, ...]] = []
+  rows, low, aside = 0, 0, []
+  for batch in table.batches(tuple(names.values()), quarantine):
+    rows += len(batch.rows)
+    part, dropped = _read(table.name, batch, names, settings, quarantine, users, items)
+    low += dropped
+    aside.append(len(batch.rows) - len(part[0]) - dropped)
+    parts.append(part)
+  rows += sum(quarantine.of(table.name).values()) - sum(aside)  # Those that no batch has: no fields could be read.
+  user, item, time, is_date, row = (
+    np.concatenate(pieces) for pieces in (zip(*parts, strict=True) if parts else [[np.zeros(0)]] * 5)
+  )
+  unit = ""
+  if "time" in names:
+    usable, time, unit = _in_seconds(table.name, time, is_date.astype(bool), row, quarantine)
+    if not usable.all():
+      user, item, time = user[usable], item[usable], time[usable]
+  quarantine.check(table.name, rows=rows, most=settings.max_bad)
+  if not len(user):
+    why = f", {low} of them left out for their rating or event" if low else ""
+    raise InputError(f"{table.name}: expected interactions, found none to use in {rows} rows{why}; check the file")
+  return Log(
+    user=user.astype(np.int32),
+    item=item.astype(np.int32),
+    time=time if unit else None,
+    users=list(users.numbers),
+    items=list(items.numbers),
+    rows=rows,
+    left_out=low,
+    unit=unit,
+    columns=said(chosen, table.columns),
+  )
+
+
+def _read(
+  file: str,
+  batch: Batch,
+  names: dict[str, str],
+  settings: PreparationSettings,
+  quarantine: Quarantine,
+  users: Numbering,
+  items: Numbering,
+) -> tuple[tuple[np.ndarray, ...], int]:
+  """(users, items, times, whether they were dates, rows) of the usable rows of a batch, and how many were left out."""
+  usable = np.ones(len(batch.rows), bool)
+
+  def aside(wrong: np.ndarray, reason: str, values: pa.Array) -> None:
+    for place in np.flatnonzero(wrong & usable):
+      text = values[place].as_py()
+      for line in (text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)).splitlines() or [""]:
+        quarantine.add(file, batch.rows[place], reason, line)  # Several lines, where a double quote is not closed.
+    usable[wrong] = False
+
+  texts = {}
+  for kind in ("user", "item"):
+    texts[kind], wrong = as_text(batch.columns[names[kind]])
+    for faulty, reason in wrong_ids(texts[kind], wrong, f"{kind} id"):
+      aside(faulty, reason, batch.columns[names[kind]])
+  time, is_date = np.zeros(len(usable)), np.zeros(len(usable), bool)
+  if "time" in names:
+    time, is_date = read_times(batch.columns[names["time"]], settings.time_format)
+    form = settings.time_format or "ISO"
+    aside(~np.isfinite(time), f"a time that is neither a number nor a date ({form})", batch.columns[names["time"]])
+  low = 0
+  if "rating" in names:
+    rating = _numbers(batch.columns[names["rating"]])
+    aside(~np.isfinite(rating), "a rating that is no number", batch.columns[names["rating"]])
+    below = usable & (rating < settings.min_rating)
+    low = int(below.sum())
+    usable &= ~below
+  if "event" in names:
+    texts["event"], _ = as_text(batch.columns[names["event"]])
+    other = usable & ~_numpy(pc.is_in(texts["event"], pa.array(settings.events)))
+    low += int(other.sum())
+    usable &= ~other
+  mask = pa.array(usable)
+  kept = users.encode(texts["user"].filter(mask)), items.encode(texts["item"].filter(mask))
+  return (*kept, time[usable], is_date[usable], batch.rows[usable]), low
+
+
+def wrong_ids(texts: pa.Array, not_utf8: np.ndarray, what: str) -> Iterator[tuple[np.ndarray, str]]:
+  """What is wrong with ids: bool [n] and the reason, of each reason.
+
+  Args:
+    texts: [n] strings.
+    not_utf8: bool [n].
+    what: they are.
+  """
+  yield not_utf8, f"bytes that are no UTF-8 as the {what}"
+  yield _numpy(pc.equal(texts, "")), f"no {what}"
+  yield _numpy(pc.greater(pc.binary_length(texts), LONGEST_LABEL)), f"more than {LONGEST_LABEL} bytes as the {what}"
+  yield _numpy(pc.match_substring_regex(texts, r"[\x00-\x1f\x7f]")), f"a control character in the {what}"
+
+
+def _numpy(array: pa.Array) -> np.ndarray:
+  return array.to_numpy(zero_copy_only=False).astype(bool)
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+  """Numbers [n] float64; NaN for what is none."""
+  if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
+    return array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+  texts, _ = as_text(array)
+  texts = pc.if_else(pc.equal(texts, ""), None, texts)
+  try:
+    return texts.cast(pa.float64()).to_numpy(zero_copy_only=False)
+  except pa.ArrowInvalid:
+    plain = pc.match_substring_regex(texts, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
+    return pc.if_else(plain, texts, None).cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def read_times(array: pa.Array, form: str = "") -> tuple[np.ndarray, np.ndarray]:
+  """Times [n] float64 as they stand, NaN for what is none; and bool [n], which were dates and are seconds since 1970.
+
+  Args:
+    array: [n] of numbers, dates or text.
+    form: how dates are written, as `strptime` reads it; "" is ISO.
+  """
+  kind = array.type
+  if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+    micros = array.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
+    values = micros.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / 1e6
+    return values, np.ones(len(array), bool)
+  values = np.full(len(array), np.nan) if form else _numbers(array)
+  is_date = np.isnan(values)
+  if is_date.any() and not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+    texts, _ = as_text(array)
+    left = texts.filter(pa.array(is_date))
+    values[is_date] = _dates(left, form)
+  return values, is_date
+
+
+def _dates(texts: pa.Array, form: str) -> np.ndarray:
+  """Seconds since 1970 [n] float64 of dates; NaN for what is none. Without a time zone they are taken for UTC."""
+  if form:
+    try:
+      parsed = pc.strptime(texts, format=form, unit="us", error_is_null=True)
+    except pa.ArrowException as error:
+      raise InputError(f"--time_format={form}: expected a format as %d/%m/%Y, got one that is none ({error})") from None
+  else:
+    shape = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]{1,6})?)?)?"
+    ends = {"": "$", "zone": r"(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"}
+    parsed = pa.nulls(len(texts), pa.timestamp("us"))
+    for end in ends:
+      fits = pc.match_substring_regex(texts, shape + ends[end])
+      chosen = pc.if_else(fits, texts, None)
+      one = _cast_dates(chosen, "UTC" if end else None)
+      parsed = pc.coalesce(parsed, one)
+  return parsed.cast(pa.int64()).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / 1e6
+
+
+def _cast_dates(texts: pa.Array, zone: str | None) -> pa.Array:
+  """Dates [n] of texts of the right shape; null for a thirteenth month."""
+  try:
+    parsed = texts.cast(pa.timestamp("us", zone))
+  except pa.ArrowInvalid:
+    found = []
+    for text in texts.to_pylist():
+      try:
+        found.append(None if text is None else pa.scalar(text).cast(pa.timestamp("us", zone)).cast(pa.int64()).as_py())
+      except pa.ArrowInvalid:
+        found.append(None)
+    parsed = pa.array(found, pa.int64())
+  return parsed.cast(pa.int64()).cast(pa.timestamp("us"))
+
+
+def _in_seconds(
+  file: str, time: np.ndarray, is_date: np.ndarray, row: np.ndarray, quarantine: Quarantine
+) -> tuple[np.ndarray, np.ndarray, str]:
+  """(which times are usable, times in seconds, their unit in words): those of another unit than most go aside."""
+  usable, units = np.ones(len(time), bool), []
+  numbers = ~is_date
+  if numbers.any():
+    magnitudes, counts = magnitude_counts(time[numbers])
+    most = int(np.argmax(counts))
+    unit = list(UNITS)[max(most - 1, 0)] if most <= len(UNITS) else "seconds"
+    odd = np.flatnonzero(numbers)[magnitudes != most] if most else np.zeros(0, np.int64)
+    for place in odd:
+      quarantine.add(file, row[place], f"a time that is not of most times' magnitude ({unit})", f"{time[place]:.15g}")
+    usable[odd] = False
+    time = np.where(numbers, time / UNITS[unit], time)
+    units.append(f"{unit} since 1970" if most else "numbers, taken for seconds")
+  if is_date.any():
+    units.append("dates, UTC unless they say otherwise")
+  return usable, time, " and ".join(units)

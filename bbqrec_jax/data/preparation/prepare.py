@@ -1,0 +1,293 @@
+"""From a log, an item table and pictures to a folder in the project's own format, with a data card."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
+from bbqrec_jax.data.directory import load_directory
+from bbqrec_jax.data.interactions import leave_one_out
+from bbqrec_jax.data.preparation.card import write_card
+from bbqrec_jax.data.preparation.filters import core, in_order, repeated, without_duplicates
+from bbqrec_jax.data.preparation.items import ItemFigures, Pictures, write_items
+from bbqrec_jax.data.preparation.logs import Log, read_log
+from bbqrec_jax.data.preparation.quarantine import Quarantine
+from bbqrec_jax.data.preparation.settings import PreparationSettings
+from bbqrec_jax.data.preparation.tables import Table, open_table
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.utils.files import check_new, local_path, unfinished
+from bbqrec_jax.utils.json_files import write_json
+from bbqrec_jax.utils.messages import say
+from bbqrec_jax.utils.settings import from_config
+
+_USERS = 2**16  # Whose lines are written at once.
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What was left after one step of preparation."""
+
+  name: str
+  interactions: int
+  users: int
+  items: int
+
+
+def prepare(source: Any, output: str | Path, *, items: Any = None, images: str | Path | None = None, **settings: Any):
+  """Makes a data set of logs: a folder in the project's own format, for `load_data`, `features` and `train`.
+
+      bbqrec_jax.prepare("clicks.csv", "shop", items="products.csv", images="pictures")
+      bbqrec_jax.prepare(df, "shop", items=products, user="customer", min_per_user=5, min_per_item=5)
+
+  Args:
+    source: the log: a CSV, TSV, Parquet or JSON-lines file, or a table in memory (pandas, polars, pyarrow, a dictionary
+      of columns); or a folder of RecBole's atomic files.
+    output: the folder to make: `sequences.txt`, `timestamps.txt`, `users.txt`, `items.jsonl.gz`, `preparation.json`,
+      the data card `card.html`, and `quarantine.jsonl` where rows could not be used.
+    items: the item table, likewise.
+    images: a folder of pictures.
+    **settings: fields of `PreparationSettings`.
+
+  Returns:
+    What `preparation.json` holds.
+
+  Raises:
+    InputError: if a file cannot be read, a column not be found, too many rows not be used, or nothing is left; nothing
+      is written then.
+  """
+  chosen = _settings(settings)
+  output = local_path(output, flag="output")
+  check_new(output)
+  source, items = _recbole(source, items)
+  log_table = open_table(source, what="log", columns=chosen.columns)
+  item_table = None if items is None else open_table(items, what="item table")
+  pictures = None if images is None else Pictures(local_path(images, flag="images"))
+  return prepare_tables(log_table, item_table, pictures, output, chosen)
+
+
+def _settings(given: dict[str, Any]) -> PreparationSettings:
+  """The settings, checked.
+
+  Raises:
+    InputError: if one is unknown or wrong.
+  """
+  fields = {field.name: field.default for field in dataclasses.fields(PreparationSettings)}
+  given = {
+    name: (value,) if isinstance(value, str) and isinstance(fields.get(name), tuple) else value
+    for name, value in given.items()
+  }
+  try:
+    return from_config(PreparationSettings, fields | given)
+  except InputError as error:
+    raise InputError(str(error).replace("config field ", "--").replace("--help-config", "--help")) from None
+
+
+def _recbole(source: Any, items: Any) -> tuple[Any, Any]:
+  """The log and item table of a folder of RecBole's atomic files; anything else stays what it is."""
+  if not isinstance(source, str | Path) or not os.path.isdir(source):
+    return source, items
+  folder = Path(source)
+  found = {kind: sorted([*folder.glob(f"*.{kind}"), *folder.glob(f"*.{kind}.gz")]) for kind in ("inter", "item")}
+  if len(found["inter"]) != 1 or len(found["item"]) > 1:
+    raise InputError(
+      f"{folder}: expected a log, or a folder with one .inter file (RecBole's) and at most one .item file, found"
+      f" {len(found['inter'])} and {len(found['item'])}; name the file"
+    )
+  return found["inter"][0], items if items is not None or not found["item"] else found["item"][0]
+
+
+def prepare_tables(
+  log_table: Table, item_table: Table | None, pictures: Pictures | None, output: Path, settings: PreparationSettings
+) -> dict[str, Any]:
+  """`prepare` of opened tables."""
+  folder = unfinished(output)
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir(parents=True)
+  try:
+    report = _fill(folder, log_table, item_table, pictures, settings, name=output.name)
+    os.rename(folder, output)  # Whole or not there.
+  except BaseException:
+    shutil.rmtree(folder, ignore_errors=True)
+    raise
+  return report
+
+
+def _fill(
+  folder: Path,
+  log_table: Table,
+  item_table: Table | None,
+  pictures: Pictures | None,
+  settings: PreparationSettings,
+  *,
+  name: str,
+) -> dict[str, Any]:
+  quarantine = Quarantine(folder / "quarantine.jsonl")
+  try:
+    log = read_log(log_table, settings, quarantine)
+    say(f"{log_table.name}: {log.rows:,} rows; {log.columns}" + (f"; times: {log.unit}" if log.unit else ""))
+    user, item, time, steps, tied = select(log, settings)
+    wanted, items = np.unique(item, return_inverse=True)  # In order of first appearance, as they are numbered.
+    names = [log.items[one] for one in wanted.tolist()]
+    number, figures, columns = write_items(
+      folder / "items.jsonl.gz",
+      names,
+      table=item_table,
+      pictures=pictures,
+      settings=settings,
+      quarantine=quarantine,
+    )
+  finally:
+    quarantine.close()
+  if item_table is not None:
+    say(f"{item_table.name}: {columns}")
+  write_histories(folder, log.users, user, number[items], time)
+  aside = {file: quarantine.of(file) for file in dict.fromkeys(file for file, _ in quarantine.counts)}
+  if log.left_out:
+    say(f"  left out for their rating or event: {log.left_out:,}")
+  for sentence in _sentences(steps, figures, pictures, aside, tied, settings):
+    say(sentence)
+  dataset = load_directory(folder)
+  dataset = dataclasses.replace(dataset, name=name, source=str(folder))
+  split = leave_one_out(dataset.interactions)
+  report: dict[str, Any] = {
+    "log": log_table.name,
+    "item_table": None if item_table is None else item_table.name,
+    "images": None if pictures is None else str(pictures.folder.absolute()),
+    "columns": {"log": log.columns, "items": columns},
+    "times": log.unit,
+    "settings": {key: _plain(value) for key, value in dataclasses.asdict(settings).items()},
+    "rows": log.rows,
+    "left_out": log.left_out,
+    "steps": [dataclasses.asdict(step) for step in steps],
+    "quarantine": aside,
+    "same_time": tied,
+    "split_hash": split.split_hash,
+  }
+  write_json(folder / "preparation.json", report)
+  write_card(folder, dataset, split, report, figures)
+  _show(dataset, statistics(dataset, split))
+  return report
+
+
+def _show(dataset: Dataset, figures: dict[str, Any]) -> None:
+  lines = format_statistics(figures | {"source": "synthetic"}).splitlines()
+  say("\n".join([f"data set {dataset.name}:", *lines[1:]]))
+
+
+def _plain(value: Any) -> Any:
+  return None if value == float("-inf") else list(value) if isinstance(value, tuple) else value
+
+
+def select(
+  log: Log, settings: PreparationSettings
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[Step], int]:
+  """What of a log stays, user by user in time order.
+
+  Args:
+    log: that was read.
+    settings: what is left out, and the rule for ties.
+
+  Returns:
+    Users, items and times [n], users ascending; what was left after each step; and how many came at the same time as
+    the one before of the same user.
+
+  Raises:
+    InputError: if nothing is left.
+  """
+  steps = [_step("rows that could be used", log.user, log.item)]
+  rank = None
+  if settings.ties == "item":
+    order = np.argsort(np.array(log.items, object), kind="stable")
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    rank = ranks[log.item]
+  places, _ = in_order(log.user, log.time, ties=settings.ties, item_rank=rank, seed=settings.seed)
+  user, item, time = log.user[places], log.item[places], None if log.time is None else log.time[places]
+
+  def keep(chosen: np.ndarray, name: str) -> None:
+    nonlocal user, item, time
+    if not chosen.all():
+      user, item, time = user[chosen], item[chosen], None if time is None else time[chosen]
+      steps.append(_step(name, user, item))
+
+  keep(repeated(user, item, least=settings.min_repeats), f"user and item at least {settings.min_repeats} times")
+  keep(without_duplicates(user, item, time, rule=settings.duplicates), f"without duplicates ({settings.duplicates})")
+  chosen, rounds = core(user, item, per_user=settings.min_per_user, per_item=settings.min_per_item)
+  least = f"at least {settings.min_per_user} per user and {settings.min_per_item} per item"
+  keep(chosen, f"{least} ({rounds} round{'s' if rounds > 1 else ''})")
+  if not len(user):
+    counts = "; ".join(f"{step.name}: {step.interactions} of {step.users} users, {step.items} items" for step in steps)
+    raise InputError(
+      f"expected interactions to be left after preparation, got none ({counts}); lower --min_per_user and"
+      " --min_per_item, or give a longer log"
+    )
+  tied = 0 if time is None else int(np.sum((np.diff(user) == 0) & (np.diff(time) == 0)))
+  return user, item, time, steps, tied
+
+
+def _step(name: str, user: np.ndarray, item: np.ndarray) -> Step:
+  return Step(name, len(user), _distinct(user), _distinct(item))
+
+
+def _distinct(numbers: np.ndarray) -> int:
+  return int(np.count_nonzero(np.bincount(numbers))) if len(numbers) else 0
+
+
+def write_histories(
+  folder: Path, names: Sequence[str], user: np.ndarray, item: np.ndarray, time: np.ndarray | None
+) -> None:
+  """Writes `sequences.txt`, `timestamps.txt` and `users.txt`.
+
+  Args:
+    folder: where.
+    names: the users' ids.
+    user: [n] int, ascending; those of `names` that are there, in their order.
+    item: [n] int.
+    time: [n] float64 seconds, or None.
+  """
+  starts = np.append(np.flatnonzero(np.diff(user, prepend=-1)), len(user))
+  with open(folder / "users.txt", "w", encoding="utf-8", newline="\n") as file:
+    file.writelines(f"{names[number]}\n" for number in user[starts[:-1]].tolist())
+  _write_lines(folder / "sequences.txt", starts, item)
+  if time is not None:
+    whole = bool(np.all(time == np.round(time)))
+    _write_lines(folder / "timestamps.txt", starts, time.astype(np.int64) if whole else time)
+
+
+def _write_lines(path: Path, starts: np.ndarray, values: np.ndarray) -> None:
+  """Writes a line a user, its number and its values, those of `values` from one start to the next."""
+  with open(path, "w", encoding="utf-8", newline="\n") as file:
+    for first in range(0, len(starts) - 1, _USERS):
+      bounds = starts[first : first + _USERS + 1]
+      texts = list(map(repr, values[bounds[0] : bounds[-1]].tolist()))
+      places = (bounds - bounds[0]).tolist()
+      file.writelines(
+        f"{first + row} {' '.join(texts[places[row] : places[row + 1]])}\n" for row in range(len(places) - 1)
+      )
+
+
+def _sentences(
+  steps: list[Step],
+  figures: ItemFigures,
+  pictures: Pictures | None,
+  aside: dict[str, dict[str, int]],
+  tied: int,
+  settings: PreparationSettings,
+) -> Iterable[str]:
+  for step in steps:
+    yield f"  {step.name}: {step.interactions:,} interactions of {step.users:,} users with {step.items:,} items"
+  if tied:
+    rule = {"file": "as in the file", "item": "by the item's id", "shuffle": f"shuffled by seed {settings.seed}"}
+    yield f"  {tied:,} came at the same time as the one before them; their order is {rule[settings.ties]}"
+  for file, reasons in aside.items():
+    said = "; ".join(f"{count:,} with {reason}" for reason, count in reasons.items())
+    yield f"  set aside in quarantine.jsonl: of {file} {said}"
+  have = ", ".join(f"{field} {figures.have[field]:,}" for field in figures.have if figures.have[field])
+  yield f"  of {figures.count:,} items have: {have or 'nothing but an id'}"
+  if pictures is not None and not figures.have["image"]:
+    yield f"warning: none of the {len(pictures)} pictures is of an item; call them like the ids, or give --image=COLUMN"

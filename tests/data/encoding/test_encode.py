@@ -1,0 +1,274 @@
+"""What is written and pictured of items becomes features: the like of like, nothing of nothing, and no step twice."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+
+import bbqrec_jax
+from bbqrec_jax.data.directory import load_directory
+from bbqrec_jax.data.encoding import encode, pictures, store
+from bbqrec_jax.data.encoding.catalogue import attributes_of, text_of
+from bbqrec_jax.data.encoding.pictures import ColoursAndEdges, open_picture
+from bbqrec_jax.data.encoding.words import HashedWords
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.utils.files import unfinished
+from bbqrec_jax.utils.json_files import read_json
+
+COLOURS = ("red", "green", "blue")
+ITEMS = 24
+
+
+@pytest.fixture
+def shop(tmp_path):
+  folder, images = tmp_path / "shop", tmp_path / "images"
+  folder.mkdir()
+  images.mkdir()
+  rng = np.random.default_rng(0)
+  records = []
+  for number in range(ITEMS):
+    colour, kind = COLOURS[number % 3], ("mug", "lamp")[number % 2]
+    record = {"id": f"SKU-{number}", "title": f"{colour} {kind}", "brand": f"B{number % 4}", "price": 1.0 + number}
+    record |= {"category": f"Home > {kind}", "image": f"{number}.png"}
+    pixels = rng.integers(40, size=(20, 30, 3))
+    pixels[..., number % 3] += 180
+    Image.fromarray(pixels.astype(np.uint8)).save(images / f"{number}.png")
+    records.append(record)
+  records[4] = {"id": "SKU-4"}
+  (images / "7.png").write_bytes(b"\x89PNG broken")
+  (images / "8.png").unlink()
+  (folder / "items.jsonl").write_text("\n".join(map(json.dumps, records)))
+  (folder / "sequences.txt").write_text("\n".join(f"{user} {user} {user + 1} {user + 2}" for user in range(20)))
+  return folder
+
+
+def alike(vectors, number):
+  """The other item that is nearest to one."""
+  cosines = vectors @ vectors[number]
+  cosines[number] = -np.inf
+  return int(np.argmax(cosines))
+
+
+def test_features_are_made_of_all_that_is_there(shop):
+  found = bbqrec_jax.features(shop, images=str(shop.parent / "images"))
+  assert found == {"text": ITEMS - 1, "image": ITEMS - 3, "attributes": ITEMS - 1}
+  data = load_directory(shop)
+  assert {name: array.dtype for name, array in data.features.items()} == dict.fromkeys(found, np.float16)
+  assert_array_equal(np.flatnonzero(~data.present["text"]), [4])
+  assert_array_equal(np.flatnonzero(~data.present["image"]), [4, 7, 8])
+  for name in found:
+    vectors = np.asarray(data.features[name], np.float32)
+    assert_array_equal(vectors[~data.present[name]], 0)
+  assert_allclose(
+    np.linalg.norm(np.asarray(data.features["text"], np.float32)[data.present["text"]], axis=1), 1, atol=2e-3
+  )
+  images = np.asarray(data.features["image"], np.float32)
+  assert all(alike(images, number) % 3 == number % 3 for number in range(ITEMS) if data.present["image"][number])
+  texts = np.asarray(data.features["text"], np.float32)
+  assert all(alike(texts, n) % 2 == n % 2 or alike(texts, n) % 3 == n % 3 for n in range(ITEMS) if n != 4)
+  broken = [json.loads(line) for line in (shop / "broken_pictures.jsonl").read_text().splitlines()]
+  assert [(one["file"], one["reason"]) for one in broken] == [("7.png", "broken"), ("8.png", "not there")]
+  assert any("text features by hashed TF-IDF" in note for note in data.notes)
+
+
+def test_what_is_made_stays_until_something_of_it_changes(shop, monkeypatch):
+  encode.features(shop, image="none")
+  before = (shop / "text_features.npy").stat().st_mtime_ns
+  prints = {name: note["fingerprint"] for name, note in store.made(shop).items()}
+  monkeypatch.setattr(HashedWords, "fit", None)
+  assert encode.features(shop, image="none") == {"text": ITEMS - 1, "attributes": ITEMS - 1}
+  assert (shop / "text_features.npy").stat().st_mtime_ns == before
+  monkeypatch.undo()
+  encode.features(shop, image="none", text_width=3)
+  assert np.load(shop / "text_features.npy").shape == (ITEMS, 3)
+  assert store.made(shop)["attributes"]["fingerprint"] == prints["attributes"]
+  (shop / "items.jsonl").write_text((shop / "items.jsonl").read_text().replace("red", "pink"))
+  encode.features(shop, image="none")
+  assert not set(prints.values()) & {note["fingerprint"] for note in store.made(shop).values()}
+
+
+def test_features_are_made_as_those_of_another_data_set(shop):
+  more = shop.parent / "more"
+  more.mkdir()
+  lines = (shop / "items.jsonl").read_text().splitlines()
+  new = json.dumps({"id": "new", "title": "purple sofa", "brand": "B0", "price": 500.0, "category": "Home > sofa"})
+  (more / "items.jsonl").write_text("\n".join([new, *reversed(lines)]))
+  encode.features(shop, image="none")
+  encode.features(more, image="none", like=str(shop))
+  for name in ("text", "attributes"):
+    ours, theirs = (np.load(folder / f"{name}_features.npy") for folder in (shop, more))
+    assert_array_equal(theirs[:0:-1], ours)
+    assert np.isfinite(theirs).all()
+  assert encode.features(more, image="none", like=str(shop))["text"] >= ITEMS - 1
+  with pytest.raises(InputError, match=r"--like=.*text_words\.npz"):
+    encode.features(more, image="none", like=str(shop.parent))
+  (shop / "text_words.npz").write_bytes((shop / "attributes_words.npz").read_bytes()[:-5])
+  with pytest.raises(InputError, match=r"text_words\.npz"):
+    encode.features(more, image="none", like=str(shop))
+
+
+def test_a_stopped_run_goes_on_where_it_was(shop, monkeypatch):
+  whole = shop.parent / "whole"
+  whole.mkdir()
+  for name in ("items.jsonl", "sequences.txt"):
+    (whole / name).write_bytes((shop / name).read_bytes())
+  given = {"images": str(shop.parent / "images"), "batch_size": 5, "text": "none", "attributes": "none"}
+  encode.features(whole, **given)
+  calls = []
+  encoded = ColoursAndEdges.encode
+
+  def stop(self, prepared):
+    calls.append(len(prepared))
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    return encoded(self, prepared)
+
+  monkeypatch.setattr(ColoursAndEdges, "encode", stop)
+  with pytest.raises(KeyboardInterrupt):
+    encode.features(shop, **given)
+  assert not (shop / "image_features.npy").exists()
+  encode.features(shop, **given)
+  assert len(calls) == 3 + 3, "two batches of five were there"
+  for name in ("image_features.npy", "has_image.npy", "broken_pictures.jsonl"):
+    assert (shop / name).read_bytes() == (whole / name).read_bytes()
+  assert not [path for path in shop.iterdir() if path.name.endswith(".unfinished")]
+
+
+def test_vectors_with_ids_are_joined(shop):
+  ids = [f"SKU-{number}" for number in (5, 3, 9)] + ["other"]
+  vectors = np.arange(8, dtype=np.float32).reshape(4, 2)
+  np.savez(shop.parent / "audio.npz", ids=np.array(ids), vectors=vectors)
+  columns = {"sku": ids, "vector": vectors.tolist()}
+  pyarrow.parquet.write_table(pa.table(columns), shop.parent / "video.parquet")
+  given = {"audio": shop.parent / "audio.npz", "video": shop.parent / "video.parquet", "clip": (ids, vectors)}
+  found = encode.features(shop, join=given, text="none", image="none", attributes="none")
+  assert found == dict.fromkeys(given, 3)
+  data = load_directory(shop)
+  for name in given:
+    assert_array_equal(np.flatnonzero(data.present[name]), [3, 5, 9])
+    assert_array_equal(data.features[name][[5, 3, 9]], vectors[:3])
+
+
+@pytest.mark.parametrize(
+  ("ids", "vectors", "says"),
+  [
+    (["a"], np.ones((1, 2)), "none of them"),
+    (["SKU-1", "SKU-1"], np.ones((2, 2)), "each item once"),
+    (["SKU-1"], np.full((1, 2), np.nan), "row 0: expected finite"),
+    (["SKU-1"], np.full((1, 2), 1e6), "float16"),
+    (["SKU-1"], np.ones(2), "expected ids"),
+  ],
+)
+def test_vectors_that_cannot_be_joined_are_refused(shop, ids, vectors, says):
+  with pytest.raises(InputError, match=says):
+    encode.features(shop, join={"x": (ids, vectors)}, text="none", image="none", attributes="none")
+  assert not (shop / "x_features.npy").exists()
+
+
+def test_features_of_others_are_never_replaced(shop):
+  np.save(shop / "text_features.npy", np.ones((ITEMS, 2), np.float32))
+  with pytest.raises(InputError, match="found others"):
+    encode.features(shop, image="none")
+  assert encode.features(shop, text="none", image="none") == {"attributes": ITEMS - 1}
+
+
+@pytest.mark.parametrize(
+  ("settings", "says"),
+  [
+    ({"text": "bert"}, "--text=bert"),
+    ({"image": "vit"}, "--image=vit"),
+    ({"image": "timm:resnet18"}, "bbqrec_jax.image"),
+    ({"text": "sentence-transformers:x"}, "bbqrec_jax.text"),
+    ({"attributes": "x"}, "--attributes must be one of"),
+    ({"images": "/nowhere"}, "--images=/nowhere"),
+    ({"images": ""}, "--images=FOLDER"),
+    ({"txt": "x"}, "--txt is unknown"),
+  ],
+)
+def test_what_cannot_be_made_is_refused(shop, monkeypatch, settings, says):
+  for name in ("timm", "sentence_transformers"):
+    monkeypatch.setitem(sys.modules, name, None)
+  with pytest.raises(InputError, match=says):
+    encode.features(shop, **({"images": str(shop.parent / "images")} | settings))
+
+
+def test_items_that_say_nothing_are_refused(shop):
+  (shop / "items.jsonl").write_text("{}\n" * ITEMS)
+  with pytest.raises(InputError, match="expected titles"):
+    encode.features(shop)
+  with pytest.raises(InputError, match="--text=sentence-transformers:x"):
+    encode.features(shop, text="sentence-transformers:x")
+
+
+def test_a_network_reads_texts_and_only_those_that_are_there(shop, monkeypatch):
+  read = []
+
+  class Network:
+    def __init__(self, name):
+      assert name == "a-network"
+
+    def encode(self, texts, **given):
+      read.extend(texts)
+      return np.array([[len(text), 1.0] for text in texts], np.float32)
+
+  module = types.SimpleNamespace(SentenceTransformer=Network, __version__="9")
+  monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+  encode.features(shop, text="sentence-transformers:a-network", image="none", attributes="none", batch_size=7)
+  assert "" not in read
+  features = np.load(shop / "text_features.npy")
+  assert_array_equal(np.flatnonzero(~features.any(axis=1)), [4])
+  assert features[0, 0] == len("red mug . B0 . Home > mug")
+  assert "a-network" in read_json(shop / "features.json")["text"]["made_by"]
+
+
+def test_texts_about_the_same_are_near_whatever_their_language():
+  texts = [
+    f"{a} {b}" for a in ("red mug", "blue lamp", "赤い皿", "large oak table") for b in ("one", "two", "drei", "")
+  ]
+  words = HashedWords(width=16, seed=0)
+  words.fit(lambda: texts, len(texts))
+  vectors = words.encode(texts)
+  assert all(alike(vectors, number) // 4 == number // 4 for number in range(len(texts)))
+  assert_array_equal(words.encode(["", "!!"]), 0)
+  again = HashedWords(width=16, seed=0)
+  again.fit(lambda: iter(texts), len(texts))
+  assert_allclose(again.encode(texts[:3]), vectors[:3], atol=1e-5)
+
+
+def test_what_is_said_of_an_item():
+  record = {"title": "A  mug", "brand": None, "category": "Home > Mugs", "description": ["x", "y"], "price": 4}
+  assert text_of(record) == "A mug . Home > Mugs . x y"
+  assert attributes_of(record) == (["category=home", "path=>home", "category=mugs", "path=>home>mugs"], 4.0)
+  assert attributes_of({"price": True}) == ([], None)
+
+
+def test_pictures_of_any_kind_are_opened(tmp_path):
+  kinds = {"RGBA": "png", "L": "jpg", "P": "gif", "CMYK": "jpg", "1": "bmp", "LA": "png"}
+  for mode, ending in kinds.items():
+    path = tmp_path / f"{mode}.{ending}"
+    Image.new(mode, (300, 200)).save(path)
+    picture = open_picture(path, 64)
+    assert picture.mode == "RGB"
+  assert open_picture(tmp_path / "RGBA.png", 64).getpixel((0, 0)) == (255, 255, 255), "transparent is white"
+
+
+def test_a_picture_that_says_it_is_huge_is_broken(tmp_path, monkeypatch):
+  Image.new("RGB", (300, 200)).save(tmp_path / "x.png")
+  monkeypatch.setattr(pictures, "_MOST_PIXELS", 100)
+  with pytest.raises(ValueError, match="300 x 200"):
+    open_picture(tmp_path / "x.png", 64)
+
+
+def test_a_half_of_something_else_is_begun_anew(shop):
+  encode.features(shop, image="none", attributes="none")
+  expected = (shop / "text_features.npy").read_bytes()
+  (shop / "text_features.npy").rename(unfinished(shop / "text_features.npy"))
+  (shop / "features.json").unlink()
+  encode.features(shop, image="none", attributes="none")
+  assert (shop / "text_features.npy").read_bytes() == expected

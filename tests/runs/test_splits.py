@@ -1,0 +1,52 @@
+"""Runs whose data is split by time, or not at all: each is trained, ranked and asked in its own way."""
+
+import numpy as np
+import pytest
+
+from bbqrec_jax.config import default_config
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.runs.run import run
+from bbqrec_jax.serving.run import load_run
+
+
+def write_data(folder):
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  lines, times = [], []
+  for user in range(40):
+    length, first = rng.integers(3, 8), rng.integers(60)
+    lines.append(f"{user} {' '.join(map(str, (user + np.arange(length)) % 12))}")
+    times.append(f"{user} {' '.join(map(str, first + 6 * np.arange(length)))}")
+  (folder / "sequences.txt").write_text("\n".join(lines))
+  (folder / "timestamps.txt").write_text("\n".join(times))
+  (folder / "items.jsonl").write_text("{}\n" * 12)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return write_data(tmp_path_factory.mktemp("splits") / "data")
+
+
+@pytest.mark.parametrize("split", ["temporal", "none"])
+def test_a_run_of_another_split_is_whole(data, tmp_path, split, capsys):
+  config = default_config()
+  config.update_from_flattened_dict({
+    "data.path": str(data), "data.split": split, "recommender.head": "dense", "recommender.similarity": (),
+    "recommender.item_inputs": ("item",), "recommender.width": 8, "recommender.mlp_width": 8, "partitioner": "single",
+    "recommender.num_layers": 1, "recommender.num_heads": 1, "recommender.steps": 4, "recommender.evaluate_every": 2,
+    "recommender.max_length": 8, "evaluation.batch_size": 16,
+  })  # fmt: skip
+  results = run(config, tmp_path / "run")
+  out = capsys.readouterr().out
+  assert results["data"]["split"] == split
+  assert results["best_step"] == 4 or split == "temporal"
+  assert ("figures are of what was learned from" in out) == (split == "none")
+  ranks = np.load(tmp_path / "run" / "ranks.npz")
+  assert len(ranks["test"]) == 40 if split == "none" else 0 < len(ranks["test"]) < 40
+  finished = load_run(tmp_path / "run")
+  assert finished.evaluate()["test"]["ndcg@10"] == pytest.approx(results["test"]["ndcg@10"], abs=1e-6)
+  assert len(finished.recommend([[3]], k=2)[0]) == 2, "a new user with one interaction"
+  config.data.split = "leave_one_out"
+  with pytest.raises(InputError, match=r"data\.split"):
+    run(config, tmp_path / "run")
