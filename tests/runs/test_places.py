@@ -166,7 +166,7 @@ def test_other_wrong_places_of_programs_are_one_line(monkeypatch, tmp_path, load
   file.touch()
   elsewhere = options | {"compare": ["gs://b/x.json", "y.json"]}
   assert_refused(monkeypatch, benchmark, elsewhere, "--compare=gs://b/x.json: expected a path, got a URL")
-  exported = {"output": file / "x", "top": 1, "platforms": ["cpu"]}
+  exported = {"output": file / "x", "top": 1, "platforms": ["cpu"], "check": 0, "batch_sizes": ["1"], "widths": ["1"]}
   assert_refused(monkeypatch, export, exported, f"--output={file}/x: expected a folder, or a place for one, but {file}")
 
 
