@@ -14,6 +14,8 @@ COMMANDS = {
   "export": "a finished run as a bundle, all that a server needs",
   "serve": "answer over HTTP from a bundle, with a page to try it",
   "report": "what a run learned and reached, as one page",
+  "runs": "list runs: how far they are, what they reached, how they differ",
+  "track": "tell Weights & Biases or MLflow of a run",
   "compare": "finished runs beside one another, user by user",
   "benchmark": "time everything on whatever JAX sees",
   "launch": "start a run on TPU VMs, Slurm or Kubernetes",
