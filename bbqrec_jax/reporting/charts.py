@@ -86,8 +86,9 @@ def similarity(rows: Rows) -> alt.Chart:
 
 def groups(rows: Rows, *, title: str) -> alt.LayerChart:
   """Metrics of groups of users, with 95 % intervals."""
+  order = list(dict.fromkeys(row["group"] for row in rows))
   base = alt.Chart(_data(rows)).encode(
-    x=alt.X("group:N", sort=alt.SortField("order"), title=title, axis=alt.Axis(labelAngle=0)),
+    x=alt.X("group:N", sort=order, title=title, axis=alt.Axis(labelAngle=0)),
     xOffset=alt.XOffset("metric:N", sort=["Recall@10", "NDCG@10"]),
   )
   bars = base.mark_bar().encode(

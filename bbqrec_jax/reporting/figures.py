@@ -174,7 +174,6 @@ def by_group(ranks: np.ndarray, values: np.ndarray, *, groups: int = 5) -> Rows:
     rows += [
       {
         "group": str(least) if least == most else f"{least}–{most}",
-        "order": group,
         "users": int(own.sum()),
         "metric": metric,
         "value": float(of[own].mean()),

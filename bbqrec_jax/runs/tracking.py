@@ -66,6 +66,7 @@ class WandB:
     """See `Tracker`."""
     self._run.summary.update(dict(results))
     self._run.finish()
+    self._wandb.teardown()  # Until then the last records may not be in the file.
 
 
 class MLflow:
@@ -161,6 +162,31 @@ def results_figures(workdir: pathlib.Path) -> dict[str, float]:
     if isinstance(values, dict) and part != "data":
       figures |= {f"{part}/{name}": float(value) for name, value in values.items() if isinstance(value, int | float)}
   return figures
+
+
+def write_board(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Adds the figures and settings of a finished run to its TensorBoard files, for the tab of hyper-parameters.
+
+  Args:
+    workdir: of the run, with its results.
+    config: its fields, flattened.
+  """
+  from tensorboardX.event_file_writer import EventsWriter
+  from tensorboardX.proto.event_pb2 import Event
+  from tensorboardX.summary import hparams, scalar
+
+  figures = results_figures(workdir)
+  folder = workdir / "tensorboard" / "results"
+  folder.mkdir(parents=True, exist_ok=True)
+  told = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in config.items()}
+  writer = EventsWriter(str(folder / "events"))
+  try:
+    summaries = [*hparams(told, figures), *(scalar(name, value) for name, value in figures.items())]
+    for summary in summaries:
+      writer.write_event(Event(step=int(figures["best_step"]), wall_time=time.time(), summary=summary))
+    writer.flush()
+  finally:
+    writer.close()
 
 
 def track(

@@ -24,7 +24,7 @@ from bbqrec_jax.utils.files import unfinished
 from bbqrec_jax.utils.json_files import write_json
 
 BATCH_SIZES = (1, 4, 16)
-WIDTHS = (64, 1024)
+WIDTHS = (256,)
 _CHECKED = 8  # Histories of `check.json`.
 
 

@@ -8,7 +8,7 @@ import pytest
 from bbqrec_jax.commands import runs as command
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.runs.listing import differing, find_workdirs, read_run, sort_runs, to_rows, to_table
-from bbqrec_jax.runs.tracking import TRACKERS, read_records, track
+from bbqrec_jax.runs.tracking import TRACKERS, read_records, track, write_board
 from bbqrec_jax.runs.workdir import PARTS, SHOWN
 from bbqrec_jax.utils.json_files import write_json
 
@@ -136,6 +136,26 @@ def test_what_is_no_record_is_left_out(tmp_path):
   assert list(read_records(path)) == []
   path.write_text('{"stage": "a", "kind": "b", "step": 1}\nnothing\n[1]\n{"step": 2}\n', encoding="utf-8")
   assert len(list(read_records(path))) == 1
+
+
+def test_tensorboard_has_the_results_and_the_settings(tmp_path):
+  from tensorboardX.proto.event_pb2 import Event
+
+  folder = make_run(tmp_path / "mine", ndcg=0.2)
+  write_board(folder, {"recommender.head": "dense", "seed": 0, "tokenizer.hidden": (32,)})
+  (path,) = (folder / "tensorboard" / "results").iterdir()
+  content, place, values, tags = path.read_bytes(), 0, {}, []
+  while place < len(content):  # A record is its length, a checksum, itself, a checksum.
+    length = int.from_bytes(content[place : place + 8], "little")
+    event = Event.FromString(content[place + 12 : place + 12 + length])
+    place += length + 16
+    for value in event.summary.value:
+      tags.append(value.tag)
+      values[value.tag] = value.simple_value
+  assert values["test/ndcg_10"] == pytest.approx(0.2)
+  assert values["best_step"] == 5
+  assert any(tag.startswith("_hparams_") for tag in tags)
+  assert b"recommender.head" in content
 
 
 def test_mlflow_keeps_a_run_offline(tmp_path):
