@@ -103,6 +103,8 @@ def main(argv: list[str]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, heard)
     await server.serve()
 
+  # uvicorn, told to stop, stops in order, and then raises the signal again.
+  signal.signal(signal.SIGTERM, lambda *_: None)
   try:
     asyncio.run(serve())
   except KeyboardInterrupt:

@@ -10,7 +10,7 @@ HEIGHT = 240
 
 
 def _data(rows: Rows) -> alt.Data:
-  return alt.Data(values=list(rows))  # type: ignore[no-any-return]
+  return alt.Data(values=list(rows))
 
 
 def _field(name: str, kind: str) -> str:
@@ -84,7 +84,7 @@ def similarity(rows: Rows) -> alt.Chart:
   )
 
 
-def groups(rows: Rows, *, title: str) -> alt.LayerChart:
+def groups(rows: Rows, *, title: str) -> Any:
   """Metrics of groups of users, with 95 % intervals."""
   order = list(dict.fromkeys(row["group"] for row in rows))
   base = alt.Chart(_data(rows)).encode(
@@ -107,7 +107,7 @@ def groups(rows: Rows, *, title: str) -> alt.LayerChart:
     .mark_rule(strokeWidth=1.5)
     .encode(y=alt.Y("low:Q"), y2="high:Q")
   )
-  return alt.layer(bars, ends).properties(width="container", height=HEIGHT)  # type: ignore[no-any-return]
+  return alt.layer(bars, ends).properties(width="container", height=HEIGHT)
 
 
 def specification(chart: Any) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
     health = read_json(folder / "health.json") if is_given(folder / "health.json") else None
   similarity: list[Chart] = []
   special: figures.Rows = []
-  if restored.model.settings.num_streams:  # type: ignore[attr-defined]
+  if restored.model.settings.num_streams:
     tables, edges = figures.learned_tables(restored.params), np.asarray(restored.catalogue.edges)
     rows, special = figures.similarity_curves(tables, edges, figures.pair_names(restored))
     for place, panel in enumerate(dict.fromkeys(row["panel"] for row in rows)):
@@ -175,7 +175,7 @@ def render(told: dict[str, Any]) -> str:
   specifications = {chart.name: charts.specification(chart.made) for chart in charts_of(told)}
   # "</" would end the script that holds it, wherever a title has it.
   data = json.dumps(specifications, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
-  library = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+  library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
   return environment.get_template("report.html").render(told, specifications=data, library=library)
 
 

@@ -174,14 +174,18 @@ class Engine:
       Unknown: if one is unknown and not to be skipped.
       InputError: if several items have one.
     """
-    rows, unknown = [], []
+    rows: list[int] = []
+    unknown: list[Id] = []
     for place, title in enumerate(titles):
       row = self.titles.row(title)
       if row == -1:
         raise InputError(f"titles, place {place}: several items are called {shown(title)}; give ids")
       if row is None and not skip:
         raise Unknown(f"titles, place {place}: no item is called {shown(title)}; /items finds titles by their words")
-      (unknown if row is None else rows).append(title if row is None else row)  # type: ignore[arg-type]
+      if row is None:
+        unknown.append(title)
+      else:
+        rows.append(row)
     return np.array(rows, np.int64), unknown
 
   def query(self, asked: Asked) -> tuple[Query, np.ndarray, list[Id]]:
@@ -583,5 +587,5 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
       raise HTTPException(409, f"{error}; the bundle in use stays") from error
     return {"bundle": serving.engine.bundle.version}
 
-  app.add_middleware(Gate, serving=serving)  # type: ignore[arg-type]
+  app.add_middleware(Gate, serving=serving)
   return app

