@@ -156,9 +156,7 @@ def program() -> None:
   flags.DEFINE_string("allow", None, "Recommend these items alone: ids separated by commas, or @FILE, an id a line.")
   flags.DEFINE_string("deny", None, "Never recommend these items, likewise.")
   flags.DEFINE_string("times", None, "When each interaction was, in the unit of the data, for one with time buckets.")
-  define_path(
-    "histories", "A file in place of --history: a line per user, 'user item item ...', .jsonl or .parquet."
-  )
+  define_path("histories", "A file in place of --history: a line per user, 'user item item ...', .jsonl or .parquet.")
   define_path("timestamps", "A file with the time of each interaction in place of its item, in the unit of the data.")
   define_path("output", "The file for what is recommended for --histories: one JSON object per line, or .parquet.")
   define_path("tokenizer", "Semantic IDs that `bbqrec assign` extended by new items.")

@@ -22,6 +22,7 @@ from bbqrec_jax.recommender.settings import needs_features, needs_semantic_ids, 
 from bbqrec_jax.recommender.train import check_fingerprint, run_recommender, tokenizer_folder
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.runs import nightly
+from bbqrec_jax.runs.tracking import write_board
 from bbqrec_jax.runs.workdir import (
   REMAKE,
   check_workdir,
@@ -39,6 +40,7 @@ from bbqrec_jax.tokenizer.quantizers import make_quantizer
 from bbqrec_jax.tokenizer.train import run_tokenizer, tokenizer_settings
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.partitioning import Partitioner, make_partitioner
+from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.files import is_given, local_path
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.messages import say, warn
@@ -305,6 +307,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, given: D
     else:
       results = _train(prepared)
       write_json(finished, results)
+      if processes.is_first():
+        write_board(prepared.workdir, flatten(prepared.config))
     say(format_results(results))
     return results
 

@@ -1,29 +1,47 @@
-"""A finished run as a function for JAX alone.
+"""A finished run as a bundle, and the comparison of a bundle with the live model."""
 
-The folder holds `function.bin`, the compiled program's source in StableHLO, for any number of histories at once and for
-several kinds of devices; `arrays.npz`, the parameters and the catalogue that it takes; `item_ids.json`, what the data
-calls the items whose numbers it takes and gives; and `export.json`, which says what these are. Whoever calls it needs
-JAX and flatbuffers, and nothing of this package.
-"""
-
-import importlib.util
 import os
 import pathlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.export  # Not a part of what `import jax` brings.
 import jax.numpy as jnp
 import numpy as np
 
-from bbqrec_jax.data.item_ids import ItemIds
+import bbqrec_jax
+from bbqrec_jax.data.interactions import Interactions, from_lengths, select_users
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.model import SequenceModel
-from bbqrec_jax.utils.files import check_file, read_archive, unfinished
-from bbqrec_jax.utils.json_files import read_json, write_json
+from bbqrec_jax.runs.restore import Restored
+from bbqrec_jax.serving.bundle import FILES, FORMAT, Answer, Bundle, Query, file_digest, require_packages, same
+from bbqrec_jax.serving.precompute import precompute
+from bbqrec_jax.serving.recommend import recommend_all
+from bbqrec_jax.utils.files import unfinished
+from bbqrec_jax.utils.json_files import write_json
+
+BATCH_SIZES = (1, 4, 16)
+WIDTHS = (256,)
+_CHECKED = 8  # Histories of `check.json`.
+
+
+class Comparison(NamedTuple):
+  """How a bundle's answers stand beside the live model's.
+
+  Attributes:
+    users: how many were asked about.
+    identical: of them, those with the same list.
+    equal: those with the same list but for neighbours whose scores are nearly the same.
+    difference: the largest of two scores at the same place.
+  """
+
+  users: int
+  identical: int
+  equal: int
+  difference: float
 
 
 def export_recommender(
@@ -54,10 +72,7 @@ def export_recommender(
   """
   settings = model.settings
   named, structure = jax.tree_util.tree_flatten_with_path({"params": params, "catalogue": catalogue})
-  arrays = {
-    f"{place:04d} {jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(leaf)
-    for place, (path, leaf) in enumerate(named)
-  }
+  arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in named}
   width = min(max(beam_width, top), catalogue.num_items)
 
   def serve(held, histories, exclude, *times):
@@ -78,89 +93,161 @@ def export_recommender(
   rows, excluded = jax.export.symbolic_shape("b, e", constraints=("b >= 1", "e >= 1"))
   of_items = jax.ShapeDtypeStruct((rows, settings.max_length), jnp.int32)
   shapes = [of_items, jax.ShapeDtypeStruct((rows, excluded), jnp.int32)] + [of_items] * bool(settings.time_buckets)
-  held = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays.values()]
-  exported = jax.export.export(jax.jit(serve), platforms=tuple(platforms))(held, *shapes)
-  return bytes(exported.serialize()), arrays
+  rest, needed = precompute(serve, arrays, *shapes)
+  held = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in needed.values()]
+  exported = jax.export.export(jax.jit(rest), platforms=tuple(platforms))(held, *shapes)
+  return bytes(exported.serialize()), needed
 
 
-def write_export(
+def similarity_vectors(restored: Restored) -> dict[str, np.ndarray]:
+  """Unit vectors [N, d] float32 that items are compared by: of each modality and fused, or the model's own.
+
+  Zero rows where an item lacks a modality. The last stream is the one to look for similar items by.
+  """
+  if restored.ids is not None:
+    chosen = [*restored.ids.modalities, "fused"]
+    vectors = {name: restored.ids.vectors(name) for name in chosen}
+  else:
+    own = apply(restored.model, restored.params, "item_vectors", restored.catalogue)
+    vectors = {"items": np.asarray(own, np.float32)}
+  lengths = {name: np.linalg.norm(array, axis=1, keepdims=True) for name, array in vectors.items()}
+  return {name: array / np.where(lengths[name] > 0, lengths[name], 1) for name, array in vectors.items()}
+
+
+def _live(restored: Restored, histories: Interactions, *, top: int) -> list[Answer]:
+  """What the live model answers."""
+  found = recommend_all(
+    restored.model,
+    restored.params,
+    restored.catalogue,
+    histories,
+    top=top,
+    beam_width=restored.config.evaluation.beam_width,
+    batch_size=restored.config.evaluation.batch_size,
+  )
+  return [Answer(items, scores) for _, items, scores in found]
+
+
+def _drawn_histories(restored: Restored) -> Interactions:
+  """Histories of drawn items, which are nobody's."""
+  rng, length = np.random.default_rng(0), restored.model.settings.max_length
+  lengths = rng.integers(1, length + 1, size=_CHECKED)
+  items = rng.integers(restored.catalogue.num_items, size=lengths.sum())
+  times = np.concatenate([np.sort(rng.integers(10**6, size=count)) for count in lengths]).astype(np.float64)
+  return from_lengths(items, lengths, np.arange(_CHECKED).astype(str), times)
+
+
+def _parts(histories: Interactions) -> list[tuple[np.ndarray, np.ndarray | None]]:
+  """The items and the times of each history."""
+  places = [slice(*pair) for pair in zip(histories.offsets[:-1], histories.offsets[1:], strict=True)]
+  return [(histories.items[own], None if histories.times is None else histories.times[own]) for own in places]
+
+
+def write_bundle(
   folder: pathlib.Path,
-  model: SequenceModel,
-  params: Any,
-  catalogue: Catalogue,
+  restored: Restored,
   *,
   top: int,
-  beam_width: int,
   platforms: Iterable[str],
-  item_ids: ItemIds,
-  fingerprint: str | None = None,
-) -> dict[str, Any]:
-  """Makes the folder, whole or not at all, of what `export_recommender` gives.
+  batch_sizes: Iterable[int] = BATCH_SIZES,
+  widths: Iterable[int] = WIDTHS,
+  about: dict[str, Any] | None = None,
+  users: int = 0,
+) -> tuple[dict[str, Any], Comparison | None]:
+  """Makes the folder that `bundle.Bundle` reads, whole or not at all.
 
   Args:
     folder: that is made.
-    model: as for `export_recommender`, and so are the others.
-    params: see there.
-    catalogue: see there.
-    top: see there.
-    beam_width: see there.
-    platforms: see there.
-    item_ids: what the data calls the items, for `item_ids.json`.
-    fingerprint: of the semantic IDs.
+    restored: the run.
+    top: how many items an answer may have.
+    platforms: kinds of devices that it is to run on, of cpu, cuda, rocm, tpu.
+    batch_sizes: numbers of histories that a server has programs for.
+    widths: numbers of items to leave out, or to allow, that it has programs for.
+    about: what else `bundle.json` is to say: of the data, and what the run reached.
+    users: about how many users it is asked beside the live model before it takes its name.
 
   Returns:
-    What `export.json` says.
+    (what `bundle.json` says, how the bundle compared; None where nobody was asked about).
+
+  Raises:
+    InputError: if a package is missing, or the bundle gives other lists than the live model.
   """
-  platforms = list(platforms)
-  function, arrays = export_recommender(model, params, catalogue, top=top, beam_width=beam_width, platforms=platforms)
-  note = {
-    "inputs": ["histories", "exclude", *(["times"] if model.settings.time_buckets else [])],
-    "max_length": model.settings.max_length,
-    "num_items": catalogue.num_items,
-    "top": min(top, catalogue.num_items),
-    "platforms": platforms,
-    "jax": jax.__version__,
-    "semantic_ids": fingerprint,
-    "arrays": list(arrays),
-  }
+  require_packages()
+  from safetensors.numpy import save_file
+
+  model, catalogue, platforms = restored.model, restored.catalogue, list(platforms)
+  top = min(top, catalogue.num_items)
+  function, arrays = export_recommender(
+    model,
+    restored.params,
+    catalogue,
+    top=top,
+    beam_width=restored.config.evaluation.beam_width,
+    platforms=platforms,
+  )
+  vectors = similarity_vectors(restored)
+  histories = _drawn_histories(restored)
+  timed = bool(model.settings.time_buckets)
+  checks = [
+    {
+      "history": items.tolist(),
+      "times": times.tolist() if timed and times is not None else None,
+      "items": answer.items.tolist(),
+      "scores": answer.scores.tolist(),
+    }
+    for (items, times), answer in zip(_parts(histories), _live(restored, histories, top=top), strict=True)
+  ]
   partial = unfinished(folder)
   partial.mkdir(parents=True, exist_ok=True)
-  (partial / "function.bin").write_bytes(function)
-  np.savez(partial / "arrays.npz", **arrays)  # type: ignore[arg-type]
-  write_json(partial / "item_ids.json", {"items": item_ids.to_json()})
-  write_json(partial / "export.json", note)
+  (partial / "recommend.bin").write_bytes(function)
+  save_file({name: np.array(array, order="C") for name, array in arrays.items()}, partial / "weights.safetensors")
+  save_file({name: np.array(array, order="C") for name, array in vectors.items()}, partial / "similarity.safetensors")
+  items = {"ids": restored.dataset.item_ids.to_json(), "titles": list(restored.dataset.titles)}
+  write_json(partial / "items.json", items)
+  write_json(partial / "check.json", {"queries": checks})
+  note = {
+    "format": FORMAT,
+    "inputs": ["histories", "exclude", *(["times"] if timed else [])],
+    "limits": {
+      "max_length": model.settings.max_length,
+      "top": top,
+      "batch_sizes": sorted(batch_sizes),
+      "widths": sorted(widths),
+    },
+    "num_items": catalogue.num_items,
+    "streams": list(vectors),
+    "platforms": platforms,
+    "head": model.settings.head,
+    "semantic_ids": None if restored.ids is None else restored.ids.fingerprint,
+    "jax": jax.__version__,
+    "bbqrec_jax": bbqrec_jax.__version__,
+    "arrays": list(arrays),
+    "files": {name: file_digest(partial / name) for name in FILES},
+    **(about or {}),
+  }
+  write_json(partial / "bundle.json", note)
+  compared = compare_with_live(Bundle(partial), restored, users=users) if users else None
+  if compared is not None and compared.equal < compared.users:
+    raise InputError(
+      f"{partial}: expected the lists of the live model for {compared.users} users,"
+      f" {compared.users - compared.equal} have others; do not serve it, and tell the project"
+    )
   os.rename(partial, folder)
-  return note
+  return note, compared
 
 
-def require_flatbuffers() -> None:
-  """Refuses to go on without flatbuffers.
-
-  Raises:
-    InputError: if it is missing.
-  """
-  if importlib.util.find_spec("flatbuffers") is None:
-    raise InputError("JAX keeps an exported function with flatbuffers: pip install 'bbqrec_jax[export]'")
-
-
-def load_export(folder: pathlib.Path) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """The function of an exported folder, its arrays given: (histories, exclude[, times]) -> (items, scores).
-
-  All of items by number, from 0; the folder's `item_ids.json` has what the data calls them, in that order.
-
-  Raises:
-    InputError: if the folder holds no export, or one that was changed, or flatbuffers is missing.
-  """
-  require_flatbuffers()
-  note = read_json(folder / "export.json")
-  check_file(folder / "function.bin")
-  arrays = read_archive(folder / "arrays.npz")
-  if note.get("arrays") != list(arrays):
-    raise InputError(f"{folder / 'arrays.npz'}: expected the arrays that export.json names; export it again")
-  held = [jnp.asarray(array) for array in arrays.values()]
-  try:
-    exported = jax.export.deserialize(bytearray((folder / "function.bin").read_bytes()))
-  except Exception as error:
-    raise InputError(f"{folder / 'function.bin'}: expected what `bbqrec export` wrote; export it again") from error
-  call = jax.jit(exported.call)
-  return lambda *inputs: call(held, *(jnp.asarray(array, jnp.int32) for array in inputs))
+def compare_with_live(bundle: Bundle, restored: Restored, *, users: int, seed: int = 0) -> Comparison:
+  """Asks both about the whole histories of drawn users, as many as there are at most."""
+  known = restored.dataset.interactions
+  chosen = np.random.default_rng(seed).permutation(known.num_users)[:users]
+  histories = select_users(known, chosen)
+  queries = [Query(items, items, times=times) for items, times in _parts(histories)]
+  identical = equal = 0
+  difference = 0.0
+  live = _live(restored, histories, top=bundle.limits["top"])
+  for own, expected in zip(bundle.answer(queries), live, strict=True):
+    identical += np.array_equal(own.items, expected.items)
+    equal += same(own, expected)
+    if len(own.scores) == len(expected.scores) > 0:
+      difference = max(difference, float(np.abs(own.scores - expected.scores).max()))
+  return Comparison(len(chosen), identical, equal, difference)

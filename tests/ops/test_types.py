@@ -4,7 +4,6 @@ import contextlib
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -24,7 +23,8 @@ from bbqrec_jax.recommender.train import build_recommender, initial_state, train
 from bbqrec_jax.runs import run as experiment
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.serving.export import load_export, write_export
+from bbqrec_jax.serving.bundle import Bundle, Query
+from bbqrec_jax.serving.export import write_bundle
 from bbqrec_jax.serving.recommend import recommend
 from bbqrec_jax.tokenizer.losses import tokenizer_loss
 from bbqrec_jax.tokenizer.train import tokenizer_settings, tokenizer_training
@@ -249,14 +249,12 @@ def test_a_run_in_64_bit_mode_is_read_and_served(tmp_path):
     run = restore(tmp_path / "run")
     asked = {"top": 5, "beam_width": 10}
     items, scores = recommend(run.model, run.params, run.catalogue, np.array([3, 5, 7]), **asked)
-    write_export(
-      tmp_path / "made", run.model, run.params, run.catalogue, **asked, platforms=["cpu"], item_ids=run.dataset.item_ids
-    )
-    history = jnp.array([[3, 5, 7] + [-1] * 5])
-    assert history.dtype == jnp.int64
-    served = load_export(tmp_path / "made")(history, history)
+    write_bundle(tmp_path / "made", run, top=5, platforms=["cpu"], batch_sizes=[1], widths=[16])
+    history = np.array([3, 5, 7])
+    assert history.dtype == np.int64
+    (served,) = Bundle(tmp_path / "made").answer([Query(history, history)])
   assert (items.dtype, scores.dtype) == (np.int32, np.float32)
-  assert_array_equal(served[0][0], items)
-  assert_allclose(served[1][0], scores, rtol=1e-5)
+  assert_array_equal(served.items, items)
+  assert_allclose(served.scores, scores, rtol=1e-5)
   # Whoever has no such mode reads it too.
   assert restore(tmp_path / "run").ids.fingerprint == run.ids.fingerprint

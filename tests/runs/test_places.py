@@ -164,7 +164,9 @@ def test_other_wrong_places_of_programs_are_one_line(monkeypatch, tmp_path, load
   assert_refused(monkeypatch, benchmark, wrong, "--config: expected benchmark, benchmark_paper or benchmark_large")
   file = tmp_path / "file"
   file.touch()
-  exported = {"output": file / "x", "top": 1, "platforms": ["cpu"]}
+  elsewhere = options | {"compare": ["gs://b/x.json", "y.json"]}
+  assert_refused(monkeypatch, benchmark, elsewhere, "--compare=gs://b/x.json: expected a path, got a URL")
+  exported = {"output": file / "x", "top": 1, "platforms": ["cpu"], "check": 0, "batch_sizes": ["1"], "widths": ["1"]}
   assert_refused(monkeypatch, export, exported, f"--output={file}/x: expected a folder, or a place for one, but {file}")
 
 

@@ -1,0 +1,355 @@
+"""Load and faults: a server of a bundle on this machine, asked as much as it can take, and treated badly.
+
+    python experiments/serving.py --bundle=runs/bundle --output=serving.json
+    python experiments/serving.py --bundle=runs/bundle --output=serving.json --seconds=1800 --mutations=10000   # long
+
+Starts `bbqrec serve` on 127.0.0.1 and sends to nothing else. Every answer is compared with the first one for the same
+history: under load, beside broken clients, across restarts and while a bad bundle is offered. Prints a table, and exits
+with 1 if anything was answered wrongly, failed with 5xx that is no refusal, or the server died of itself.
+
+What it does: 1, 16 and 64 connections for `--seconds` each; clients that send a byte at a time, half a body, or leave;
+`--mutations` requests with bytes changed; a corrupt bundle, and then a good one, taken under load; kill -9 in mid-load
+and the time until the server answers again; memory before and after.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import httpx
+import numpy as np
+
+HOST = "127.0.0.1"
+TOKEN = "of-this-harness"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+
+
+class Server:
+  """A server process on a free port."""
+
+  def __init__(self, bundle, *, options=()):
+    """Starts it."""
+    with socket.socket() as free:
+      free.bind((HOST, 0))
+      self.port = free.getsockname()[1]
+    self.url = f"http://{HOST}:{self.port}"
+    self._bundle, self._options = bundle, options
+    self.process = None
+
+  def start(self):
+    """Starts it, and returns the seconds until it has answered a request."""
+    begin = time.perf_counter()
+    program = [sys.executable, "-c", "from bbqrec_jax.commands import main; main()", "serve"]
+    command = [*program, str(self._bundle), f"--port={self.port}", "--noaccess_log", *self._options]
+    # What it writes to no file fills a pipe that nobody reads.
+    self.process = subprocess.Popen(
+      command, env=os.environ | {"BBQREC_TOKEN": TOKEN}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while True:
+      if self.process.poll() is not None:
+        raise SystemExit(f"the server ended with status {self.process.returncode}: {' '.join(command)}")
+      with contextlib.suppress(httpx.HTTPError):
+        (item,) = httpx.get(f"{self.url}/items?limit=1", headers=BEARER, timeout=5).json()["items"]
+        found = httpx.post(f"{self.url}/recommend", json={"history": [item["id"]]}, headers=BEARER, timeout=30)
+        found.raise_for_status()
+        return time.perf_counter() - begin
+      time.sleep(0.1)
+
+  def memory(self):
+    """Resident MiB."""
+    for line in pathlib.Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+      if line.startswith("VmRSS"):
+        return int(line.split()[1]) / 1024
+    return 0.0
+
+  def stop(self, number=signal.SIGTERM):
+    """Ends it, and returns its status."""
+    if self.process is not None and self.process.poll() is None:
+      self.process.send_signal(number)
+      return self.process.wait(60)
+    return None
+
+
+class Truth:
+  """What each history is answered with: the first answer is remembered, and all others must be like it."""
+
+  def __init__(self, ids, *, count, seed=0):
+    """Draws histories."""
+    rng = random.Random(seed)
+    self.histories = [[rng.choice(ids) for _ in range(rng.randint(1, 20))] for _ in range(count)]
+    self.answers, self.wrong = {}, 0
+
+  def check(self, place, answer):
+    """Compares an answer; items may change places where their scores are all but the same."""
+    own = {item["id"]: item["score"] for item in answer["items"]}
+    known = self.answers.setdefault(place, own)
+    order = list(own.values())
+    good = order == sorted(order, reverse=True) and not set(own) & set(self.histories[place])
+    edge = min(known.values(), default=0.0) + 2e-3
+    good = good and all(abs(score - own.get(item, -1e9)) < 2e-3 for item, score in known.items() if score > edge)
+    self.wrong += not good
+
+
+async def load(url, truth, *, connections, seconds, extra=None):
+  """Asks on so many connections for so long: the milliseconds of each answer, and how many of each status came."""
+  spent, statuses, stop = [], {}, time.perf_counter() + seconds
+  limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+
+  async def one(client, number):
+    rng = random.Random(number)
+    while time.perf_counter() < stop:
+      place = rng.randrange(len(truth.histories))
+      begin = time.perf_counter()
+      try:
+        found = await client.post("/recommend", json={"history": truth.histories[place]})
+      except httpx.HTTPError as error:
+        statuses[type(error).__name__] = statuses.get(type(error).__name__, 0) + 1
+        await asyncio.sleep(0.2)
+        continue
+      statuses[found.status_code] = statuses.get(found.status_code, 0) + 1
+      if found.status_code == 200:
+        spent.append(1000 * (time.perf_counter() - begin))
+        truth.check(place, found.json())
+      else:
+        await asyncio.sleep(float(found.headers.get("retry-after", 0.1)))
+
+  async with httpx.AsyncClient(base_url=url, headers=BEARER, limits=limits, timeout=30) as client:
+    tasks = [asyncio.create_task(one(client, number)) for number in range(connections)]
+    if extra is not None:
+      await extra(client)
+    await asyncio.gather(*tasks)
+  return spent, statuses
+
+
+def summary(spent, statuses, seconds):
+  """Percentiles and rate."""
+  if not spent:
+    return {"statuses": statuses}
+  p50, p99 = np.percentile(spent, [50, 99])
+  return {"p50_ms": round(float(p50), 1), "p99_ms": round(float(p99), 1), "worst_ms": round(max(spent), 1),
+          "per_second": round(len(spent) / seconds, 1), "statuses": statuses}  # fmt: skip
+
+
+def raw(port, content, *, wait=1.0, pieces=None):
+  """Sends bytes as they are; the status of the answer, or None where the connection just ended."""
+  with socket.create_connection((HOST, port), timeout=20) as stream:
+    with contextlib.suppress(OSError):
+      if pieces:
+        for place in range(pieces):
+          stream.sendall(content[place : place + 1])
+          time.sleep(wait / pieces)
+      else:
+        stream.sendall(content)
+      stream.shutdown(socket.SHUT_WR)
+    with contextlib.suppress(OSError):
+      answer = stream.recv(4096)
+      if answer.startswith(b"HTTP/1.1 "):
+        return int(answer[9:12])
+  return None
+
+
+def request_bytes(history):
+  """A request as it goes over the line."""
+  body = json.dumps({"history": history, "k": 5}).encode()
+  head = f"POST /recommend HTTP/1.1\r\nHost: {HOST}\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(body)}\r\n"
+  return head.encode() + b"Content-Type: application/json\r\nConnection: close\r\n\r\n", body
+
+
+def mutated(content, rng):
+  """Bytes with a few of them changed, taken out, doubled or moved."""
+  content = bytearray(content)
+  for _ in range(rng.randint(1, 4)):
+    place = rng.randrange(len(content))
+    kind = rng.randrange(4)
+    if kind == 0:
+      content[place] = rng.randrange(256)
+    elif kind == 1:
+      del content[place : place + rng.randint(1, 20)]
+    elif kind == 2:
+      content[place:place] = content[place : place + rng.randint(1, 200)]
+    else:
+      content[place:place] = rng.choice([b'"', b"[" * 50, b"1e999", b"\xff\xfe", b"\\ud800", b"-1", b"null", b"\x00"])
+    if not content:
+      break
+  return bytes(content)
+
+
+async def mutations(server, truth, *, count):
+  """Sends requests with changed bytes, in the body or anywhere, a few at a time; how many of each status came."""
+  rng, statuses, turn = random.Random(0), {}, asyncio.Semaphore(8)
+
+  async def one(content):
+    async with turn:
+      status = await asyncio.to_thread(raw, server.port, content)
+    name = "closed" if status is None else status
+    statuses[name] = statuses.get(name, 0) + 1
+
+  for first in range(0, count, 200):
+    contents = []
+    for _ in range(first, min(first + 200, count)):
+      head, body = request_bytes(rng.choice(truth.histories))
+      if rng.random() < 0.7:
+        body = mutated(body, rng)
+        head = head.replace(head[head.index(b"Content-Length") :].split(b"\r\n")[0], b"Content-Length: %d" % len(body))
+        contents.append(head + body)
+      else:
+        contents.append(mutated(head + body, rng))
+    await asyncio.gather(*map(one, contents))
+  return statuses
+
+
+async def bad_clients(server, truth):
+  """Slow and broken clients beside ordinary ones; what became of each kind."""
+  head, body = request_bytes(truth.histories[0])
+  kinds = {
+    "byte by byte": lambda: raw(server.port, head + body, wait=3.0, pieces=len(head + body)),
+    "half a body": lambda: raw(server.port, head + body[: len(body) // 2]),
+    "half a head": lambda: raw(server.port, head[: len(head) // 2]),
+    "a body that never comes": lambda: stalled(server.port, head),
+    "too large": lambda: raw(server.port, head.replace(b"Content-Length: ", b"Content-Length: 99999")),
+    "no HTTP": lambda: raw(server.port, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20),
+  }
+  found = {}
+
+  async def several(client):
+    names = [name for name in kinds for _ in range(8)]
+    statuses = await asyncio.gather(*(asyncio.to_thread(kinds[name]) for name in names))
+    for name, status in zip(names, statuses, strict=True):
+      found.setdefault(name, {}).setdefault(str(status), 0)
+      found[name][str(status)] += 1
+
+  spent, statuses = await load(server.url, truth, connections=4, seconds=15, extra=several)
+  return found, summary(spent, statuses, 15)
+
+
+def stalled(port, head):
+  """Announces a body and sends none; the status that comes after a while."""
+  with socket.create_connection((HOST, port), timeout=20) as stream:
+    stream.sendall(head)
+    answer = stream.recv(4096)
+    return int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else None
+
+
+def corrupted(bundle, folder, rng):
+  """A copy of a bundle with a few bytes of one file changed."""
+  shutil.copytree(bundle, folder)
+  name = rng.choice(["weights.safetensors", "recommend.bin", "items.json", "bundle.json", "check.json"])
+  content = bytearray((folder / name).read_bytes())
+  for _ in range(5):
+    content[rng.randrange(len(content))] ^= 0x55
+  (folder / name).write_bytes(content)
+  return name
+
+
+async def reloads(server, truth, link, bundle, scratch):
+  """Offers corrupt bundles and then a good one under load: the statuses of both kinds, and those of the load."""
+  rng, told = random.Random(1), {}
+
+  async def offer(client):
+    for turn in range(3):
+      name = corrupted(bundle, scratch / f"bad{turn}", rng)
+      point(link, scratch / f"bad{turn}")
+      told[f"corrupt {name}"] = (await client.post("/reload", timeout=600)).status_code
+    point(link, bundle)
+    told["good"] = (await client.post("/reload", timeout=600)).status_code
+
+  spent, statuses = await load(server.url, truth, connections=8, seconds=20, extra=offer)
+  return told, summary(spent, statuses, 20)
+
+
+def point(link, target):
+  """Moves a link, in one step."""
+  fresh = link.with_name("fresh")
+  fresh.symlink_to(target.resolve())
+  os.replace(fresh, link)
+
+
+async def killed(server, truth):
+  """Kills it in mid-load, and a start after it: seconds until it answers again, and what the clients saw."""
+  took = {}
+
+  async def kill(client):
+    await asyncio.sleep(2)
+    server.stop(signal.SIGKILL)
+    took["seconds"] = await asyncio.to_thread(server.start)
+
+  spent, statuses = await load(server.url, truth, connections=8, seconds=20, extra=kill)
+  return took["seconds"], summary(spent, statuses, 20)
+
+
+def main():
+  """Runs everything and writes the record."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--bundle", type=pathlib.Path, required=True)
+  parser.add_argument("--output", type=pathlib.Path)
+  parser.add_argument("--seconds", type=float, default=10.0)
+  parser.add_argument("--connections", default="1,16,64")
+  parser.add_argument("--mutations", type=int, default=1000)
+  parser.add_argument("--load-only", action="store_true")
+  options = parser.parse_args()
+  limits = json.loads((options.bundle / "bundle.json").read_text())["limits"]
+  record = {"limits": limits, "machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()}
+  scratch = pathlib.Path(tempfile.mkdtemp(prefix="bbqrec_serving_"))
+  link = scratch / "current"
+  point(link, options.bundle)
+  server = Server(link)
+  bad = []
+  try:
+    record["cold_start_s"] = round(server.start(), 1)
+    ids = json.loads((options.bundle / "items.json").read_text())["ids"]
+    record["items"] = len(ids)
+    truth = Truth(ids, count=500)
+    record["memory_mib"] = [round(server.memory())]
+    for connections in map(int, options.connections.split(",")):
+      asyncio.run(load(server.url, truth, connections=connections, seconds=1))  # Warm.
+      spent, statuses = asyncio.run(load(server.url, truth, connections=connections, seconds=options.seconds))
+      record[f"{connections} connections"] = summary(spent, statuses, options.seconds)
+      print(connections, record[f"{connections} connections"], flush=True)
+    record["memory_mib"].append(round(server.memory()))
+    if not options.load_only:
+      record["bad clients"], record["beside them"] = asyncio.run(bad_clients(server, truth))
+      print("bad clients", record["bad clients"], record["beside them"], flush=True)
+      record["mutations"] = asyncio.run(mutations(server, truth, count=options.mutations))
+      print("mutations", record["mutations"], flush=True)
+      record["reloads"], record["during reloads"] = asyncio.run(reloads(server, truth, link, options.bundle, scratch))
+      print("reloads", record["reloads"], record["during reloads"], flush=True)
+      record["memory_mib"].append(round(server.memory()))
+      record["start_after_kill_s"], record["around the kill"] = asyncio.run(killed(server, truth))
+      record["start_after_kill_s"] = round(record["start_after_kill_s"], 1)
+      print("kill -9", record["start_after_kill_s"], record["around the kill"], flush=True)
+      for name, status in record["reloads"].items():
+        if status != (200 if name == "good" else 409):
+          bad.append(f"reload of {name}: {status}")
+      bad += [f"mutation: {status}" for status in record["mutations"] if status == 500]
+    status = server.stop()
+    if status != 0:
+      bad.append(f"SIGTERM: status {status}")
+  finally:
+    server.stop(signal.SIGKILL)
+    shutil.rmtree(scratch, ignore_errors=True)
+  for name, told in record.items():
+    if isinstance(told, dict) and "statuses" in told and name != "around the kill":
+      bad += [f"{name}: {status}" for status in told["statuses"] if status not in (200, 429, 503)]
+  if truth.wrong:
+    bad.append(f"{truth.wrong} wrong answers")
+  record["bad"] = bad
+  print(json.dumps(record, indent=2, default=str))
+  if options.output:
+    options.output.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+  sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+  main()

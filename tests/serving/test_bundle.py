@@ -1,0 +1,294 @@
+"""A bundle answers what the live model does, without any of the training code, and a damaged one does not load."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.interactions import from_lengths
+from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
+from bbqrec_jax.recommender.settings import DenseTowerSettings, RecommenderSettings
+from bbqrec_jax.recommender.two_towers import make_recommender
+from bbqrec_jax.runs.restore import Restored
+from bbqrec_jax.semantic_ids.trie import build_trie
+from bbqrec_jax.serving.bundle import Answer, Bundle, Query, file_digest, same
+from bbqrec_jax.serving.export import compare_with_live, export_recommender, write_bundle
+from bbqrec_jax.serving.precompute import precompute
+from bbqrec_jax.serving.recommend import recommend_all
+from bbqrec_jax.utils.json_files import read_json, write_json
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+ITEMS, LEVELS, CODES, LENGTH, TOP = 30, 3, 4, 6, 5
+SHAPES = {
+  "generative": {"subtree_logits": True},
+  "generative, by the history": {"seen_item_bias": True},
+  "dense, by the history": {"head": "dense", "seen_item_bias": True},
+  "parallel": {"head": "parallel"},
+  "dense": {"head": "dense"},
+  "dense, by the time": {"head": "dense", "time_buckets": 8},
+  "hybrid": {"head": "hybrid", "dense_tower": DenseTowerSettings(width=6, mlp_width=8), "seen_item_bias": True},
+  "encoder_decoder": {"backbone": "encoder_decoder", "num_columns": LEVELS, "softmax_over": "all"},
+}
+
+
+def make(random_params, **changes):
+  """A recommender, random parameters and a catalogue."""
+  rng = np.random.default_rng(0)
+  fields = {"num_columns": LEVELS, "width": 8, "num_layers": 1, "num_heads": 2, "mlp_width": 12, "head_width": 4}
+  fields |= {"num_items": ITEMS, "num_levels": LEVELS, "num_codes": CODES, "max_length": LENGTH, "depth_layers": 1}
+  settings = RecommenderSettings(**(fields | {"subtree_logits": False, "seen_item_bias": False} | changes))
+  ids = np.stack(np.unravel_index(rng.choice(CODES**LEVELS, ITEMS, replace=False), (CODES,) * LEVELS), axis=1)
+  catalogue = Catalogue(
+    semantic_ids=jnp.asarray(ids, jnp.int32),
+    columns=jnp.asarray(code_columns([ids], [np.ones(ITEMS, bool)], num_codes=CODES)),
+    streams=jnp.zeros((ITEMS, 0, 1)),
+    edges=jnp.zeros((0, 0)),
+    trie=build_trie(ids),
+  )
+  model = make_recommender(settings)
+  grid = np.zeros((2, LENGTH), np.int32)
+  batch = {"items": grid, "segments": grid + 1, "positions": grid, "times": grid, "targets": grid}
+  if settings.backbone == "encoder_decoder":
+    batch["targets"] = grid[:, 0]
+  return model, random_params(model, catalogue, batch), catalogue
+
+
+def histories(lengths):
+  rng = np.random.default_rng(1)
+  total = sum(lengths)
+  times = np.concatenate([1e9 + np.sort(rng.integers(10**6, size=n)) for n in lengths]).astype(np.float64)
+  users = np.array([f"user {row}" for row in range(len(lengths))])
+  return from_lengths(rng.integers(ITEMS, size=total), np.array(lengths), users, times)
+
+
+def padded(rows, width, dtype=np.int32):
+  grid = np.full((len(rows), width), -1, dtype)
+  for place, row in enumerate(rows):
+    grid[place, : len(row)] = row
+  return grid
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_export_recommends_what_the_recommender_does_whatever_the_batch(name, random_params):
+  model, params, catalogue = make(random_params, **SHAPES[name])
+  function, arrays = export_recommender(model, params, catalogue, top=TOP, beam_width=8, platforms=["cpu"])
+  known = histories([3, 1, 9, 6, 2])
+  expected = list(recommend_all(model, params, catalogue, known, top=TOP, beam_width=8, batch_size=2))
+  assert [user for user, _, _ in expected] == known.users.tolist()
+  call = jax.jit(jax.export.deserialize(bytearray(function)).call)
+  for users in ([0, 1, 2, 3, 4], [2]):
+    rows = [known.history(user) for user in users]
+    inputs = [padded([row[-LENGTH:] for row in rows], LENGTH), padded(rows, max(map(len, rows)))]
+    if model.settings.time_buckets:
+      starts = known.offsets[users]
+      seconds = [known.times[s : s + len(row)] - known.times[s] for s, row in zip(starts, rows, strict=True)]
+      inputs.append(padded([row[-LENGTH:] for row in seconds], LENGTH))
+    items, scores = call(list(arrays.values()), *inputs)
+    for row, user in enumerate(users):
+      _, expected_items, expected_scores = expected[user]
+      assert not set(expected_items.tolist()) & set(rows[row].tolist())
+      assert_array_equal(items[row], expected_items)
+      assert_allclose(scores[row], expected_scores, rtol=1e-4, atol=1e-5)
+
+
+def restored_run(random_params, **changes):
+  """A run as `restore` gives it, with random parameters."""
+  model, params, catalogue = make(random_params, **changes)
+  dataset = Dataset(
+    name="made", source="memory", interactions=histories([3, 1, 9, 6, 2, 9]), features={}, present={},
+    item_ids=ItemIds([f"SKU-{row}" for row in range(ITEMS)]), titles=tuple(f"title {row}" for row in range(ITEMS)),
+  )  # fmt: skip
+  config = ml_collections.ConfigDict({"evaluation": {"beam_width": 8, "batch_size": 4}})
+  return Restored(dataset, None, model, params, catalogue, config)
+
+
+@pytest.fixture(scope="module")
+def run(random_params):
+  return restored_run(random_params, head="dense", seen_item_bias=True)
+
+
+@pytest.fixture(scope="module")
+def made(run, tmp_path_factory):
+  """A folder as the program writes it; the bundle and the live model were asked about every user."""
+  folder = tmp_path_factory.mktemp("made") / "bundle"
+  note, compared = write_bundle(
+    folder, run, top=TOP, platforms=["cpu"], batch_sizes=[1, 4], widths=[16], about={"test": {"mrr": 0.5}}, users=9
+  )
+  assert note["limits"] == {"max_length": LENGTH, "top": TOP, "batch_sizes": [1, 4], "widths": [16]}
+  assert (note["test"], note["streams"], note["inputs"]) == ({"mrr": 0.5}, ["items"], ["histories", "exclude"])
+  assert (compared.users, compared.identical, compared.equal) == (6, 6, 6)
+  assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
+  return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(made):
+  return Bundle(made)
+
+
+def test_what_follows_from_the_arrays_alone_is_computed_once():
+  rng = np.random.default_rng(0)
+  arrays = {"table": rng.normal(size=(7, 3)).astype(np.float32), "map": rng.normal(size=(3, 2)).astype(np.float32)}
+
+  def function(held, rows):
+    table, weights = held
+    vectors = jnp.tanh(table @ weights)
+    return vectors[rows] @ vectors.T + jnp.arange(7, dtype=jnp.float32)[None], table[rows]
+
+  (rows,) = jax.export.symbolic_shape("b")
+  rest, needed = precompute(function, arrays, jax.ShapeDtypeStruct((rows,), jnp.int32))
+  assert "map" not in needed, "nothing reads it any more"
+  assert_array_equal(needed["table"], arrays["table"])
+  assert {(7, 2)} <= {value.shape for name, value in needed.items() if name.startswith("computed/")}
+  exported = jax.export.export(jax.jit(rest))(list(needed.values()), jax.ShapeDtypeStruct((rows,), jnp.int32))
+  assert "tanh" not in exported.mlir_module()
+  asked = np.array([3, 0, 3], np.int32)
+  found = exported.call(list(needed.values()), asked)
+  for own, expected in zip(found, function(list(arrays.values()), asked), strict=True):
+    assert_allclose(own, expected, rtol=1e-5)
+
+
+def test_a_bundle_is_read_without_the_training_code(made, tmp_path):
+  code = f"""
+import pathlib, sys, numpy as np
+from bbqrec_jax.serving.bundle import Bundle, Query
+bundle = Bundle(pathlib.Path({str(made)!r}))
+(answer,) = bundle.answer([Query(np.array([3, 4]), np.array([3, 4]))])
+assert len(answer.items) == {TOP}
+wrong = [name for name in sys.modules if name.startswith(("flax", "optax", "orbax", "grain", "tensorflow"))]
+wrong += [name for name in sys.modules if name.startswith(("bbqrec_jax.recommender", "bbqrec_jax.tokenizer"))]
+assert not wrong, wrong
+"""
+  result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr
+
+
+def test_the_documented_lines_call_it_without_this_package(made, bundle, tmp_path, snippet):
+  code = snippet("serving.md", "serve.py").replace("runs/bundle", str(made)).replace("[[3, 17, 25], [5]]", "HISTORIES")
+  code = 'HISTORIES = [["SKU-3", "SKU-17", "SKU-25"], ["SKU-5"]]\n' + code
+  code += "\nimport json\nprint(json.dumps(items.tolist()))\n"
+  code += "import sys\nassert not any(name.startswith(('bbqrec', 'flax')) for name in sys.modules)\n"
+  result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr
+  asked = [Query(np.array(own), np.array(own)) for own in ([3, 17, 25], [5])]
+  assert json.loads(result.stdout) == [answer.items.tolist() for answer in bundle.answer(asked)]
+
+
+def live(run, query, top):
+  """All items that may come back, by the live model."""
+  one = from_lengths(query.history, np.array([len(query.history)]), np.array(["u"]))
+  ((_, items, scores),) = recommend_all(
+    run.model, run.params, run.catalogue, one, top=ITEMS, beam_width=ITEMS, repeat=True, exclude=query.exclude
+  )
+  kept = np.ones(len(items), bool) if query.allow is None else np.isin(items, query.allow)
+  return Answer(items[kept][:top], scores[kept][:top])
+
+
+def test_whatever_is_left_out_or_allowed_the_answer_is_that_of_the_live_model(run, bundle):
+  rng = np.random.default_rng(2)
+  queries = [
+    Query(rng.integers(ITEMS, size=rng.integers(1, 12)), rng.integers(ITEMS, size=count), allow)
+    for count in (1, 5, 16, 25)
+    for allow in (None, rng.choice(ITEMS, 7, replace=False), np.array([4]), np.arange(ITEMS))
+  ]
+  for query, answer in zip(queries, bundle.answer(queries), strict=True):
+    expected = live(run, query, TOP)
+    assert_array_equal(answer.items, expected.items)
+    assert_allclose(answer.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_compiled_for_a_request(bundle):
+  programs = dict(bundle._programs)
+  assert set(programs) == {(1, 16), (4, 16), (1, ITEMS)}
+  with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled for a request"))
+    for count in (1, 2, 3, 4, 5, 9):
+      assert len(bundle.answer([Query(np.array([1, 2]), np.array([1, 2]))] * count)) == count
+
+
+def test_similar_items_and_reasons_are_by_cosine(run, bundle):
+  from bbqrec_jax.layers.apply import apply
+
+  vectors = np.asarray(apply(run.model, run.params, "item_vectors", run.catalogue))
+  vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+  found = bundle.similar(4, count=6)
+  cosines = vectors @ vectors[4]
+  cosines[4] = -np.inf
+  assert_array_equal(found.items, np.argsort(-cosines)[:6])
+  assert_allclose(found.scores, np.sort(cosines)[::-1][:6], rtol=1e-5)
+  assert len(bundle.similar(4, count=99).items) == ITEMS - 1
+  (reasons,) = bundle.reasons(np.array([7, 9, 7, 2]), np.array([3]), count=2)
+  own = {item: vectors[3] @ vectors[item] for item in (7, 9, 2)}
+  best = sorted(own, key=own.get, reverse=True)[:2]
+  assert [(item, stream) for item, stream, _ in reasons] == [(item, "items") for item in best]
+  assert_allclose([cosine for _, _, cosine in reasons], [own[item] for item in best], rtol=1e-5)
+
+
+def test_times_are_read_where_the_model_has_buckets(random_params, tmp_path):
+  run = restored_run(random_params, head="dense", time_buckets=8)
+  write_bundle(tmp_path / "timed", run, top=TOP, platforms=["cpu"], batch_sizes=[4], widths=[16])
+  bundle = Bundle(tmp_path / "timed")
+  assert compare_with_live(bundle, run, users=6).equal == 6
+  with pytest.raises(InputError, match=r"give that of each"):
+    bundle.answer([Query(np.array([1]), np.array([1]))])
+  with pytest.raises(InputError, match=r"at least one item"):
+    bundle.answer([Query(np.zeros(0, int), np.array([1]))])
+
+
+def test_lists_are_the_same_but_for_near_ties():
+  one = Answer(np.array([4, 2, 9]), np.array([-1.0, -2.0, -3.0]))
+  assert same(one, one)
+  assert same(Answer(one.items, one.scores + 1e-5), one)
+  assert not same(Answer(np.array([2, 4, 9]), one.scores), one)
+  assert not same(Answer(one.items[:2], one.scores[:2]), one)
+  assert not same(Answer(one.items, one.scores + 0.1), one)
+  tied = Answer(np.array([4, 2, 9]), np.array([-1.0, -1.0, -3.0]))
+  assert same(Answer(np.array([2, 4, 9]), tied.scores), tied)
+
+
+def test_without_safetensors_one_line_says_what_to_install(made, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "safetensors" else name)
+  with pytest.raises(InputError, match=r"pip install 'bbqrec_jax\[export\]'"):
+    Bundle(made)
+
+
+def test_a_damaged_bundle_is_refused_in_one_line(made, tmp_path):
+  with pytest.raises(InputError, match=r"bundle\.json: expected a JSON file, found nothing"):
+    Bundle(tmp_path)
+
+  def changed(name, content, *, noted=False):
+    folder = tmp_path / f"{name} {noted}"
+    shutil.copytree(made, folder)
+    (folder / name).write_bytes(content)
+    if noted:  # Whoever changes a file can change what is said of it.
+      note = read_json(folder / "bundle.json")
+      note["files"][name] = file_digest(folder / name)
+      write_json(folder / "bundle.json", note)
+    return folder
+
+  for name in ("recommend.bin", "weights.safetensors", "items.json"):
+    with pytest.raises(InputError, match=rf"{name}: expected the file that bundle\.json names"):
+      Bundle(changed(name, b"no function"))
+  with pytest.raises(InputError, match=r"made with JAX .* cannot use it"):
+    Bundle(changed("recommend.bin", b"no function", noted=True))
+  with pytest.raises(InputError, match=r"bundle\.json: expected a JSON file"):
+    Bundle(changed("bundle.json", b"{}"))
+  queries = read_json(made / "check.json")["queries"]
+  queries[0]["items"].reverse()
+  folder = changed("check.json", b"", noted=False)
+  write_json(folder / "check.json", {"queries": queries})
+  folder = changed("check.json", (folder / "check.json").read_bytes(), noted=True)
+  with pytest.raises(InputError, match=r"check\.json query 0: expected the items"):
+    Bundle(folder)

@@ -1,0 +1,95 @@
+"""The page in a real browser, by keyboard, at phone and desktop width, light and dark."""
+
+import importlib.util
+import pathlib
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from bbqrec_jax.serving.server import Options, Serving, make_app
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium")
+
+
+@pytest.fixture(scope="module")
+def stub():
+  spec = importlib.util.spec_from_file_location("test_server", pathlib.Path(__file__).with_name("test_server.py"))
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  made = module.Stub()
+  made.titles = (*made.titles[:3], '<img src=x onerror="document.title=1">', *made.titles[4:])
+  return made
+
+
+@pytest.fixture(scope="module")
+def url(stub, tmp_path_factory):
+  """A server with a token, on a socket of the loopback interface."""
+  listener = socket.create_server(("127.0.0.1", 0))
+  serving = Serving(tmp_path_factory.mktemp("bundle"), Options(access_log=False, token="sesame"), load=lambda _: stub)
+  server = uvicorn.Server(uvicorn.Config(make_app(serving), log_level="error"))
+  thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+  thread.start()
+  while not server.started:
+    time.sleep(0.01)
+  yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+  server.should_exit = True
+  thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser():
+  with playwright.sync_playwright() as play:
+    made = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_a_history_is_built_by_keyboard_and_answered(browser, url, width, scheme):
+  page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+  faults = []
+  page.on("pageerror", lambda error: faults.append(str(error)))
+  page.goto(url)
+  page.get_by_text("This server wants its token.").wait_for()
+  page.get_by_label("Token of this server").fill("sesame")
+  page.keyboard.press("Tab")
+  page.get_by_text("teas: 6 items").wait_for()
+  box = page.get_by_role("combobox", name="Add an item")
+  box.focus()
+  page.keyboard.type("tea")
+  page.get_by_role("option").first.wait_for()
+  assert box.get_attribute("aria-expanded") == "true"
+  page.keyboard.press("ArrowDown")
+  active = box.get_attribute("aria-activedescendant")
+  assert page.locator(f"#{active}").get_attribute("aria-selected") == "true"
+  page.keyboard.press("Enter")
+  page.locator("#items > li").first.wait_for()
+  assert "green tea" in page.locator("#history").inner_text()
+  first = page.locator("#items > li").first.inner_text()
+  assert "Green Tea pot" in first
+  assert "like green tea" in first
+  assert "items in" in page.get_by_role("status").inner_text()
+  # Titles are text, whatever they hold.
+  assert page.title() == "Recommendations"
+  assert page.locator("img").count() == 0
+  page.get_by_role("button", name="Not this one: Green").focus()
+  page.keyboard.press("Enter")
+  page.get_by_text("1 left out.").wait_for()
+  assert "Green Tea pot" not in page.locator("#items").inner_text()
+  page.get_by_role("button", name="Remove: green tea").focus()
+  page.keyboard.press("Enter")
+  page.get_by_text("No items yet.").wait_for()
+  assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the screen"
+  unnamed = page.evaluate(
+    "[...document.querySelectorAll('button, input')].filter(one => !(one.innerText || one.getAttribute('aria-label') ||"
+    " one.labels?.length)).length"
+  )
+  assert unnamed == 0, "a screen reader has a name for every control"
+  assert faults == []
+  page.close()
