@@ -171,6 +171,11 @@ class RecommenderSettings:
   evaluate_every: int = setting(
     0, "Steps between validations, each with a checkpoint; 0: an epoch, at least 100.", least=0
   )
+  average: float = setting(
+    0.99,
+    "Share that a step leaves of the moving average of the parameters, which is what ranks; 0: no average.",
+    below=1,
+  )
   patience: int = setting(5, "Validations without a better NDCG@10 after which training stops.")
   optimizer: OptimizerSettings = section(OptimizerSettings, "Of all parameters.")
   num_items: int = derived(0, "N, of the data that the model is trained on.")

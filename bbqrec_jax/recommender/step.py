@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,13 +16,24 @@ from bbqrec_jax.training.state import TrainState, step_key
 from bbqrec_jax.training.step import Metrics, updated
 
 
+@flax.struct.dataclass
+class RecommenderState(TrainState):
+  """The state of stage 2. Its `params` are what ranks.
+
+  Attributes:
+    trained: the parameters that steps change, of which `params` are the moving average; None: these themselves.
+  """
+
+  trained: Any = None
+
+
 def make_recommender_step(
   model: SequenceModel, optimizer: optax.GradientTransformation, *, accumulation: int = 1
 ) -> StepFunction:
   """The step of stage 2.
 
   Args:
-    model: the recommender.
+    model: the recommender, whose settings say how its parameters are averaged.
     optimizer: of its parameters.
     accumulation: parts that a device's rows are worked through in, one after another, so that activations of one part
       alone are there at a time. The gradient is that of the whole batch: each part gives its share of the one mean.
@@ -30,10 +42,14 @@ def make_recommender_step(
     step(state, catalogue, batch, *, axis_name) -> (state, metrics).
   """
 
-  def step(state: TrainState, catalogue: Catalogue, batch: Any, *, axis_name: str | None) -> tuple[TrainState, Metrics]:
+  def step(state: Any, catalogue: Catalogue, batch: Any, *, axis_name: str | None) -> tuple[Any, Metrics]:
     def share(params, batch, weights, key):
       rngs = {"dropout": key}
       return apply(model, params, "loss", catalogue, batch, weights=weights, deterministic=False, rngs=rngs)
+
+    average = state.params
+    if state.trained is not None:
+      state = state.replace(params=state.trained)
 
     def shares(*part):
       return jax.value_and_grad(share, has_aux=True)(state.params, *part)
@@ -47,7 +63,11 @@ def make_recommender_step(
       nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(shares, *jax.tree.map(lambda leaf: leaf[0], parts)))
       total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, shares(*part)), None), nothing, parts)
     (loss, terms), gradients = reduce_shares(total, axis_name)
-    return updated(state, optimizer, gradients, {"loss": loss, **terms})
+    state, metrics = updated(state, optimizer, gradients, {"loss": loss, **terms})
+    if state.trained is not None:
+      average = optax.incremental_update(state.params, average, 1.0 - model.settings.average)
+      state = state.replace(params=average, trained=state.params)
+    return state, metrics
 
   return step
 

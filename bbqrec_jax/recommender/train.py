@@ -22,7 +22,7 @@ from bbqrec_jax.recommender.fit_similarity import fit_similarity
 from bbqrec_jax.recommender.items import build_catalogue, item_features
 from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.recommender.settings import is_packed, length_bounds
-from bbqrec_jax.recommender.step import make_recommender_step
+from bbqrec_jax.recommender.step import RecommenderState, make_recommender_step
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.training.logging import MetricsLog
@@ -80,7 +80,7 @@ def build_recommender(
   return make_recommender(settings), catalogue
 
 
-def initial_state(config: Any, model: SequenceModel, catalogue: Catalogue) -> TrainState:
+def initial_state(config: Any, model: SequenceModel, catalogue: Catalogue) -> RecommenderState:
   """The state before the first step; of the catalogue the shapes are enough."""
   example = {name: jnp.zeros((1, 2), jnp.int32) for name in ("items", "targets", "segments", "positions", "times")}
   if not model.settings.packed:
@@ -88,7 +88,8 @@ def initial_state(config: Any, model: SequenceModel, catalogue: Catalogue) -> Tr
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (catalogue, example))
   params = model.lazy_init(base_key(config.seed), *shapes)["params"]
   optimizer = make_optimizer(config.recommender.optimizer, total_steps=1)  # Of which its state does not depend.
-  return TrainState.create(params, optimizer, seed=config.seed)
+  trained = jax.tree.map(jnp.copy, params) if model.settings.average else None
+  return RecommenderState.create(params, optimizer, seed=config.seed, trained=trained)
 
 
 def training_plan(recommender: Any, histories: Interactions) -> tuple[int, int]:
@@ -190,7 +191,7 @@ def _trained(
   )
   state = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue))
   if start is not None:
-    state = state.replace(params=partitioner.place(start))
+    state = state.replace(params=partitioner.place(start), trained=partitioner.place(start) if r.average else None)
   return fit(
     plan,
     state,

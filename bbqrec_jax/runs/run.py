@@ -167,6 +167,11 @@ def _begun(
   if own_tokenizer:
     _shorten_warmup(config)
   if config.data.split == "none":
+    if not config.recommender.steps:
+      raise InputError(
+        "config field data.split = 'none' leaves nothing to stop by: set recommender.steps to the best_step of a"
+        " validated run, in its results.json"
+      )
     # The last step is the best one: what is ranked was learned from, and tells no better.
     config.recommender.evaluate_every = config.recommender.steps
     config.tokenizer.evaluate_every = config.tokenizer.steps
