@@ -45,6 +45,22 @@ def system_config(system: str) -> ml_collections.ConfigDict:
   return config
 
 
+def packed_recipe(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Sets the training recipe of the first tables in docs/results: packed rows, a fixed number of steps, no average.
+
+  The recommender's steps, and what else was chosen for a data set, are left to the caller.
+  """
+  config.tokenizer.hold_out_last = False
+  config.evaluation.validation_users = 0
+  config.recommender.update({
+    "rows": "packed", "norm": "pre", "batch_rows": 32, "length_buckets": (), "average": 0.0, "evaluate_every": 500,
+    "dropout": 0.3,
+  })  # fmt: skip
+  config.recommender.optimizer.b2 = 0.98
+  config.recommender.candidate_similarity.streams = ()
+  return config
+
+
 def quickstart_config() -> ml_collections.ConfigDict:
   """Synthetic data of 2,000 users, 600 items and two modalities; small codebooks, a small sequence model."""
   config = default_config()

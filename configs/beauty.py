@@ -10,7 +10,7 @@ NDCG@10, means of three seeds: generative 0.0962 / 0.0547, dense 0.1067 / 0.0635
 
 import ml_collections
 
-from bbqrec_jax.presets import system_config
+from bbqrec_jax.presets import packed_recipe, system_config
 
 STEPS = {"generative": 6000, "dense": 3500, "parallel": 3500, "hybrid": 5000, "sasrec": 3500, "sasrec_features": 5000}
 
@@ -23,7 +23,7 @@ def get_config(system: str = "generative") -> ml_collections.ConfigDict:
   Args:
     system: see `system_config`.
   """
-  config = system_config(system)
+  config = packed_recipe(system_config(system))
   config.data.modalities = ("text", "attribute")
   config.tokenizer.temperature = 0.2
   config.tokenizer.level_dropout = 0.75

@@ -9,11 +9,12 @@ On two CPU cores, with another run beside it, about 6 minutes. Test Recall@10 / 
 import ml_collections
 
 from bbqrec_jax.config import default_config
+from bbqrec_jax.presets import packed_recipe
 
 
 def get_config() -> ml_collections.ConfigDict:
   """Histories are long here (20 to 737), so rows hold 100 items."""
-  config = default_config()
+  config = packed_recipe(default_config())
   config.data.modalities = ("text", "image")
   config.tokenizer.num_codes = 128
   config.tokenizer.steps = 1000

@@ -35,7 +35,7 @@ class Causal(Backbone):
       max_length=s.max_length,
       dropout=s.dropout,
       time_buckets=s.time_buckets,
-      attention_dropout=s.dropout,
+      attention_dropout=s.dropout if s.norm == "post" else 0.0,
       post_norm=s.norm == "post",
       whole_rows=not s.packed,
     )

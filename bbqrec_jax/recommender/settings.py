@@ -127,7 +127,8 @@ class RecommenderSettings:
                        choices=("float32", "bfloat16"))  # fmt: skip
   mlp_width: int = setting(256, "Of the feed-forward parts.")
   norm: str = setting(
-    "post", "Layer normalisation of the causal backbone: of each residual sum, or of what goes into each branch.",
+    "post", "Layers of the causal backbone: BERT's, which normalise each residual sum, start with small matrices and drop"
+    " attention weights too; or those that normalise what goes into each branch.",
     choices=("post", "pre"),
   )  # fmt: skip
   softmax_over: str = setting(
@@ -147,7 +148,7 @@ class RecommenderSettings:
     " items; 0 takes all items.", least=0,
   )  # fmt: skip
   depth_layers: int = setting(1, "Layers of the generative head's depth transformer.", most=1000)
-  dropout: float = setting(0.3, "Of item vectors, attention weights and residual branches.", below=1)
+  dropout: float = setting(0.3, "Of item vectors and residual branches, and of attention weights, see norm.", below=1)
   item_dropout: float = setting(
     0.0, "Share of the items that lack a vector of their own in a step, as items do that come after training.", below=1
   )
