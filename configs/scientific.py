@@ -3,7 +3,7 @@
     python -m bbqrec_jax.main --config=configs/scientific.py --workdir=runs/scientific --config.data.path=DIR
     python -m bbqrec_jax.main --config=configs/scientific.py:dense --workdir=runs/dense --config.data.path=DIR
 
-The recipe of the tables in docs/results, for this data alone; `--config=hybrid` and the like need no data set's settings.
+The recipe of the tables in docs/results, for this data alone; `--config=hybrid` and the like need no such settings.
 On two CPU cores, with another run beside it, 6 (dense), 9 (generative) and 17 minutes (hybrid).
 Test Recall@10 / NDCG@10, means of three seeds: generative 0.1172 / 0.0796, dense 0.1207 / 0.0828, hybrid
 0.1295 / 0.0881 (popularity 0.0231 / 0.0162).

@@ -127,8 +127,8 @@ class RecommenderSettings:
                        choices=("float32", "bfloat16"))  # fmt: skip
   mlp_width: int = setting(256, "Of the feed-forward parts.")
   norm: str = setting(
-    "post", "Layers of the causal backbone: BERT's, which normalise each residual sum, start with small matrices and drop"
-    " attention weights too; or those that normalise what goes into each branch.",
+    "post", "Layers of the causal backbone: BERT's, which normalise each residual sum, start with small matrices and"
+    " drop attention weights too; or those that normalise what goes into each branch.",
     choices=("post", "pre"),
   )  # fmt: skip
   softmax_over: str = setting(
