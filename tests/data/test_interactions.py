@@ -11,6 +11,7 @@ from bbqrec_jax.data.interactions import (
   distinct_items,
   drop_short_users,
   from_lengths,
+  hold_out_last,
   leave_one_out,
   user_blocks,
 )
@@ -159,3 +160,14 @@ def test_distinct_items_are_each_users_whole_history_once(monkeypatch, block):
   assert (own.items.dtype, own.times) == (np.int32, None)
   assert own.lengths_of(np.array([4, 0])).tolist() == [1, 3]
   assert distinct_items(make({"a": []})).num_interactions == 0
+
+
+def test_the_last_training_item_is_held_out_where_another_is_left():
+  histories = [[1, 2, 3, 4, 5], [6, 7, 8], [9, 8, 7, 6]]
+  split = leave_one_out(from_lengths(np.concatenate(histories), np.array([5, 3, 4]), np.array(["a", "b", "c"])))
+  held, users = hold_out_last(split)
+  assert users.tolist() == [0, 2]
+  assert [held.train.history(user).tolist() for user in range(3)] == [[1, 2], [6], [9]]
+  assert held.validation_target[users].tolist() == [3, 8]
+  assert [split.train.history(user).tolist() for user in range(3)] == [[1, 2, 3], [6], [9, 8]]
+  assert held.split_hash != split.split_hash

@@ -1,10 +1,14 @@
 """What the recommender is trained on, and that it is as its config says."""
 
 import dataclasses
+import functools
 import itertools
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bbqrec_jax.config import default_config
@@ -12,7 +16,11 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.recommender import train as recommender_stage
-from bbqrec_jax.recommender.train import run_recommender
+from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.settings import RecommenderSettings
+from bbqrec_jax.recommender.step import RecommenderState, make_recommender_step
+from bbqrec_jax.recommender.train import run_recommender, training_plan
+from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.training.settings import Safeguards
 
 ITEMS = 30  # Of `ids`.
@@ -92,3 +100,43 @@ def test_training_is_planned_and_guarded_as_the_config_says(prepare, split):
   assert (plan.name, plan.steps, plan.log_every, plan.evaluate_every) == ("recommender", 33, 7, 11)
   assert (plan.select, plan.patience) == ("ndcg@10", 3)
   assert plan.safeguards == Safeguards(keep_checkpoints=5, on_nonfinite="skip", max_skipped=4, spike_factor=9.0)
+
+
+@pytest.mark.parametrize(
+  ("changes", "steps", "every"),
+  [
+    ({}, 100 * 12, 100),  # 90 transitions in batches of 8: 12 a pass; validations no nearer than 100 steps.
+    ({"epochs": 3, "batch_rows": 1}, 270, 100),
+    ({"batch_rows": 1, "evaluate_every": 7}, 9000, 7),
+    ({"steps": 5}, 5, 100),
+    ({"rows": "packed", "row_length": 30, "batch_rows": 2}, 200, 100),
+  ],
+)
+def test_durations_follow_from_the_number_of_transitions(changes, steps, every):
+  recommender = default_config().recommender
+  recommender.update({"batch_rows": 8} | changes)
+  histories = from_lengths(np.zeros(100, int), np.full(10, 10), np.arange(10).astype(str))
+  assert training_plan(recommender, histories) == (steps, every)
+
+
+def test_what_ranks_is_the_moving_average_of_what_is_trained(random_params):
+  settings = RecommenderSettings(num_items=9, head="dense", width=4, num_layers=1, mlp_width=4, average=0.75)
+  nothing = jnp.zeros((9, 0), jnp.int32)
+  catalogue = Catalogue(nothing, nothing, jnp.zeros((9, 0, 1)), jnp.zeros((0, 31)))
+  batch = {"items": np.ones((2, 3), np.int32), "segments": np.ones((2, 3), np.int32), "targets": np.arange(2)}
+  batch["positions"] = np.tile(np.arange(3), (2, 1))
+  model, optimizer = make_recommender(settings), optax.sgd(0.1)
+  params = random_params(model, catalogue, batch)
+
+  def stepped(state):
+    return jax.jit(lambda s: make_recommender_step(model, optimizer)(s, catalogue, batch, axis_name=None)[0])(state)
+
+  plain = RecommenderState.create(params, optimizer, seed=0)
+  both = RecommenderState.create(params, optimizer, seed=0, trained=params)
+  average = params
+  for _ in range(2):
+    plain, both = stepped(plain), stepped(both)
+    average = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, average, plain.params)
+    jax.tree.map(np.testing.assert_allclose, both.trained, plain.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), both.params, average)
+  assert plain.trained is None
