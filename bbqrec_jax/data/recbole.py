@@ -43,8 +43,10 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   inter_path = _only_file(folder, "inter")
   if inter_path is None:
     has_sequences = (folder / "sequences.txt").exists()
-    hint = "; --config.data.source=directory reads the sequences.txt there" if has_sequences else ""
-    raise InputError(f"{folder}: expected one .inter file, found none{hint}")
+    hint = "give the folder that holds NAME.inter, or make a data set of another log with bbqrec prepare"
+    if has_sequences:
+      hint = "--config.data.source=directory reads the sequences.txt there"
+    raise InputError(f"{folder}: expected one .inter file, found none; {hint}")
   item_path = _only_file(folder, "item")
   tables: dict[str, np.ndarray] = {}
   tokens: list[bytes] | None = None
