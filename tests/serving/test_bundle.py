@@ -37,7 +37,7 @@ SHAPES = {
   "dense, by the history": {"head": "dense", "seen_item_bias": True},
   "parallel": {"head": "parallel"},
   "dense": {"head": "dense"},
-  "dense, by the time": {"head": "dense", "time_buckets": 8},
+  "dense, by the time": {"head": "dense", "time_buckets": 8, "rows": "packed"},
   "hybrid": {"head": "hybrid", "dense_tower": DenseTowerSettings(width=6, mlp_width=8), "seen_item_bias": True},
   "encoder_decoder": {"backbone": "encoder_decoder", "num_columns": LEVELS, "softmax_over": "all"},
 }
@@ -60,7 +60,7 @@ def make(random_params, **changes):
   model = make_recommender(settings)
   grid = np.zeros((2, LENGTH), np.int32)
   batch = {"items": grid, "segments": grid + 1, "positions": grid, "times": grid, "targets": grid}
-  if settings.backbone == "encoder_decoder":
+  if not settings.packed:
     batch["targets"] = grid[:, 0]
   return model, random_params(model, catalogue, batch), catalogue
 
@@ -237,7 +237,7 @@ def test_similar_items_and_reasons_are_by_cosine(run, bundle):
 
 
 def test_times_are_read_where_the_model_has_buckets(random_params, tmp_path):
-  run = restored_run(random_params, head="dense", time_buckets=8)
+  run = restored_run(random_params, head="dense", time_buckets=8, rows="packed")
   write_bundle(tmp_path / "timed", run, top=TOP, platforms=["cpu"], batch_sizes=[4], widths=[16])
   bundle = Bundle(tmp_path / "timed")
   assert compare_with_live(bundle, run, users=6).equal == 6
