@@ -38,7 +38,9 @@ class Step:
   items: int
 
 
-def prepare(source: Any, output: str | Path, *, items: Any = None, images: str | Path | None = None, **settings: Any):
+def prepare(
+  source: Any, output: str | Path, *, items: Any = None, images: str | Path | None = None, **settings: Any
+) -> dict[str, Any]:
   """Makes a data set of logs: a folder in the project's own format, for `load_data`, `features` and `train`.
 
       bbqrec_jax.prepare("clicks.csv", "shop", items="products.csv", images="pictures")
