@@ -91,12 +91,15 @@ def main(argv: list[str]) -> None:
       "items": options["items"].value,
       "users": options.users,
       "log_mib": round((folder / "log.csv").stat().st_size / 2**20),
-      "prepare": measured(lambda: prepare(folder / "log.csv", folder / "out", **given)),
-      "features": measured(lambda: features(folder / "out")),
     }
-  for stage, count in (("prepare", options.interactions), ("features", options["items"].value)):
-    result[stage]["rows_a_cpu_second"] = round(count / result[stage]["cpu_seconds"])
-  print(json.dumps(result, indent=2))
+    print(json.dumps(result), flush=True)
+    for stage, count, function in (
+      ("prepare", options.interactions, lambda: prepare(folder / "log.csv", folder / "out", **given)),
+      ("features", options["items"].value, lambda: features(folder / "out")),
+    ):
+      figures = measured(function)
+      figures["rows_a_cpu_second"] = round(count / figures["cpu_seconds"])
+      print(json.dumps({stage: figures}), flush=True)
 
 
 if __name__ == "__main__":

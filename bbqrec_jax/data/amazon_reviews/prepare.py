@@ -10,7 +10,9 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.messages import warn
 
 
-def prepare_category(folder: str | Path, output: str | Path, *, release: str, category: str, **settings: Any):
+def prepare_category(
+  folder: str | Path, output: str | Path, *, release: str, category: str, **settings: Any
+) -> dict[str, Any]:
   """Prepares a category; the 5-core unless the settings say otherwise.
 
       prepare_category("downloads", "beauty", release="2014", category="Beauty")
@@ -38,7 +40,7 @@ def prepare_category(folder: str | Path, output: str | Path, *, release: str, ca
   return prepare(files.reviews, output, items=files.meta, **given)
 
 
-def prepare_recipe(folder: str | Path, output: str | Path, *, name: str):
+def prepare_recipe(folder: str | Path, output: str | Path, *, name: str) -> dict[str, Any]:
   """Prepares a data set that published results stand on, and says where its counts are not the published ones.
 
   Args:

@@ -21,7 +21,7 @@ from bbqrec_jax.data.preparation.language import language_of
 from bbqrec_jax.data.preparation.logs import wrong_ids
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.data.preparation.settings import PreparationSettings
-from bbqrec_jax.data.preparation.tables import Table, as_text
+from bbqrec_jax.data.preparation.tables import UNREADABLE, Batch, Table, as_text
 from bbqrec_jax.errors import InputError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -151,29 +151,48 @@ def read_items(
     InputError: if the file cannot be read on, or too many of its rows cannot be used.
   """
   known: set[str] = set()
-  wanted = tuple(dict.fromkeys(name for names in chosen.values() for name in names))
   rows = good = 0
-  for batch in table.batches(wanted, quarantine):
+  for batch in table.batches(wanted_columns(chosen), quarantine):
     rows += len(batch.rows)
-    texts = {name: as_text(batch.columns[name]) for name in wanted}
-    ids, bad = texts[chosen["item_id"][0]]
-    usable = np.ones(len(batch.rows), bool)
-    for faulty, reason in wrong_ids(ids, bad, "item id"):
-      for place in np.flatnonzero(faulty & usable).tolist():
-        quarantine.add(table.name, batch.rows[place], reason, ids[place].as_py())
-      usable[faulty] = False
-    columns = {kind: [texts[name][0].to_pylist() for name in names] for kind, names in chosen.items()}
-    for place, item in enumerate(columns["item_id"][0]):
-      if not usable[place]:
+    for row, record in read_item(table.name, batch, chosen, quarantine):
+      if record["id"] in known:
+        quarantine.add(table.name, row, "an item id that came before", record["id"])
         continue
-      if item in known:
-        quarantine.add(table.name, batch.rows[place], "an item id that came before", item)
-        continue
-      known.add(item)
+      known.add(record["id"])
       good += 1
-      yield _item(item, {kind: [values[place] for values in parts] for kind, parts in columns.items()})
+      yield record
   rows += sum(quarantine.of(table.name).values()) - (rows - good)
   quarantine.check(table.name, rows=rows, most=settings.max_bad)
+
+
+def wanted_columns(chosen: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+  """The columns of a table that are looked at."""
+  return tuple(dict.fromkeys(name for names in chosen.values() for name in names))
+
+
+def read_item(
+  file: str, batch: Batch, chosen: dict[str, tuple[str, ...]], quarantine: Quarantine
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  """The row and the object of each item of a batch that has a usable id.
+
+  Args:
+    file: the name of the table.
+    batch: some of its rows.
+    chosen: which columns are what.
+    quarantine: gets the other rows.
+  """
+  texts = {name: as_text(batch.columns[name]) for name in wanted_columns(chosen)}
+  ids, bad = texts[chosen["item_id"][0]]
+  usable = np.ones(len(batch.rows), bool)
+  for faulty, reason in wrong_ids(ids, bad, "item id"):
+    for place in np.flatnonzero(faulty & usable).tolist():
+      quarantine.add(file, batch.rows[place], reason, ids[place].as_py())
+    usable[faulty] = False
+  columns = {kind: [texts[name][0].to_pylist() for name in names] for kind, names in chosen.items()}
+  for place, item in enumerate(columns["item_id"][0]):
+    if usable[place]:
+      fields = {kind: [values[place] for values in parts] for kind, parts in columns.items()}
+      yield int(batch.rows[place]), _item(item, fields)
 
 
 def item_columns(table: Table, settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
@@ -198,6 +217,7 @@ def _item(item: str, fields: dict[str, list[str]]) -> dict[str, Any]:
         record[kind] = price
     else:
       text = (" > " if kind == "category" else " ").join(dict.fromkeys(values))[:_LONGEST_TEXT]
+      text = text.replace(UNREADABLE, "\N{REPLACEMENT CHARACTER}")
       if kind == "image":  # Of several the first, by its URL where it has one.
         parts = text.split(" > ")
         record[kind] = next((part for part in parts if "://" in part), parts[0])

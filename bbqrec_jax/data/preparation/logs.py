@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -57,16 +58,11 @@ class Log:
   columns: str
 
 
-def read_log(table: Table, settings: PreparationSettings, quarantine: Quarantine) -> Log:
-  """Reads a log; rows that cannot be used go into quarantine.
-
-  Args:
-    table: the log.
-    settings: which columns are what, and the lowest rating.
-    quarantine: for rows without a user, an item or a time, or with one that is none.
+def log_columns(table: Table, settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
+  """Which columns of a log are what, as far as the settings look at them.
 
   Raises:
-    InputError: if a column cannot be found, the file cannot be read, or too many of its rows cannot be used.
+    InputError: if one cannot be found.
   """
   asked: dict[str, str | tuple[str, ...]] = {
     "user": settings.user,
@@ -84,16 +80,31 @@ def read_log(table: Table, settings: PreparationSettings, quarantine: Quarantine
     chosen.pop("event", None)
   elif "event" not in chosen:
     raise InputError(f"{table.name}: expected a column with kinds of events for --events; say it with --event=COLUMN")
+  return chosen
+
+
+def read_log(table: Table, settings: PreparationSettings, quarantine: Quarantine) -> Log:
+  """Reads a log; rows that cannot be used go into quarantine.
+
+  Args:
+    table: the log.
+    settings: which columns are what, and the lowest rating.
+    quarantine: for rows without a user, an item or a time, or with one that is none.
+
+  Raises:
+    InputError: if a column cannot be found, the file cannot be read, or too many of its rows cannot be used.
+  """
+  chosen = log_columns(table, settings)
   names = {kind: columns[0] for kind, columns in chosen.items()}
   users, items = Numbering(), Numbering()
   parts: list[tuple[np.ndarray, ...]] = []
   rows, low, aside = 0, 0, []
   for batch in table.batches(tuple(names.values()), quarantine):
     rows += len(batch.rows)
-    part, dropped = _read(table.name, batch, names, settings, quarantine, users, items)
-    low += dropped
-    aside.append(len(batch.rows) - len(part[0]) - dropped)
-    parts.append(part)
+    part = usable_rows(table.name, batch, names, settings, quarantine)
+    low += part.left_out
+    aside.append(len(batch.rows) - len(part.row) - part.left_out)
+    parts.append((users.encode(part.user), items.encode(part.item), part.time, part.is_date, part.row))
   rows += sum(quarantine.of(table.name).values()) - sum(aside)  # Those that no batch has: no fields could be read.
   user, item, time, is_date, row = (
     np.concatenate(pieces) for pieces in (zip(*parts, strict=True) if parts else [[np.zeros(0)]] * 5)
@@ -120,16 +131,38 @@ def read_log(table: Table, settings: PreparationSettings, quarantine: Quarantine
   )
 
 
-def _read(
-  file: str,
-  batch: Batch,
-  names: dict[str, str],
-  settings: PreparationSettings,
-  quarantine: Quarantine,
-  users: Numbering,
-  items: Numbering,
-) -> tuple[tuple[np.ndarray, ...], int]:
-  """(users, items, times, whether they were dates, rows) of the usable rows of a batch, and how many were left out."""
+class Rows(NamedTuple):
+  """The usable rows of a batch.
+
+  Attributes:
+    user: [n] strings.
+    item: [n] strings.
+    time: [n] float64, as they stand; zeros where the log has none.
+    is_date: [n] bool, which times were dates, and are seconds.
+    row: [n] int64, their numbers in the file.
+    left_out: rows that could be used, and were not to be.
+  """
+
+  user: pa.Array
+  item: pa.Array
+  time: np.ndarray
+  is_date: np.ndarray
+  row: np.ndarray
+  left_out: int
+
+
+def usable_rows(
+  file: str, batch: Batch, names: dict[str, str], settings: PreparationSettings, quarantine: Quarantine
+) -> Rows:
+  """The usable rows of a batch of a log; the others go into quarantine.
+
+  Args:
+    file: its name.
+    batch: some of its rows.
+    names: of the columns, by what they are.
+    settings: the lowest rating, the events, and how dates are written.
+    quarantine: gets the other rows.
+  """
   usable = np.ones(len(batch.rows), bool)
 
   def aside(wrong: np.ndarray, reason: str, values: pa.Array) -> None:
@@ -162,8 +195,8 @@ def _read(
     low += int(other.sum())
     usable &= ~other
   mask = pa.array(usable)
-  kept = users.encode(texts["user"].filter(mask)), items.encode(texts["item"].filter(mask))
-  return (*kept, time[usable], is_date[usable], batch.rows[usable]), low
+  user, item = texts["user"].filter(mask), texts["item"].filter(mask)
+  return Rows(user, item, time[usable], is_date[usable], batch.rows[usable], low)
 
 
 def wrong_ids(texts: pa.Array, not_utf8: np.ndarray, what: str) -> Iterator[tuple[np.ndarray, str]]:
@@ -177,7 +210,10 @@ def wrong_ids(texts: pa.Array, not_utf8: np.ndarray, what: str) -> Iterator[tupl
   yield not_utf8, f"bytes that are no UTF-8 as the {what}"
   yield _numpy(pc.equal(texts, "")), f"no {what}"
   yield _numpy(pc.greater(pc.binary_length(texts), LONGEST_LABEL)), f"more than {LONGEST_LABEL} bytes as the {what}"
-  yield _numpy(pc.match_substring_regex(texts, r"[\x00-\x1f\x7f]")), f"a control character in the {what}"
+  yield (
+    _numpy(pc.match_substring_regex(texts, r"[\x00-\x1f\x7f]")),
+    f"a control character, or bytes that are no UTF-8, in the {what}",
+  )
 
 
 def _numpy(array: pa.Array) -> np.ndarray:

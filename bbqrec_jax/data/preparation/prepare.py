@@ -38,7 +38,9 @@ class Step:
   items: int
 
 
-def prepare(source: Any, output: str | Path, *, items: Any = None, images: str | Path | None = None, **settings: Any):
+def prepare(
+  source: Any, output: str | Path, *, items: Any = None, images: str | Path | None = None, **settings: Any
+) -> dict[str, Any]:
   """Makes a data set of logs: a folder in the project's own format, for `load_data`, `features` and `train`.
 
       bbqrec_jax.prepare("clicks.csv", "shop", items="products.csv", images="pictures")
@@ -60,7 +62,7 @@ def prepare(source: Any, output: str | Path, *, items: Any = None, images: str |
     InputError: if a file cannot be read, a column not be found, too many rows not be used, or nothing is left; nothing
       is written then.
   """
-  chosen = _settings(settings)
+  chosen = settings_of(settings)
   output = local_path(output, flag="output")
   check_new(output)
   source, items = _recbole(source, items)
@@ -70,7 +72,7 @@ def prepare(source: Any, output: str | Path, *, items: Any = None, images: str |
   return prepare_tables(log_table, item_table, pictures, output, chosen)
 
 
-def _settings(given: dict[str, Any]) -> PreparationSettings:
+def settings_of(given: dict[str, Any]) -> PreparationSettings:
   """The settings, checked.
 
   Raises:
@@ -130,8 +132,11 @@ def _fill(
   try:
     log = read_log(log_table, settings, quarantine)
     say(f"{log_table.name}: {log.rows:,} rows; {log.columns}" + (f"; times: {log.unit}" if log.unit else ""))
-    user, item, time, steps, tied = select(log, settings)
-    wanted, items = np.unique(item, return_inverse=True)  # In order of first appearance, as they are numbered.
+    user, item, time, place, steps, tied = select(log, settings)
+    users, user = by_first_row(user, place)
+    order = np.argsort(user, kind="stable")
+    user, item, place, time = user[order], item[order], place[order], None if time is None else time[order]
+    wanted, items = by_first_row(item, place)
     names = [log.items[one] for one in wanted.tolist()]
     number, figures, columns = write_items(
       folder / "items.jsonl.gz",
@@ -145,7 +150,7 @@ def _fill(
     quarantine.close()
   if item_table is not None:
     say(f"{item_table.name}: {columns}")
-  write_histories(folder, log.users, user, number[items], time)
+  write_histories(folder, [log.users[one] for one in users.tolist()], user, number[items], time)
   aside = {file: quarantine.of(file) for file in dict.fromkeys(file for file, _ in quarantine.counts)}
   if log.left_out:
     say(f"  left out for their rating or event: {log.left_out:,}")
@@ -185,7 +190,7 @@ def _plain(value: Any) -> Any:
 
 def select(
   log: Log, settings: PreparationSettings
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[Step], int]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray, list[Step], int]:
   """What of a log stays, user by user in time order.
 
   Args:
@@ -193,8 +198,8 @@ def select(
     settings: what is left out, and the rule for ties.
 
   Returns:
-    Users, items and times [n], users ascending; what was left after each step; and how many came at the same time as
-    the one before of the same user.
+    Users, items, times and places in the log [n], users ascending; what was left after each step; and how many came at
+    the same time as the one before of the same user.
 
   Raises:
     InputError: if nothing is left.
@@ -210,9 +215,10 @@ def select(
   user, item, time = log.user[places], log.item[places], None if log.time is None else log.time[places]
 
   def keep(chosen: np.ndarray, name: str) -> None:
-    nonlocal user, item, time
+    nonlocal user, item, time, places
     if not chosen.all():
-      user, item, time = user[chosen], item[chosen], None if time is None else time[chosen]
+      user, item, places = user[chosen], item[chosen], places[chosen]
+      time = None if time is None else time[chosen]
       steps.append(_step(name, user, item))
 
   keep(repeated(user, item, least=settings.min_repeats), f"user and item at least {settings.min_repeats} times")
@@ -227,7 +233,26 @@ def select(
       " --min_per_item, or give a longer log"
     )
   tied = 0 if time is None else int(np.sum((np.diff(user) == 0) & (np.diff(time) == 0)))
-  return user, item, time, steps, tied
+  return user, item, time, places, steps, tied
+
+
+def by_first_row(numbers: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Numbers things anew, in the order of their first row that is left.
+
+  Args:
+    numbers: [n] int from 0.
+    place: [n] int, where each stands in the log.
+
+  Returns:
+    The old numbers of the things that there are [m], in the new order; and the new ones [n] int64.
+  """
+  first = np.full(int(numbers.max()) + 1, np.iinfo(np.int64).max)
+  np.minimum.at(first, numbers, place)
+  there = np.flatnonzero(first < np.iinfo(np.int64).max)
+  there = there[np.argsort(first[there])]
+  new = np.empty(len(first), np.int64)
+  new[there] = np.arange(len(there))
+  return there, new[numbers]
 
 
 def _step(name: str, user: np.ndarray, item: np.ndarray) -> Step:
@@ -245,14 +270,14 @@ def write_histories(
 
   Args:
     folder: where.
-    names: the users' ids.
-    user: [n] int, ascending; those of `names` that are there, in their order.
+    names: [U] the users' ids.
+    user: [n] int, ascending from 0 to U - 1.
     item: [n] int.
     time: [n] float64 seconds, or None.
   """
   starts = np.append(np.flatnonzero(np.diff(user, prepend=-1)), len(user))
   with open(folder / "users.txt", "w", encoding="utf-8", newline="\n") as file:
-    file.writelines(f"{names[number]}\n" for number in user[starts[:-1]].tolist())
+    file.writelines(f"{name}\n" for name in names)
   _write_lines(folder / "sequences.txt", starts, item)
   if time is not None:
     whole = bool(np.all(time == np.round(time)))

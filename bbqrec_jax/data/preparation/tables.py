@@ -3,6 +3,7 @@
 CSV and TSV, Parquet, JSON lines, RecBole's atomic files, and tables in memory (pandas, polars, pyarrow, dictionaries).
 """
 
+import codecs
 import gzip
 import io
 import itertools
@@ -24,6 +25,8 @@ _ROWS = 2**16  # Of a batch.
 _BLOCK = 2**24  # Bytes of text that are parsed at once; one row is no longer than that.
 _LOOKED_AT = 1000  # Objects whose names are the columns of a file of them.
 _MOST_COLUMNS = 1000
+
+UNREADABLE = "\x1a"  # What stands for a byte that is no UTF-8; the sign that Unicode calls a substitute.
 
 # What a column of a table is called in a file of the kind of RecBole, after its name.
 _TYPES = ("token", "token_seq", "float", "float_seq")
@@ -139,21 +142,42 @@ def _without_type(name: str) -> str:
   return stem if stem and kind in _TYPES else name
 
 
+def _substitute(error: UnicodeError) -> tuple[str, int]:
+  """`UNREADABLE` for each byte that is no UTF-8: the text keeps its length."""
+  assert isinstance(error, UnicodeDecodeError)
+  return UNREADABLE * (error.end - error.start), error.end
+
+
+codecs.register_error("bbqrec_substitute", _substitute)
+
+
 class _Counted(io.RawIOBase):
-  """A stream of text that counts its double quotes, and its lines that are not blank, as they are read."""
+  """A stream of text that counts its double quotes, and its lines that are not blank, as they are read.
+
+  It is UTF-8 whatever the file is: pyarrow reports a bad row only if its text can be decoded.
+  """
 
   def __init__(self, inner: Any):
     self._inner = inner
     self.quotes = self.lines = 0
     self._length, self._last = 0, -1  # Bytes so far, and where the last line ended.
     self._open = b""  # The beginning of what may be a blank line, "" or a carriage return.
+    self._held = b""  # The beginning of a character.
 
   def readable(self) -> bool:
     return True
 
   def readinto(self, buffer: Any) -> int:
-    count = self._inner.readinto(buffer)
-    piece = bytes(memoryview(buffer)[:count])
+    piece = b""
+    while not piece:
+      new = self._inner.read(max(1, len(buffer) - len(self._held)))
+      held = self._held + new
+      if not held:
+        return 0
+      text, used = codecs.utf_8_decode(held, "bbqrec_substitute", not new)
+      piece, self._held = text.encode(), held[used:]
+    count = len(piece)
+    memoryview(buffer)[:count] = piece
     self.quotes += piece.count(b'"')
     ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n"))
     lengths = np.diff(ends, prepend=self._last - self._length) - 1

@@ -15,7 +15,7 @@ from bbqrec_jax.data.preparation.language import language_of
 from bbqrec_jax.data.preparation.logs import read_log, read_times
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.data.preparation.settings import PreparationSettings
-from bbqrec_jax.data.preparation.tables import as_text, open_table
+from bbqrec_jax.data.preparation.tables import UNREADABLE, as_text, open_table
 from bbqrec_jax.errors import InputError
 
 ROWS = [("u 1", "a,b", "3"), ("u2", 'say "x"', "4"), ("ü3", "c", "5")]
@@ -75,13 +75,13 @@ def test_a_file_without_a_header_is_given_names(tmp_path):
 
 
 def test_row_numbers_count_the_rows_that_are_bad(tmp_path):
-  (tmp_path / "log.csv").write_bytes(b"user,item\nu1,a\nu2\nu3,b\nu4,c,d\nu5,\xff\nu6,e\n")
+  (tmp_path / "log.csv").write_bytes(b"user,item\nu1,a\nu2\nu3,b\nu4,c,\xfed\nu5,\xff\nu6,\xc3\xa9\n")
   quarantine = Quarantine(tmp_path / "q")
   (batch,) = open_table(tmp_path / "log.csv", what="log").batches(("user", "item"), quarantine)
   assert_array_equal(batch.rows, [2, 4, 6, 7])
   quarantine.close()
   assert [json.loads(line)["row"] for line in (tmp_path / "q").read_text().splitlines()] == [3, 5]
-  assert_array_equal(as_text(batch.columns["item"])[1], [False, False, True, False])
+  assert as_text(batch.columns["item"])[0].to_pylist() == ["a", "b", UNREADABLE, "é"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""What Beam's direct runner prepares is what one machine prepares by itself, to the byte."""
+
+import csv
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from bbqrec_jax.data.encoding.words import HashedWords
+from bbqrec_jax.data.preparation import card
+from bbqrec_jax.data.preparation.prepare import prepare
+from bbqrec_jax.errors import InputError
+
+beam = pytest.importorskip("apache_beam")
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+  monkeypatch.setattr(card, "_draw", lambda *given: None)
+
+
+def write(path, head, rows):
+  with open(path, "w", newline="", encoding="utf-8") as file:
+    csv.writer(file).writerows([head, *rows])
+  return path
+
+
+@pytest.fixture
+def shop(tmp_path):
+  rng = np.random.default_rng(0)
+  rows = [
+    (f"user {rng.integers(40)}", f"SKU-{min(int(rng.exponential(8)), 30)}", 10**12 + 1000 * int(rng.integers(90)))
+    for _ in range(400)
+  ]
+  rows += [*rows[:20], ("", "SKU-1", 10**12), ("user 1", "SKU-2", "soon"), ("user 1", "SKU-2", 5)]
+  items = [(f"SKU-{n}", f"Mug {n}", "$4.50") for n in range(20)] + [("SKU-3", "again", ""), ("", "none", "")]
+  return rows, items
+
+
+def test_the_files_are_those_of_one_machine(tmp_path, shop):
+  from bbqrec_jax.data.preparation.beam import prepare_with_beam
+
+  rows, items = shop
+  head = ("user", "item", "time")
+  log, table = write(tmp_path / "log.csv", head, rows), write(tmp_path / "items.csv", ("id", "title", "price"), items)
+  given = {"min_per_user": 5, "min_per_item": 5, "ties": "item"}
+  prepare(log, tmp_path / "one", items=table, max_bad=0.5, **given)
+  parts = [write(tmp_path / f"log{n}.csv", head, rows[n * 200 : (n + 1) * 200]) for n in range(3)]
+  prepare_with_beam(parts, tmp_path / "many", items=[table], **given)
+  for name in ("sequences.txt", "timestamps.txt", "users.txt", "items.jsonl.gz"):
+    assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+  reasons = [(tmp_path / name / "quarantine.jsonl").read_text() for name in ("one", "many")]
+  assert all(text.count("no user id") == text.count("magnitude") == text.count("neither") == 1 for text in reasons)
+  with pytest.raises(InputError, match="duplicates exact or keep"):
+    prepare_with_beam(parts, tmp_path / "none", duplicates="first")
+
+
+def test_a_core_that_takes_longer_than_was_said_is_an_error():
+  from bbqrec_jax.data.preparation.beam import Core, Row
+
+  chain = [Row(f"u{n}", f"i{n + more}", 0.0, (0, 2 * n + more)) for n in range(9) for more in (0, 1)]
+  with pytest.raises(Exception, match="more than 2 rounds"), beam.Pipeline() as p:
+    _ = p | beam.Create(chain) | Core(per_user=2, per_item=2, rounds=2)
+
+
+def test_texts_are_encoded_as_by_one_machine():
+  from apache_beam.testing.util import assert_that
+
+  from bbqrec_jax.data.preparation.beam import EncodeTexts
+
+  texts = [f"{a} {b}" for a in ("red mug", "blue lamp", "oak table") for b in ("one", "two", "")]
+  words = HashedWords(width=6, seed=0)
+  words.fit(lambda: texts, len(texts))
+  expected = words.encode(texts).astype(np.float16)
+
+  def same(found):
+    assert_array_equal(np.stack([vector for _, vector in sorted(found, key=lambda pair: pair[0])]), expected)
+
+  with beam.Pipeline() as p:
+    named = p | beam.Create([(f"{row:02d}", text) for row, text in enumerate(texts)])
+    assert_that(named | EncodeTexts(words.arrays()), same)
