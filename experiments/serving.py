@@ -74,6 +74,11 @@ class Server:
         return int(line.split()[1]) / 1024
     return 0.0
 
+  def cpu_seconds(self):
+    """Seconds of processors that it has used: other programs on the machine add nothing to them."""
+    fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
   def stop(self, number=signal.SIGTERM):
     """Ends it, and returns its status."""
     if self.process is not None and self.process.poll() is None:
@@ -314,8 +319,10 @@ def main():
     record["memory_mib"] = [round(server.memory())]
     for connections in map(int, options.connections.split(",")):
       asyncio.run(load(server.url, truth, connections=connections, seconds=1))  # Warm.
+      before = server.cpu_seconds()
       spent, statuses = asyncio.run(load(server.url, truth, connections=connections, seconds=options.seconds))
-      record[f"{connections} connections"] = summary(spent, statuses, options.seconds)
+      each = {"cpu_ms_each": round(1000 * (server.cpu_seconds() - before) / max(1, len(spent)), 1)}
+      record[f"{connections} connections"] = summary(spent, statuses, options.seconds) | each
       print(connections, record[f"{connections} connections"], flush=True)
     record["memory_mib"].append(round(server.memory()))
     if not options.load_only:
