@@ -44,7 +44,9 @@ def main():
             page.wait_for_selector("[role=option]")
             page.keyboard.press("Enter")
           page.get_by_role("button", name="as an example").click()
+          page.wait_for_selector("#history > li:nth-child(3)", timeout=30_000)
           page.wait_for_selector("#items > li", timeout=30_000)
+          page.wait_for_timeout(1000)
           page.screenshot(path=options.output / f"page_{size}_{scheme}.png", full_page=options.whole)
         if faults:
           raise SystemExit(f"{size}, {scheme}: {faults}")

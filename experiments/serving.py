@@ -74,6 +74,11 @@ class Server:
         return int(line.split()[1]) / 1024
     return 0.0
 
+  def cpu_seconds(self):
+    """Seconds of processors that it has used: other programs on the machine add nothing to them."""
+    fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
   def stop(self, number=signal.SIGTERM):
     """Ends it, and returns its status."""
     if self.process is not None and self.process.poll() is None:
@@ -142,22 +147,28 @@ def summary(spent, statuses, seconds):
           "per_second": round(len(spent) / seconds, 1), "statuses": statuses}  # fmt: skip
 
 
-def raw(port, content, *, wait=1.0, pieces=None):
-  """Sends bytes as they are; the status of the answer, or None where the connection just ended."""
-  with socket.create_connection((HOST, port), timeout=20) as stream:
-    with contextlib.suppress(OSError):
-      if pieces:
-        for place in range(pieces):
-          stream.sendall(content[place : place + 1])
-          time.sleep(wait / pieces)
-      else:
-        stream.sendall(content)
-      stream.shutdown(socket.SHUT_WR)
-    with contextlib.suppress(OSError):
+def raw(port, content, *, pieces=1, seconds=0.0, patience=20.0):
+  """Sends bytes as they are; the status of the answer, "closed" without one, or "waits" for more than there is.
+
+  Args:
+    port: of the server.
+    content: what is sent.
+    pieces: in how many pieces.
+    seconds: that these take.
+    patience: seconds until the answer is given up.
+  """
+  with socket.create_connection((HOST, port), timeout=patience) as stream, contextlib.suppress(OSError):
+    size = -(-len(content) // pieces)
+    for first in range(0, len(content), size):
+      stream.sendall(content[first : first + size])
+      time.sleep(seconds / pieces)
+    try:
       answer = stream.recv(4096)
-      if answer.startswith(b"HTTP/1.1 "):
-        return int(answer[9:12])
-  return None
+    except TimeoutError:
+      return "waits"
+    if answer.startswith(b"HTTP/1.1 "):
+      return int(answer[9:12])
+  return "closed"
 
 
 def request_bytes(history):
@@ -192,9 +203,8 @@ async def mutations(server, truth, *, count):
 
   async def one(content):
     async with turn:
-      status = await asyncio.to_thread(raw, server.port, content)
-    name = "closed" if status is None else status
-    statuses[name] = statuses.get(name, 0) + 1
+      status = await asyncio.to_thread(raw, server.port, content, patience=3.0)
+    statuses[status] = statuses.get(status, 0) + 1
 
   for first in range(0, count, 200):
     contents = []
@@ -214,10 +224,10 @@ async def bad_clients(server, truth):
   """Slow and broken clients beside ordinary ones; what became of each kind."""
   head, body = request_bytes(truth.histories[0])
   kinds = {
-    "byte by byte": lambda: raw(server.port, head + body, wait=3.0, pieces=len(head + body)),
-    "half a body": lambda: raw(server.port, head + body[: len(body) // 2]),
-    "half a head": lambda: raw(server.port, head[: len(head) // 2]),
-    "a body that never comes": lambda: stalled(server.port, head),
+    "byte by byte": lambda: raw(server.port, head + body, pieces=len(head + body), seconds=3.0),
+    "half a body": lambda: raw(server.port, head + body[: len(body) // 2], patience=1.0),
+    "half a head": lambda: raw(server.port, head[: len(head) // 2], patience=1.0),
+    "a body that never comes": lambda: raw(server.port, head),
     "too large": lambda: raw(server.port, head.replace(b"Content-Length: ", b"Content-Length: 99999")),
     "no HTTP": lambda: raw(server.port, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20),
   }
@@ -232,14 +242,6 @@ async def bad_clients(server, truth):
 
   spent, statuses = await load(server.url, truth, connections=4, seconds=15, extra=several)
   return found, summary(spent, statuses, 15)
-
-
-def stalled(port, head):
-  """Announces a body and sends none; the status that comes after a while."""
-  with socket.create_connection((HOST, port), timeout=20) as stream:
-    stream.sendall(head)
-    answer = stream.recv(4096)
-    return int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else None
 
 
 def corrupted(bundle, folder, rng):
@@ -314,8 +316,10 @@ def main():
     record["memory_mib"] = [round(server.memory())]
     for connections in map(int, options.connections.split(",")):
       asyncio.run(load(server.url, truth, connections=connections, seconds=1))  # Warm.
+      before = server.cpu_seconds()
       spent, statuses = asyncio.run(load(server.url, truth, connections=connections, seconds=options.seconds))
-      record[f"{connections} connections"] = summary(spent, statuses, options.seconds)
+      each = {"cpu_ms_each": round(1000 * (server.cpu_seconds() - before) / max(1, len(spent)), 1)}
+      record[f"{connections} connections"] = summary(spent, statuses, options.seconds) | each
       print(connections, record[f"{connections} connections"], flush=True)
     record["memory_mib"].append(round(server.memory()))
     if not options.load_only:

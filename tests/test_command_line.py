@@ -331,6 +331,19 @@ def test_an_export_of_no_run_or_onto_something_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_server_of_no_bundle_is_one_line(tmp_path):
+  (tmp_path / "token").write_text("two words", encoding="utf-8")
+  for arguments, said in (
+    ([f"{tmp_path}/none"], f"{tmp_path}/none/bundle.json: expected a JSON file, found nothing"),
+    ([f"{tmp_path}", f"--token_file={tmp_path}/token"], "expected a token of printable ASCII"),
+  ):
+    program = [sys.executable, "-c", "from bbqrec_jax.commands import main; main()", "serve"]
+    result = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert said in line
+
+
 @pytest.fixture
 def parsed():
   """absl's own flags, as a program has them."""

@@ -178,7 +178,11 @@ def write_board(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   figures = results_figures(workdir)
   folder = workdir / "tensorboard" / "results"
   folder.mkdir(parents=True, exist_ok=True)
-  told = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in config.items()}
+  told = {
+    # A path may hold bytes that are no text, which these files have no place for.
+    name: value if isinstance(value, bool | int | float) else str(value).encode("utf-8", "backslashreplace").decode()
+    for name, value in config.items()
+  }
   writer = EventsWriter(str(folder / "events"))
   try:
     summaries = [*hparams(told, figures), *(scalar(name, value) for name, value in figures.items())]

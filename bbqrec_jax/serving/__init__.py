@@ -1,1 +1,1 @@
-"""What a finished run is used for: recommending, and an exported function that needs nothing of this package."""
+"""A finished run in use: recommending, the bundle that needs none of the training code, and the server of it."""

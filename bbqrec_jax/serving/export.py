@@ -23,7 +23,7 @@ from bbqrec_jax.serving.recommend import recommend_all
 from bbqrec_jax.utils.files import unfinished
 from bbqrec_jax.utils.json_files import write_json
 
-BATCH_SIZES = (1, 4, 16)
+BATCH_SIZES = (1, 4, 8, 16)
 WIDTHS = (256,)
 _CHECKED = 8  # Histories of `check.json`.
 

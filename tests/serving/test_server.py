@@ -364,6 +364,16 @@ def test_the_log_tells_nothing_of_what_was_asked(serve, capsys):
   assert "bbqrec_batch_queries_count 1.0" in metrics
 
 
+def test_a_full_disk_under_the_log_fails_no_request(serve, monkeypatch):
+  class Full:
+    def write(self, text):
+      raise OSError(28, "No space left on device")
+
+  client, _ = serve(access_log=True)
+  monkeypatch.setattr("sys.stderr", Full())
+  assert ask(client, "POST", "/recommend", json={"history": ["T1"]}).status_code == 200
+
+
 def test_a_fault_of_ours_is_500_and_quotes_nothing(serve, stub, capsys):
   stub.reasons = None
   client, _ = serve()
