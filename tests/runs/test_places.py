@@ -348,7 +348,7 @@ def test_a_workdir_that_cannot_be_written_to_is_refused_unless_its_run_is_done(t
   with pytest.raises(InputError, match=f"--workdir={tmp_path}/new: {tmp_path} cannot be written to"):
     experiment.run(config, tmp_path / "new")
   assert experiment.run(config, tmp_path / "run") == results
-  options = {"workdir": tmp_path / "run", "output": None, "data": None, "trust": []}
+  options = {"workdir": tmp_path / "run", "output": None, "data": None, "trust": [], "pictures": False}
   assert_refused(monkeypatch, report, options, f"--workdir={tmp_path}/run: {tmp_path}/run cannot")
 
 
