@@ -349,7 +349,7 @@ def test_a_workdir_that_cannot_be_written_to_is_refused_unless_its_run_is_done(t
     experiment.run(config, tmp_path / "new")
   assert experiment.run(config, tmp_path / "run") == results
   options = {"workdir": tmp_path / "run", "output": None, "data": None, "trust": [], "pictures": False}
-  assert_refused(monkeypatch, report, options, f"--workdir={tmp_path}/run: {tmp_path}/run cannot")
+  assert_refused(monkeypatch, report, options, f"--output={tmp_path}/run/report: {tmp_path}/run cannot")
 
 
 def test_the_root_of_all_is_no_workdir(tmp_path):

@@ -111,7 +111,7 @@ def restored_run(random_params, **changes):
     item_ids=ItemIds([f"SKU-{row}" for row in range(ITEMS)]), titles=tuple(f"title {row}" for row in range(ITEMS)),
   )  # fmt: skip
   config = ml_collections.ConfigDict({"evaluation": {"beam_width": 8, "batch_size": 4}})
-  return Restored(dataset, None, model, params, catalogue, config)
+  return Restored(dataset, None, model, params, catalogue, config, split=None)
 
 
 @pytest.fixture(scope="module")
