@@ -15,7 +15,7 @@ import numpy as np
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.interactions import from_lengths
+from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.settings import RecommenderSettings
@@ -66,7 +66,7 @@ def random_run(num_items, *, head, seed=0):
     interactions=from_lengths(np.arange(4, dtype=np.int32), np.array([4]), np.array(["0"])),
     titles=tuple(f"{('red', 'green', 'blue')[row % 3]} item {row}" for row in range(num_items)),
   )  # fmt: skip
-  return Restored(dataset, ids, model, params, catalogue, default_config())
+  return Restored(dataset, ids, model, params, catalogue, default_config(), leave_one_out(dataset.interactions))
 
 
 def main():

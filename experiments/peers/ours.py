@@ -100,7 +100,7 @@ def recommender(what, sequences):
     length, train_rows = SASREC["length"], SASREC["batch"]
     shape = {
       "head": "dense", "width": SASREC["width"], "num_layers": SASREC["layers"], "num_heads": SASREC["heads"],
-      "mlp_width": SASREC["mlp_width"], "dropout": SASREC["dropout"],
+      "mlp_width": SASREC["mlp_width"], "dropout": SASREC["dropout"], "rows": "packed", "norm": "pre",
     }  # fmt: skip
   elif what == "encoder_decoder":
     shape = {
