@@ -160,7 +160,7 @@ def _trained(
   workdir: pathlib.Path,
   partitioner: Partitioner,
   log: MetricsLog,
-  start: Any = None,
+  first: RecommenderState | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
   """Trains a stage on the split's training histories, or goes on with it; picks the best by the users' NDCG@10.
 
@@ -173,7 +173,7 @@ def _trained(
     workdir: of the run, and so on as for `fit`.
     partitioner: see there.
     log: see there.
-    start: parameters to start from, on the host; None: fresh ones.
+    first: the state to start from, placed; None: a fresh one.
   """
   r = config.recommender
   steps, evaluate_every = training_plan(r, split.train)
@@ -189,12 +189,11 @@ def _trained(
     item_ids=dataset.item_ids,
     safeguards=Safeguards.of(config),
   )
-  state = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue))
-  if start is not None:
-    state = state.replace(params=partitioner.place(start), trained=partitioner.place(start) if r.average else None)
+  if first is None:
+    first = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue))
   return fit(
     plan,
-    state,
+    first,
     stage.shared,
     make_recommender_step(stage.model, make_optimizer(r.optimizer, total_steps=steps), accumulation=r.accumulation),
     training_batches(config, split.train),
@@ -204,7 +203,13 @@ def _trained(
   )
 
 
-def _with_similarity(
+def _starting_from(params: Any, state: RecommenderState, partitioner: Partitioner) -> RecommenderState:
+  """A first state with other parameters, which are on the host."""
+  trained = None if state.trained is None else partitioner.place(params)
+  return state.replace(params=partitioner.place(params), trained=trained)  # type: ignore[attr-defined]
+
+
+def _fitted_tables(
   config: Any,
   ids: SemanticIds | None,
   split: Split,
@@ -214,10 +219,10 @@ def _with_similarity(
   partitioner: Partitioner,
   log: MetricsLog,
 ) -> tuple[Any, dict[str, Any]]:
-  """Parameters to start from: a base's, trained without each user's last transition, and tables fitted on that.
+  """Tables that are fitted on each user's last training transition, which the base beneath them was trained without.
 
   Returns:
-    (parameters of the whole model on the host, the progress record of the base's training).
+    (parameters of `CandidateSimilarity` on the host, the progress record of the base's training).
   """
   r, e = config.recommender, config.evaluation
   held, users = hold_out_last(split)
@@ -239,8 +244,7 @@ def _with_similarity(
     say(f"candidate similarity: done in {seconds:.0f} s, loss {losses['first_pass']:.3f} -> {losses['last_pass']:.3f}")
     tables = {name: np.asarray(part, np.float64).tolist() for name, part in fitted.items()}
     write_json(path, {"parameters": tables, "losses": losses, "seconds": seconds})
-  of_tables = {name: np.asarray(part, np.float32) for name, part in tables.items()}
-  return {**partitioner.fetch(state.params), "candidate_similarity": of_tables}, progress
+  return {name: np.asarray(part, np.float32) for name, part in tables.items()}, progress
 
 
 def run_recommender(
@@ -257,7 +261,7 @@ def run_recommender(
   """Trains the recommender (or goes on with it), picks it by validation NDCG@10, ranks the test items once.
 
   Where candidates are compared with the history, a base is trained first without each user's last training transition,
-  the tables are fitted on these, and the training of all goes on from both.
+  and the tables are fitted on these. They are part of the model from the start, which is then trained on all.
   `warm`, of the model, its catalogue and the first parameters, gives others to begin with, tables included.
 
   The rank of each user's validation and test item, in the order of the users, goes into `workdir/ranks.npz`.
@@ -274,14 +278,15 @@ def run_recommender(
       f" higher cutoffs, up to {LARGEST_CUTOFF}, are too low"
     )
   work: dict[str, Any] = {"workdir": workdir, "partitioner": partitioner, "log": log}
-  start, before = None, None
+  first, before = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue)), None
   if warm is not None:
-    fresh = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue)).params
-    start = warm(stage.model, stage.catalogue, partitioner.fetch(fresh))
+    first = _starting_from(warm(stage.model, stage.catalogue, partitioner.fetch(first.params)), first, partitioner)
   elif config.recommender.candidate_similarity.streams:
-    start, before = _with_similarity(config, ids, split, dataset, **work)
+    tables, before = _fitted_tables(config, ids, split, dataset, **work)
+    params = {**partitioner.fetch(first.params), "candidate_similarity": tables}
+    first = _starting_from(params, first, partitioner)
   users = sample_users(split, e.validation_users, seed=config.seed)
-  state, progress = _trained(stage, config, split, dataset, users, start=start, **work)
+  state, progress = _trained(stage, config, split, dataset, users, first=first, **work)
   started = time.monotonic()
   rankings = {
     part + suffix: stage.rank(state.params, split.history(part), targets, exclude_history=bool(suffix))

@@ -95,7 +95,15 @@ def recommender(what, sequences):
 
   ids = semantic_ids()
   length, train_rows = HISTORY, TRAIN_BATCH
-  shape = {"width": 64, "num_layers": 2, "num_heads": 2, "mlp_width": 256, "dropout": 0.1, "rows": "packed", "norm": "pre"}
+  shape = {
+    "width": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "mlp_width": 256,
+    "dropout": 0.1,
+    "rows": "packed",
+    "norm": "pre",
+  }
   if what == "sasrec":
     length, train_rows = SASREC["length"], SASREC["batch"]
     shape = {
