@@ -11,8 +11,13 @@ from bbqrec_jax.data.features import LARGEST, load_modalities, spread, suits_flo
 from bbqrec_jax.data.files import check_growth, check_label, read_lines, read_text, require_folder, separator_of
 from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
 from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.data.preparation.columns import ITEMS
 from bbqrec_jax.data.times import in_seconds, time_notes
 from bbqrec_jax.errors import InputError, printable, shown
+
+_TELLING = {
+  name for kind in ("description", "brand", "category", "price") for name in ITEMS[kind].replace("_", "").split()
+} | {"movie_title", "genre", "categories", "sales_type"}
 
 TITLE_COLUMNS = ("title", "item_name", "movie_title", "name")
 
@@ -50,14 +55,15 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   item_path = _only_file(folder, "item")
   tables: dict[str, np.ndarray] = {}
   tokens: list[bytes] | None = None
+  unread: list[str] = []
   titles: tuple[str, ...] = ()
   if item_path is not None:
-    tokens, titles, tables = _read_items(item_path)
+    tokens, titles, tables, unread = _read_items(item_path)
   interactions, lines, tokens, unit, warnings = _read_interactions(inter_path, tokens, item_path)
   interactions = check_history_lengths(interactions, path=inter_path, lines=lines, drop_short=drop_short_users)
   features, present = load_modalities(folder, modalities, num_items=len(tokens), in_tables=tables)
   name = inter_path.name.removesuffix(".gz").removesuffix(".inter")
-  notes = (*time_notes(interactions, unit), *warnings, *unused_files(folder, features))
+  notes = (*time_notes(interactions, unit), *warnings, *_unread(item_path, unread), *unused_files(folder, features))
   item_ids = ItemIds([token.decode() for token in tokens])
   titles = titles or ("",) * len(tokens)
   return Dataset(name, str(path), interactions, features, present, item_ids, titles, notes, unit)
@@ -243,8 +249,23 @@ def _number_or_nan(token: bytes) -> float:
     return float("nan")
 
 
-def _read_items(path: Path) -> tuple[list[bytes], tuple[str, ...], dict[str, np.ndarray]]:
-  """Reads `.item` -> (the tokens, the titles, the features [N, D] float32 of each `float_seq` column by modality)."""
+def _unread(path: Path | None, columns: list[str]) -> tuple[str, ...]:
+  """A note on columns of `.item` that say something of the items and are not read; or none."""
+  if path is None or not columns:
+    return ()
+  return (
+    f"not used: {printable(', '.join(columns))} of {path.name}; bbqrec prepare {path.parent} --output=DIR and bbqrec"
+    " features DIR make features of them",
+  )
+
+
+def _read_items(path: Path) -> tuple[list[bytes], tuple[str, ...], dict[str, np.ndarray], list[str]]:
+  """Reads `.item`.
+
+  Returns:
+    The tokens, the titles, the features [N, D] float32 of each `float_seq` column by modality, and the columns with
+    texts, categories or prices, which are not read.
+  """
   lines = read_lines(path)
   columns = _read_header(path, lines[0] if lines else b"", ("item_id",))
   names = list(columns)
@@ -275,7 +296,9 @@ def _read_items(path: Path) -> tuple[list[bytes], tuple[str, ...], dict[str, np.
       if modality in tables or not modality:
         raise InputError(f"{path} line 1: expected different modalities, got {shown(name)} for {modality!r}; rename it")
       tables[modality] = _parse_features(path, name, [row[place] for row in rows])
-  return tokens, titles, tables
+  used = {"item_id", names[title] if title is not None else ""}
+  unread = [name for name in names if columns[name] != "float_seq" and name not in used and name.lower() in _TELLING]
+  return tokens, titles, tables, unread
 
 
 def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:

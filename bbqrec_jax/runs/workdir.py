@@ -168,9 +168,10 @@ def _keep_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 def format_results(results: dict[str, Any]) -> str:
   """The metrics as a table, a line a metric."""
   data = results["data"]
+  split = "split" if data.get("split", "leave-one-out") == "leave-one-out" else f"{data['split']} split"
   lines = [
     f"{results['model']} on {data['name']}: {data['users']:,} users, {data['items']:,} items,"
-    f" {data['interactions']:,} interactions, {data.get('split', 'leave-one-out')} split {data['split_hash']}",
+    f" {data['interactions']:,} interactions, {split} {data['split_hash']}",
     f"{'':48s}   own history left out:",
     f"{'':12s}" + 2 * f"  {'popularity':>10s}  {'validation':>10s}  {'test':>10s}",
   ]

@@ -67,6 +67,15 @@ def test_without_timestamps_the_order_is_the_files(folder):
   assert histories(load_recbole(folder)) == {"u2": [1, 0, 1], "u1": [2, 0, 1, 1]}
 
 
+def test_columns_that_tell_of_items_and_are_not_read_are_named(tmp_path):
+  lines = [f"u{user}\ti{item}" for user in range(2) for item in range(4)]
+  (tmp_path / "x.inter").write_text("\n".join(["user_id:token\titem_id:token", *lines]))
+  rows = [f"i{item}\tT\tsome text\tAcme" for item in range(4)]
+  (tmp_path / "x.item").write_text("\n".join(["item_id:token\ttitle:token\tdescription:token_seq\tbrand:token", *rows]))
+  (note,) = [note for note in load_recbole(tmp_path).notes if "not used" in note]
+  assert "description, brand of x.item; bbqrec prepare" in note
+
+
 def test_the_notes_say_how_histories_were_ordered_and_what_was_not_used(folder):
   assert load_recbole(folder).notes == ("histories ordered by timestamp",)
   np.save(folder / "image.npy", np.eye(3))

@@ -90,6 +90,10 @@ def read_records(path: Path) -> Iterator[Record]:
       pending = []
     if text in (b"", b"[", b"]", b",", b"],"):
       continue
+    several = _objects(text)
+    if several:
+      yield from (Record(row, one) for one in several)
+      continue
     depth = _depth(text) if begins and parse_object(text) is None else 0
     if depth > 0:
       pending, start, size = [line], row, len(line)
@@ -97,6 +101,17 @@ def read_records(path: Path) -> Iterator[Record]:
       yield _record(row, text)
   if pending:
     yield _record(start, b"".join(pending))
+
+
+def _objects(text: bytes) -> list[dict[str, Any]]:
+  """The objects of a whole list on one line; none if it is no such list."""
+  if not (text.startswith(b"[") and text.endswith(b"]")):
+    return []
+  try:
+    values = json.loads(text)
+  except (ValueError, RecursionError):
+    return []
+  return values if isinstance(values, list) and all(isinstance(value, dict) for value in values) else []
 
 
 def _record(row: int, text: bytes) -> Record:

@@ -26,6 +26,11 @@ def test_objects_are_read_however_they_are_laid_out(tmp_path, packed, indent, li
   assert values(tmp_path / "x.json") == OBJECTS
 
 
+def test_a_list_on_one_line_is_its_objects(tmp_path):
+  (tmp_path / "x.json").write_text(json.dumps(OBJECTS) + "\n")
+  assert values(tmp_path / "x.json") == OBJECTS
+
+
 def test_python_literals_are_read_and_not_run(tmp_path):
   lines = ["{'asin': 'B1', 'title': \"it's\", 'price': 4.5, 'salesRank': {'Toys': 3}}", "{'asin': __import__('os')}"]
   (tmp_path / "meta.json").write_text("\n".join(lines))
