@@ -1,5 +1,6 @@
 """A finished run as one page, and its charts as PNGs."""
 
+import functools
 import json
 import os
 import pathlib
@@ -154,6 +155,14 @@ def charts_of(told: dict[str, Any]) -> list[Chart]:
   return [*told["training"], *told["coded"], told["map"], *told["similarity"], *told["groups"]]
 
 
+@functools.cache
+def _library() -> str:
+  """Vega, Vega-Lite and what puts their charts into a page, as one script."""
+  import vl_convert
+
+  return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
+
+
 def render(told: dict[str, Any]) -> str:
   """The page: one HTML file that fetches nothing.
 
@@ -161,7 +170,6 @@ def render(told: dict[str, Any]) -> str:
     told: what `gather` gives.
   """
   import jinja2
-  import vl_convert
 
   from bbqrec_jax.reporting import charts
 
@@ -175,8 +183,7 @@ def render(told: dict[str, Any]) -> str:
   specifications = {chart.name: charts.specification(chart.made) for chart in charts_of(told)}
   # "</" would end the script that holds it, wherever a title has it.
   data = json.dumps(specifications, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
-  library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
-  return environment.get_template("report.html").render(told, specifications=data, library=library)
+  return environment.get_template("report.html").render(told, specifications=data, library=_library())
 
 
 def write_report(folder: pathlib.Path, told: dict[str, Any], *, pictures: bool = True) -> list[pathlib.Path]:

@@ -348,8 +348,8 @@ def test_a_workdir_that_cannot_be_written_to_is_refused_unless_its_run_is_done(t
   with pytest.raises(InputError, match=f"--workdir={tmp_path}/new: {tmp_path} cannot be written to"):
     experiment.run(config, tmp_path / "new")
   assert experiment.run(config, tmp_path / "run") == results
-  options = {"workdir": tmp_path / "run", "output": None, "data": None, "trust": [], "pictures": False}
-  assert_refused(monkeypatch, report, options, f"--output={tmp_path}/run/report: {tmp_path}/run cannot")
+  asked = {"workdir": tmp_path / "run", "output": None}
+  assert_refused(monkeypatch, report, asked, f"--output={tmp_path}/run/report: {tmp_path}/run cannot be written to")
 
 
 def test_the_root_of_all_is_no_workdir(tmp_path):
