@@ -1026,17 +1026,20 @@ def always(what: Any) -> Callable[[Files], Any]:
 
 def read_pictures(folder: pathlib.Path) -> Any:
   """The features of three pictures, of which one is damaged: that one is masked, or is as good as any."""
-  encoder = ColoursAndEdges()
+  encoder, broken = ColoursAndEdges(), ""
   for name in ("a.png", "b.jpg", "c.gif"):
     try:
       prepared = encoder.prepare(folder / name)
     except Exception as error:  # Whatever it is, `encode.features` masks the item and says so.
       if isinstance(error, MemoryError):
         raise
+      broken = name
       continue
     vector = encoder.encode([prepared])
     if vector.shape != (1, encoder.width) or not np.isfinite(vector).all() or np.abs(vector).max() > 1 + 1e-6:
       raise AssertionError("features that are none")
+  if broken:
+    raise InputError(f"{broken}: expected a picture, got something else")
   return "sound"
 
 
