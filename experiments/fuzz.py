@@ -1011,7 +1011,8 @@ def read_prepared(log: str, items: str) -> Callable[[pathlib.Path], Any]:
       kept = (output / "quarantine.jsonl").read_bytes().count(b"\n") if aside else 0
       if kept != sum(aside.values()):
         raise AssertionError("the rows set aside are not those counted")
-      if data.interactions.num_users > 64 or not np.isfinite(data.interactions.times).all():
+      times = data.interactions.times  # None where the column's name was damaged.
+      if data.interactions.num_users > 64 or not (times is None or np.isfinite(times).all()):
         raise AssertionError("users or times that were never there")
     return "sound"
 
@@ -1025,17 +1026,20 @@ def always(what: Any) -> Callable[[Files], Any]:
 
 def read_pictures(folder: pathlib.Path) -> Any:
   """The features of three pictures, of which one is damaged: that one is masked, or is as good as any."""
-  encoder = ColoursAndEdges()
+  encoder, broken = ColoursAndEdges(), ""
   for name in ("a.png", "b.jpg", "c.gif"):
     try:
       prepared = encoder.prepare(folder / name)
     except Exception as error:  # Whatever it is, `encode.features` masks the item and says so.
       if isinstance(error, MemoryError):
         raise
+      broken = name
       continue
     vector = encoder.encode([prepared])
     if vector.shape != (1, encoder.width) or not np.isfinite(vector).all() or np.abs(vector).max() > 1 + 1e-6:
       raise AssertionError("features that are none")
+  if broken:
+    raise InputError(f"{broken}: expected a picture, got something else")
   return "sound"
 
 
