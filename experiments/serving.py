@@ -307,6 +307,7 @@ def main():
   link = scratch / "current"
   point(link, options.bundle)
   server = Server(link)
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # The server is ended then, too.
   bad = []
   try:
     record["cold_start_s"] = round(server.start(), 1)
