@@ -93,7 +93,7 @@ def test_row_numbers_count_the_rows_that_are_bad(tmp_path):
     ("x.parquet", b"PAR1 no", "Parquet"),
     ("x.jsonl", b"[1, 2]\n", "JSON objects"),
     ("x.xls", b"user,item\n", "another ending"),
-    ("x.csv.gz", gzip.compress(b"user,item\n" * 99)[:-9], "cut-off"),
+    ("x.csv.gz", gzip.compress(b"user,item\n" * 99, mtime=0)[:-9], "cut-off"),
   ],
 )
 def test_what_is_no_table_is_one_line(tmp_path, name, content, says):
