@@ -145,7 +145,9 @@ def _fit(
   """The parameters by candidates that `make_collector` found, [n, ...] each."""
   s, module = model.settings.candidate_similarity, CandidateSimilarity(model.settings)
   params = jax.tree.map(jnp.zeros_like, ramp(model)) | {"scale": jnp.ones(found["base"].shape[2])}
-  optimizer = optax.adam(s.learning_rate)
+  count = len(found["items"])
+  steps = s.passes * -(-count // s.batch_rows)
+  optimizer = optax.adam(optax.cosine_decay_schedule(s.learning_rate, steps))
 
   def loss(params: Any, batch: Any) -> jax.Array:
     items = jnp.maximum(batch["items"], 0)
@@ -161,7 +163,7 @@ def _fit(
     updates, state = optimizer.update(gradient, state)
     return optax.apply_updates(params, updates), state, value
 
-  count, state, means = len(found["items"]), optimizer.init(params), []
+  state, means = optimizer.init(params), []
   for _ in range(s.passes):
     order, losses = rng.permutation(count), []
     for first in range(0, count, s.batch_rows):

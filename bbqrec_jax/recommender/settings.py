@@ -81,7 +81,7 @@ class CandidateSimilaritySettings:
   users: int = setting(8192, "Users whose last training transition the tables are fitted on, drawn once.")
   passes: int = setting(3, "Times that each of them is looked at.")
   batch_rows: int = setting(64, "Users at once.")
-  learning_rate: float = setting(0.02, "Of Adam, which fits the tables.")
+  learning_rate: float = setting(0.02, "Of Adam, which fits the tables; it falls to zero over the passes.")
 
 
 @dataclasses.dataclass(frozen=True)

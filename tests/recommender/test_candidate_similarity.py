@@ -22,7 +22,7 @@ from bbqrec_jax.training.partitioning import SingleDevice
 
 ITEMS, LEVELS, CODES, LENGTH, BUCKETS = 40, 2, 8, 6, 4
 COMPARE = CandidateSimilaritySettings(
-  streams=("features", "behaviour"), last_items=3, num_buckets=BUCKETS, passes=8, batch_rows=16
+  streams=("features", "behaviour"), last_items=3, num_buckets=BUCKETS, passes=20, batch_rows=16
 )
 SETTINGS = RecommenderSettings(
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=LEVELS, width=8, num_layers=1, mlp_width=8,
