@@ -73,7 +73,7 @@ def quickstart_config() -> ml_collections.ConfigDict:
   config.tokenizer.batch_items = 256
   config.tokenizer.batch_rows = 8
   config.tokenizer.evaluate_every = 400
-  config.recommender.epochs = 20
+  config.recommender.epochs = 10
   return config
 
 

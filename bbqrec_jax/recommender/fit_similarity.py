@@ -149,17 +149,17 @@ def _fit(
   steps = s.passes * -(-count // s.batch_rows)
   optimizer = optax.adam(optax.cosine_decay_schedule(s.learning_rate, steps))
 
-  def loss(params: Any, batch: Any) -> jax.Array:
+  def loss(params: Any, streams: Any, batch: Any) -> jax.Array:
     items = jnp.maximum(batch["items"], 0)
-    added: Any = module.apply({"params": params}, catalogue.candidates, batch["recent"], items)
+    added: Any = module.apply({"params": params}, streams, batch["recent"], items)
     scores = jnp.einsum("bns,s->bn", batch["base"], params["scale"]) + added + batch["share"]
     scores = jnp.where(batch["items"] < 0, -jnp.inf, scores)
     surprise = jax.nn.logsumexp(scores, axis=1) - scores[:, 0]
     return jnp.sum(surprise * batch["weight"]) / jnp.maximum(jnp.sum(batch["weight"]), 1.0)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-    value, gradient = jax.value_and_grad(loss)(params, batch)
+  def step(params: Any, state: Any, streams: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+    value, gradient = jax.value_and_grad(loss)(params, streams, batch)
     updates, state = optimizer.update(gradient, state)
     return optax.apply_updates(params, updates), state, value
 
@@ -171,7 +171,7 @@ def _fit(
       weight = np.arange(s.batch_rows) < len(rows)
       rows = np.resize(rows, s.batch_rows)
       batch = {name: part[rows] for name, part in found.items()} | {"weight": weight.astype(np.float32)}
-      params, state, value = step(params, state, batch)
+      params, state, value = step(params, state, catalogue.candidates, batch)
       losses.append(value)
     means.append(float(np.mean(jax.device_get(losses))))
   return jax.device_get(params), {"first_pass": means[0], "last_pass": means[-1]}
