@@ -14,7 +14,7 @@ from bbqrec_jax.training.optimizer import make_optimizer, make_schedule
 
 def make_settings(**changes):
   fields = {
-    "learning_rate": 3e-3, "warmup_steps": 10, "weight_decay": 0.1, "clip_norm": 1.0
+    "learning_rate": 3e-3, "warmup_steps": 10, "weight_decay": 0.1, "clip_norm": 1.0, "b2": 0.98
   }  # fmt: skip
   return types.SimpleNamespace(**(fields | changes))
 
