@@ -69,7 +69,7 @@ def test_a_small_run_ranks_the_cold_items_among_all(script, tmp_path, capsys):
   assert f"{figures['cold']['recall@10']:.4f}" in text
 
   # Judged once more, from the scores of all items.
-  _, _, model, params, catalogue, _ = restore(
+  _, _, model, params, catalogue, *_ = restore(
     tmp_path / "dense", tokenizer=tmp_path / "ids" / "extended", features=tmp_path / "new_items"
   )
   assert left.modalities == ("image", "text")

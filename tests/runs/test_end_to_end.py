@@ -252,7 +252,7 @@ def test_what_no_number_depends_on_may_change_between_two_starts(sasrec):
   ("changes", "named"),
   [
     ({"data.source": "directory", "data.path": "nowhere"}, "nowhere"),
-    ({"recommender.steps": 0}, "recommender.steps"),
+    ({"recommender.epochs": 0}, "recommender.epochs"),
     ({"data.modalities": ("sound",)}, "sound"),
   ],
 )
@@ -325,7 +325,9 @@ def test_logs_without_features_do_for_a_recommender_that_reads_none(tmp_path, ca
   items, _ = recommend(restored.model, restored.params, restored.catalogue, np.array([3, 5]), top=4, beam_width=4)
   assert len(set(items.tolist()) - {3, 5}) == 4
   for changes in (DENSE, SASREC | {"recommender.item_inputs": ("features", "item")}):
-    with pytest.raises(InputError, match=r"reads items' features, found none: give NAME_features.npy.*sasrec"):
+    with pytest.raises(
+      InputError, match=r"reads items' features, found none: bbqrec features makes them.*NAME_features.npy.*sasrec"
+    ):
       experiment.run(make_config(**changes, **data), tmp_path / "other")
   with pytest.raises(InputError, match="reads items' features, found none"):
     experiment.tokenize(make_config(**SASREC, **data), tmp_path / "other")
@@ -374,7 +376,7 @@ def test_one_device_gives_a_run_of_its_own(sasrec, tmp_path):
 
 
 def recommend_from(workdir, history, **options):
-  _, _, model, params, catalogue, config = restored(workdir)
+  _, _, model, params, catalogue, config, _ = restored(workdir)
   arguments = {"top": 10, "beam_width": config.evaluation.beam_width} | options
   return recommend(model, params, catalogue, np.array(history, np.int32), **arguments)
 
@@ -408,7 +410,7 @@ def read_flat(workdir):
 
 def test_recommendations_exist_are_new_and_come_best_first(finished):
   workdir, _ = finished
-  _, _, model, params, catalogue, config = restored(workdir)
+  _, _, model, params, catalogue, config, _ = restored(workdir)
   for history in HISTORIES:
     array = np.array(history, np.int32)
     items, scores = recommend(model, params, catalogue, array, top=10, beam_width=config.evaluation.beam_width)
@@ -432,7 +434,7 @@ def test_a_long_history_does_not_shorten_the_list(finished):
 
 
 def test_a_file_of_histories_is_answered_as_each_history_by_itself(finished, tmp_path):
-  _, _, model, params, catalogue, _ = restored(finished[0])
+  _, _, model, params, catalogue, *_ = restored(finished[0])
   lines = tmp_path / "histories.txt"
   lines.write_text("anna 5 9 70 2\nbo 7\n\u00e7a 1 1 2 3 4 5 6 7 8 9 10 11 12\n", encoding="utf-8")
   histories = read_sequences(lines, num_items=NUM_ITEMS)
@@ -448,7 +450,7 @@ def test_a_file_of_histories_is_answered_as_each_history_by_itself(finished, tmp
 
 
 def test_very_active_users_are_answered_as_any_other(finished, monkeypatch):
-  _, _, model, params, catalogue, _ = restored(finished[0])
+  _, _, model, params, catalogue, *_ = restored(finished[0])
   # Whoever has had few items, many, all of them, and one over and over.
   histories = [[5], range(40), [7], range(NUM_ITEMS), [3] * 500, range(60, NUM_ITEMS), [9, 9, 8]]
   lengths = np.array([len(own) for own in histories])
@@ -473,7 +475,8 @@ def test_an_empty_history_is_refused(sasrec):
 
 
 def test_it_is_said_that_nothing_is_left_and_that_times_cannot_be_told(sasrec, monkeypatch, capsys):
-  options = dict.fromkeys(("user", "histories", "output", "timestamps", "data", "tokenizer", "features"))
+  names = ("user", "titles", "allow", "deny", "histories", "output", "timestamps", "data", "tokenizer", "features")
+  options = dict.fromkeys(names)
   options |= {"workdir": sasrec[0], "top": 5, "repeat": False, "trust": [], "times": "0" + ",3e9" * (NUM_ITEMS - 1)}
   options = SimpleNamespace(**options, history=",".join(map(str, range(NUM_ITEMS))))
   monkeypatch.setattr(recommend_module, "quiet_flags", lambda: options)
@@ -544,7 +547,7 @@ def test_parse_times():
 
 def test_dense_recommendations_against_brute_force(dense):
   workdir, _ = dense
-  _, _, model, params, catalogue, _ = restored(workdir)
+  _, _, model, params, catalogue, *_ = restored(workdir)
   assert catalogue.trie is None
   history = [5, 9, 70, 2]
   rows = {"items": [history], "segments": [[1] * 4], "positions": [[0, 1, 2, 3]]}
@@ -563,7 +566,7 @@ def test_dense_recommendations_against_brute_force(dense):
 
 def test_generative_recommendations_against_every_items_log_probability(generative):
   workdir, _ = generative
-  _, _, model, params, catalogue, _ = restored(workdir)
+  _, _, model, params, catalogue, *_ = restored(workdir)
   history = [5, 9, 70, 2]
   rows = {"items": [history], "segments": [[1] * 4], "positions": [[0, 1, 2, 3]]}
   batch = {name: np.array(grid, np.int32) for name, grid in rows.items()}
@@ -621,7 +624,7 @@ def test_reading_a_run_unpickles_imports_runs_and_writes_nothing(generative):
 def test_the_best_model_is_what_recommends(dense):
   # The restored parameters rank the test items as results.json says: judged here user by user, without `evaluate`.
   workdir, results = dense
-  dataset, _, model, params, catalogue, _ = restored(workdir)
+  dataset, _, model, params, catalogue, *_ = restored(workdir)
   split = leave_one_out(dataset.interactions)
   histories, length = split.history("test"), model.settings.max_length
   batch = {name: np.zeros((200, length), np.int32) for name in ("items", "segments", "positions")}
@@ -653,7 +656,7 @@ def test_the_best_model_is_what_recommends(dense):
 def test_figures_without_the_history_are_those_of_what_is_recommended(finished):
   # A search that leaves the history out, as `recommend` does, user by user.
   workdir, results = finished
-  dataset, _, model, params, catalogue, _ = restored(workdir)
+  dataset, _, model, params, catalogue, *_ = restored(workdir)
   split = leave_one_out(dataset.interactions)
   width = load_config(workdir).evaluation.beam_width
   found = recommend_all(model, params, catalogue, split.history("test"), top=10, beam_width=width)

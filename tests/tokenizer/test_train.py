@@ -40,7 +40,7 @@ ALTERNATIVES = {
   "default": {},
   "fragmented": {
     "tokenizer.codebooks": "per_stream", "tokenizer.semantic_id": "concatenated",
-    "tokenizer.weights.disentangle": 0.0, "tokenizer.weights.item_id": 0.0,
+    "tokenizer.weights.disentangle": 0.0, "tokenizer.weights.item_id": 0.0, "tokenizer.hold_out_last": False,
   },
   "features in, codes out": {
     "tokenizer.item_id": "none", "tokenizer.repair": "suffix",

@@ -23,7 +23,7 @@ from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
 from bbqrec_jax.recommender.evaluate import make_ranker
 from bbqrec_jax.recommender.model import Recommender
 from bbqrec_jax.recommender.settings import RecommenderSettings
-from bbqrec_jax.recommender.step import make_recommender_step
+from bbqrec_jax.recommender.step import RecommenderState, make_recommender_step
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.tokenizer import step as steps_of_tokenizer
 from bbqrec_jax.tokenizer.club import ClubNetwork, Disentangling
@@ -102,7 +102,7 @@ def recommender_problem(head, *, accumulation=1, **changes):
   params = jax.jit(model.init)(jax.random.key(0), catalogue, batches[0])["params"]
   # With a step so small that rounding does not grow from one to the next; it keeps something of each table.
   optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.005, momentum=0.9))
-  state = TrainState.create(jax.device_get(params), optimizer, seed=0)
+  state = RecommenderState.create(jax.device_get(params), optimizer, seed=0)
   return state, make_recommender_step(model, optimizer, accumulation=accumulation), catalogue, batches
 
 

@@ -140,9 +140,9 @@ class _Job:
     return int(held.sum())
 
   def _present(self, name: str) -> int:
-    array = np.load(self.folder / f"{name}_features.npy", mmap_mode="r")
+    array = np.load(self.folder / f"{name}_features.npy", mmap_mode="r", allow_pickle=False)
     mask = self.folder / f"has_{name}.npy"
-    return int((np.load(mask) if is_given(mask) else np.any(array, axis=1)).sum())
+    return int((np.load(mask, allow_pickle=False) if is_given(mask) else np.any(array, axis=1)).sum())
 
   def text(self) -> int:
     """Text features, and how many items have them."""
