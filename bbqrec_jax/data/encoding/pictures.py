@@ -10,7 +10,8 @@ from bbqrec_jax.errors import InputError
 
 _SIDE = 64  # Pixels that a picture is looked at with by `ColoursAndEdges`.
 _CELLS = 4  # Parts of a side.
-_MOST_PIXELS = 2**27  # Of a picture, before it is made smaller; one that says it has more is refused.
+# Of a picture, before it is made smaller; one that says it has more is refused. A JPEG need not be decoded whole.
+_MOST_PIXELS, _MOST_PIXELS_WHOLE = 2**27, 2**25
 
 
 class PictureEncoder(Protocol):
@@ -44,7 +45,10 @@ def open_picture(path: Path, side: int) -> Any:
   from PIL import Image
 
   with Image.open(path) as file:
-    if file.width * file.height > _MOST_PIXELS or not file.width * file.height:
+    if (
+      file.width * file.height > (_MOST_PIXELS if file.format == "JPEG" else _MOST_PIXELS_WHOLE)
+      or not file.width * file.height
+    ):
       raise ValueError(f"it has {file.width} x {file.height} pixels")
     file.draft("RGB", (2 * side, 2 * side))  # A large JPEG is decoded small.
     picture: Image.Image = file
