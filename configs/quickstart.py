@@ -1,4 +1,4 @@
-"""The embedded default: synthetic data with planted tastes, both stages, about four minutes on two CPU cores.
+"""The embedded default: synthetic data with planted tastes, both stages.
 
     python -m bbqrec_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
