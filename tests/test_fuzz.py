@@ -46,8 +46,6 @@ def test_every_reader_is_tried(fuzz):
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_refused_in_one_line_or_loaded_as_they_stand(fuzz, name):
-  if name == "pictures":
-    pytest.xfail("Some damaged pictures take seconds to decode; not yet known why.")
   assert fuzz.verdict(fuzz.readers()[name], fuzz.damaged(name, 0)) == ("loaded", "")
   counts, wrong = fuzz.run_cases(name, 1, CASES)
   assert not wrong

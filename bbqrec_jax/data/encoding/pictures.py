@@ -7,11 +7,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.utils.files import check_file
 
 _SIDE = 64  # Pixels that a picture is looked at with by `ColoursAndEdges`.
 _CELLS = 4  # Parts of a side.
-# Of a picture, before it is made smaller; one that says it has more is refused. A JPEG need not be decoded whole.
-_MOST_PIXELS, _MOST_PIXELS_WHOLE = 2**27, 2**25
+_MOST_PIXELS = 2**27  # Of a picture, before it is made smaller; one that says it has more is refused.
 
 
 class PictureEncoder(Protocol):
@@ -40,15 +40,13 @@ def open_picture(path: Path, side: int) -> Any:
     side: pixels that are needed of a side.
 
   Raises:
-    ValueError, OSError: if it is broken, or larger than any picture should be.
+    InputError, ValueError, OSError: if it is no regular file, is broken, or is larger than any picture should be.
   """
   from PIL import Image
 
+  check_file(path, what="a picture")
   with Image.open(path) as file:
-    if (
-      file.width * file.height > (_MOST_PIXELS if file.format == "JPEG" else _MOST_PIXELS_WHOLE)
-      or not file.width * file.height
-    ):
+    if file.width * file.height > _MOST_PIXELS or not file.width * file.height:
       raise ValueError(f"it has {file.width} x {file.height} pixels")
     file.draft("RGB", (2 * side, 2 * side))  # A large JPEG is decoded small.
     picture: Image.Image = file
