@@ -7,14 +7,15 @@ import ml_collections
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommender.settings import parts_of
 
 SASREC = {"sasrec": ("item",), "sasrec_features": ("features", "item")}  # What these know items by.
 SYSTEMS = ("generative", "dense", "parallel", "hybrid", *SASREC)
 
 
-def is_wide(system: str) -> bool:
-  """Whether a system is wider than the default, as all are that score every item."""
-  return system not in ("generative", "hybrid")
+def is_wide(recommender: ml_collections.ConfigDict) -> bool:
+  """Whether a recommender is wider than the default, as all are whose heads score every item."""
+  return all(head.exact for head in parts_of(recommender)[1])
 
 
 def system_config(system: str) -> ml_collections.ConfigDict:
@@ -37,7 +38,7 @@ def system_config(system: str) -> ml_collections.ConfigDict:
   recommender.candidate_similarity.streams = ("features", "modalities", "fused", "behaviour")
   if system in SASREC:
     recommender.similarity = recommender.candidate_similarity.streams = ()
-  if is_wide(system):
+  if is_wide(recommender):
     recommender.width = 128
     recommender.mlp_width = 512
     recommender.dropout = 0.5

@@ -25,7 +25,7 @@ def get_config(system: str = "generative") -> ml_collections.ConfigDict:
   config = packed_recipe(system_config(system))
   config.data.modalities = ("text", "attribute")
   config.recommender.steps = STEPS[system]
-  if is_wide(system):
+  if is_wide(config.recommender):
     config.recommender.dropout = 0.5
     config.recommender.evaluate_every = 250
   return config

@@ -73,7 +73,7 @@ def make_collector(model: SequenceModel) -> Callable[[Any, Catalogue, Any], Any]
 
 
 def _spread(targets: jax.Array, count: int) -> jax.Array:
-  """Random items [B, n] for targets [B]: a function of the row and its target alone, whichever device works on it."""
+  """Random items [B, n] for targets [B]: a function of a row's target alone, whichever device works on it."""
   keys = jax.vmap(lambda target: jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), target))(targets)
   return jax.vmap(lambda key: jax.random.randint(key, (_RANDOM,), 0, count, jnp.int32))(keys)
 

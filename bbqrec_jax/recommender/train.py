@@ -109,6 +109,14 @@ def training_batches(config: Any, histories: Interactions) -> grain.IterDataset:
   return recommender_batches(PackedHistories(histories, row_length=r.row_length, whole=False, **shape))
 
 
+class _Work(NamedTuple):
+  """Where a run's stages work, as for `fit`."""
+
+  workdir: pathlib.Path
+  partitioner: Partitioner
+  log: MetricsLog
+
+
 class _Stage(NamedTuple):
   """What `_trained` trains: its name, its data, and how it ranks.
 
@@ -156,10 +164,8 @@ def _trained(
   split: Split,
   dataset: Dataset,
   users: np.ndarray,
+  work: _Work,
   *,
-  workdir: pathlib.Path,
-  partitioner: Partitioner,
-  log: MetricsLog,
   first: RecommenderState | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
   """Trains a stage on the split's training histories, or goes on with it; picks the best by the users' NDCG@10.
@@ -170,9 +176,7 @@ def _trained(
     split: its histories, and what follows them.
     dataset: for the ids of items.
     users: who is ranked.
-    workdir: of the run, and so on as for `fit`.
-    partitioner: see there.
-    log: see there.
+    work: see there.
     first: the state to start from, placed; None: a fresh one.
   """
   r = config.recommender
@@ -190,16 +194,16 @@ def _trained(
     safeguards=Safeguards.of(config),
   )
   if first is None:
-    first = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue))
+    first = work.partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue))
   return fit(
     plan,
     first,
     stage.shared,
     make_recommender_step(stage.model, make_optimizer(r.optimizer, total_steps=steps), accumulation=r.accumulation),
     training_batches(config, split.train),
-    partitioner=partitioner,
-    directory=workdir / "checkpoints" / stage.name,
-    log=log,
+    partitioner=work.partitioner,
+    directory=work.workdir / "checkpoints" / stage.name,
+    log=work.log,
   )
 
 
@@ -214,10 +218,7 @@ def _fitted_tables(
   ids: SemanticIds | None,
   split: Split,
   dataset: Dataset,
-  *,
-  workdir: pathlib.Path,
-  partitioner: Partitioner,
-  log: MetricsLog,
+  work: _Work,
 ) -> tuple[Any, dict[str, Any]]:
   """Tables that are fitted on each user's last training transition, which the base beneath them was trained without.
 
@@ -226,10 +227,10 @@ def _fitted_tables(
   """
   r, e = config.recommender, config.evaluation
   held, users = hold_out_last(split)
-  stage = _stage("held_out", config, ids, held, dataset, partitioner)
+  stage = _stage("held_out", config, ids, held, dataset, work.partitioner)
   some = users if not e.validation_users else chosen_users(users, e.validation_users, seed=config.seed)
-  state, progress = _trained(stage, config, held, dataset, some, workdir=workdir, partitioner=partitioner, log=log)
-  path = workdir / "candidate_similarity.json"
+  state, progress = _trained(stage, config, held, dataset, some, work)
+  path = work.workdir / "candidate_similarity.json"
   if is_given(path):
     tables = read_json(path)["parameters"]
   else:
@@ -238,7 +239,7 @@ def _fitted_tables(
     fitted, losses = fit_similarity(
       state.params, stage.model, stage.shared, stage.catalogue, held.train, held.validation_target,
       users=users, seed=config.seed, batch_size=e.batch_size, max_length=r.max_length, bounds=length_bounds(r),
-      partitioner=partitioner,
+      partitioner=work.partitioner,
     )  # fmt: skip
     seconds = time.monotonic() - started
     say(f"candidate similarity: done in {seconds:.0f} s, loss {losses['first_pass']:.3f} -> {losses['last_pass']:.3f}")
@@ -277,16 +278,16 @@ def run_recommender(
       f"config field evaluation.beam_width = {e.beam_width}: what stands further back counts as a miss, so figures at"
       f" higher cutoffs, up to {LARGEST_CUTOFF}, are too low"
     )
-  work: dict[str, Any] = {"workdir": workdir, "partitioner": partitioner, "log": log}
+  work = _Work(workdir, partitioner, log)
   first, before = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue)), None
   if warm is not None:
     first = _starting_from(warm(stage.model, stage.catalogue, partitioner.fetch(first.params)), first, partitioner)
   elif config.recommender.candidate_similarity.streams:
-    tables, before = _fitted_tables(config, ids, split, dataset, **work)
+    tables, before = _fitted_tables(config, ids, split, dataset, work)
     params = {**partitioner.fetch(first.params), "candidate_similarity": tables}
     first = _starting_from(params, first, partitioner)
   users = sample_users(split, e.validation_users, seed=config.seed)
-  state, progress = _trained(stage, config, split, dataset, users, first=first, **work)
+  state, progress = _trained(stage, config, split, dataset, users, work, first=first)
   started = time.monotonic()
   rankings = {
     part + suffix: stage.rank(state.params, split.history(part), targets, exclude_history=bool(suffix))
