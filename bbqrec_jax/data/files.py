@@ -29,11 +29,13 @@ def require_folder(path: str | Path) -> Path:
     InputError: if the path is empty, does not exist or is not a folder.
   """
   if not str(path):
-    raise InputError("no data folder was given: set --config.data.path=DIR, or use --config.data.source=synthetic")
+    raise InputError(
+      "no data folder was given: give --data=DIR (--config.data.path=DIR), or use --config.data.source=synthetic"
+    )
   folder = local_path(path, flag="config.data.path")
   if not os.path.isdir(folder):
     came = "a file" if os.path.exists(folder) else "nothing"
-    mend = "bbqrec prepare makes one of a log" if came == "a file" else "set --config.data.path=DIR"
+    mend = "bbqrec prepare makes one of a log" if came == "a file" else "give --data=DIR (--config.data.path=DIR)"
     raise InputError(f"{path}: expected a folder of data, found {came}; {mend}")
   return folder
 

@@ -140,6 +140,16 @@ def _fewer_codes(config: ml_collections.ConfigDict, num_items: int) -> None:
     t.num_codes = codes
 
 
+def _without_candidate_similarity(config: ml_collections.ConfigDict, split: Split) -> None:
+  """Leaves candidate similarity out, with a warning, where no history is long enough to fit it on."""
+  if config.recommender.candidate_similarity.streams and split.train.lengths.max() < 3:
+    warn(
+      "recommender.candidate_similarity is left out: it is fitted on each user's last training transition, before which"
+      f" there is nothing to learn from; give some users {MINIMUM_LENGTH + 2} items or more"
+    )
+    config.recommender.candidate_similarity.streams = ()
+
+
 class _Run(NamedTuple):
   """What both stages of a run start from; `ids` are of the artefact, `earlier` is the run, that the config names."""
 
@@ -181,12 +191,8 @@ def _begun(
   check_workdir(workdir, config)
   partitioner = make_partitioner(config)
   dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone, given=given)
-  if config.recommender.candidate_similarity.streams and not tokenizer_alone and split.train.lengths.max() < 3:
-    raise InputError(
-      f"{dataset.source}: candidate similarity is fitted on each user's last training transition, before which there is"
-      f" nothing to learn from: give some users {MINIMUM_LENGTH + 2} items or more, or set"
-      " recommender.candidate_similarity.streams=()"
-    )
+  if not tokenizer_alone:
+    _without_candidate_similarity(config, split)
   if own_tokenizer:
     _fewer_codes(config, dataset.num_items)
   ids, earlier = None, None

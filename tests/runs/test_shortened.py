@@ -4,6 +4,7 @@ import pytest
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.presets import preset
 from bbqrec_jax.runs import run as runs
 
 
@@ -45,3 +46,17 @@ def test_what_fits_or_was_chosen_is_left(tmp_path, capsys):
 def test_wrong_steps_are_refused_all_the_same(tmp_path):
   with pytest.raises(InputError, match=r"tokenizer\.steps must be at least 1"):
     begun(tmp_path, **{"tokenizer.steps": 0})
+
+
+def test_histories_too_short_to_fit_candidate_similarity_do_without(tmp_path, capsys):
+  folder = tmp_path / "data"
+  folder.mkdir()
+  (folder / "items.jsonl").write_text("{}\n" * 4)
+  for length, left in ((4, ()), (5, ("behaviour",))):
+    (folder / "sequences.txt").write_text("".join(f"{user} {' '.join('01230'[:length])}\n" for user in range(5)))
+    config = preset("sasrec")
+    config.data.path, config.recommender.candidate_similarity.streams = str(folder), ("behaviour",)
+    for _ in range(2):  # A second start finds the workdir to be its own.
+      with runs._begun(config, tmp_path / f"run{length}") as prepared:
+        assert prepared.config.recommender.candidate_similarity.streams == left
+    assert capsys.readouterr().out.count("candidate_similarity is left out") == 2 * (not left)
