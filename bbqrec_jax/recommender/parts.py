@@ -4,6 +4,7 @@ Both are flax modules that are made of the recommender's settings, and declare a
 A config names one of this project's, or a class of your own as "module:Class".
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,10 +12,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.ranking import without
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.settings import RecommenderSettings
+from bbqrec_jax.recommender.settings import BACKBONES, RecommenderSettings
 from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
 
 
@@ -169,3 +172,59 @@ def ranked(scores: jax.Array, *, width: int, exclude: jax.Array | None = None) -
     scores = without(scores, exclude)
   best, chosen = jax.lax.top_k(scores, min(width, scores.shape[1]))
   return filled_beam(jnp.where(jnp.isneginf(best), -1, chosen), best, width=width)
+
+
+@functools.cache
+def check_parts(settings: RecommenderSettings) -> None:
+  """Makes the backbone and the head that the settings name, which may be somebody's own, and tries a backbone out.
+
+  Raises:
+    InputError: if one is none or cannot be made, they do not fit each other, or the backbone gives states of another
+      shape than it says, or mixes the users of a row.
+  """
+  chosen = {"backbone": settings.backbone_class, "head": settings.head_class}
+  for kind, part in chosen.items():
+    name = getattr(settings, kind)
+    try:
+      made = part(settings)
+      if kind == "backbone" and name not in BACKBONES:
+        _try_backbone(made)
+    except InputError as error:
+      raise InputError(f"config field recommender.{kind} = {name!r}: {error}") from error
+    except Exception as error:  # It may be anybody's code.
+      raise InputError(f"config field recommender.{kind} = {name!r}: {type(error).__name__}: {error}") from error
+  if chosen["head"].reads_memory and not chosen["backbone"].makes_memory:
+    raise InputError(
+      f"config field recommender.head = {settings.head!r} reads a memory, which recommender.backbone ="
+      f" {settings.backbone!r} does not make: choose another of them"
+    )
+
+
+def _try_backbone(backbone: Any) -> None:
+  """Runs a backbone with random parameters, where rows are packed on two users in one and on the second alone.
+
+  Raises:
+    InputError: if its output is not of the shape that it should be, or the second user's states are not the same.
+  """
+  s, rng = backbone.settings, np.random.default_rng(0)
+  shape = (2, 4, s.num_levels, s.width) if backbone.reads_codes else (2, 4, s.width)
+  x = rng.normal(size=shape).astype(np.float32)
+  x[1, :2] = x[0, 2:]
+  segments = jnp.asarray([[1, 1, 2, 2] if s.packed else [1, 1, 1, 1], [1, 1, 0, 0]], jnp.int32)
+  positions = jnp.asarray([[0, 1, 0, 1], [0, 1, 0, 0]], jnp.int32)
+  bias = jnp.zeros((2, s.num_heads, 4, 4), jnp.float32) if s.num_streams else None
+  inputs = (jnp.asarray(x), segments, positions, bias, positions if s.time_buckets else None)
+  shapes = jax.eval_shape(backbone.init, jax.random.key(0), *inputs).get("params", {})
+  params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes)
+  states = jax.jit(backbone.apply)({"params": params}, *inputs)
+  if backbone.makes_memory:
+    if not (isinstance(states, Memory) and states.tokens.shape == (*states.real.shape, s.width)):
+      raise InputError(f"expected a Memory of [B, S, {s.width}] tokens and [B, S] which are real")
+  elif getattr(states, "shape", None) not in [(2, 4, s.width)] + [(2, s.width)] * (not s.packed):
+    shapes = f"[B, T, {s.width}]" + f" or [B, {s.width}]" * (not s.packed)
+    raise InputError(f"expected states {shapes}, got {getattr(states, 'shape', type(states).__name__)}")
+  elif s.packed and not np.allclose(states[0, 2:], states[1, :2], rtol=1e-3, atol=1e-4):
+    raise InputError(
+      "a user's states depend on the other user of the row: let a position see its own segment alone, counted from its"
+      " own start, or declare rows = 'history'"
+    )

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from bbqrec_jax.ops.ranking import without
 from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, unless_in
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.model import Recommender, SequenceModel, check_parts
+from bbqrec_jax.recommender.model import Recommender, SequenceModel
+from bbqrec_jax.recommender.parts import check_parts
 from bbqrec_jax.recommender.settings import TOWERS, CandidateSimilaritySettings, RecommenderSettings
 from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 

@@ -9,8 +9,8 @@ from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.causal import Causal
 from bbqrec_jax.recommender.items import build_catalogue
-from bbqrec_jax.recommender.model import Recommender, check_parts
-from bbqrec_jax.recommender.parts import Backbone, Head, Memory
+from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.parts import Backbone, Head, Memory, check_parts
 from bbqrec_jax.recommender.settings import RecommenderSettings, needs_semantic_ids
 from bbqrec_jax.recommender.two_towers import make_recommender
 
