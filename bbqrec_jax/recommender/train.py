@@ -272,18 +272,19 @@ def run_recommender(
     the names, where no user's own history is ranked; the loop's progress record).
   """
   e = config.evaluation
+  work, tables, before = _Work(workdir, partitioner, log), None, None
+  if config.recommender.candidate_similarity.streams and warm is None:
+    tables, before = _fitted_tables(config, ids, split, dataset, work)  # First: the devices hold one model at a time.
   stage = _stage("recommender", config, ids, split, dataset, partitioner)
   if not stage.model.exact and e.beam_width < min(LARGEST_CUTOFF, stage.catalogue.num_items):
     warn(
       f"config field evaluation.beam_width = {e.beam_width}: what stands further back counts as a miss, so figures at"
       f" higher cutoffs, up to {LARGEST_CUTOFF}, are too low"
     )
-  work = _Work(workdir, partitioner, log)
-  first, before = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue)), None
+  first = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue))
   if warm is not None:
     first = _starting_from(warm(stage.model, stage.catalogue, partitioner.fetch(first.params)), first, partitioner)
-  elif config.recommender.candidate_similarity.streams:
-    tables, before = _fitted_tables(config, ids, split, dataset, work)
+  elif tables is not None:
     params = {**partitioner.fetch(first.params), "candidate_similarity": tables}
     first = _starting_from(params, first, partitioner)
   users = sample_users(split, e.validation_users, seed=config.seed)

@@ -5,6 +5,7 @@ import pytest
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommender import train as recommender_stage
 from bbqrec_jax.runs import run as experiment
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -51,6 +52,7 @@ def artefact(tmp_path_factory, compile_cache):
       "recommender.dense_tower.width": 8,
       "recommender.dense_tower.mlp_width": 16,
       "recommender.seen_item_bias": False,
+      "recommender.candidate_similarity.streams": ("features", "modalities", "fused", "behaviour"),
     },
     {"recommender.backbone": "encoder_decoder", "recommender.head_width": 8, "recommender.length_buckets": (4,)},
     {
@@ -99,3 +101,38 @@ def test_time_between_interactions_needs_times_and_is_asked_for(artefact, tmp_pa
   wrong = changes | {"data.source": "directory", "data.path": str(folder), "tokenizer.artefact": ""}
   with pytest.raises(InputError, match=r"needs timestamps, found none: give timestamps\.txt"):
     experiment.run(make_config(**wrong), tmp_path / "other")
+
+
+class Cut(Exception):
+  """Where a run is cut."""
+
+
+def test_a_run_with_candidate_similarity_continues_from_wherever_it_is_cut(artefact, tmp_path, monkeypatch):
+  changes = {"tokenizer.artefact": artefact, "recommender.head": "dense"}
+  changes["recommender.candidate_similarity.streams"] = ("modalities", "behaviour")
+  config, trained = make_config(**changes), recommender_stage._trained
+  whole = experiment.run(config, tmp_path / "whole")
+
+  def cut(*args, **options):
+    raise Cut
+
+  def cut_at_last(stage, *args, **options):
+    return cut() if stage.name == "recommender" else trained(stage, *args, **options)
+
+  tables = tmp_path / "cut" / "candidate_similarity.json"
+  for name, replacement, fitted in (("fit_similarity", cut, False), ("_trained", cut_at_last, True)):
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+      patch.setattr(recommender_stage, name, replacement)
+      experiment.run(config, tmp_path / "cut")
+    assert tables.exists() == fitted
+  monkeypatch.setattr(recommender_stage, "fit_similarity", cut)  # Which is not done again.
+  again = experiment.run(config, tmp_path / "cut")
+  assert {name: again[name] for name in again if name != "seconds"} == {
+    name: whole[name] for name in whole if name != "seconds"
+  }
+  params = restore(tmp_path / "cut").params["candidate_similarity"]
+  written = read_json(tables)["parameters"]
+  assert params.keys() == written.keys()
+  for name, part in written.items():
+    np.testing.assert_allclose(params[name], np.float32(part), rtol=1e-5)
+    assert np.any(params[name])
