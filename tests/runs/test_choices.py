@@ -121,9 +121,10 @@ def test_a_run_with_candidate_similarity_continues_from_wherever_it_is_cut(artef
 
   tables = tmp_path / "cut" / "candidate_similarity.json"
   for name, replacement, fitted in (("fit_similarity", cut, False), ("_trained", cut_at_last, True)):
-    with monkeypatch.context() as patch, pytest.raises(Cut):
+    with monkeypatch.context() as patch:
       patch.setattr(recommender_stage, name, replacement)
-      experiment.run(config, tmp_path / "cut")
+      with pytest.raises(Cut):
+        experiment.run(config, tmp_path / "cut")
     assert tables.exists() == fitted
   monkeypatch.setattr(recommender_stage, "fit_similarity", cut)  # Which is not done again.
   again = experiment.run(config, tmp_path / "cut")

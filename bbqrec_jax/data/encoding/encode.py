@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -252,10 +253,12 @@ class _Job:
         held = fill(self.folder, "image", count=self._count, width=encoder.width, batches=batches, note=note, mask=True)
       finally:
         quarantine.close()
-    broken = sum(quarantine.counts.values())
-    if broken:
-      reasons = "; ".join(f"{count} {reason}" for (_, reason), count in quarantine.counts.most_common(3))
-      warn(f"{broken} pictures could not be used, and their items have none ({reasons}): see {self.folder / BROKEN}")
+    counts: Counter[str] = Counter()
+    for (_, reason), count in quarantine.counts.items():
+      counts[reason] += count
+    if counts:
+      reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+      warn(f"pictures that could not be used, so that their items have none: {reasons}; see {self.folder / BROKEN}")
     return self._said("image", held, note, encoder.width)
 
   def _pictures(self) -> Path:
@@ -350,7 +353,7 @@ def _encode_pictures(
   prepared = list(pool.map(one, names))
   for place, value in enumerate(prepared):
     if isinstance(value, Exception):
-      reason = "not there" if isinstance(value, FileNotFoundError) else "broken"
+      reason = "broken" if os.path.exists(root / names[place]) else "not there"
       quarantine.add(names[place], first + place, reason, value)
     elif value is not None:
       present[place] = True

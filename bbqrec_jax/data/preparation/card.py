@@ -1,7 +1,7 @@
 """The data card: a page that says what a data set is, and what is odd about it, with pictures of its distributions."""
 
+import contextlib
 import html
-import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -149,7 +149,7 @@ def write_card(folder: Path, dataset: Dataset, split: Split, report: dict[str, A
     {"statistics": about, "findings": odd, "histograms": [histogram._asdict() for histogram in shown]},
   )
   (folder / "card.html").write_text(_page(about, odd, report, shown, figures.count), encoding="utf-8")
-  if importlib.util.find_spec("matplotlib"):
+  with contextlib.suppress(ImportError):  # The page has the same pictures.
     _draw(folder / "card", shown)
 
 

@@ -55,7 +55,7 @@ def alike(vectors, number):
   return int(np.argmax(cosines))
 
 
-def test_features_are_made_of_all_that_is_there(shop):
+def test_features_are_made_of_all_that_is_there(shop, capsys):
   found = bbqrec_jax.features(shop, images=str(shop.parent / "images"))
   assert found == {"text": ITEMS - 1, "image": ITEMS - 3, "attributes": ITEMS - 1}
   data = load_directory(shop)
@@ -74,6 +74,7 @@ def test_features_are_made_of_all_that_is_there(shop):
   assert all(alike(texts, n) % 2 == n % 2 or alike(texts, n) % 3 == n % 3 for n in range(ITEMS) if n != 4)
   broken = [json.loads(line) for line in (shop / "broken_pictures.jsonl").read_text().splitlines()]
   assert [(one["file"], one["reason"]) for one in broken] == [("7.png", "broken"), ("8.png", "not there")]
+  assert ": 1 broken, 1 not there; see" in "".join(capsys.readouterr())
   assert any("text features by hashed TF-IDF" in note for note in data.notes)
 
 
