@@ -1,6 +1,8 @@
 """Presets: configs by name, for `bbqrec train --config=hybrid` and the like."""
 
 import functools
+import importlib.util
+import os
 from collections.abc import Callable
 
 import ml_collections
@@ -172,6 +174,31 @@ def preset(name: str) -> ml_collections.ConfigDict:
   if name not in PRESETS:
     raise InputError(f"expected one of the presets {', '.join(PRESETS)}, got {name!r}")
   return PRESETS[name]()
+
+
+def load_config(name: str) -> ml_collections.ConfigDict:
+  """The config of a preset, or of a file, as FILE or FILE:CHOICE.
+
+  Raises:
+    InputError: if there is none, or the file's `get_config` does not give one.
+  """
+  if name in PRESETS:
+    return PRESETS[name]()
+  file, _, choice = name.partition(":")
+  if not file.endswith(".py"):
+    return preset(name)
+  spec = importlib.util.spec_from_file_location("config_file", file)
+  if spec is None or spec.loader is None or not os.path.isfile(file):
+    raise InputError(f"expected a preset or a config file, got {file!r}; check the path")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  try:
+    config = module.get_config(choice) if choice else module.get_config()
+  except (AttributeError, KeyError, TypeError) as error:
+    raise InputError(f"{file} has no config {choice!r} ({error!r})") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise InputError(f"{file}: expected get_config to give a ConfigDict, got {type(config).__name__}")
+  return config
 
 
 get_config = preset  # This file is a config file itself.

@@ -3,7 +3,7 @@
     python experiments/ensemble.py --workdirs=runs/sasrec_features/0,runs/sasrec_features/1 --output=runs/ensemble/0
 
 for runs of one data set whose heads score every item (dense, parallel). Nothing is trained. The output is a folder as
-a run leaves it, `results.json` and `ranks.npz`, which `compare_heads.py --report` puts beside the others: what a
+a run leaves it, `results.json` and `ranks.npz`, which `bbqrec compare` puts beside the others: what a
 second model by itself is worth, where a recommender has two towers.
 """
 

@@ -114,7 +114,8 @@ def recommender_step(
   """As `steps` has it."""
   optimizer = make_optimizer(run.recommender.optimizer, total_steps=run.recommender.steps)
   step = make_recommender_step(model, optimizer, accumulation=run.recommender.accumulation)
-  return f"recommender, {name}", step, jax.eval_shape(lambda: initial_state(run, model, catalogue)), catalogue, batch
+  state = jax.eval_shape(lambda: initial_state(run, model, catalogue, total_steps=1))
+  return f"recommender, {name}", step, state, catalogue, batch
 
 
 def _first(batches: Any) -> Any:

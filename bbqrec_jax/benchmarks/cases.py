@@ -137,7 +137,7 @@ def recommender_cases(config: Any, dataset: Dataset, ids: SemanticIds, names: li
     run.recommender.update(config.recommenders[name])
     partitioner, dtype = make_partitioner(run), run.recommender.dtype
     model, catalogue = build_recommender(run, ids, dataset.interactions, num_items=config.num_items)
-    state = functools.cache(jax.jit(functools.partial(initial_state, run, model, catalogue)))
+    state = functools.cache(jax.jit(functools.partial(initial_state, run, model, catalogue, total_steps=1)))
     step = make_recommender_step(model, make_optimizer(run.recommender.optimizer, total_steps=run.recommender.steps))
     make_batches = functools.partial(training_batches, run, dataset.interactions)
     batch = next(iter(make_batches()))

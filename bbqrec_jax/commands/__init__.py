@@ -18,6 +18,7 @@ COMMANDS = {
   "report": "what a run learned and reached, as one page",
   "runs": "list runs: how far they are, what they reached, how they differ",
   "track": "tell Weights & Biases or MLflow of a run",
+  "grid": "train systems on data sets with several seeds, and compare them",
   "compare": "compare finished runs, user by user",
   "benchmark": "time everything on whatever JAX sees",
   "launch": "start a run on TPU VMs, Slurm or Kubernetes",

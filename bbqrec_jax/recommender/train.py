@@ -14,6 +14,7 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import Interactions, Split, hold_out_last
 from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories, recommender_batches
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.layers.padding import without_padding
 from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.ops.ranking import LARGEST_CUTOFF
 from bbqrec_jax.recommender.catalogue import Catalogue
@@ -80,14 +81,14 @@ def build_recommender(
   return make_recommender(settings), catalogue
 
 
-def initial_state(config: Any, model: SequenceModel, catalogue: Catalogue) -> RecommenderState:
-  """The state before the first step; of the catalogue the shapes are enough."""
+def initial_state(config: Any, model: SequenceModel, catalogue: Catalogue, *, total_steps: int) -> RecommenderState:
+  """The state before the first of so many steps; of the catalogue the shapes are enough."""
   example = {name: jnp.zeros((1, 2), jnp.int32) for name in ("items", "targets", "segments", "positions", "times")}
   if not model.settings.packed:
     example["targets"] = jnp.zeros(1, jnp.int32)
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (catalogue, example))
   params = model.lazy_init(base_key(config.seed), *shapes)["params"]
-  optimizer = make_optimizer(config.recommender.optimizer, total_steps=1)  # Of which its state does not depend.
+  optimizer = make_optimizer(config.recommender.optimizer, total_steps=total_steps)
   trained = jax.tree.map(jnp.copy, params) if model.settings.average else None
   return RecommenderState.create(params, optimizer, seed=config.seed, trained=trained)
 
@@ -194,7 +195,7 @@ def _trained(
     safeguards=Safeguards.of(config),
   )
   if first is None:
-    first = work.partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue))
+    first = work.partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue, total_steps=steps))
   return fit(
     plan,
     first,
@@ -281,7 +282,8 @@ def run_recommender(
       f"config field evaluation.beam_width = {e.beam_width}: what stands further back counts as a miss, so figures at"
       f" higher cutoffs, up to {LARGEST_CUTOFF}, are too low"
     )
-  first = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue))
+  steps, _ = training_plan(config.recommender, split.train)
+  first = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue, total_steps=steps))
   if warm is not None:
     first = _starting_from(warm(stage.model, stage.catalogue, partitioner.fetch(first.params)), first, partitioner)
   elif tables is not None:
@@ -298,6 +300,7 @@ def run_recommender(
   progress["evaluation_seconds"] += time.monotonic() - started
   for kind in ("training", "evaluation", "checkpoint"):
     progress[f"{kind}_seconds"] += before[f"{kind}_seconds"] if before else 0.0
+  progress["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(without_padding, state.params)))
   ranks: dict[str, Any] = {name: ranking.ranks for name, ranking in rankings.items()}
   if processes.is_first():
     np.savez(workdir / "ranks.npz", **ranks)

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,8 +27,10 @@ class Row(NamedTuple):
     metrics: [seeds] of validation and test Recall@10 and NDCG@10, by name.
     over: the mean of what its users' test NDCG@10 has over the reference's; None of the reference itself.
     interval: half the width of its 95 % interval over users.
+    clear: whether 0 lies outside of the interval that holds for all rows of the table together (Bonferroni).
     best_steps: [seeds].
     minutes: [seeds] of the recommender, with its evaluations.
+    parameters: of the recommender; None where its results do not say.
   """
 
   name: str
@@ -35,8 +38,10 @@ class Row(NamedTuple):
   metrics: dict[str, list[float]]
   over: float | None
   interval: float
+  clear: bool
   best_steps: list[float]
   minutes: list[float]
+  parameters: int | None
 
 
 def systems_of(workdirs: Sequence[pathlib.Path]) -> dict[str, list[pathlib.Path]]:
@@ -97,12 +102,13 @@ def compare(systems: Mapping[str, Sequence[pathlib.Path]], *, reference: str) ->
     if any(result["data"][field] != first[1]["data"][field] for field in _SAME):
       raise InputError(f"{first[0]} and {folder} are runs on different data sets: compare those of each by themselves")
   base = gains(systems[reference]) if systems.get(reference) else None
-  rows = []
+  rows, normal, compared = [], statistics.NormalDist(), max(len(systems) - 1, 1)
   for name, results in read.items():
-    over, interval = None, 0.0
+    over, interval, clear = None, 0.0, False
     if base is not None and name != reference:
       paired = gains(systems[name]) - base
-      over, interval = float(paired.mean()), float(1.96 * paired.std(ddof=1) / np.sqrt(len(paired)))
+      over, error = float(paired.mean()), float(paired.std(ddof=1) / np.sqrt(len(paired)))
+      interval, clear = 1.96 * error, abs(over) > normal.inv_cdf(1 - 0.025 / compared) * error
     metrics = {
       f"{part} {metric}": [result[part][metric] for result in results]
       for part in ("validation", "test")
@@ -110,7 +116,7 @@ def compare(systems: Mapping[str, Sequence[pathlib.Path]], *, reference: str) ->
     }
     steps = [float(result["best_step"]) for result in results]
     minutes = [(r["seconds"]["recommender"] + r["seconds"]["evaluation"]) / 60 for r in results]
-    rows.append(Row(name, len(results), metrics, over, interval, steps, minutes))
+    rows.append(Row(name, len(results), metrics, over, interval, clear, steps, minutes, results[0].get("parameters")))
   return first[1]["data"], rows
 
 
@@ -130,24 +136,28 @@ def table(rows: list[list[str]]) -> str:
 
 def _cells(rows: Sequence[Row], *, reference: str) -> list[list[str]]:
   head = ["system", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10",
-          f"NDCG@10 over {reference}", "best step", "minutes"]  # fmt: skip
+          f"NDCG@10 over {reference}", "best step", "minutes", "parameters"]  # fmt: skip
   return [head] + [
     [
       row.name,
       str(row.seeds),
       *(mean(values, ".4f") for values in row.metrics.values()),
-      "" if row.over is None else f"{row.over:+.4f} ± {row.interval:.4f}",
+      "" if row.over is None else f"{row.over:+.4f} ± {row.interval:.4f}" + ("" if row.clear else " n.s."),
       mean(row.best_steps, ".0f"),
       mean(row.minutes, ".1f"),
+      "" if row.parameters is None else f"{row.parameters:,}",
     ]
     for row in rows
   ]
 
 
 def to_markdown(data: Mapping[str, Any], rows: Sequence[Row], *, reference: str) -> str:
-  """The data in a line, and the table."""
+  """The data in a line, the table, and what its marks mean."""
   head = "{name}: {users:,} users, {items:,} items, {interactions:,} interactions, split {split_hash}".format(**data)
-  return "\n\n".join([head, table(_cells(rows, reference=reference))])
+  parts = [head, table(_cells(rows, reference=reference))]
+  if any(row.over is not None and not row.clear for row in rows):
+    parts.append("n.s.: 0 is possible, where all comparisons are to hold together at 95 % (Bonferroni).")
+  return "\n\n".join(parts)
 
 
 def to_latex(rows: Sequence[Row], *, reference: str) -> str:

@@ -170,7 +170,7 @@ def grow_params(config: Any, model: SequenceModel, catalogue: Catalogue, params:
   before = read_params(earlier.workdir / "checkpoints" / "recommender", best)
   # A model takes more items than it was made for: what has one row less, made for one item less, is of items.
   fewer = make_recommender(dataclasses.replace(model.settings, num_items=model.settings.num_items - 1))
-  smaller = jax.eval_shape(lambda: initial_state(config, fewer, catalogue)).params
+  smaller = jax.eval_shape(lambda: initial_state(config, fewer, catalogue, total_steps=1)).params
   old = dict(_leaves(before))
   count, known = len(earlier.item_ids), earlier.rows >= 0
 

@@ -193,5 +193,5 @@ def _point_to_data(config: ml_collections.ConfigDict, workdir: pathlib.Path, dat
 def _like(config: ml_collections.ConfigDict, model: SequenceModel, catalogue: Catalogue) -> TrainState:
   """Shapes and dtypes of the state that a config makes, on the first device; nothing is allocated."""
   where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  shapes = jax.eval_shape(lambda: initial_state(config, model, catalogue))
+  shapes = jax.eval_shape(lambda: initial_state(config, model, catalogue, total_steps=1))
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)

@@ -359,6 +359,7 @@ def _train(run: _Run) -> dict[str, Any]:
     },
     **popularity,
     **metrics,
+    "parameters": progress["parameters"],
     "best_step": progress["best_step"],
     "steps": progress["step"],
     "skipped_steps": {"tokenizer": int(skipped), "recommender": progress["skipped"]},

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bbqrec_jax.training.optimizer import together
 from bbqrec_jax.training.partitioning import StepFunction
 from bbqrec_jax.training.state import TrainState
 
@@ -19,7 +20,7 @@ def updated(
   """The state after a step of an optimiser, and the metrics with the norm of the gradients."""
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
+  metrics = metrics | {"gradient_norm": optax.tree.norm(together(gradients))}
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics  # type: ignore[attr-defined]
 
 

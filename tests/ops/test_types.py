@@ -164,7 +164,7 @@ def test_a_tokenizer_has_the_stated_types_in_64_bit_mode(name, wide_mode):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_recommender_has_the_stated_types_in_64_bit_mode(name, wide_mode):
   config, model, catalogue, batch, ranked = recommender_problem(SYSTEMS[name])
-  made = jax.eval_shape(lambda: initial_state(config, model, catalogue))
+  made = jax.eval_shape(lambda: initial_state(config, model, catalogue, total_steps=4))
   assert dtypes(types(made)) == {"float32", "int32", "key<fry>"}
   optimizer = make_optimizer(config.recommender.optimizer, total_steps=4)
   step = make_recommender_step(model, optimizer, accumulation=config.recommender.accumulation)
@@ -177,7 +177,7 @@ def test_a_recommender_has_the_stated_types_in_64_bit_mode(name, wide_mode):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_losses_and_rankings_need_no_implicit_promotion(name):
   config, model, catalogue, batch, ranked = recommender_problem(SYSTEMS[name])
-  params = jax.eval_shape(lambda: initial_state(config, model, catalogue)).params
+  params = jax.eval_shape(lambda: initial_state(config, model, catalogue, total_steps=4)).params
 
   def gradient(params, key):
     def loss(params):
@@ -204,7 +204,7 @@ def test_random_draws_are_the_same_in_64_bit_mode():
     draw = functools.partial(tokenizer_loss, training.model, key=base_key(1))
     of_tokenizer, _ = jax.jit(draw)(params, batch)
     config, model, catalogue, batch, _ = recommender_problem(SYSTEMS["drawn"])
-    params = random_like(jax.eval_shape(lambda: initial_state(config, model, catalogue)).params)
+    params = random_like(jax.eval_shape(lambda: initial_state(config, model, catalogue, total_steps=4)).params)
     draw = functools.partial(apply, model, rngs={"dropout": base_key(2)}, deterministic=False)
     of_recommender, _ = jax.jit(draw, static_argnums=1)(params, "loss", catalogue, batch)
     return np.asarray(of_tokenizer), np.asarray(of_recommender)

@@ -51,13 +51,32 @@ def test_differences_are_of_the_same_users(tmp_path):
   assert (rows[1].over, rows[0].seeds, rows[0].minutes) == (None, 2, [2.0, 2.0])
   text = to_markdown(data, rows, reference="b")
   shown = f"{rows[0].over:+.4f} ± {rows[0].interval:.4f}"
-  assert f"| {shown} |" in text
+  assert not rows[0].clear  # Four users are few.
+  assert f"| {shown} n.s. |" in text
+  assert text.endswith("(Bonferroni).")
   latex = to_latex(rows, reference="b_1")
   assert shown.replace("±", r"$\pm$") in latex
   assert r"over b\_1" in latex
   assert latex.count(r" \\") == 3
   (panel,) = figure(rows, reference="b").axes
   assert [label.get_text() for label in panel.get_yticklabels()] == ["a"]
+
+
+def test_a_difference_is_clear_where_all_comparisons_hold_together(tmp_path):
+  rng = np.random.default_rng(0)
+  base = rng.integers(2, 12, 400)
+  better = np.where(rng.random(400) < 0.03, 0, base)  # About two standard errors above.
+  systems = {"base": [finish(tmp_path / "base", base)]} | {
+    f"s{n}": [finish(tmp_path / f"s{n}", better if n == 0 else base + (n % 2))] for n in range(40)
+  }
+  few = {name: systems[name] for name in ("base", "s0")}
+  gain = gains(systems["s0"]) - gains(systems["base"])
+  z = gain.mean() / (gain.std(ddof=1) / 20)
+  assert 1.97 < z < 3.2, z  # Beyond the bound of one comparison, and not beyond that of forty.
+  (row,) = [row for row in compare(few, reference="base")[1] if row.name == "s0"]
+  assert row.clear
+  (row,) = [row for row in compare(systems, reference="base")[1] if row.name == "s0"]
+  assert not row.clear
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):

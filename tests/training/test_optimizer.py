@@ -1,5 +1,6 @@
 """The schedule in closed form, and what clipping and weight decay reach."""
 
+import functools
 import math
 import types
 
@@ -9,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from bbqrec_jax.training.optimizer import make_optimizer, make_schedule
+from bbqrec_jax.layers.padding import pad_rows
+from bbqrec_jax.training.optimizer import apart, learning_rate, make_optimizer, together
 
 
 def make_settings(**changes):
@@ -29,21 +31,19 @@ def expected_rate(step, *, peak, warmup, total):
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 def test_schedule_values(warmup):
   settings = make_settings(warmup_steps=warmup)
-  schedule = make_schedule(settings, total_steps=60)
-  values = [float(schedule(step)) for step in range(70)]
+  values = [float(learning_rate(settings, step, 60)) for step in range(70)]
   expected = [expected_rate(step, peak=3e-3, warmup=warmup, total=60) for step in range(70)]
   # A few float32 roundings, and the float32 cosine near its zero.
   np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-9)
 
 
 def test_schedule_ends_at_a_hundredth():
-  schedule = make_schedule(make_settings(), total_steps=60)
-  assert float(schedule(60)) == pytest.approx(3e-5, rel=1e-5)
+  assert float(learning_rate(make_settings(), 60, 60)) == pytest.approx(3e-5, rel=1e-5)
 
 
 def test_a_warm_up_longer_than_the_run_only_rises():
-  schedule = make_schedule(make_settings(warmup_steps=100), total_steps=20)
-  np.testing.assert_allclose([float(schedule(step)) for step in range(20)], 3e-3 * np.arange(20) / 20, rtol=1e-6)
+  values = [float(learning_rate(make_settings(warmup_steps=100), step, 20)) for step in range(20)]
+  np.testing.assert_allclose(values, 3e-3 * np.arange(20) / 20, rtol=1e-6)
 
 
 def make_params():
@@ -90,6 +90,7 @@ def test_gradients_are_clipped_by_their_global_norm(norm, kept):
   _, state = jax.jit(optimizer.update)(gradients, jax.jit(optimizer.init)(params), params)
   # Adam's first moment after one step is a tenth of the gradient it was given, its second a fiftieth of the square.
   means, squares = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
+  means, squares = apart(means, params), apart(squares, params)
   for name, part in direction.items():
     np.testing.assert_allclose(means[name], 0.1 * kept * part / length, rtol=1e-5)
     np.testing.assert_allclose(squares[name], 0.02 * np.square(kept * part / length), rtol=1e-4)
@@ -100,3 +101,40 @@ def test_the_warm_up_begins_at_zero():
   optimizer = make_optimizer(make_settings(), total_steps=100)
   updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), jax.jit(optimizer.init)(params), params)
   assert all(np.all(np.asarray(leaf) == 0.0) for leaf in jax.tree.leaves(updates))
+
+
+def test_updates_are_those_of_optax_array_by_array():
+  rng = np.random.default_rng(0)
+  large = {"table": {"embedding": np.zeros((700, 100))}, "wide": {"kernel": np.zeros((300, 300))}}
+  params = jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape)), make_params() | large)
+  settings = make_settings()
+  schedule = functools.partial(learning_rate, settings, total_steps=30)
+  decays = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+  theirs = optax.chain(
+    optax.clip_by_global_norm(settings.clip_norm),
+    optax.adamw(schedule, b2=settings.b2, weight_decay=settings.weight_decay, mask=decays),
+  )
+  ours = make_optimizer(settings, total_steps=30)
+  results = []
+  for optimizer in (theirs, ours):
+    state, now, draw = optimizer.init(params), params, np.random.default_rng(1)
+    for _ in range(5):
+      gradients = jax.tree.map(lambda leaf, draw=draw: np.float32(draw.normal(size=leaf.shape)), params)
+      updates, state = optimizer.update(gradients, state, now)
+      now = optax.apply_updates(now, updates)
+    results.append(now)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7), *results)
+
+
+def test_small_arrays_go_together_and_come_apart():
+  wide = np.arange(70_000, dtype=np.float32).reshape(-1, 10)
+  spread = pad_rows(np.arange(30, dtype=np.float32).reshape(10, 3), 4)  # As a mesh of four devices has it.
+  params = make_params() | {"table": wide, "spread": {"kernel": spread}}
+  found = together(params)
+  assert {kind: {name: part.shape for name, part in parts.items()} for kind, parts in found.items()} == {
+    "kernel": {"small": (1, 6 + 12 + 30)},
+    "other": {"small": (1, 3 + 3 + 4 + 12 + 12 + 24 + 10 + 4), "['table']": (7000, 10)},
+  }
+  back = apart(found, params)
+  assert jax.tree.structure(back) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
