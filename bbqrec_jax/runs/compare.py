@@ -10,6 +10,7 @@ import numpy as np
 
 from bbqrec_jax.config import CHANGEABLE
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY
 from bbqrec_jax.runs.workdir import load_results
 from bbqrec_jax.utils.files import is_given, read_archive
 from bbqrec_jax.utils.json_files import read_json
@@ -25,6 +26,7 @@ class Row(NamedTuple):
     name: of the system.
     seeds: how many runs of it there are.
     metrics: [seeds] of validation and test Recall@10 and NDCG@10, by name.
+    without_history: [seeds] of test NDCG@10 where the user's own history is left out of the ranking.
     over: the mean of what its users' test NDCG@10 has over the reference's; None of the reference itself.
     interval: half the width of its 95 % interval over users.
     clear: whether 0 lies outside of the interval that holds for all rows of the table together (Bonferroni).
@@ -36,6 +38,7 @@ class Row(NamedTuple):
   name: str
   seeds: int
   metrics: dict[str, list[float]]
+  without_history: list[float]
   over: float | None
   interval: float
   clear: bool
@@ -114,9 +117,12 @@ def compare(systems: Mapping[str, Sequence[pathlib.Path]], *, reference: str) ->
       for part in ("validation", "test")
       for metric in ("recall@10", "ndcg@10")
     }
+    without = [result["test" + WITHOUT_HISTORY]["ndcg@10"] for result in results]
     steps = [float(result["best_step"]) for result in results]
     minutes = [(r["seconds"]["recommender"] + r["seconds"]["evaluation"]) / 60 for r in results]
-    rows.append(Row(name, len(results), metrics, over, interval, clear, steps, minutes, results[0].get("parameters")))
+    rows.append(
+      Row(name, len(results), metrics, without, over, interval, clear, steps, minutes, results[0].get("parameters"))
+    )
   return first[1]["data"], rows
 
 
@@ -136,7 +142,7 @@ def table(rows: list[list[str]]) -> str:
 
 def _cells(rows: Sequence[Row], *, reference: str) -> list[list[str]]:
   head = ["system", "seeds", "validation Recall@10", "NDCG@10", "test Recall@10", "NDCG@10",
-          f"NDCG@10 over {reference}", "best step", "minutes", "parameters"]  # fmt: skip
+          f"NDCG@10 over {reference}", "best step", "minutes", "parameters", "NDCG@10 without own history"]  # fmt: skip
   return [head] + [
     [
       row.name,
@@ -146,6 +152,7 @@ def _cells(rows: Sequence[Row], *, reference: str) -> list[list[str]]:
       mean(row.best_steps, ".0f"),
       mean(row.minutes, ".1f"),
       "" if row.parameters is None else f"{row.parameters:,}",
+      mean(row.without_history, ".4f"),
     ]
     for row in rows
   ]

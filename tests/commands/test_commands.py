@@ -1,5 +1,6 @@
 """The console script: one word names a program, and what it says of itself costs no import of JAX."""
 
+import runpy
 import subprocess
 import sys
 
@@ -58,3 +59,15 @@ def test_every_field_is_explained():
   assert {line.split(" = ")[0] for line in lines[::2]} == set(flatten(default_config()))
   assert any(line.startswith("partitioner = 'pmap'  (pmap, mesh, single)") for line in lines)
   assert all(line.startswith("    ") and line.strip() for line in lines[1::2])
+
+
+@pytest.mark.parametrize(
+  ("module", "command"),
+  [("main", "train"), *((name, name) for name in ("recommend", "assign", "export", "benchmark"))],
+)
+def test_modules_of_the_first_commands_are_these(module, command, monkeypatch):
+  called = []
+  monkeypatch.setattr(commands, "call", lambda *arguments: called.append(arguments))
+  monkeypatch.setattr(sys, "argv", ["python -m", "--workdir=a"])
+  runpy.run_module(f"bbqrec_jax.{module}", run_name="__main__")
+  assert called == [(command, ["--workdir=a"])]
