@@ -202,13 +202,20 @@ def leave_one_out(interactions: Interactions) -> Split:
   )
 
 
-def hold_out_last(split: Split) -> tuple[Split, np.ndarray]:
-  """The same protocol one step earlier: training histories less their last item, which is what there is to predict.
+def hold_out_last(split: Split, *, count: int, seed: int) -> tuple[Split, np.ndarray]:
+  """The same protocol one step earlier, for some users: their last training item is what there is to predict.
+
+  Args:
+    split: of which the training histories count.
+    count: users at most whose last item is held out, drawn from those with two training interactions or more.
+    seed: of the draw.
 
   Returns:
-    The split, whose targets mean nothing for users with a single training interaction, and the other users, [n] int.
+    The split, whose targets mean nothing for other users, and the users, [n] int ascending.
   """
   train, users = split.train, np.flatnonzero(split.train.lengths >= 2)
+  if len(users) > count:
+    users = np.sort(np.random.default_rng([seed, 11]).choice(users, count, replace=False))
   last = train.offsets[1:][users] - 1
   kept, lengths, target = np.ones(train.num_interactions, bool), train.lengths, np.zeros(train.num_users, np.int32)
   kept[last] = False

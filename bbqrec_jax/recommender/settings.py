@@ -78,7 +78,9 @@ class CandidateSimilaritySettings:
   )
   num_buckets: int = setting(10, "Of each similarity, the finer the more similar.", most=256)
   neighbours: int = setting(100, "K: items kept of each item's neighbours in histories.", most=10**4)
-  users: int = setting(8192, "Users whose last training transition the tables are fitted on, drawn once.")
+  users: int = setting(
+    4096, "Users whose last training transition is held out at first, and the tables fitted on it; drawn once."
+  )
   passes: int = setting(3, "Times that each of them is looked at.")
   batch_rows: int = setting(64, "Users at once.")
   learning_rate: float = setting(0.02, "Of Adam, which fits the tables; it falls to zero over the passes.")

@@ -38,6 +38,7 @@ from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.messages import say, warn
 
 _FEWEST_STEPS = 100  # Between two validations, where a config leaves them to an epoch.
+_FEWEST_BATCHES = 16  # Of an epoch, for which a length bucket is worth programs of its own.
 
 
 def tokenizer_folder(config: Any, workdir: pathlib.Path) -> pathlib.Path:
@@ -93,6 +94,35 @@ def initial_state(config: Any, model: SequenceModel, catalogue: Catalogue, *, to
   return RecommenderState.create(params, optimizer, seed=config.seed, trained=trained)
 
 
+def bucket_bounds(recommender: Any, histories: Interactions) -> tuple[int, ...]:
+  """The lengths below T that histories are padded to, which are as many programs to compile.
+
+  A length bucket that few batches of an epoch are in is joined with the next. The longest there is, with the one item
+  that the test adds to it, is the last of them.
+
+  Args:
+    recommender: its config.
+    histories: of training.
+  """
+  lengths = np.minimum(histories.lengths - 1, recommender.max_length)
+  longest, kept, low = int(histories.lengths.max()) + 1, [], 0
+  for bound in length_bounds(recommender):
+    rows = int(np.sum(np.clip(lengths, low, bound) - low))  # Each history gives a row of every length up to its own.
+    if bound < longest and rows >= _FEWEST_BATCHES * recommender.batch_rows:
+      kept.append(bound)
+      low = bound
+  return (*kept, longest) if recommender.length_buckets and longest < recommender.max_length else tuple(kept)
+
+
+def held_out(config: Any, split: Split) -> tuple[Split, np.ndarray]:
+  """The transitions that candidate similarity is fitted on, kept from everything that is trained before it.
+
+  Returns:
+    As `hold_out_last`.
+  """
+  return hold_out_last(split, count=config.recommender.candidate_similarity.users, seed=config.seed)
+
+
 def training_plan(recommender: Any, histories: Interactions) -> tuple[int, int]:
   """Training steps, and steps between two validations, of a recommender's config on training histories."""
   r, transitions = recommender, int(np.maximum(histories.lengths - 1, 0).sum())
@@ -106,7 +136,7 @@ def training_batches(config: Any, histories: Interactions) -> grain.IterDataset:
   shape = {"batch_rows": r.batch_rows, "max_length": r.max_length, "seed": config.seed}
   shape |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
   if not is_packed(r):
-    return recommender_batches(PrefixHistories(histories, bounds=length_bounds(r), **shape))
+    return recommender_batches(PrefixHistories(histories, bounds=bucket_bounds(r, histories), **shape))
   return recommender_batches(PackedHistories(histories, row_length=r.row_length, whole=False, **shape))
 
 
@@ -151,10 +181,11 @@ def _stage(
     model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=features)
   ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
   shared = partitioner.place(catalogue)
-  common = {"batch_size": e.batch_size, "max_length": r.max_length, "num_items": catalogue.num_items}
+  bounds = bucket_bounds(r, split.train)
+  common = {"batch_size": e.batch_size, "max_length": r.max_length, "num_items": catalogue.num_items, "bounds": bounds}
 
   def rank(params: Any, histories: Interactions, targets: np.ndarray, **options: Any) -> Ranking:
-    return evaluate(ranker, params, shared, histories, targets, bounds=length_bounds(r), **common, **options)
+    return evaluate(ranker, params, shared, histories, targets, **common, **options)
 
   return _Stage(name, model, catalogue, shared, rank)
 
@@ -221,13 +252,13 @@ def _fitted_tables(
   dataset: Dataset,
   work: _Work,
 ) -> tuple[Any, dict[str, Any]]:
-  """Tables that are fitted on each user's last training transition, which the base beneath them was trained without.
+  """Tables that are fitted on some users' last training transitions, which the base beneath them was trained without.
 
   Returns:
     (parameters of `CandidateSimilarity` on the host, the progress record of the base's training).
   """
   r, e = config.recommender, config.evaluation
-  held, users = hold_out_last(split)
+  held, users = held_out(config, split)
   stage = _stage("held_out", config, ids, held, dataset, work.partitioner)
   some = users if not e.validation_users else chosen_users(users, e.validation_users, seed=config.seed)
   state, progress = _trained(stage, config, held, dataset, some, work)
@@ -239,7 +270,8 @@ def _fitted_tables(
     started = time.monotonic()
     fitted, losses = fit_similarity(
       state.params, stage.model, stage.shared, stage.catalogue, held.train, held.validation_target,
-      users=users, seed=config.seed, batch_size=e.batch_size, max_length=r.max_length, bounds=length_bounds(r),
+      users=users, seed=config.seed, batch_size=e.batch_size, max_length=r.max_length,
+      bounds=bucket_bounds(r, held.train),
       partitioner=work.partitioner,
     )  # fmt: skip
     seconds = time.monotonic() - started

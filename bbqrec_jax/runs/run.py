@@ -13,13 +13,13 @@ from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.feature_store import squeezed_columns
 from bbqrec_jax.data.features import feature_widths
-from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, hold_out_last, without_times
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Split, without_times
 from bbqrec_jax.data.sources import load, split_of
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, popularity_metrics
 from bbqrec_jax.recommender.items import check_compared, id_length, recommender_settings
 from bbqrec_jax.recommender.settings import needs_features, needs_semantic_ids, trains_tokenizer
-from bbqrec_jax.recommender.train import check_fingerprint, run_recommender, tokenizer_folder
+from bbqrec_jax.recommender.train import check_fingerprint, held_out, run_recommender, tokenizer_folder
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.runs import nightly
 from bbqrec_jax.runs.tracking import write_board
@@ -252,9 +252,11 @@ def _semantic_ids(run: _Run) -> SemanticIds:
     return ids
   if run.earlier is not None:
     return nightly.make_ids(run.earlier, run.dataset, folder, data_hash=_data_hash(run.figures))
-  split, (held, _) = run.split, hold_out_last(run.split)
-  if run.config.tokenizer.hold_out_last and held.train.lengths.max() >= 2:
-    split = dataclasses.replace(split, train=held.train)
+  split = run.split
+  if run.config.tokenizer.hold_out_last:
+    held, _ = held_out(run.config, split)
+    if held.train.lengths.max() >= 2:
+      split = dataclasses.replace(split, train=held.train)
   with contextlib.closing(MetricsLog(run.workdir)) as log:
     return run_tokenizer(
       run.config,

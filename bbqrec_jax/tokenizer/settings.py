@@ -89,7 +89,7 @@ class TokenizerSettings:
     least=0,
   )  # fmt: skip
   hold_out_last: bool = setting(
-    True, "Learn from training histories less their last transition, which candidate similarity is fitted on."
+    True, "Learn from training histories less the last transitions that candidate similarity is fitted on."
   )
   evaluate_every: int = setting(500, "Steps between two health checks (and checkpoints).")
   commitment: float = setting(0.25, "beta of the quantization loss.")

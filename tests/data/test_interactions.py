@@ -165,9 +165,18 @@ def test_distinct_items_are_each_users_whole_history_once(monkeypatch, block):
 def test_the_last_training_item_is_held_out_where_another_is_left():
   histories = [[1, 2, 3, 4, 5], [6, 7, 8], [9, 8, 7, 6]]
   split = leave_one_out(from_lengths(np.concatenate(histories), np.array([5, 3, 4]), np.array(["a", "b", "c"])))
-  held, users = hold_out_last(split)
+  held, users = hold_out_last(split, count=9, seed=0)
   assert users.tolist() == [0, 2]
   assert [held.train.history(user).tolist() for user in range(3)] == [[1, 2], [6], [9]]
   assert held.validation_target[users].tolist() == [3, 8]
   assert [split.train.history(user).tolist() for user in range(3)] == [[1, 2, 3], [6], [9, 8]]
   assert held.split_hash != split.split_hash
+  some, users = hold_out_last(split, count=1, seed=3)
+  assert len(users) == 1
+  assert set(users.tolist()) < {0, 2}
+  for user in range(3):
+    cut = 1 if user in users else 0
+    assert (
+      some.train.history(user).tolist() == split.train.history(user).tolist()[: len(split.train.history(user)) - cut]
+    )
+  assert {tuple(hold_out_last(split, count=1, seed=seed)[1].tolist()) for seed in range(20)} == {(0,), (2,)}

@@ -144,6 +144,9 @@ def test_fitting_finds_that_near_items_follow_one_another(random_params, catalog
   options["partitioner"] = SingleDevice()
   fitted, losses = fit_similarity(params, model, catalogue, catalogue, histories, targets, **options)
   assert losses["last_pass"] < losses["first_pass"]
+  for place in range(1, fitted["tables"].shape[1]):  # One curve, times a weight of each place.
+    weight = fitted["tables"][0, place, BUCKETS - 1] / fitted["tables"][0, 0, BUCKETS - 1]
+    np.testing.assert_allclose(fitted["tables"][0, place], weight * fitted["tables"][0, 0], rtol=1e-4, atol=1e-6)
   row = fitted["tables"][0, 0]  # Of the last item: its nearest far above all others, itself among these.
   assert row[BUCKETS - 1] > max(row[: BUCKETS - 1].max(), row[BUCKETS]) + 0.5
   again, _ = fit_similarity(params, model, catalogue, catalogue, histories, targets, **options)

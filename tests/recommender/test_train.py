@@ -140,3 +140,27 @@ def test_what_ranks_is_the_moving_average_of_what_is_trained(random_params):
     jax.tree.map(np.testing.assert_allclose, both.trained, plain.params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), both.params, average)
   assert plain.trained is None
+
+
+def test_a_length_bucket_is_kept_where_an_epoch_fills_sixteen_batches():
+  rng = np.random.default_rng(0)
+  recommender = default_config().recommender
+  recommender.update({"batch_rows": 4, "max_length": 12, "length_buckets": (2, 5, 8)})
+
+  def bounds(lengths):
+    lengths = np.array(lengths)
+    histories = from_lengths(rng.integers(0, 9, lengths.sum()), lengths, np.arange(len(lengths)))
+    return recommender_stage.bucket_bounds(recommender, histories)
+
+  lengths = rng.integers(0, 9, 60)
+  rows = [length for own in lengths for length in range(1, own)]
+  assert sum(length <= 2 for length in rows) >= 64 > sum(5 < length <= 8 for length in rows)
+  assert sum(2 < length <= 5 for length in rows) >= 64
+  assert bounds(lengths) == (2, 5, 9)
+  assert bounds([6] * 15) == (7,)  # 30 rows of up to two, 45 more of up to five.
+  assert bounds([6] * 16) == (5, 7)  # These are joined: 80 rows.
+  assert bounds([3] * 40) == (2, 4)
+  assert bounds([40] * 40) == (2, 5, 8)
+  assert bounds([40]) == ()
+  recommender.length_buckets = ()
+  assert bounds([6] * 100) == ()
