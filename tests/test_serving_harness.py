@@ -27,7 +27,7 @@ def test_an_answer_that_differs_is_wrong(harness):
 
 
 def test_requests_are_whole_and_mutations_are_not(harness):
-  head, body = harness.request_bytes(["a", "b"])
+  head, body = harness.request_bytes({"history": ["a", "b"], "k": 5})
   assert json.loads(body) == {"history": ["a", "b"], "k": 5}
   assert f"Content-Length: {len(body)}\r\n".encode() in head
   rng = random.Random(0)
