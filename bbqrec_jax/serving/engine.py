@@ -8,7 +8,7 @@ import numpy as np
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.serving.batching import Batcher
 from bbqrec_jax.serving.bundle import Answer, Bundle, Query
-from bbqrec_jax.serving.messages import Asked, Filters, Id, Range
+from bbqrec_jax.serving.messages import Asked, Filters, Id
 from bbqrec_jax.serving.reasons import Reason
 from bbqrec_jax.serving.titles import Titles
 
@@ -69,10 +69,11 @@ class Engine:
     Raises:
       InputError: if the bundle's items have no such attribute, or the limits of the price leave none.
     """
-    price, values = filters.price or Range(), filters.model_dump(exclude={"price"}, exclude_none=True)
-    if price.min is not None and price.max is not None and price.min > price.max:
-      raise InputError(f"filters.price: expected min of at most max, got {price.min:g} and {price.max:g}")
-    return self.bundle.attributes.matching(values, lowest=price.min, highest=price.max)
+    price, values = filters.price, filters.model_dump(exclude={"price"}, exclude_none=True)
+    lowest, highest = (None, None) if price is None else (price.min, price.max)
+    if lowest is not None and highest is not None and lowest > highest:
+      raise InputError(f"filters.price: expected min of at most max, got {lowest:g} and {highest:g}")
+    return self.bundle.attributes.matching(values, lowest=lowest, highest=highest)
 
   def query(self, asked: Asked) -> tuple[Query, np.ndarray, list[Id]]:
     """What a request asks; the history; and what is unknown of it.

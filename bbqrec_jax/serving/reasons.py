@@ -15,7 +15,8 @@ class Reason(NamedTuple):
     similarity: the cosine of their vectors; None where they are compared by how often they stand near each other.
     bucket: of the similarity, the higher the more similar; "itself" where the two are one item, "missing" where one of
       them has no vector; None for a model that adds nothing for similarity.
-    added: what the model adds to the recommended item's score for it; None for a model that adds nothing.
+    added: what the model adds to the recommended item's score for it, more than if the two were of the lowest bucket,
+      or no neighbours; None for a model that adds nothing.
   """
 
   item: int
@@ -60,9 +61,10 @@ class Cosines:
 
 
 class Addends:
-  """Reasons of a model with candidate similarity: the numbers of its tables, as they stand in the score.
+  """Reasons of a model with candidate similarity: the numbers of its tables, whose sum stands in the score.
 
-  `ops.candidate_similarity` computes their sum for all items at once.
+  They are counted from the lowest bucket, that of items with nothing in common: a number that is added to a whole row
+  of a table is added to all items, and changes no list. `ops.candidate_similarity` computes the sums.
   """
 
   def __init__(self, streams: Sequence[str], arrays: Mapping[str, np.ndarray], *, max_length: int):
@@ -76,26 +78,27 @@ class Addends:
     """
     self._streams, self._arrays, self._max_length = (*streams, "behaviour"), arrays, max_length
     self._vectors = [arrays[f"vectors/{index}"] for index in range(len(streams))]
-    self._there = [np.any(unit != 0, axis=1) for unit in self._vectors]
-    self._last_items = arrays["tables"].shape[1]
+    self._there = np.array([np.any(unit != 0, axis=1) for unit in self._vectors])
+    self._tables, self._last_items = arrays["tables"] - arrays["tables"][..., :1], arrays["tables"].shape[1]
     self._buckets: list[int | str] = [*range(arrays["edges"].shape[1] + 1), "itself", "missing"]
 
-  def _of_vectors(self, index: int, recent: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Cosines, buckets and addends of one stream for each item and place, [k, R]."""
-    unit, there = self._vectors[index], self._there[index]
-    cosines = unit[items] @ unit[recent].T
-    buckets = np.searchsorted(self._arrays["edges"][index], cosines)
-    buckets = np.where(there[items][:, None] & there[recent], buckets, len(self._buckets) - 1)
+  def _of_vectors(self, recent: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Cosines, buckets and addends of each stream of vectors, item and place, [S, k, R]."""
+    cosines = np.stack([unit[items] @ unit[recent].T for unit in self._vectors])
+    buckets = np.sum(cosines[..., None] > self._arrays["edges"][:, None, None], axis=-1)
+    there = self._there[:, items][:, :, None] & self._there[:, recent][:, None]
+    buckets = np.where(there, buckets, len(self._buckets) - 1)
     buckets = np.where(items[:, None] == recent, len(self._buckets) - 2, buckets)
-    return cosines, buckets, self._arrays["tables"][index, np.arange(len(recent)), buckets]
+    streams = np.arange(len(cosines))[:, None, None]
+    return cosines, buckets, self._tables[streams, np.arange(len(recent)), buckets]
 
   def _of_neighbours(self, recent: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The same by lists of neighbours, which know no cosines; nothing is added for an item that is not there."""
+    """The same by lists of neighbours, [1, k, R], without cosines; nothing is added for an item that is not there."""
     near = items[:, None, None] == self._arrays["neighbours"][recent]
     buckets, places = self._arrays["buckets"][recent], np.arange(len(recent))
     buckets = buckets[places, near.argmax(axis=-1)]
     added = np.where(near.any(axis=-1), self._arrays["neighbour_table"][places, buckets], 0.0)
-    return np.zeros_like(added), buckets, added
+    return np.zeros_like(added)[None], buckets[None], added[None]
 
   def __call__(self, history: np.ndarray, items: np.ndarray, *, count: int) -> list[list[Reason]]:
     """For each item the `count` items of the history that most is added for, each by the stream that adds most.
@@ -103,10 +106,10 @@ class Addends:
     Those for which nothing or less than nothing is added are no reasons.
     """
     recent = latest_distinct(history[-self._max_length :])[: self._last_items]
-    every = [self._of_vectors(index, recent, items) for index in range(len(self._vectors))]
+    every = [self._of_vectors(recent, items)] if self._vectors else []
     if "neighbours" in self._arrays:
       every.append(self._of_neighbours(recent, items))
-    cosines, buckets, added = map(np.stack, zip(*every, strict=True))
+    cosines, buckets, added = map(np.concatenate, zip(*every, strict=True))
     through, most = added.argmax(axis=0), added.max(axis=0)
 
     def reason(row: int, place: int) -> Reason:

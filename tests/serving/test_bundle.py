@@ -304,7 +304,10 @@ def test_what_a_reason_adds_is_what_the_score_lacks_without_it(compared):
   for stream, name in enumerate(("tables", "neighbour_table")):
     for place in range(len(recent)):
       without = np.array(learned[name])
-      without[(0,) * (stream == 0) + (place,)] = 0
+      if stream == 0:  # As if it had nothing in common with any item.
+        without[0, place] = without[0, place, 0]
+      else:
+        without[place] = 0
       lacking[stream, place] = whole - scores(**{name: without})
   streams, kinds = ("features of text", "behaviour"), set()
   for item, reasons in enumerate(bundle.reasons(history, items, count=9)):
