@@ -76,7 +76,8 @@ class Addends:
         neighbours also `neighbours` and `buckets` [N, K], `neighbour_table` [R, n].
       max_length: how many items of a history the model looks at.
     """
-    self._streams, self._arrays, self._max_length = (*streams, "behaviour"), arrays, max_length
+    self._arrays, self._max_length = arrays, max_length
+    self._streams = tuple(streams) if "neighbours" not in arrays else (*streams, "behaviour")
     self._vectors = [arrays[f"vectors/{index}"] for index in range(len(streams))]
     self._there = np.array([np.any(unit != 0, axis=1) for unit in self._vectors])
     self._tables, self._last_items = arrays["tables"] - arrays["tables"][..., :1], arrays["tables"].shape[1]
@@ -107,19 +108,19 @@ class Addends:
     """
     recent = latest_distinct(history[-self._max_length :])[: self._last_items]
     every = [self._of_vectors(recent, items)] if self._vectors else []
-    if "neighbours" in self._arrays:
+    if len(self._streams) > len(self._vectors):
       every.append(self._of_neighbours(recent, items))
     cosines, buckets, added = map(np.concatenate, zip(*every, strict=True))
     through, most = added.argmax(axis=0), added.max(axis=0)
+    rows, places = np.arange(len(items))[:, None], np.argsort(-most, axis=1, kind="stable")[:, :count]
+    chosen = through[rows, places], rows, places
+    told = recent[places], chosen[0], cosines[chosen], buckets[chosen], most[rows, places]
 
-    def reason(row: int, place: int) -> Reason:
-      own = through[row, place], row, place
-      cosine = float(cosines[own]) if own[0] < len(self._vectors) else None
-      return Reason(
-        int(recent[place]), self._streams[own[0]], cosine, self._buckets[buckets[own]], float(most[row, place])
-      )
+    def reason(item: int, stream: int, cosine: float, bucket: int, added: float) -> Reason:
+      name = self._streams[stream]
+      return Reason(item, name, cosine if stream < len(self._vectors) else None, self._buckets[bucket], added)
 
     return [
-      [reason(row, place) for place in places if most[row, place] > 0]
-      for row, places in enumerate(np.argsort(-most, axis=1, kind="stable")[:, :count].tolist())
+      [reason(*one) for one in zip(*row, strict=True) if one[-1] > 0]
+      for row in zip(*(array.tolist() for array in told), strict=True)
     ]
