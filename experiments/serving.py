@@ -9,17 +9,19 @@ with 1 if anything was answered wrongly, failed with 5xx that is no refusal, or 
 
 What it does: 1, 16 and 64 connections for `--seconds` each; clients that send a byte at a time, half a body, or leave;
 `--mutations` requests with bytes changed; a corrupt bundle, and then a good one, taken under load; kill -9 in mid-load
-and the time until the server answers again; memory before and after.
+and the time until the server answers again; a disk without room for log and compilation cache; memory before and after.
 """
 
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
 import pathlib
 import platform
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -39,24 +41,24 @@ BEARER = {"Authorization": f"Bearer {TOKEN}"}
 class Server:
   """A server process on a free port."""
 
-  def __init__(self, bundle, *, options=()):
-    """Starts it."""
+  def __init__(self, bundle, *, options=("--noaccess_log",), **process):
+    """Takes the bundle, the server's options, and what its process is started with."""
     with socket.socket() as free:
       free.bind((HOST, 0))
       self.port = free.getsockname()[1]
     self.url = f"http://{HOST}:{self.port}"
     self._bundle, self._options = bundle, options
+    # What it writes to no file fills a pipe that nobody reads.
+    self._about = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | process
+    self._about["env"] = os.environ | {"BBQREC_TOKEN": TOKEN} | process.get("env", {})
     self.process = None
 
   def start(self):
     """Starts it, and returns the seconds until it has answered a request."""
     begin = time.perf_counter()
     program = [sys.executable, "-c", "from bbqrec_jax.commands import main; main()", "serve"]
-    command = [*program, str(self._bundle), f"--port={self.port}", "--noaccess_log", *self._options]
-    # What it writes to no file fills a pipe that nobody reads.
-    self.process = subprocess.Popen(
-      command, env=os.environ | {"BBQREC_TOKEN": TOKEN}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = [*program, str(self._bundle), f"--port={self.port}", *self._options]
+    self.process = subprocess.Popen(command, **self._about)
     while True:
       if self.process.poll() is not None:
         raise SystemExit(f"the server ended with status {self.process.returncode}: {' '.join(command)}")
@@ -244,7 +246,9 @@ def mutated(content, rng):
 
 async def mutations(server, truth, *, count):
   """Sends requests with changed bytes, in the body or anywhere, a few at a time; how many of each status came."""
-  rng, statuses, turn = random.Random(0), {}, asyncio.Semaphore(8)
+  rng, statuses, turn = random.Random(0), {}, asyncio.Semaphore(32)
+  # Most of those without an answer wait for three seconds; asyncio's own threads are few.
+  asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(32))
 
   async def one(content):
     async with turn:
@@ -336,6 +340,25 @@ async def killed(server, truth):
   return took["seconds"], summary(spent, statuses, 20)
 
 
+async def full_disk(link, truth, scratch):
+  """A server that can write neither its log nor its compilation cache: seconds until it answers, and what it does."""
+
+  def no_room():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+  with open("/dev/full", "w") as full:
+    cache = {"XDG_CACHE_HOME": str(scratch / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
+    server = Server(link, options=(), preexec_fn=no_room, stderr=full, env=cache)
+    try:
+      seconds = await asyncio.to_thread(server.start)
+      spent, statuses = await load(server, truth, connections=4, seconds=5)
+      stopped = await asyncio.to_thread(server.stop)
+    finally:
+      server.stop(signal.SIGKILL)
+  kept = [path for path in (scratch / "cache").rglob("*") if path.is_file() and path.stat().st_size]
+  return {"start_s": round(seconds, 1), "stopped": stopped, "kept": len(kept)}, summary(spent, statuses, 5)
+
+
 def main():
   """Runs everything and writes the record."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -379,6 +402,9 @@ def main():
       record["start_after_kill_s"], record["around the kill"] = asyncio.run(killed(server, truth))
       record["start_after_kill_s"] = round(record["start_after_kill_s"], 1)
       print("kill -9", record["start_after_kill_s"], record["around the kill"], flush=True)
+      record["full disk"], record["on it"] = asyncio.run(full_disk(link, truth, scratch))
+      print("full disk", record["full disk"], record["on it"], flush=True)
+      bad += ["SIGTERM on a full disk"] * (record["full disk"]["stopped"] != 0)
       for name, status in record["reloads"].items():
         if status != (200 if name == "good" else 409):
           bad.append(f"reload of {name}: {status}")
