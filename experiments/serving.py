@@ -385,9 +385,11 @@ def main():
     record["memory_mib"] = [round(server.memory())]
     for connections in map(int, options.connections.split(",")):
       asyncio.run(load(server, truth, connections=connections, seconds=1))  # Warm.
-      before = server.cpu_seconds()
+      before, own = server.cpu_seconds(), time.process_time()
       spent, statuses = asyncio.run(load(server, truth, connections=connections, seconds=options.seconds))
-      each = {"cpu_ms_each": round(1000 * (server.cpu_seconds() - before) / max(1, len(spent)), 1)}
+      count = max(1, len(spent))
+      each = {"cpu_ms_each": round(1000 * (server.cpu_seconds() - before) / count, 1)}
+      each["client_cpu_ms_each"] = round(1000 * (time.process_time() - own) / count, 2)
       record[f"{connections} connections"] = summary(spent, statuses, options.seconds) | each
       print(connections, record[f"{connections} connections"], flush=True)
     record["memory_mib"].append(round(server.memory()))
