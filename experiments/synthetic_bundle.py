@@ -53,7 +53,8 @@ def random_run(num_items, *, head, seed=0):
     trie=build_trie(codes),
   )
   model, grid = make_recommender(settings), np.zeros((1, settings.max_length), np.int32)
-  batch = {"items": grid, "segments": grid + 1, "positions": grid, "targets": grid}
+  batch = {"items": grid, "segments": grid + 1, "positions": grid}
+  batch["targets"] = grid if settings.packed else grid[:, 0]
   shapes = jax.eval_shape(model.init, jax.random.key(0), catalogue, batch)["params"]
   params = jax.tree.map(lambda leaf: (0.1 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
   ids = SemanticIds(

@@ -22,8 +22,11 @@ SMALL = [
     "recommender.steps=60", "recommender.evaluate_every=60", "recommender.optimizer.learning_rate=1e-2",
     "recommender.item_dropout=0.0", "recommender.num_buckets=4", "tokenizer.quantizer=rq_kmeans",
     "tokenizer.num_codes=8", "tokenizer.kmeans_iterations=3", "evaluation.beam_width=10",
+    "recommender.candidate_similarity.streams=()",
   )
 ]  # fmt: skip
+
+SMALLER = {"report": ["--nopictures"], "export": ["--batch_sizes=4", "--platforms=cpu"]}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +45,8 @@ def write_log(folder):
   rng = np.random.default_rng(0)
   kinds = [f"{colour} {kind}" for colour in ("red", "green", "white", "black") for kind in ("tea", "mate", "rooibos")]
   items = [f"SKU-{row}" for row in range(24)]
-  (folder / "items.csv").write_text(
-    "id,title\n" + "".join(f"{item},{kinds[row % 12]} no. {row}\n" for row, item in enumerate(items)), encoding="utf-8"
-  )
+  lines = [f"{item},{kinds[row % 12]} no. {row},Leaf,{3 + row}\n" for row, item in enumerate(items)]
+  (folder / "items.csv").write_text("id,title,brand,price\n" + "".join(lines), encoding="utf-8")
   lines = [
     f"user{user},{items[(start + step) % 24]},{1_700_000_000 + 60 * step}\n"
     for user, start in enumerate(rng.integers(24, size=80))
@@ -54,9 +56,8 @@ def write_log(folder):
   (folder / "interactions.csv").write_text("user,item,time\n" + "".join(lines), encoding="utf-8")
 
 
-def test_its_commands_lead_from_a_csv_to_a_server(tutorial, snippet, tmp_path):
+def test_its_commands_lead_from_a_csv_to_a_server(tutorial, tmp_path):
   write_log(tmp_path)
-  (tmp_path / "to_folder.py").write_text(snippet("tutorial.md", "to_folder.py"), encoding="utf-8")
   environment = os.environ | {
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -64,8 +65,8 @@ def test_its_commands_lead_from_a_csv_to_a_server(tutorial, snippet, tmp_path):
   program = [sys.executable, "-c", "from bbqrec_jax.commands import main; main()"]
   steps = commands(tutorial)
   assert [step.split()[0:2] for step in steps] == [
-    ["python", "to_folder.py"], ["bbqrec", "train"], ["bbqrec", "report"], ["bbqrec", "export"], ["bbqrec", "serve"],
-    ["curl", "localhost:8765/recommend"],
+    ["bbqrec", "prepare"], ["bbqrec", "features"], ["bbqrec", "train"], ["bbqrec", "report"], ["bbqrec", "export"],
+    ["bbqrec", "serve"], ["curl", "localhost:8765/recommend"],
   ]  # fmt: skip
   server = None
   with socket.socket() as free:
@@ -74,9 +75,7 @@ def test_its_commands_lead_from_a_csv_to_a_server(tutorial, snippet, tmp_path):
   try:
     for step in steps:
       words = shlex.split(step)
-      if words[0] == "python":
-        command = [sys.executable, *words[1:]]
-      elif words[:2] == ["bbqrec", "train"]:
+      if words[:2] == ["bbqrec", "train"]:
         command = [*program, *words[1:], *SMALL]
       elif words[:2] == ["bbqrec", "serve"]:
         command = [*program, *words[1:-1], words[-1].replace("8765", str(port))]
@@ -86,7 +85,7 @@ def test_its_commands_lead_from_a_csv_to_a_server(tutorial, snippet, tmp_path):
         found = ask(server, f"http://127.0.0.1:{port}/recommend", words[words.index("--json") + 1])
         continue
       else:
-        command = [*program, *words[1:], *(["--nopictures"] if "report" in words else [])]
+        command = [*program, *words[1:], *SMALLER.get(words[1], [])]
       result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
       assert result.returncode == 0, (step, result.stderr)
     server.send_signal(signal.SIGTERM)
@@ -98,6 +97,7 @@ def test_its_commands_lead_from_a_csv_to_a_server(tutorial, snippet, tmp_path):
   items = found["items"]
   assert len(items) == 3
   assert all(item["title"] and item["reasons"][0]["id"] == "SKU-1" for item in items)
+  assert all(int(item["id"][4:]) <= 7 for item in items), "what costs more than ten was asked to stay away"
   assert items[0]["id"] == "SKU-2", "the ring was learned"
 
 

@@ -12,7 +12,7 @@ from absl import flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, quiet_flags, start, writing
 from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.utils.files import check_new
+from bbqrec_jax.utils.files import check_new, local_path
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
   from bbqrec_jax.runs.restore import restore
   from bbqrec_jax.runs.workdir import load_results
   from bbqrec_jax.serving.bundle import require_packages
-  from bbqrec_jax.serving.export import write_bundle
+  from bbqrec_jax.serving.export import read_attributes, write_bundle
   from bbqrec_jax.utils.compilation import keep_compiled
   from bbqrec_jax.utils.environment import settle_jax
 
@@ -61,6 +61,9 @@ def main(argv: list[str]) -> None:
       trusted=options.trust,
     )
     results = load_results(options.workdir)
+    source = restored.config.data
+    folders = [local_path(source.path, flag="data")] if source.source == "directory" else []
+    folders += [options.features] if options.features else []
     with writing(output):
       note, compared = write_bundle(
         output,
@@ -69,6 +72,7 @@ def main(argv: list[str]) -> None:
         platforms=options.platforms,
         batch_sizes=batch_sizes,
         widths=widths,
+        attributes=read_attributes(folders, restored.dataset.item_ids),
         about={"data": results["data"], "test": results["test"], "best_step": results["best_step"]},
         users=options.check,
       )

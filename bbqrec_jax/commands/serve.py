@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
     import uvicorn
 
-    from bbqrec_jax.serving.server import Options, Serving, make_app, say
+    from bbqrec_jax.serving.server import Options, Serving, make_app, say, set_aside
   except ModuleNotFoundError as error:
     refuse(InputError(f"{error}: serving needs FastAPI and uvicorn; pip install 'bbqrec_jax[serve]'"))
   from bbqrec_jax.utils.compilation import keep_compiled
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> None:
     )
   except InputError as error:
     refuse(error)
+  set_aside()
   say(event="loaded", bundle=serving.engine.bundle.version, items=serving.engine.bundle.num_items)
   print(f"http://{options.host}:{options.port}/  {serving.engine.bundle.num_items} items, {folder}", flush=True)
   config = uvicorn.Config(
@@ -106,7 +107,8 @@ def main(argv: list[str]) -> None:
   # uvicorn, told to stop, stops in order, and then raises the signal again.
   signal.signal(signal.SIGTERM, lambda *_: None)
   try:
-    asyncio.run(serve())
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:  # uvloop's, where that is installed.
+      runner.run(serve())
   except KeyboardInterrupt:
     pass
   except SystemExit:  # uvicorn has told what the matter is: as a rule, that the port is taken.

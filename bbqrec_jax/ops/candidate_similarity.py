@@ -15,6 +15,8 @@ import numpy as np
 # What a cosine may differ by from one program to the next, see `ops.similarity`.
 _ROUNDING = 1e-5
 _SAMPLES = 400_000
+# Similarities per history that are computed together: one product of matrices costs a third of one per place.
+_AT_ONCE = 2**17
 
 
 def tail_edges(vectors: np.ndarray, num_buckets: int, *, seed: int) -> np.ndarray:
@@ -84,18 +86,22 @@ def vector_scores(
   candidates = None if items is None else unit[numbers]
   shape = (recent.shape[0], numbers.shape[1])
 
-  def place(total: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    own, row = given
+  def cosines(own: jax.Array) -> jax.Array:
+    """[..., B] -> [..., B, n]."""
     query = unit[jnp.maximum(own, 0)]
     if candidates is None:
-      cosines = jnp.dot(query, unit.T, preferred_element_type=jnp.float32)
-    else:
-      cosines = jnp.einsum("bd,bnd->bn", query, candidates, preferred_element_type=jnp.float32)
+      return jnp.einsum("...d,nd->...n", query, unit, preferred_element_type=jnp.float32)
+    return jnp.einsum("...bd,bnd->...bn", query, candidates, preferred_element_type=jnp.float32)
+
+  at_once = (cosines(recent.T),) if table.shape[0] * shape[1] <= _AT_ONCE else ()
+
+  def place(total: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    own, row, *known = given
     here = there[jnp.maximum(own, 0)][:, None] & (there[None] if items is None else there[numbers])
-    value = table_values(cosines, here, numbers == own[:, None], edges, row)
+    value = table_values(known[0] if known else cosines(own), here, numbers == own[:, None], edges, row)
     return total + jnp.where(own[:, None] >= 0, value, 0.0), None
 
-  return _over_places(place, shape, recent, table)
+  return _over_places(place, shape, recent, table, *at_once)
 
 
 def neighbour_scores(
@@ -131,9 +137,11 @@ def neighbour_scores(
   return _over_places(place, shape, recent, table)
 
 
-def _over_places(place: Callable, shape: tuple[int, int], recent: jax.Array, table: jax.Array) -> jax.Array:
+def _over_places(
+  place: Callable, shape: tuple[int, int], recent: jax.Array, table: jax.Array, *known: jax.Array
+) -> jax.Array:
   """Adds up what each place gives; one at a time, and again for the gradient, so that one alone is ever there."""
-  total, _ = jax.lax.scan(jax.checkpoint(place), jnp.zeros(shape, jnp.float32), (recent.T, table))
+  total, _ = jax.lax.scan(jax.checkpoint(place), jnp.zeros(shape, jnp.float32), (recent.T, table, *known))
   return total
 
 

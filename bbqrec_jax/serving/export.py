@@ -11,9 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import bbqrec_jax
+from bbqrec_jax.data.directory import has_items
+from bbqrec_jax.data.encoding import catalogue as catalogue_file
 from bbqrec_jax.data.interactions import Interactions, from_lengths, select_users
+from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.data.preparation.records import flat_text
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.recommender.candidate_similarity import stream_vectors
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.runs.restore import Restored
@@ -114,6 +119,49 @@ def similarity_vectors(restored: Restored) -> dict[str, np.ndarray]:
   return {name: array / np.where(lengths[name] > 0, lengths[name], 1) for name, array in vectors.items()}
 
 
+def _similarity_arrays(restored: Restored) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+  """What `bundle.json` says of candidate similarity, None for a model without; and the arrays of it, by their paths."""
+  candidates, settings = restored.catalogue.candidates, restored.model.settings.candidate_similarity
+  if candidates is None or not settings.streams:
+    return None, {}
+  streams = stream_vectors(settings, restored.ids, restored.dataset.features)
+  within: dict[str, Any] = {f"vectors/{index}": rows for index, rows in enumerate(candidates.vectors)} | {
+    "edges": candidates.edges
+  }
+  tables = restored.params["candidate_similarity"]
+  learned = {"tables": tables["tables"]}
+  if "neighbour_table" in tables:
+    within |= {"neighbours": candidates.neighbours, "buckets": candidates.buckets}
+    learned["neighbour_table"] = tables["neighbour_table"]
+  paths = {name: f"catalogue/candidates/{name}" for name in within}
+  paths |= {name: f"params/candidate_similarity/{name}" for name in learned}
+  arrays = {paths[name]: np.asarray(array) for name, array in (within | learned).items()}
+  return {"streams": list(streams), "arrays": paths}, arrays
+
+
+def read_attributes(folders: Iterable[pathlib.Path], item_ids: ItemIds) -> dict[str, list[Any]]:
+  """Brand, category and price of the items, as far as the `items.jsonl` of their folders says; see `Attributes`.
+
+  Args:
+    folders: of the data, then of new items; those without such a file say nothing.
+    item_ids: of the N items that are wanted.
+  """
+  columns: dict[str, list[Any]] = {
+    "brand": [""] * len(item_ids), "category": [[] for _ in range(len(item_ids))], "price": [None] * len(item_ids)
+  }  # fmt: skip
+  line = 0
+  for folder in filter(has_items, folders):
+    for record in catalogue_file.read_items(catalogue_file.items_file(folder)):
+      (row,) = item_ids.rows([str(record.get("id", line))])
+      line += 1
+      if row >= 0:
+        columns["brand"][row] = flat_text(record.get("brand"))
+        levels = flat_text(record.get("category"), joiner=" > ").split(">")
+        columns["category"][row] = [level.strip() for level in levels if level.strip()]
+        columns["price"][row] = catalogue_file.attributes_of({"price": record.get("price")})[1]
+  return {name: own for name, own in columns.items() if any(one not in ("", [], None) for one in own)}
+
+
 def _live(restored: Restored, histories: Interactions, *, top: int) -> list[Answer]:
   """What the live model answers."""
   found = recommend_all(
@@ -151,6 +199,7 @@ def write_bundle(
   platforms: Iterable[str],
   batch_sizes: Iterable[int] = BATCH_SIZES,
   widths: Iterable[int] = WIDTHS,
+  attributes: dict[str, list[Any]] | None = None,
   about: dict[str, Any] | None = None,
   users: int = 0,
 ) -> tuple[dict[str, Any], Comparison | None]:
@@ -163,6 +212,7 @@ def write_bundle(
     platforms: kinds of devices that it is to run on, of cpu, cuda, rocm, tpu.
     batch_sizes: numbers of histories that a server has programs for.
     widths: numbers of items to leave out, or to allow, that it has programs for.
+    attributes: of the items, see `read_attributes`; None for none.
     about: what else `bundle.json` is to say: of the data, and what the run reached.
     users: about how many users it is asked beside the live model before it takes its name.
 
@@ -197,12 +247,16 @@ def write_bundle(
     }
     for (items, times), answer in zip(_parts(histories), _live(restored, histories, top=top), strict=True)
   ]
+  compared_by, similarity = _similarity_arrays(restored)
   partial = unfinished(folder)
   partial.mkdir(parents=True, exist_ok=True)
   (partial / "recommend.bin").write_bytes(function)
-  save_file({name: np.array(array, order="C") for name, array in arrays.items()}, partial / "weights.safetensors")
+  weights = {name: np.array(array, order="C") for name, array in (similarity | arrays).items()}
+  save_file(weights, partial / "weights.safetensors")
   save_file({name: np.array(array, order="C") for name, array in vectors.items()}, partial / "similarity.safetensors")
-  items = {"ids": restored.dataset.item_ids.to_json(), "titles": list(restored.dataset.titles)}
+  items: dict[str, Any] = {"ids": restored.dataset.item_ids.to_json(), "titles": list(restored.dataset.titles)}
+  if attributes:
+    items["attributes"] = attributes
   write_json(partial / "items.json", items)
   write_json(partial / "check.json", {"queries": checks})
   note = {
@@ -216,6 +270,7 @@ def write_bundle(
     },
     "num_items": catalogue.num_items,
     "streams": list(vectors),
+    "candidate_similarity": compared_by,
     "platforms": platforms,
     "head": model.settings.head,
     "semantic_ids": None if restored.ids is None else restored.ids.fingerprint,

@@ -8,21 +8,21 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import gc
 import hashlib
 import hmac
 import json
 import pathlib
 import re
+import secrets
 import sys
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, NamedTuple
 
 import fastapi
 import numpy as np
 import prometheus_client
-import pydantic
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -30,13 +30,11 @@ from starlette.exceptions import HTTPException
 import bbqrec_jax
 from bbqrec_jax.errors import InputError, printable, shown
 from bbqrec_jax.serving.batching import Batcher, Overloaded
-from bbqrec_jax.serving.bundle import Answer, Bundle, Query
-from bbqrec_jax.serving.titles import Titles
+from bbqrec_jax.serving.bundle import Answer, Bundle
+from bbqrec_jax.serving.engine import Engine, Unknown
+from bbqrec_jax.serving.messages import Asked, Found, Recommendations, Refusal, Similar
 
 _OPEN = ("/", "/health", "/ready", "/metrics")  # Routes that need no token: they tell nothing of the items.
-_MOST = 10_000  # Entries of a list in a request.
-
-Id = pydantic.StrictStr | pydantic.StrictInt
 
 
 class Options(NamedTuple):
@@ -59,187 +57,6 @@ class Options(NamedTuple):
   body_seconds: float = 10.0
   token: str = ""
   access_log: bool = True
-
-
-class Item(pydantic.BaseModel):
-  """An item of the catalogue."""
-
-  id: Id
-  title: str
-
-
-class Reason(Item):
-  """An item of the history that a recommended one is like."""
-
-  stream: str = pydantic.Field(description="What they are alike in: a modality, or all together (fused, items).")
-  similarity: float = pydantic.Field(description="The cosine of what the model is told of both.")
-
-
-class Recommended(Item):
-  """An item that is recommended."""
-
-  score: float = pydantic.Field(description="Log-probability; the higher the better.")
-  reasons: list[Reason]
-
-
-class Asked(pydantic.BaseModel):
-  """A history, and what may be recommended for it."""
-
-  model_config = pydantic.ConfigDict(extra="forbid")
-  history: list[Id] | None = pydantic.Field(None, max_length=_MOST, description="Ids of items in time order.")
-  titles: list[pydantic.StrictStr] | None = pydantic.Field(
-    None, max_length=_MOST, description="In place of ids: whole titles, in any case."
-  )
-  k: pydantic.StrictInt = pydantic.Field(10, ge=1, description="How many items; at most limits.top of /about.")
-  allow: list[Id] | None = pydantic.Field(
-    None, min_length=1, max_length=_MOST, description="The only ids that may come back."
-  )
-  deny: list[Id] = pydantic.Field([], max_length=_MOST, description="Ids that must not come back.")
-  repeat: pydantic.StrictBool = pydantic.Field(False, description="Whether items of the history may come back.")
-  times: list[pydantic.FiniteFloat] | None = pydantic.Field(
-    None, max_length=_MOST, description="The second of each interaction, for a model that looks at the time between."
-  )
-  unknown: Literal["refuse", "skip"] = pydantic.Field(
-    "refuse", description="What is done about items that the bundle does not know."
-  )
-  reasons: pydantic.StrictInt = pydantic.Field(2, ge=0, le=10, description="Reasons of each item.")
-
-
-class Recommendations(pydantic.BaseModel):
-  """What is recommended, best first."""
-
-  items: list[Recommended]
-  skipped: list[Id] = pydantic.Field(description="Items of the request that the bundle does not know.")
-  bundle: str = pydantic.Field(description="Version of the bundle that answered.")
-
-
-class Neighbour(Item):
-  """A similar item."""
-
-  similarity: float
-
-
-class Similar(pydantic.BaseModel):
-  """Items like another, the nearest first."""
-
-  items: list[Neighbour]
-  bundle: str
-
-
-class Found(pydantic.BaseModel):
-  """Items of the catalogue."""
-
-  items: list[Item]
-
-
-class Refusal(pydantic.BaseModel):
-  """Why a request was refused, in one line."""
-
-  error: str
-
-
-class Unknown(InputError):
-  """An item that is not there."""
-
-
-class Engine:
-  """A bundle that answers requests, with its own queue: those that came for it are answered by it."""
-
-  def __init__(self, bundle: Bundle, batcher: Batcher):
-    """Takes both."""
-    self.bundle, self.batcher, self.titles = bundle, batcher, Titles(bundle.titles)
-
-  def item(self, row: int) -> dict[str, Any]:
-    """What a response says of an item."""
-    return {"id": self.bundle.item_ids[row], "title": self.bundle.titles[row]}
-
-  def rows(self, ids: Sequence[Id], what: str, *, skip: bool) -> tuple[np.ndarray, list[Id]]:
-    """The rows of ids, without those of unknown ones; and the unknown ones.
-
-    Raises:
-      Unknown: if there are some, and they are not to be skipped.
-    """
-    texts = list(map(str, ids))
-    rows = self.bundle.item_ids.rows(texts)
-    unknown = [one for one, row in zip(ids, rows, strict=True) if row < 0]
-    if unknown and not skip:
-      place = int(np.argmax(rows < 0))
-      raise Unknown(f"{what}, place {place}: expected the id of an item, got {shown(texts[place])}; /items finds items")
-    return rows[rows >= 0], unknown
-
-  def of_titles(self, titles: Sequence[str], *, skip: bool) -> tuple[np.ndarray, list[Id]]:
-    """The rows of items by their titles; and the unknown titles.
-
-    Raises:
-      Unknown: if one is unknown and not to be skipped.
-      InputError: if several items have one.
-    """
-    rows: list[int] = []
-    unknown: list[Id] = []
-    for place, title in enumerate(titles):
-      row = self.titles.row(title)
-      if row == -1:
-        raise InputError(f"titles, place {place}: several items are called {shown(title)}; give ids")
-      if row is None and not skip:
-        raise Unknown(f"titles, place {place}: no item is called {shown(title)}; /items finds titles by their words")
-      if row is None:
-        unknown.append(title)
-      else:
-        rows.append(row)
-    return np.array(rows, np.int64), unknown
-
-  def query(self, asked: Asked) -> tuple[Query, np.ndarray, list[Id]]:
-    """What a request asks; the history; and what is unknown of it.
-
-    Raises:
-      Unknown: if an item is.
-      InputError: if it is not whole, or asks for more than the bundle gives.
-    """
-    skip = asked.unknown == "skip"
-    if (asked.history is None) == (asked.titles is None):
-      raise InputError("expected history (ids) or titles, one of the two")
-    if asked.k > self.bundle.limits["top"] and "k" in asked.model_fields_set:
-      raise InputError(f"k: this bundle gives at most {self.bundle.limits['top']} items, got {asked.k}")
-    if asked.titles is not None:
-      history, skipped = self.of_titles(asked.titles, skip=skip)
-      given = len(asked.titles)
-    else:
-      history, skipped = self.rows(asked.history or [], "history", skip=skip)
-      given = len(asked.history or [])
-    if not len(history):
-      raise InputError("history: expected at least one known item, and nothing tells what comes next without one")
-    times = None if asked.times is None else np.array(asked.times, np.float64)
-    if times is not None and (len(times) != given or skipped or np.any(np.diff(times) < 0)):
-      raise InputError("times: expected one for each known item of the history, in time order")
-    if self.bundle.timed and times is None:
-      raise InputError("times: this model looks at the time between interactions, give the second of each")
-    deny, unknown = self.rows(asked.deny, "deny", skip=True)
-    skipped = skipped + unknown
-    allow = None
-    if asked.allow is not None:
-      allow, unknown = self.rows(asked.allow, "allow", skip=skip)
-      skipped = skipped + unknown
-    exclude = deny if asked.repeat else np.concatenate([deny, history])
-    return Query(history, exclude, allow, times), history, skipped
-
-  def recommendations(self, asked: Asked, answer: Answer, history: np.ndarray, skipped: list[Id]) -> dict[str, Any]:
-    """The response to a request."""
-    items, scores = answer.items[: asked.k], answer.scores[: asked.k]
-    reasons: Sequence[Sequence[tuple[int, str, float]]] = [[]] * len(items)
-    if asked.reasons and len(items):
-      reasons = self.bundle.reasons(history, items, count=asked.reasons)
-    return {
-      "items": [
-        self.item(int(row))
-        | {
-          "score": round(float(score), 5),
-          "reasons": [self.item(own) | {"stream": stream, "similarity": round(cos, 4)} for own, stream, cos in why],
-        }
-        for row, score, why in zip(items, scores, reasons, strict=True)
-      ],
-      "skipped": skipped,
-      "bundle": self.bundle.version,
-    }
 
 
 class Meters:
@@ -322,6 +139,7 @@ class Serving:
         say(event="reload", outcome="refused", bundle=self.engine.bundle.version, error=printable(str(error)))
         raise error if isinstance(error, InputError) else InputError(f"{self.folder}: {error}") from error
       self.engine = self._engine(bundle)
+      set_aside()
       self.meters.reloads.labels("taken").inc()
       say(event="reload", outcome="taken", bundle=bundle.version)
 
@@ -330,6 +148,13 @@ class Serving:
     self.stopping = True
     await self.engine.batcher.drain()
     self._thread.shutdown()
+
+
+def set_aside() -> None:
+  """Takes what is there now out of the collector's rounds: one through JAX and all titles stops every request."""
+  gc.unfreeze()  # The bundle before this one may be collected.
+  gc.collect()
+  gc.freeze()
 
 
 def say(**fields: Any) -> None:
@@ -359,7 +184,7 @@ class Gate:
       return
     start, status, options = time.perf_counter(), 0, self._serving.options
     route = scope["path"] if scope["path"] in self._routes else "other"
-    request = uuid.uuid4().hex[:12]
+    request = secrets.token_hex(6)
 
     async def noted(message: Any) -> None:
       nonlocal status
@@ -490,7 +315,8 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
   async def of_fields(request: Any, error: RequestValidationError) -> Response:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    return refused(400 if first["type"] == "json_invalid" else 422, f"{where}: {first['msg']}")
+    said = "no such field; /openapi.json names those there are" if first["type"] == "extra_forbidden" else first["msg"]
+    return refused(400 if first["type"] == "json_invalid" else 422, f"{where}: {said}")
 
   @app.exception_handler(HTTPException)
   async def of_http(request: Any, error: HTTPException) -> Response:
@@ -525,15 +351,20 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
     if isinstance(told["data"], dict):
       told["data"] = {name: value for name, value in told["data"].items() if name != "source"}
     streams = {"streams": bundle.streams, "limits": bundle.limits, "timed": bundle.timed}
-    return {"bundle": bundle.version, "items": bundle.num_items, "titles": any(bundle.titles)} | streams | told
+    filters = {"filters": bundle.attributes.about()}
+    return (
+      {"bundle": bundle.version, "items": bundle.num_items, "titles": any(bundle.titles)} | streams | filters | told
+    )
 
   @app.post("/recommend", response_model=Recommendations)
   async def recommend(asked: Asked) -> Any:
     """The best next items of a history."""
     engine = serving.engine
     query, history, skipped = engine.query(asked)
-    answer = await engine.batcher.ask(query)
-    return engine.recommendations(asked, answer, history, skipped)
+    nothing = query.allow is not None and not len(query.allow)
+    answer = Answer(*np.empty((2, 0))) if nothing else await engine.batcher.ask(query)
+    # As it is: a check of our own answer against its model takes as long as all else that is done to it here.
+    return JSONResponse(engine.recommendations(asked, answer, history, skipped))
 
   @app.get("/similar", response_model=Similar)
   def similar(

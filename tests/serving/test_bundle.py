@@ -17,13 +17,16 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommender.catalogue import Catalogue, code_columns
-from bbqrec_jax.recommender.settings import DenseTowerSettings, RecommenderSettings
+from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.ops.candidate_similarity import tail_edges, unit_rows
+from bbqrec_jax.recommender.catalogue import CandidateStreams, Catalogue, code_columns
+from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, DenseTowerSettings, RecommenderSettings
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.runs.restore import Restored
 from bbqrec_jax.semantic_ids.trie import build_trie
+from bbqrec_jax.serving.attributes import Attributes
 from bbqrec_jax.serving.bundle import Answer, Bundle, Query, file_digest, same
-from bbqrec_jax.serving.export import compare_with_live, export_recommender, write_bundle
+from bbqrec_jax.serving.export import compare_with_live, export_recommender, read_attributes, write_bundle
 from bbqrec_jax.serving.precompute import precompute
 from bbqrec_jax.serving.recommend import recommend_all
 from bbqrec_jax.utils.json_files import read_json, write_json
@@ -43,6 +46,25 @@ SHAPES = {
 }
 
 
+COMPARED = {
+  "candidate_similarity": CandidateSimilaritySettings(("features", "behaviour"), last_items=3, num_buckets=4),
+  "candidate_vectors": 1,
+}
+
+
+def candidates():
+  """What candidates are compared by: vectors, which every fourth item lacks, and neighbours."""
+  rng = np.random.default_rng(3)
+  vectors = rng.normal(size=(ITEMS, 5)).astype(np.float32)
+  vectors[::4] = 0
+  return CandidateStreams(
+    vectors=(jnp.asarray(unit_rows(vectors)),),
+    edges=jnp.asarray(tail_edges(vectors, 4, seed=0))[None],
+    neighbours=jnp.asarray([rng.choice(ITEMS, 6, replace=False) for _ in range(ITEMS)], jnp.int32),
+    buckets=jnp.asarray(rng.integers(0, 4, (ITEMS, 6)), jnp.int32),
+  )
+
+
 def make(random_params, **changes):
   """A recommender, random parameters and a catalogue."""
   rng = np.random.default_rng(0)
@@ -56,6 +78,7 @@ def make(random_params, **changes):
     streams=jnp.zeros((ITEMS, 0, 1)),
     edges=jnp.zeros((0, 0)),
     trie=build_trie(ids),
+    candidates=candidates() if settings.candidate_similarity.streams else None,
   )
   model = make_recommender(settings)
   grid = np.zeros((2, LENGTH), np.int32)
@@ -107,7 +130,8 @@ def restored_run(random_params, **changes):
   """A run as `restore` gives it, with random parameters."""
   model, params, catalogue = make(random_params, **changes)
   dataset = Dataset(
-    name="made", source="memory", interactions=histories([3, 1, 9, 6, 2, 9]), features={}, present={},
+    name="made", source="memory", interactions=histories([3, 1, 9, 6, 2, 9]),
+    features={"text": np.zeros((ITEMS, 2))}, present={},
     item_ids=ItemIds([f"SKU-{row}" for row in range(ITEMS)]), titles=tuple(f"title {row}" for row in range(ITEMS)),
   )  # fmt: skip
   config = ml_collections.ConfigDict({"evaluation": {"beam_width": 8, "batch_size": 4}})
@@ -219,8 +243,6 @@ def test_nothing_is_compiled_for_a_request(bundle):
 
 
 def test_similar_items_and_reasons_are_by_cosine(run, bundle):
-  from bbqrec_jax.layers.apply import apply
-
   vectors = np.asarray(apply(run.model, run.params, "item_vectors", run.catalogue))
   vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
   found = bundle.similar(4, count=6)
@@ -232,19 +254,103 @@ def test_similar_items_and_reasons_are_by_cosine(run, bundle):
   (reasons,) = bundle.reasons(np.array([7, 9, 7, 2]), np.array([3]), count=2)
   own = {item: vectors[3] @ vectors[item] for item in (7, 9, 2)}
   best = sorted(own, key=own.get, reverse=True)[:2]
-  assert [(item, stream) for item, stream, _ in reasons] == [(item, "items") for item in best]
-  assert_allclose([cosine for _, _, cosine in reasons], [own[item] for item in best], rtol=1e-5)
+  assert [(one.item, one.stream, one.added) for one in reasons] == [(item, "items", None) for item in best]
+  assert_allclose([one.similarity for one in reasons], [own[item] for item in best], rtol=1e-5)
 
 
-def test_times_are_read_where_the_model_has_buckets(random_params, tmp_path):
-  run = restored_run(random_params, head="dense", time_buckets=8, rows="packed")
-  write_bundle(tmp_path / "timed", run, top=TOP, platforms=["cpu"], batch_sizes=[4], widths=[16])
-  bundle = Bundle(tmp_path / "timed")
+@pytest.fixture(scope="module")
+def compared(random_params, tmp_path_factory):
+  """A run with time buckets and candidate similarity, and its bundle."""
+  run = restored_run(random_params, head="dense", time_buckets=8, rows="packed", **COMPARED)
+  folder = tmp_path_factory.mktemp("compared") / "bundle"
+  write_bundle(
+    folder, run, top=TOP, platforms=["cpu"], batch_sizes=[4], widths=[16], attributes={"price": [1.0] * ITEMS}
+  )
+  return run, Bundle(folder)
+
+
+def test_times_are_read_where_the_model_has_buckets(compared):
+  run, bundle = compared
   assert compare_with_live(bundle, run, users=6).equal == 6
   with pytest.raises(InputError, match=r"give that of each"):
     bundle.answer([Query(np.array([1]), np.array([1]))])
   with pytest.raises(InputError, match=r"at least one item"):
     bundle.answer([Query(np.zeros(0, int), np.array([1]))])
+  assert bundle.attributes.names == ("price",)
+
+
+def test_what_a_reason_adds_is_what_the_score_lacks_without_it(compared):
+  run, bundle = compared
+  history, items = np.array([28, 3, 9, 3, 17, 9, 2, 0]), np.arange(ITEMS)
+  recent = [0, 2, 9]  # The last distinct ones, the latest first.
+  grid = history[None, -LENGTH:].astype(np.int32)
+  batch = {
+    "items": grid,
+    "segments": grid * 0 + 1,
+    "positions": np.arange(LENGTH, dtype=np.int32)[None],
+    "times": grid * 0,
+  }
+
+  @jax.jit
+  def of_params(params):
+    states = apply(run.model, params, "last_states", run.catalogue, batch)
+    return apply(run.model, params, "scores", run.catalogue, states, run.model.seen(batch))[0]
+
+  def scores(**tables):
+    return np.asarray(of_params(run.params | {"candidate_similarity": run.params["candidate_similarity"] | tables}))
+
+  learned, whole = run.params["candidate_similarity"], scores()
+  lacking = np.zeros((2, len(recent), ITEMS))
+  for stream, name in enumerate(("tables", "neighbour_table")):
+    for place in range(len(recent)):
+      without = np.array(learned[name])
+      if stream == 0:  # As if it had nothing in common with any item.
+        without[0, place] = without[0, place, 0]
+      else:
+        without[place] = 0
+      lacking[stream, place] = whole - scores(**{name: without})
+  streams, kinds = ("features of text", "behaviour"), set()
+  for item, reasons in enumerate(bundle.reasons(history, items, count=9)):
+    best = lacking[:, :, item].max(axis=0)
+    order = [place for place in np.argsort(-best) if best[place] > 1e-5]
+    assert [one.item for one in reasons] == [recent[place] for place in order]
+    assert [one.stream for one in reasons] == [streams[lacking[:, place, item].argmax()] for place in order]
+    assert_allclose([one.added for one in reasons], best[order], atol=1e-5)
+    kinds |= {one.bucket if isinstance(one.bucket, str) else one.stream for one in reasons}
+  assert {"missing", *streams} <= kinds, "every kind of reason was seen"
+  (some,) = bundle.reasons(history, items[5:6], count=1)
+  assert some == bundle.reasons(history, items, count=9)[5][:1]
+
+
+def test_attributes_are_those_of_the_files_and_filter_as_numpy_does(tmp_path):
+  rng = np.random.default_rng(0)
+  brands, levels = ["Acme", "ACME ", "Bolt & Co", ""], ["Tools", "Hand tools", "Saws"]
+  lines = [
+    {
+      "id": f"SKU-{row}", "brand": brands[rng.integers(4)], "category": " > ".join(levels[: rng.integers(4)]),
+      "price": [None, float(rng.integers(100)), "dear"][rng.integers(3)], "title": "x",
+    }
+    for row in range(40)
+  ]  # fmt: skip
+  (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+  ids = ItemIds([f"SKU-{row}" for row in range(39, 4, -1)])  # Others were left out.
+  columns = read_attributes([tmp_path, tmp_path / "none"], ids)
+  attributes = Attributes(json.loads(json.dumps(columns)), num_items=len(ids))
+  kept = lines[:4:-1]
+  brand = np.array([one["brand"].strip().lower() for one in kept])
+  category = np.array([one["category"] for one in kept])
+  price = np.array([one["price"] if isinstance(one["price"], float) else np.nan for one in kept])
+  assert_array_equal(attributes.matching({"brand": ["acme"]}), np.flatnonzero(brand == "acme"))
+  wanted = np.isin(brand, ["acme", "bolt & co"]) & (np.char.find(category, "Hand tools") >= 0)
+  found = attributes.matching({"brand": ["Bolt & Co", "ACME"], "category": ["hand TOOLS"]}, highest=60)
+  assert_array_equal(found, np.flatnonzero(wanted & (price <= 60)))
+  assert_array_equal(attributes.matching({}, lowest=20, highest=60), np.flatnonzero((price >= 20) & (price <= 60)))
+  assert len(attributes.matching({"category": ["Spoons"]})) == 0
+  assert attributes.about()["price"] == [np.nanmin(price), np.nanmax(price)]
+  assert attributes.about()["category"] == levels, "the most frequent first"
+  assert read_attributes([tmp_path / "none"], ids) == {}
+  with pytest.raises(InputError, match=r"filters\.price: expected an attribute"):
+    Attributes({"brand": brands}, num_items=4).matching({}, lowest=1)
 
 
 def test_lists_are_the_same_but_for_near_ties():

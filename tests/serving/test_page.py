@@ -78,6 +78,19 @@ def test_a_history_is_built_by_keyboard_and_answered(browser, url, width, scheme
   # Titles are text, whatever they hold.
   assert page.title() == "Recommendations"
   assert page.locator("img").count() == 0
+  brand = page.get_by_label("Brand")
+  assert brand.locator("option").all_inner_texts() == ["any", "Leaf", "Bean", "Pot & Co"]
+  assert not page.get_by_label("Category").is_visible(), "no item has one"
+  brand.select_option("Leaf")
+  page.locator("#items > li").nth(2).wait_for(state="detached")
+  assert [one.split()[0] for one in page.locator("#items .id").all_inner_texts()] == ["T5", "T0"]
+  page.get_by_label("Price up to").fill("4")
+  page.keyboard.press("Tab")
+  page.locator("#items > li").nth(1).wait_for(state="detached")
+  assert page.locator("#items .id").all_inner_texts()[0].startswith("T0")
+  page.get_by_label("Price up to").fill("")
+  brand.select_option("any")
+  page.locator("#items > li").nth(3).wait_for()
   page.get_by_role("button", name="Not this one: Green").focus()
   page.keyboard.press("Enter")
   page.get_by_text("1 left out.").wait_for()
@@ -87,8 +100,8 @@ def test_a_history_is_built_by_keyboard_and_answered(browser, url, width, scheme
   page.get_by_text("No items yet.").wait_for()
   assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the screen"
   unnamed = page.evaluate(
-    "[...document.querySelectorAll('button, input')].filter(one => !(one.innerText || one.getAttribute('aria-label') ||"
-    " one.labels?.length)).length"
+    "[...document.querySelectorAll('button, input, select')].filter(one => !(one.innerText ||"
+    " one.getAttribute('aria-label') || one.labels?.length)).length"
   )
   assert unnamed == 0, "a screen reader has a name for every control"
   assert faults == []

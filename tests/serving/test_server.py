@@ -14,12 +14,19 @@ import pytest
 
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.serving.attributes import Attributes
 from bbqrec_jax.serving.batching import Batcher, Overloaded
 from bbqrec_jax.serving.bundle import Answer, Query
+from bbqrec_jax.serving.reasons import Reason
 from bbqrec_jax.serving.server import Options, Serving, make_app
 from bbqrec_jax.serving.titles import Titles
 
 NAMES = ["red tea", "green tea", "Green  Tea pot", "black coffee", "red tea", ""]
+
+ATTRIBUTES = {
+  "brand": ["Leaf", "leaf", "Pot & Co", "Bean", "", "Leaf"],
+  "price": [3.0, 5.0, 20.0, None, 4.0, 6.0],
+}
 
 
 class Stub:
@@ -37,6 +44,7 @@ class Stub:
 
   def __init__(self, version="v1"):
     self.version, self.item_ids, self.titles = version, ItemIds([f"T{row}" for row in range(6)]), tuple(NAMES)
+    self.attributes = Attributes(ATTRIBUTES, num_items=6)
     self.sizes, self.gate = [], threading.Event()
     self.gate.set()
 
@@ -56,7 +64,7 @@ class Stub:
     return Answer(rows, np.linspace(1, 0, 5)[: len(rows)])
 
   def reasons(self, history, items, *, count):
-    return [[(int(history[-1]), "text", 0.5)][:count] for _ in items]
+    return [[Reason(int(history[-1]), "text", 0.5)][:count] for _ in items]
 
 
 @pytest.fixture
@@ -107,6 +115,13 @@ def test_ids_go_in_and_items_with_reasons_come_out(serve):
     ({"history": ["T1"], "deny": ["T2", "nobody's"], "k": 2}, ["T3", "T4"]),
     ({"history": ["T1"], "allow": ["T5", "T3", "T1"]}, ["T3", "T5"]),
     ({"history": ["T1"], "allow": ["T5", "T1"], "repeat": True}, ["T5", "T1"]),
+    ({"history": ["T1"], "filters": {"brand": ["LEAF", "Bean"]}}, ["T3", "T5", "T0"]),
+    ({"history": ["T1"], "filters": {"brand": ["leaf"]}, "repeat": True}, ["T5", "T0", "T1"]),
+    ({"history": ["T1"], "filters": {"brand": ["Leaf"], "price": {"min": 5}}, "k": 3}, ["T5"]),
+    ({"history": ["T1"], "filters": {"price": {"max": 5}}, "allow": ["T4", "T2"]}, ["T4"]),
+    ({"history": ["T1"], "filters": {"price": {"min": 4}}, "deny": ["T4"]}, ["T2", "T5"]),
+    ({"history": ["T1"], "filters": {"brand": ["Sock"]}}, []),
+    ({"history": ["T1"], "filters": {}, "k": 1}, ["T2"]),
     ({"history": ["lost", "T4"], "unknown": "skip", "k": 1}, ["T5"]),
     ({"history": ["T4"], "reasons": 0, "k": 1, "times": [7.0]}, ["T5"]),
   ],
@@ -134,6 +149,11 @@ def test_what_may_come_back_can_be_chosen(serve, asked, items):
     ({"history": ["T1"], "allow": ["T9"]}, 422, "allow, place 0"),
     ({"history": ["T1"], "allow": []}, 422, "allow: "),
     ({"history": ["T1", "T2"], "times": [2.0, 1.0]}, 422, "times: "),
+    ({"history": ["T1"], "filters": {"colour": ["red"]}}, 422, "filters.colour: no such field"),
+    ({"history": ["T1"], "filters": {"category": ["Tea"]}}, 422, "filters.category: expected an attribute"),
+    ({"history": ["T1"], "filters": {"brand": "Leaf"}}, 422, "filters.brand: "),
+    ({"history": ["T1"], "filters": {"price": {"max": "5"}}}, 422, "filters.price.max: "),
+    ({"history": ["T1"], "filters": {"price": {"min": 5, "max": 4}}}, 422, "min of at most max"),
     ({"history": "T1"}, 422, "history: "),
     ({"history": ["T1"], "more": 1}, 422, "more: "),
     ({"history": ["T1"] * 10_001}, 422, "history: "),

@@ -1,0 +1,126 @@
+"""Why an item is recommended: which items of the history speak for it, through what."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Reason(NamedTuple):
+  """An item of a history that speaks for a recommended one.
+
+  Attributes:
+    item: its row.
+    stream: what the two are compared by.
+    similarity: the cosine of their vectors; None where they are compared by how often they stand near each other.
+    bucket: of the similarity, the higher the more similar; "itself" where the two are one item, "missing" where one of
+      them has no vector; None for a model that adds nothing for similarity.
+    added: what the model adds to the recommended item's score for it, more than if the two were of the lowest bucket,
+      or no neighbours; None for a model that adds nothing.
+  """
+
+  item: int
+  stream: str
+  similarity: float | None
+  bucket: int | str | None = None
+  added: float | None = None
+
+
+def latest_distinct(history: np.ndarray) -> np.ndarray:
+  """The distinct items of a history, the latest first."""
+  return np.fromiter(dict.fromkeys(history[::-1].tolist()), np.int64)
+
+
+class Cosines:
+  """Reasons by likeness alone: what a recommended item resembles by what the model is told of items.
+
+  They are no proof of what the model computed.
+  """
+
+  def __init__(self, vectors: Mapping[str, np.ndarray], *, max_length: int):
+    """Takes the unit vectors [N, d] of each stream, and how many items of a history a model looks at."""
+    self._streams, self._max_length = tuple(vectors), max_length
+    width = max(array.shape[1] for array in vectors.values())
+    self._vectors = np.stack([
+      np.pad(array.astype(np.float32), ((0, 0), (0, width - array.shape[1]))) for array in vectors.values()
+    ])  # fmt: skip
+
+  def __getitem__(self, stream: str) -> np.ndarray:
+    """The vectors of a stream, [N, d]; zeros fill their end."""
+    return self._vectors[self._streams.index(stream)]
+
+  def __call__(self, history: np.ndarray, items: np.ndarray, *, count: int) -> list[list[Reason]]:
+    """For each item the `count` items of the history that are nearest, in the stream in which they are nearest."""
+    history = latest_distinct(history)[: self._max_length]
+    cosines = self._vectors[:, items] @ self._vectors[:, history].transpose(0, 2, 1)
+    best, through = cosines.max(axis=0), cosines.argmax(axis=0)
+    return [
+      [Reason(int(history[place]), self._streams[through[row, place]], float(best[row, place])) for place in places]
+      for row, places in enumerate(np.argsort(-best, axis=1, kind="stable")[:, :count].tolist())
+    ]
+
+
+class Addends:
+  """Reasons of a model with candidate similarity: the numbers of its tables, whose sum stands in the score.
+
+  They are counted from the lowest bucket, that of items with nothing in common: a number that is added to a whole row
+  of a table is added to all items, and changes no list. `ops.candidate_similarity` computes the sums.
+  """
+
+  def __init__(self, streams: Sequence[str], arrays: Mapping[str, np.ndarray], *, max_length: int):
+    """Takes what the model compares candidates by.
+
+    Args:
+      streams: names of the S streams of vectors.
+      arrays: `vectors/0` and on [N, d], `edges` [S, n - 1], `tables` [S, R, n + 2]; for a model that looks at
+        neighbours also `neighbours` and `buckets` [N, K], `neighbour_table` [R, n].
+      max_length: how many items of a history the model looks at.
+    """
+    self._arrays, self._max_length = arrays, max_length
+    self._streams = tuple(streams) if "neighbours" not in arrays else (*streams, "behaviour")
+    self._vectors = [arrays[f"vectors/{index}"] for index in range(len(streams))]
+    self._there = np.array([np.any(unit != 0, axis=1) for unit in self._vectors])
+    self._tables, self._last_items = arrays["tables"] - arrays["tables"][..., :1], arrays["tables"].shape[1]
+    self._buckets: list[int | str] = [*range(arrays["edges"].shape[1] + 1), "itself", "missing"]
+
+  def _of_vectors(self, recent: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Cosines, buckets and addends of each stream of vectors, item and place, [S, k, R]."""
+    cosines = np.stack([unit[items] @ unit[recent].T for unit in self._vectors])
+    buckets = np.sum(cosines[..., None] > self._arrays["edges"][:, None, None], axis=-1)
+    there = self._there[:, items][:, :, None] & self._there[:, recent][:, None]
+    buckets = np.where(there, buckets, len(self._buckets) - 1)
+    buckets = np.where(items[:, None] == recent, len(self._buckets) - 2, buckets)
+    streams = np.arange(len(cosines))[:, None, None]
+    return cosines, buckets, self._tables[streams, np.arange(len(recent)), buckets]
+
+  def _of_neighbours(self, recent: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The same by lists of neighbours, [1, k, R], without cosines; nothing is added for an item that is not there."""
+    near = items[:, None, None] == self._arrays["neighbours"][recent]
+    buckets, places = self._arrays["buckets"][recent], np.arange(len(recent))
+    buckets = buckets[places, near.argmax(axis=-1)]
+    added = np.where(near.any(axis=-1), self._arrays["neighbour_table"][places, buckets], 0.0)
+    return np.zeros_like(added)[None], buckets[None], added[None]
+
+  def __call__(self, history: np.ndarray, items: np.ndarray, *, count: int) -> list[list[Reason]]:
+    """For each item the `count` items of the history that most is added for, each by the stream that adds most.
+
+    Those for which nothing or less than nothing is added are no reasons.
+    """
+    recent = latest_distinct(history[-self._max_length :])[: self._last_items]
+    every = [self._of_vectors(recent, items)] if self._vectors else []
+    if len(self._streams) > len(self._vectors):
+      every.append(self._of_neighbours(recent, items))
+    cosines, buckets, added = map(np.concatenate, zip(*every, strict=True))
+    through, most = added.argmax(axis=0), added.max(axis=0)
+    rows, places = np.arange(len(items))[:, None], np.argsort(-most, axis=1, kind="stable")[:, :count]
+    chosen = through[rows, places], rows, places
+    told = recent[places], chosen[0], cosines[chosen], buckets[chosen], most[rows, places]
+
+    def reason(item: int, stream: int, cosine: float, bucket: int, added: float) -> Reason:
+      name = self._streams[stream]
+      return Reason(item, name, cosine if stream < len(self._vectors) else None, self._buckets[bucket], added)
+
+    return [
+      [reason(*one) for one in zip(*row, strict=True) if one[-1] > 0]
+      for row in zip(*(array.tolist() for array in told), strict=True)
+    ]
