@@ -2,8 +2,8 @@
 
     python experiments/nightly.py --config_file=configs/scientific.py:sasrec_features --path=DIR --workdir=runs/nightly
 
-Cuts the histories of a data set in two: yesterday lacks the last interaction of every user (of those who keep three)
-and all of some users (`--new_users`), and with them the items that nobody had bought before. Both are prepared as
+Cuts the histories of a data set in two: yesterday lacks the last interaction of every user (of those who keep three),
+and all interactions of some users (`--new_users`) and with some items (`--new_items`). Both are prepared as
 anyone's log is, with their own numbers for users and items. Then `bbqrec train` runs on yesterday, on today, and on
 today with `--init_from`, each in a process of its own. What is done already is not done again. Prints a line a run and
 writes them to `nightly.json`: minutes, those of the CPU, steps, and the metrics of the same test, that of today.
@@ -29,19 +29,25 @@ from bbqrec_jax.data.preparation.prepare import prepare
 from bbqrec_jax.utils.json_files import read_json, write_json
 
 
-def in_yesterday(offsets: np.ndarray, *, new_users: float, seed: int) -> np.ndarray:
+def in_yesterday(
+  offsets: np.ndarray, items: np.ndarray, *, new_users: float, new_items: float, seed: int
+) -> np.ndarray:
   """Which interactions there were yesterday already, [n] bool.
 
   Args:
     offsets: [U + 1] int, where each user's history begins.
+    items: [n] int, of the interactions.
     new_users: the share of users that come today.
+    new_items: likewise of items.
     seed: draws them.
   """
+  rng = np.random.default_rng(seed)
   lengths = np.diff(offsets)
   kept = np.where(lengths > MINIMUM_LENGTH, lengths - 1, lengths)
-  kept[np.random.default_rng(seed).random(len(lengths)) < new_users] = 0
+  kept[rng.random(len(lengths)) < new_users] = 0
+  known = rng.random(items.max() + 1) >= new_items
   place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-  return place < np.repeat(kept, lengths)
+  return (place < np.repeat(kept, lengths)) & known[items]
 
 
 def write_data(dataset: Dataset, chosen: np.ndarray, folder: pathlib.Path) -> None:
@@ -83,7 +89,13 @@ def main(argv: list[str]) -> None:
   root = options.workdir
   root.mkdir(parents=True, exist_ok=True)
   dataset = load_directory(options.path)
-  chosen = in_yesterday(dataset.interactions.offsets, new_users=options.new_users, seed=options.seed)
+  chosen = in_yesterday(
+    dataset.interactions.offsets,
+    dataset.interactions.items,
+    new_users=options.new_users,
+    new_items=options.new_items,
+    seed=options.seed,
+  )
   for name, kept in (("yesterday", chosen), ("today", np.ones_like(chosen))):
     if not (root / "data" / name).exists():
       write_data(dataset, kept, root / "data" / name)
@@ -108,8 +120,9 @@ if __name__ == "__main__":
   define_path("path", "The folder of the data, in the project's own format.")
   define_path("workdir", "Where everything is written.")
   flags.DEFINE_float("new_users", 0.05, "Share of the users that come today.", lower_bound=0, upper_bound=0.9)
+  flags.DEFINE_float("new_items", 0.02, "Share of the items that come today.", lower_bound=0, upper_bound=0.9)
   flags.DEFINE_integer("steps", 300, "Of the recommender, for the run that begins with yesterday's.", lower_bound=1)
   flags.DEFINE_integer("evaluate_every", 50, "Steps of that run between two evaluations.", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "Draws the users that come today.", lower_bound=0)
+  flags.DEFINE_integer("seed", 0, "Draws the users and items that come today.", lower_bound=0)
   flags.mark_flags_as_required(["config_file", "path", "workdir"])
   start(main)

@@ -11,13 +11,17 @@ def nightly(load_file):
 
 
 def test_yesterday_lacks_the_last_of_each_user_that_keeps_three(nightly):
-  kept = nightly.in_yesterday(np.array([0, 3, 7, 12]), new_users=0.0, seed=0)
+  offsets = np.array([0, 3, 7, 12])
+  kept = nightly.in_yesterday(offsets, np.zeros(12, np.int64), new_users=0.0, new_items=0.0, seed=0)
   assert_array_equal(kept, [True] * 3 + [True] * 3 + [False] + [True] * 4 + [False])
 
 
-def test_new_users_are_all_there_or_not_at_all(nightly):
-  offsets = np.arange(0, 4001, 4)
-  kept = nightly.in_yesterday(offsets, new_users=0.25, seed=1).reshape(-1, 4)
-  assert {tuple(row) for row in kept.tolist()} == {(True, True, True, False), (False,) * 4}
-  assert 0.15 < np.mean(~kept[:, 0]) < 0.35
-  assert_array_equal(kept.ravel(), nightly.in_yesterday(offsets, new_users=0.25, seed=1))
+def test_new_users_and_items_are_there_today_alone(nightly):
+  offsets, items = np.arange(0, 4001, 4), np.random.default_rng(0).integers(100, size=4000)
+  users = nightly.in_yesterday(offsets, items, new_users=0.25, new_items=0.0, seed=1).reshape(-1, 4)
+  assert {tuple(row) for row in users.tolist()} == {(True, True, True, False), (False,) * 4}
+  assert 0.15 < np.mean(~users[:, 0]) < 0.35
+  both = nightly.in_yesterday(offsets, items, new_users=0.25, new_items=0.3, seed=1)
+  new = np.setdiff1d(items, items[both])
+  assert 15 < len(new) < 45
+  assert_array_equal(both, users.ravel() & ~np.isin(items, new))
