@@ -83,7 +83,7 @@ SECONDS = 20.0  # Of one case, after which it hangs.
 MEMORY = 2 * 2**30  # Bytes that a process may take beyond what it has when it starts.
 MARK = "a pickle was run"
 FLOOR, GROWTH, TOKEN = 2**26, 100, 256  # The limits of bbqrec_jax/data/files.py.
-CHUNK = 500  # Cases that a process does at once; one that dies takes the rest of its chunk with it.
+CHUNK = 100  # Cases that a process does at once; one that dies takes the rest of its chunk with it.
 
 
 class Bad(Exception):
