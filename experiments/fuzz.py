@@ -1394,7 +1394,7 @@ def fuzz(name: str, cases: int) -> tuple[dict[str, Any], list[str]]:
     last = min(first + CHUNK, cases)
     pool = pool or concurrent.futures.ProcessPoolExecutor(1, context, initializer=limit_memory)
     try:
-      found, lines = pool.submit(run_cases, name, first, last).result(timeout=60 + SECONDS * 10)
+      found, lines = pool.submit(run_cases, name, first, last).result(timeout=60 + SECONDS * CHUNK)
     except (concurrent.futures.BrokenExecutor, TimeoutError) as error:
       # A death or a hang that no exception could end.
       found, lines = Counter(wrong=last - first), [f"{name} cases {first} to {last - 1}: {type(error).__name__}"]

@@ -14,6 +14,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -69,8 +70,12 @@ def train(workdir: pathlib.Path, data: pathlib.Path, *given: str) -> dict[str, A
   if not (workdir / "took.json").exists():
     command = [sys.executable, "-m", "bbqrec_jax", "train", f"--data={data}", f"--workdir={workdir}", *given]
     started = time.monotonic()
-    with open(workdir.with_suffix(".log"), "w", encoding="utf-8") as log:
-      process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    with (
+      open(workdir.with_suffix(".log"), "w", encoding="utf-8") as log,
+      tempfile.TemporaryDirectory() as cache,  # Every run compiles: another number of items is another program.
+    ):
+      environment = os.environ | {"XDG_CACHE_HOME": cache}
+      process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
       _, status, used = os.wait4(process.pid, 0)
     if status:
       sys.exit(f"{' '.join(command)}: failed, see {workdir.with_suffix('.log')}")
