@@ -51,6 +51,8 @@ from absl import flags
 from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.config import CHANGEABLE, default_config
 from bbqrec_jax.data.amazon_reviews.image_features import read_image_features
+from bbqrec_jax.data.amazon_reviews.prepare import prepare_category
+from bbqrec_jax.data.amazon_reviews.releases import RELEASES
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.encoding.pictures import ColoursAndEdges
@@ -60,7 +62,7 @@ from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.preparation import card
 from bbqrec_jax.data.preparation.prepare import prepare
 from bbqrec_jax.data.recbole import load_recbole
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.recommender.settings import BACKBONES, HEADS
 from bbqrec_jax.recommender.train import check_fingerprint
 from bbqrec_jax.runs.workdir import PARTS, SHOWN, claim, load_config, load_results, tokenizer_figure
@@ -81,7 +83,7 @@ SECONDS = 20.0  # Of one case, after which it hangs.
 MEMORY = 2 * 2**30  # Bytes that a process may take beyond what it has when it starts.
 MARK = "a pickle was run"
 FLOOR, GROWTH, TOKEN = 2**26, 100, 256  # The limits of bbqrec_jax/data/files.py.
-CHUNK = 500  # Cases that a process does at once; one that dies takes the rest of its chunk with it.
+CHUNK = 100  # Cases that a process does at once; one that dies takes the rest of its chunk with it.
 
 
 class Bad(Exception):
@@ -536,6 +538,11 @@ def expect_directory(files: Files) -> Any:
     times = seconds(times)
   if len({type(own) for own in own_ids}) > 1 or len(set(own_ids)) < len(own_ids):
     raise Bad
+  if files.get("users.txt", MISSING) != MISSING:
+    users = text_lines(files, "users.txt")
+    if len(set(users)) < len(users) or not all(user.strip() and len(user.encode()) <= TOKEN for user in users):
+      raise Bad
+    histories = [(user, history) for user, (_, history) in zip(users, histories, strict=True)]
   return histories, times, own_ids, titles, modalities(files, len(titles))
 
 
@@ -693,6 +700,7 @@ DIRECTORY: Files = FEATURES | {
   "sequences.txt": b"ann 0 1 2\nbob 3 2 1 0\n\xc5\xbeo 2 2 3\n",
   "timestamps.txt": b"ann 1 2 3.5\nbob 0 1e3 2000 2000\n\xc5\xbeo -1 5 6\n",
 }
+USERS: Files = {"users.txt": "Ann Lee\n7\n\u017do\n".encode()}
 ASKED_IDS = ("sku-1", "7", "a b", "\u0416")
 ASKED: Files = {"asked.txt": b"ann sku-1 7\nbob 7\n\xc5\xbeo \xd0\x96 7 sku-1\n"}
 ASKED_JSON: Files = {
@@ -960,9 +968,9 @@ def _rows() -> list[dict[str, Any]]:
   ]
 
 
-def _table(rows: list[dict[str, Any]]) -> bytes:
+def _table(rows: list[dict[str, Any]], *, separator: str = ",") -> bytes:
   text = io.StringIO()
-  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", delimiter=separator)
   writer.writeheader()
   writer.writerows(rows)
   return text.getvalue().encode()
@@ -991,16 +999,56 @@ def _catalogue() -> list[dict[str, Any]]:
   ]
 
 
+CATEGORY = "Musical_Instruments"
 RAW = {"log.csv": _table(_rows()), "items.csv": _table(_catalogue())}
 
 
+def _dump(release: str) -> Files:
+  """The files of a category as they are published: packed but in 2018, one object a line, or over many in 2018."""
+  of, spread = RELEASES[release], release == "2018"
+  log = [
+    {of.log[kind]: row[kind] for kind in ("user", "item")}
+    | {of.log["time"]: row["time"] * (1000 if release == "2023" else 1), of.log["rating"]: 5.0}
+    for row in _rows()
+  ]
+  items = [
+    {str(of.items["item_id"]): row["id"], "title": row["title"], of.items["category"][0]: [["A"], [row["brand"]]]}
+    for row in _catalogue()
+  ]
+  reviews = "".join(json.dumps(row, indent=1 if spread else None) + "\n" for row in log).encode()
+  files = {
+    of.reviews[0].format(CATEGORY): reviews, of.meta[0].format(CATEGORY): _lines(items, literal=release == "2014")
+  }  # fmt: skip
+  return files if spread else {f"{name}.gz": gzip.compress(file, mtime=0) for name, file in files.items()}
+
+
+def dump(release: str) -> Reader:
+  """A category of one of the releases, of whose two files one is damaged."""
+  files, log = _dump(release), RELEASES[release].reviews[0].format(CATEGORY)
+  changes: tuple[Change, ...] = (damage_bytes, damage_fields)
+  if release != "2018":
+    changes, log = (damage_bytes, gzip_bomb, *map(compressed, changes)), f"{log}.gz"
+
+  def prepare_dump(folder: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
+    return prepare_category(
+      folder, output, release=release, category=CATEGORY, max_bad=1.0, min_per_user=3, min_per_item=1
+    )
+
+  return Reader(files, in_files(tuple(files), changes, NO_FILE), prepared(prepare_dump, log), always("sound"), True)
+
+
 def read_prepared(log: str, items: str) -> Callable[[pathlib.Path], Any]:
-  """A reader that prepares a folder's log and item table elsewhere, and holds what came of it against what went in."""
+  """A reader that prepares a folder's log and item table."""
+  return prepared(lambda folder, output: prepare(folder / log, output, items=folder / items, max_bad=1.0), log)
+
+
+def prepared(make: Callable[[pathlib.Path, pathlib.Path], dict[str, Any]], log: str) -> Callable[[pathlib.Path], Any]:
+  """A reader that makes a data set of a folder elsewhere, and holds what came of it against what went in."""
 
   def read(folder: pathlib.Path) -> Any:
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
       output = pathlib.Path(name, "out")
-      report = prepare(folder / log, output, items=folder / items, max_bad=1.0)
+      report = make(folder, output)
       data = load_directory(output)
       first, last = report["steps"][0], report["steps"][-1]
       aside = {file: sum(reasons.values()) for file, reasons in report["quarantine"].items()}
@@ -1116,6 +1164,7 @@ def readers() -> dict[str, Reader]:
   return {
     "sequences.txt": directory("sequences.txt", (damage_bytes, damage_fields)),
     "timestamps.txt": directory("timestamps.txt", (damage_bytes, damage_fields)),
+    "users.txt": directory("users.txt", (damage_bytes, damage_fields), plain_items | USERS),
     "items.jsonl": directory("items.jsonl", lines),
     "items.jsonl.gz": directory(
       "items.jsonl.gz", (damage_bytes, gzip_bomb, *map(compressed, lines)), zipped_items
@@ -1142,6 +1191,11 @@ def readers() -> dict[str, Reader]:
       RAW, in_files(("log.csv",), (damage_bytes, damage_fields), NO_FILE), read_prepared("log.csv", "items.csv"),
       always("sound"), True,
     ),
+    "logs, TSV": Reader(
+      RAW | {"log.tsv": _table(_rows(), separator="\t")},
+      in_files(("log.tsv",), (damage_bytes, damage_fields), NO_FILE), read_prepared("log.tsv", "items.csv"),
+      always("sound"), True,
+    ),
     "logs, Parquet": Reader(
       RAW | {"log.parquet": _parquet(_rows())}, in_files(("log.parquet",), (damage_bytes,), NO_FILE),
       read_prepared("log.parquet", "items.csv"), always("sound"), True,
@@ -1164,6 +1218,7 @@ def readers() -> dict[str, Reader]:
       ),
       read_prepared("log.csv", "meta.json.gz"), always("sound"), True,
     ),
+    **{f"dump of {release}": dump(release) for release in RELEASES},
     "asked histories, Parquet": Reader(
       {"asked.parquet": _parquet([{"user": "a", "items": ASKED_IDS[:2]}, {"user": "b", "items": ASKED_IDS[2:]}])},
       in_files(("asked.parquet",), (damage_bytes,), NO_FILE),
@@ -1339,7 +1394,7 @@ def fuzz(name: str, cases: int) -> tuple[dict[str, Any], list[str]]:
     last = min(first + CHUNK, cases)
     pool = pool or concurrent.futures.ProcessPoolExecutor(1, context, initializer=limit_memory)
     try:
-      found, lines = pool.submit(run_cases, name, first, last).result(timeout=60 + SECONDS * 10)
+      found, lines = pool.submit(run_cases, name, first, last).result(timeout=60 + SECONDS * CHUNK)
     except (concurrent.futures.BrokenExecutor, TimeoutError) as error:
       # A death or a hang that no exception could end.
       found, lines = Counter(wrong=last - first), [f"{name} cases {first} to {last - 1}: {type(error).__name__}"]
@@ -1358,6 +1413,10 @@ def main(argv: list[str]) -> None:
   del argv
   options = flags.FLAGS
   rows = []
+  unknown = sorted(set(options.readers) - readers().keys())
+  if unknown:
+    message = f"--readers: expected some of {'; '.join(readers())}, got {unknown[0]!r}; quote names that have a comma"
+    refuse(InputError(message))
   for name in options.readers or readers():
     row, wrong = fuzz(name, options.cases)
     rows.append(row)

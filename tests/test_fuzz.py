@@ -16,9 +16,10 @@ from bbqrec_jax.errors import InputError
 
 CASES = 60
 READERS = (
-  "sequences.txt", "timestamps.txt", "items.jsonl", "items.jsonl.gz", "features.npy", "has.npy",
+  "sequences.txt", "timestamps.txt", "users.txt", "items.jsonl", "items.jsonl.gz", "features.npy", "has.npy",
   "new items' features", "asked histories, text", "asked histories, JSON", "RecBole .inter", "RecBole .item",
-  "logs, CSV", "logs, Parquet", "logs, JSON", "item tables, CSV", "item tables, literals", "asked histories, Parquet",
+  "logs, CSV", "logs, TSV", "logs, Parquet", "logs, JSON", "item tables, CSV", "item tables, literals",
+  "dump of 2014", "dump of 2018", "dump of 2023", "asked histories, Parquet",
   "pictures", "pictures' features",
   "artefact arrays", "artefact encoder.npz", "artefact semantic_ids.json", "artefact item_ids.json",
   "artefact forged", "tokenizer settings", "run.json", "config.json", "config.json forged", "results.json",

@@ -12,7 +12,7 @@ the same command goes on; broken pictures are told in `broken_pictures.jsonl`, a
 
 from absl import flags
 
-from bbqrec_jax.command_line import define_settings, given_settings, parse_flags, start, writing
+from bbqrec_jax.command_line import define_settings, given_settings, parse_flags, quiet_flags, start, writing
 from bbqrec_jax.errors import InputError, refuse
 
 
@@ -23,11 +23,12 @@ def main(argv: list[str]) -> None:
   from bbqrec_jax.utils.files import local_path
   from bbqrec_jax.utils.messages import say
 
+  options = quiet_flags()
   try:
     if len(argv) != 2:
       raise InputError(f"expected one folder, as in bbqrec features shop, got {len(argv) - 1}")
     joined = {}
-    for given in flags.FLAGS.join:
+    for given in options.join:
       name, sign, file = given.partition("=")
       if not sign or not name or not file:
         raise InputError(f"--join={given}: expected NAME=FILE, as in --join=audio=audio.npz; correct it")

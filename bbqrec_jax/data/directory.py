@@ -223,8 +223,9 @@ def read_user_ids(path: Path, *, count: int) -> np.ndarray:
   first: dict[bytes, int] = {}
   for row, line in enumerate(lines):
     check_label(line, where=f"{path} line {row + 1}")
-    if not line.strip() or first.setdefault(line, row) != row:
-      came = "an empty line" if not line.strip() else f"{shown(line)} again (first on line {first[line] + 1})"
+    blank = not line.decode().strip()
+    if blank or first.setdefault(line, row) != row:
+      came = "a blank line" if blank else f"{shown(line)} again (first on line {first[line] + 1})"
       raise InputError(f"{path} line {row + 1}: expected the id of a user, each once, got {came}; correct it")
   return np.array([line.decode() for line in lines], str)
 

@@ -118,6 +118,7 @@ def from_config(kind: type[Settings], config: Any, *, prefix: str = "", unchecke
     what = "unknown" if name in given else "missing"
     raise InputError(f"config field {prefix}{name} is {what}: --help-config lists the fields and what they mean")
   values: dict[str, Any] = {}
+  hints = typing.get_type_hints(kind)
   for name, (field, rule) in expected.items():
     value = given[name]
     if field.default is dataclasses.MISSING:
@@ -126,7 +127,7 @@ def from_config(kind: type[Settings], config: Any, *, prefix: str = "", unchecke
       factory: Any = field.default_factory
       values[name] = from_config(type(factory()), value, prefix=f"{prefix}{name}.", unchecked=unchecked)
       continue
-    values[name] = _typed(prefix + name, value, field, kind)
+    values[name] = _typed(prefix + name, value, hints[name])
     if check:
       _check(prefix + name, values[name], rule)
   made = kind(**values)
@@ -135,13 +136,12 @@ def from_config(kind: type[Settings], config: Any, *, prefix: str = "", unchecke
   return made
 
 
-def _typed(name: str, value: Any, field: dataclasses.Field, kind: Any) -> Any:
+def _typed(name: str, value: Any, hint: Any) -> Any:
   """The value, with a list as a tuple and an integer as a float where one is expected.
 
   Raises:
     InputError: if it is of another type.
   """
-  hint = typing.get_type_hints(kind)[field.name]
   if isinstance(value, list):
     value = tuple(value)
   if hint is float and type(value) is int and abs(value) < _LARGEST:

@@ -138,6 +138,29 @@ def test_user_labels_may_be_any_utf8(folder):
   assert list(histories(load_directory(folder))) == ["žofie", "-3.5"]
 
 
+def test_ids_of_users_may_stand_in_a_file_of_their_own(folder):
+  (folder / "users.txt").write_text("Ann Lee\n7\n žofie\n")
+  assert list(histories(load_directory(folder)).items()) == [
+    ("Ann Lee", [0, 1, 2]), ("7", [3, 2, 1, 0]), (" žofie", [2, 2, 3]),
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("users", "parts"),
+  [
+    ("ann\nbob\n", ["expected 3 lines, one for each line of sequences.txt, got 2"]),
+    ("ann\nbob\nann\n", ["line 3", "each once, got 'ann' again (first on line 1)"]),
+    ("ann\n\nbob\n", ["line 2", "got a blank line"]),
+    ("ann\n\u2028\nbob\n", ["line 2", "got a blank line"]),
+    ("ann\n\x1c\nbob\n", ["line 2", "got a blank line"]),
+    ("ann\n" + "b" * 257 + "\ncy\n", ["line 2", "at most 256 bytes, got 257"]),
+  ],
+)
+def test_bad_ids_of_users_are_refused(folder, users, parts):
+  (folder / "users.txt").write_text(users, newline="\n")
+  refusal(folder, str(folder / "users.txt"), *parts)
+
+
 @pytest.mark.parametrize(
   ("sequences", "parts"),
   [

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.utils.files import check_file
+from bbqrec_jax.utils.files import check_file, local_path
 
 _SIDE = 64  # Pixels that a picture is looked at with by `ColoursAndEdges`.
 _CELLS = 4  # Parts of a side.
@@ -143,6 +143,8 @@ def picture_encoder(chosen: str, weights: str) -> PictureEncoder:
     raise InputError(f"--image={chosen}: expected plain, timm:NAME, open_clip:NAME or none; correct it")
   try:
     return _timm(name, weights) if kind == "timm" else _open_clip(name, weights)
+  except InputError:
+    raise
   except ModuleNotFoundError as error:
     raise InputError(
       f"--image={chosen}: {error}: networks for pictures need pip install 'bbqrec_jax[image]'; --image=plain needs"
@@ -158,8 +160,25 @@ def picture_encoder(chosen: str, weights: str) -> PictureEncoder:
 def _timm(name: str, weights: str) -> PictureEncoder:
   import timm
 
-  overlay = {"file": weights} if weights else None
-  model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+  overlay = None
+  if weights:
+    file = local_path(weights, flag="weights")
+    check_file(file, what="the file of the network's weights")
+    overlay = {"file": str(file)}
+
+  def make() -> Any:
+    return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+
+  model = make()
+  if weights:
+    # timm passes over what a file lacks and leaves it random, which another random draw tells.
+    pairs = zip(model.named_parameters(), make().parameters(), strict=True)
+    random = [key for (key, one), other in pairs if not one.equal(other)]
+    if random:
+      raise InputError(
+        f"--weights={weights}: expected the weights of timm's {name}, but it lacks {len(random)} of the network's"
+        f" parameters, such as {random[0]}; give the network's own file, or the name of the network that this is of"
+      )
   transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
   return _Network(model, transform, lambda model, batch: model(batch), f"timm {timm.__version__} {name}")
 

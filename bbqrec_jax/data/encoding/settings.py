@@ -15,7 +15,7 @@ class FeatureSettings:
                        " open_clip:NAME, or none.")  # fmt: skip
   attributes: str = setting("tfidf", "What reads brands, categories and prices: tfidf (hashed, one by one) or none.",
                             choices=("tfidf", "none"))  # fmt: skip
-  weights: str = setting("", "Of timm or open_clip: the file of the network's weights, or the tag of published ones.")
+  weights: str = setting("", "The file of the network's weights; of open_clip also the tag of published ones.")
   images: str = setting("", "Where the pictures are now, if not where bbqrec prepare found them.")
   like: str = setting("", "A data set whose features tfidf made: make these in the very same way, as a tokenizer"
                       " that was trained on those asks for of new items.")  # fmt: skip
