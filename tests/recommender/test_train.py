@@ -157,8 +157,8 @@ def test_a_length_bucket_is_kept_where_an_epoch_fills_sixteen_batches():
   assert sum(length <= 2 for length in rows) >= 64 > sum(5 < length <= 8 for length in rows)
   assert sum(2 < length <= 5 for length in rows) >= 64
   assert bounds(lengths) == (2, 5, 9)
-  assert bounds([6] * 15) == (7,)  # 30 rows of up to two, 45 more of up to five.
-  assert bounds([6] * 16) == (5, 7)  # These are joined: 80 rows.
+  assert bounds([6] * 12) == (7,)  # 24 rows of up to two items, 36 more of up to five.
+  assert bounds([6] * 13) == (5, 7)  # These are joined: 65 rows.
   assert bounds([3] * 40) == (2, 4)
   assert bounds([40] * 40) == (2, 5, 8)
   assert bounds([40]) == ()

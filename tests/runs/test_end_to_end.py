@@ -144,6 +144,7 @@ def test_results_hold_what_is_documented(finished):
   assert results["seconds"]["evaluation"] > 0.0
   assert results["seconds"]["checkpoints"] > 0.0
   assert results["best_step"] in (40, 80, 120)
+  assert results["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(restored(workdir).params))
 
 
 def test_a_trained_model_beats_popularity(finished):
