@@ -957,6 +957,7 @@ def expect_settings(files: Files) -> Any:
 
 # --- raw data -------------------------------------------------------------------------------------------------------
 
+
 def _rows() -> list[dict[str, Any]]:
   """A log of eight users and five items."""
   return [
