@@ -100,6 +100,12 @@ def test_systems_share_a_tokenizer_and_the_table_compares_them(tiny, shop, tmp_p
   assert rows["dense"].endswith(f" 1,234 | {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} ")
 
 
+def test_data_that_is_not_there_is_said_before_anything_is_trained(tiny, shop, tmp_path, trained):
+  with pytest.raises(InputError, match="expected a folder of data"):
+    grid.run_grid([grid.parse_system(f"a: {tiny}")], {"shop": shop, "no": tmp_path / "no"}, [0], tmp_path / "grid")
+  assert trained == ([], [])
+
+
 @pytest.mark.usefixtures("compile_cache")
 def test_what_is_done_is_not_done_again(tiny, shop, tmp_path, monkeypatch):
   system = grid.parse_system(f"ids: {tiny} recommender.item_inputs=('item',) recommender.similarity=()")
