@@ -9,7 +9,7 @@ import ml_collections
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommender.settings import parts_of
+from bbqrec_jax.recommender.settings import HEADS, parts_of
 
 SASREC = {"sasrec": ("item",), "sasrec_features": ("features", "item")}  # What these know items by.
 SYSTEMS = ("generative", "dense", "parallel", "hybrid", *SASREC)
@@ -141,7 +141,7 @@ def benchmark_config(size: str = "small") -> ml_collections.ConfigDict:
   })  # fmt: skip
   run.evaluation.batch_size = 64
   # By backbone and head: which fields of `run.recommender` differ.
-  config.recommenders = {f"causal/{head}": {"head": head} for head in ("generative", "parallel", "dense", "hybrid")}
+  config.recommenders = {f"causal/{head}": {"head": head} for head in HEADS}
   t5 = _TIGER["small" if size == "small" else "full"]
   rows = 16 if size == "small" else 64
   config.recommenders["encoder_decoder/generative"] = t5 | {"batch_rows": rows, "max_length": 20, "row_length": 20}

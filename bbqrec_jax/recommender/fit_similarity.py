@@ -133,7 +133,7 @@ def fit_similarity(
     partitioner: how the work meets devices.
 
   Returns:
-    The parameters, as NumPy arrays, and the mean negative log-likelihoods before and after, `before` and `after`.
+    The parameters, as NumPy arrays, and the mean negative log-likelihoods of the `first_pass` and the `last_pass`.
   """
   s, rng = model.settings.candidate_similarity, np.random.default_rng([seed, 7])
   collect = partitioner.compile_map(make_collector(model))

@@ -105,12 +105,12 @@ def run_grid(
   for name in names:
     if names.count(name) > 1 or name == "tokenizers":
       raise InputError(f"--system: expected a name of its own for each, and not 'tokenizers'; got {name!r}")
-  todo = [
+  cells = [
     (seed, name, system, cell_config(system, data[name], seed)) for seed in seeds for name in data for system in systems
   ]
-  for number, (seed, name, system, config) in enumerate(todo, start=1):
+  for number, (seed, name, system, config) in enumerate(cells, start=1):
     folder = workdir / name / system.name / str(seed)
-    say(f"grid: run {number} of {len(todo)}, {system.name} on {name} with seed {seed}, in {folder}")
+    say(f"grid: run {number} of {len(cells)}, {system.name} on {name} with seed {seed}, in {folder}")
     if needs_semantic_ids(config) and not config.tokenizer.artefact:
       config.tokenizer.artefact = str(_tokenizer(config, workdir / name / "tokenizers" / str(seed)))
     results = run(config, folder)

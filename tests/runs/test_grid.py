@@ -86,6 +86,9 @@ def test_systems_share_a_tokenizer_and_the_table_compares_them(tiny, shop, tmp_p
   assert len(set(artefacts)) == 5, "and one of each for every seed"
   assert {str(folder / "tokenizer") for folder, _ in tokenizers} == set(artefacts) - {""}
   assert {config.seed for _, config in tokenizers} == {0, 1}
+  few = grid.parse_system(f"few: {tiny} recommender.candidate_similarity.users=7")
+  grid.run_grid([few], {"shop": shop}, [0], tmp_path / "few")
+  assert tokenizers[-1][1].recommender.candidate_similarity.users == 7, "what is held out, the tokenizer does not see"
 
   results = read_json(folder / "dense" / "1" / "results.json")
   record = read_json(tmp_path / "records" / "shop-dense-1.json")

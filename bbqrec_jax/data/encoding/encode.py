@@ -16,7 +16,7 @@ import bbqrec_jax
 from bbqrec_jax.data.amazon_reviews.image_features import read_image_features
 from bbqrec_jax.data.directory import read_items as read_checked
 from bbqrec_jax.data.encoding.catalogue import attributes_of, items_file, read_items, text_of
-from bbqrec_jax.data.encoding.pictures import PictureEncoder, picture_encoder
+from bbqrec_jax.data.encoding.pictures import encode_pictures, picture_encoder
 from bbqrec_jax.data.encoding.sentences import Sentences
 from bbqrec_jax.data.encoding.settings import FeatureSettings
 from bbqrec_jax.data.encoding.store import check_ours, fill, is_made
@@ -247,7 +247,7 @@ class _Job:
           quarantine.path.unlink(missing_ok=True)
         for start in range(first, self._count, s.batch_size):
           mine = pictures[start : start + s.batch_size]
-          yield _encode_pictures(encoder, root, mine, start, quarantine, pool)
+          yield encode_pictures(encoder, root, mine, start, quarantine, pool)
 
       try:
         held = fill(self.folder, "image", count=self._count, width=encoder.width, batches=batches, note=note, mask=True)
@@ -331,35 +331,6 @@ class _Job:
     if unknown:
       say(f"{name}: {unknown:,} of {len(ids):,} vectors are of items that the data set does not have")
     return self._said(name, held, note, vectors.shape[1])
-
-
-def _encode_pictures(
-  encoder: PictureEncoder,
-  root: Path,
-  names: list[str],
-  first: int,
-  quarantine: Quarantine,
-  pool: concurrent.futures.Executor,
-) -> tuple[np.ndarray, np.ndarray]:
-  """(features [n, D], present [n]) of pictures by their names, "" for none."""
-
-  def one(name: str) -> Any:
-    try:
-      return encoder.prepare(root / name) if name else None
-    except Exception as error:  # Broken pictures fail in as many ways as there are formats.
-      return error
-
-  features, present = np.zeros((len(names), encoder.width), np.float32), np.zeros(len(names), bool)
-  prepared = list(pool.map(one, names))
-  for place, value in enumerate(prepared):
-    if isinstance(value, Exception):
-      reason = "broken" if os.path.exists(root / names[place]) else "not there"
-      quarantine.add(names[place], first + place, reason, value)
-    elif value is not None:
-      present[place] = True
-  if present.any():
-    features[present] = encoder.encode([prepared[place] for place in np.flatnonzero(present)])
-  return features, present
 
 
 def _read_vectors(path: Path) -> tuple[list[Any], np.ndarray]:

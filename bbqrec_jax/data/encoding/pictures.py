@@ -1,11 +1,14 @@
 """Pictures to vectors: by their colours and edges, or by a network of timm or open_clip."""
 
+import concurrent.futures
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.files import check_file, local_path
 
@@ -124,6 +127,47 @@ def _grey() -> Any:
   from PIL import Image
 
   return Image.new("RGB", (64, 64), "grey")
+
+
+def encode_pictures(
+  encoder: PictureEncoder,
+  folder: Path,
+  names: Sequence[str],
+  first: int,
+  quarantine: Quarantine,
+  pool: concurrent.futures.Executor,
+) -> tuple[np.ndarray, np.ndarray]:
+  """The features of some pictures.
+
+  Args:
+    encoder: that makes them.
+    folder: of the pictures.
+    names: of the files [n], "" for none.
+    first: the number of the first among all.
+    quarantine: gets those that are broken or not there.
+    pool: that reads them.
+
+  Returns:
+    (features [n, D] float32, zeros where there is none; whether there are any, [n] bool).
+  """
+
+  def one(name: str) -> Any:
+    try:
+      return encoder.prepare(folder / name) if name else None
+    except Exception as error:  # Broken pictures fail in as many ways as there are formats.
+      return error
+
+  features, present = np.zeros((len(names), encoder.width), np.float32), np.zeros(len(names), bool)
+  prepared = list(pool.map(one, names))
+  for place, value in enumerate(prepared):
+    if isinstance(value, Exception):
+      reason = "broken" if os.path.exists(folder / names[place]) else "not there"
+      quarantine.add(names[place], first + place, reason, value)
+    elif value is not None:
+      present[place] = True
+  if present.any():
+    features[present] = encoder.encode([prepared[place] for place in np.flatnonzero(present)])
+  return features, present
 
 
 def picture_encoder(chosen: str, weights: str) -> PictureEncoder:
