@@ -97,6 +97,17 @@ def quiet_flags() -> Any:
   return flags.FLAGS
 
 
+def ready_to_train() -> None:
+  """What a program that trains does before anything else: settles JAX's options, keeps memory and what is compiled."""
+  from bbqrec_jax.utils.compilation import keep_compiled
+  from bbqrec_jax.utils.environment import settle_jax
+  from bbqrec_jax.utils.host_memory import keep_memory
+
+  keep_memory()
+  settle_jax()
+  keep_compiled()
+
+
 @contextlib.contextmanager
 def training(workdir: pathlib.Path) -> Iterator[None]:
   """For programs that train: an interruption, a full disk or a wrong input ends them with one line.

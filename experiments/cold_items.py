@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from bbqrec_jax.command_line import define_path, start, training
+from bbqrec_jax.command_line import define_path, ready_to_train, start, training
 from bbqrec_jax.config import read_config
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import read_new_items
@@ -34,10 +34,7 @@ from bbqrec_jax.runs.workdir import with_absolute_paths
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer.new_items import assign
 from bbqrec_jax.training.partitioning import make_partitioner
-from bbqrec_jax.utils.compilation import keep_compiled
-from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import check_place
-from bbqrec_jax.utils.host_memory import keep_memory
 from bbqrec_jax.utils.json_files import read_json, write_json
 
 
@@ -96,9 +93,7 @@ def save(dataset: Dataset, keep: np.ndarray, folder: pathlib.Path, interactions:
 def main(argv: list[str]) -> None:
   """Trains what is not there yet, and prints what it makes of cold items."""
   del argv
-  keep_memory()
-  settle_jax()
-  keep_compiled()
+  ready_to_train()
   workdir = flags.FLAGS.workdir
   with training(workdir):
     print(report(with_absolute_paths(flags.FLAGS.config), workdir, share=flags.FLAGS.share, name=flags.FLAGS.name))

@@ -23,7 +23,7 @@ from absl import flags
 from history_probe import id_vectors, train_probe
 from ml_collections import config_flags
 
-from bbqrec_jax.command_line import define_path, start, training
+from bbqrec_jax.command_line import define_path, ready_to_train, start, training
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.runs.compare import mean, table
@@ -31,10 +31,7 @@ from bbqrec_jax.runs.run import load_ids, of_any_recommender, read_data, run, to
 from bbqrec_jax.runs.workdir import load_results, with_absolute_paths
 from bbqrec_jax.semantic_ids.health import codebook_health
 from bbqrec_jax.tokenizer.evaluate import cohesion
-from bbqrec_jax.utils.compilation import keep_compiled
-from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import read_array
-from bbqrec_jax.utils.host_memory import keep_memory
 from bbqrec_jax.utils.json_files import read_json, write_json
 
 # Each changes what it names and nothing else, but for "fragmented": each modality is quantized on its own, with
@@ -177,9 +174,7 @@ def report(config: Any, workdir: pathlib.Path) -> str:
 def main(argv: list[str]) -> None:
   """Does the work that the flags ask for, and prints the tables."""
   del argv
-  keep_memory()
-  settle_jax()
-  keep_compiled()
+  ready_to_train()
   options = flags.FLAGS
   workdir = options.workdir
   with training(workdir):

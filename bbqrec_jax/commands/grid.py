@@ -11,7 +11,7 @@ and device. `bbqrec compare` makes LaTeX and a picture of any of them.
 
 from absl import flags
 
-from bbqrec_jax.command_line import define_path, start, training
+from bbqrec_jax.command_line import define_path, ready_to_train, start, training
 from bbqrec_jax.errors import InputError
 
 
@@ -19,15 +19,10 @@ def main(argv: list[str]) -> None:
   """Does the runs, and prints the tables."""
   del argv
   from bbqrec_jax.runs.grid import parse_system, run_grid
-  from bbqrec_jax.utils.compilation import keep_compiled
-  from bbqrec_jax.utils.environment import settle_jax
   from bbqrec_jax.utils.files import local_path
-  from bbqrec_jax.utils.host_memory import keep_memory
 
   options = flags.FLAGS
-  keep_memory()
-  settle_jax()
-  keep_compiled()
+  ready_to_train()
   with training(options.workdir):
     systems = [parse_system(text) for text in options.system]
     folders = [local_path(word, flag="data") for word in options.data]

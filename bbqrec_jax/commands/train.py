@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from bbqrec_jax.command_line import define_path, parse_flags, start, training
+from bbqrec_jax.command_line import define_path, parse_flags, ready_to_train, start, training
 
 
 def format_fields(settings: Any) -> str:
@@ -47,14 +47,9 @@ def main(argv: list[str]) -> None:
   from bbqrec_jax.data.sources import recognise_source
   from bbqrec_jax.runs.run import run
   from bbqrec_jax.utils import processes
-  from bbqrec_jax.utils.compilation import keep_compiled
-  from bbqrec_jax.utils.environment import settle_jax
-  from bbqrec_jax.utils.host_memory import keep_memory
 
   options = flags.FLAGS
-  keep_memory()
-  settle_jax()
-  keep_compiled()
+  ready_to_train()
   with training(options.workdir):
     if options.data is not None:
       options.config.data.path, options.config.data.source = str(options.data), recognise_source(options.data)
