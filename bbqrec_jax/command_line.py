@@ -108,6 +108,19 @@ def ready_to_train() -> None:
   keep_compiled()
 
 
+def show(answer: Callable[[], str]) -> None:
+  """Prints what a program computes from finished runs; a wrong input ends it with one line."""
+  from bbqrec_jax.utils.compilation import keep_compiled
+  from bbqrec_jax.utils.environment import settle_jax
+
+  settle_jax()
+  keep_compiled()
+  try:
+    print(answer())
+  except InputError as error:
+    refuse(error)
+
+
 @contextlib.contextmanager
 def training(workdir: pathlib.Path) -> Iterator[None]:
   """For programs that train: an interruption, a full disk or a wrong input ends them with one line.

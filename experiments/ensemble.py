@@ -16,15 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from bbqrec_jax.command_line import define_path, quiet_flags, start
+from bbqrec_jax.command_line import define_path, quiet_flags, show, start
 from bbqrec_jax.data.interactions import leave_one_out
-from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, evaluate, rank_scores
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.runs.workdir import format_results, load_results
-from bbqrec_jax.utils.compilation import keep_compiled
-from bbqrec_jax.utils.environment import settle_jax
 from bbqrec_jax.utils.files import check_new, local_path
 from bbqrec_jax.utils.json_files import write_json
 
@@ -90,13 +88,12 @@ def main(argv: list[str]) -> None:
   """Prints the table of what the runs make together."""
   del argv
   options = quiet_flags()
-  settle_jax()
-  keep_compiled()
-  try:
+
+  def answer() -> str:
     workdirs = [local_path(folder, flag="workdirs") for folder in options.workdirs]
-    print(judge(workdirs, options.output, data=options.data, trusted=options.trust))
-  except InputError as error:
-    refuse(error)
+    return judge(workdirs, options.output, data=options.data, trusted=options.trust)
+
+  show(answer)
 
 
 if __name__ == "__main__":

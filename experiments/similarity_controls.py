@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from bbqrec_jax.command_line import define_path, quiet_flags, start
+from bbqrec_jax.command_line import define_path, quiet_flags, show, start
 from bbqrec_jax.data.interactions import Split
-from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.candidate_similarity import stream_vectors
 from bbqrec_jax.recommender.evaluate import evaluate, make_ranker
 from bbqrec_jax.recommender.fit_similarity import fit_similarity
@@ -30,8 +30,6 @@ from bbqrec_jax.recommender.train import bucket_bounds
 from bbqrec_jax.runs.compare import table
 from bbqrec_jax.runs.restore import Restored, restore
 from bbqrec_jax.training.partitioning import SingleDevice
-from bbqrec_jax.utils.compilation import keep_compiled
-from bbqrec_jax.utils.environment import settle_jax
 
 
 def variants(tables: Any, names: list[str]) -> Iterator[tuple[str, Any]]:
@@ -107,12 +105,7 @@ def main(argv: list[str]) -> None:
   """Prints the table."""
   del argv
   options = quiet_flags()
-  settle_jax()
-  keep_compiled()
-  try:
-    print(report(restore(options.workdir, data=options.data)))
-  except InputError as error:
-    refuse(error)
+  show(lambda: report(restore(options.workdir, data=options.data)))
 
 
 if __name__ == "__main__":
