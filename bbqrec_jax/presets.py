@@ -57,7 +57,7 @@ def packed_recipe(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
   config.evaluation.validation_users = 0
   config.recommender.update({
     "rows": "packed", "norm": "pre", "batch_rows": 32, "length_buckets": (), "average": 0.0, "evaluate_every": 500,
-    "dropout": 0.3,
+    "dropout": 0.3, "cosine": False,
   })  # fmt: skip
   config.recommender.optimizer.b2 = 0.98
   config.recommender.candidate_similarity.streams = ()

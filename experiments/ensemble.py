@@ -7,6 +7,7 @@ a run leaves it, `results.json` and `ranks.npz`, which `bbqrec compare` puts bes
 second model by itself is worth, where a recommender has two towers.
 """
 
+import functools
 import pathlib
 from collections.abc import Collection
 from typing import Any
@@ -20,7 +21,7 @@ from bbqrec_jax.command_line import define_path, quiet_flags, show, start
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply
-from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, evaluate, rank_scores
+from bbqrec_jax.recommender.evaluate import evaluate, rank_held_out, rank_scores
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.runs.workdir import format_results, load_results
 from bbqrec_jax.utils.files import check_new, local_path
@@ -60,21 +61,16 @@ def judge(
       total = total + jax.nn.log_softmax(apply(model, own, "scores", catalogue, states, model.seen(batch)), axis=-1)
     return rank_scores(total, batch["targets"], batch.get("exclude"))
 
-  rankings = {
-    part + suffix: evaluate(
-      ranker,
-      [run.params for run in runs],
-      [run.catalogue for run in runs],
-      split.history(part),
-      targets,
-      batch_size=config.evaluation.batch_size,
-      max_length=max(model.settings.max_length for model in models),
-      num_items=runs[0].dataset.num_items,
-      exclude_history=bool(suffix),
-    )
-    for suffix in ("", WITHOUT_HISTORY)
-    for part, targets in (("validation", split.validation_target), ("test", split.test_target))
-  }
+  rank = functools.partial(
+    evaluate,
+    ranker,
+    [run.params for run in runs],
+    [run.catalogue for run in runs],
+    batch_size=config.evaluation.batch_size,
+    max_length=max(model.settings.max_length for model in models),
+    num_items=runs[0].dataset.num_items,
+  )
+  rankings = rank_held_out(rank, split)
   figures = {name: ranking.metrics for name, ranking in rankings.items()}
   seconds = {name: sum(result["seconds"][name] for result in results) for name in ("recommender", "evaluation")}
   together = results[0] | figures | {"model": "ensemble", "seconds": seconds}

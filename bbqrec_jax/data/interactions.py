@@ -363,6 +363,11 @@ def distinct_items(interactions: Interactions) -> Interactions:
   return from_lengths(np.concatenate(parts), np.concatenate(counts), interactions.users)
 
 
+def nobodys_items(interactions: Interactions) -> Interactions:
+  """The same users with no items at all."""
+  return from_lengths(np.zeros(0, np.int32), np.zeros(interactions.num_users, np.int64), interactions.users)
+
+
 def select_users(interactions: Interactions, users: np.ndarray) -> Interactions:
   """The histories of the given user numbers [n], in that order."""
   lengths = interactions.lengths[users]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bbqrec_jax.data.interactions import Interactions, Split, distinct_items, user_blocks
+from bbqrec_jax.data.interactions import Interactions, Split, distinct_items, nobodys_items, user_blocks
 from bbqrec_jax.data.pipeline import ranking_batches
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.ranking import MISS, ranking_metrics, ranks_in_list, target_ranks, without
@@ -85,6 +85,7 @@ def evaluate(
   num_items: int,
   bounds: tuple[int, ...] = (),
   exclude_history: bool = False,
+  width: int = 0,
   users: np.ndarray | None = None,
 ) -> Ranking:
   """Ranks the catalogue for every user, or for some.
@@ -100,11 +101,14 @@ def evaluate(
     num_items: N, for the coverage.
     bounds: lengths, rising, each below T: users are ranked in groups, padded to the least that holds them.
     exclude_history: leave what is in a user's whole history out of the user's ranking, as `recommend` does.
+    width: places for items that are left out, at least, filled where nothing is: rankings with the history and without
+      it are then one program. 0: as many as there are.
     users: [n] int, who is ranked; None: all.
   """
   if users is None:
     users = np.arange(histories.num_users)
   ranks, seen = np.zeros(len(users), np.int32), np.zeros(num_items + 1, bool)
+  exclude = distinct_items(histories) if exclude_history else nobodys_items(histories) if width else None
   for places, batch in ranking_batches(
     histories,
     targets,
@@ -112,12 +116,27 @@ def evaluate(
     batch_size=batch_size,
     max_length=max_length,
     bounds=bounds,
-    exclude=distinct_items(histories) if exclude_history else None,
+    exclude=exclude,
+    width=max(1, width),
   ):
     result = jax.device_get(ranker(params, shared, batch))
     ranks[places] = result["ranks"][: len(places)]
     seen[result["top"][: len(places)]] = True  # -1, a short beam's filling, is the row past the last item.
   return Ranking(summarize(ranks) | {f"coverage@{_COVERAGE_CUTOFF}": float(seen[:num_items].mean())}, ranks)
+
+
+def rank_held_out(rank: Callable[..., Ranking], split: Split) -> dict[str, Ranking]:
+  """Everybody's validation and test items ranked, each also `WITHOUT_HISTORY`.
+
+  Args:
+    rank: (histories, targets, exclude_history) -> the ranking.
+    split: of the data.
+  """
+  return {
+    part + suffix: rank(split.history(part), targets, exclude_history=bool(suffix))
+    for suffix in ("", WITHOUT_HISTORY)
+    for part, targets in (("validation", split.validation_target), ("test", split.test_target))
+  }
 
 
 def popularity_metrics(

@@ -1,5 +1,7 @@
 """Heads that score every item from one state: the dense one and the parallel one. The base is in `parts`."""
 
+import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
@@ -7,10 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from bbqrec_jax.layers.dense import Dense
+from bbqrec_jax.ops.contrastive import normalize
 from bbqrec_jax.ops.ranking import add_to
 from bbqrec_jax.ops.softmax import Raised, cross_entropy, sampled_cross_entropy, weighted_cross_entropy
 from bbqrec_jax.recommender.parts import Head, Items
 from bbqrec_jax.recommender.subtree_logits import BIAS_UNIT
+
+_TEMPERATURE = 0.07  # That cosines are divided by at first, as CLIP does.
 
 
 class DenseHead(Head):
@@ -19,6 +24,9 @@ class DenseHead(Head):
   With `num_negatives`, items drawn at random in a training step stand for the whole catalogue. With `seen_item_bias`
   the items of the history have a learned number added to their logits (this project's choice): a product of vectors
   cannot well say "the like of these, but none of them".
+
+  With `cosine` both are of length one, and their products have a learned scale: an item's popularity is then in no
+  vector's length, and an item that came after training has as long a vector as any.
   """
 
   reads_history: ClassVar[bool] = True
@@ -27,6 +35,19 @@ class DenseHead(Head):
     """Makes the parameter."""
     if self.settings.seen_item_bias:
       self.seen_item_bias = self.param("seen_item_bias", nn.initializers.zeros, (), jnp.float32)
+    if self.settings.cosine:
+      self.log_scale = self.param("log_scale", nn.initializers.constant(math.log(1 / _TEMPERATURE)), (), jnp.float32)
+
+  def compared(self, items: Items, states: jax.Array) -> tuple[Callable[..., jax.Array], jax.Array]:
+    """What logits are products of: items [...] -> vectors [..., d], None for all; and states [P, d]."""
+    if not self.settings.cosine:
+      return items.vectors, states
+
+    def unit(x: jax.Array) -> jax.Array:
+      return normalize(x).astype(x.dtype)
+
+    scaled = jnp.exp(self.log_scale.astype(jnp.float32)) * normalize(states)
+    return lambda some=None: unit(items.vectors(some)), scaled.astype(states.dtype)
 
   def raised(self, items: Items) -> Raised | None:
     """What the items of the history have added to their scores; None where nothing."""
@@ -37,15 +58,16 @@ class DenseHead(Head):
 
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each target, `nll_dense` [P]; of drawn items an estimate of it, in training."""
+    vectors, states = self.compared(items, states)
     if self.settings.num_negatives and not deterministic:
       key, num_items = self.make_rng("dropout"), items.catalogue.num_items
       drawn = jax.random.randint(key, (self.settings.num_negatives,), 0, num_items, jnp.int32)
       surprise = sampled_cross_entropy(
-        states, items.vectors(targets), items.vectors(drawn), targets, drawn, num_items=num_items,
+        states, vectors(targets), vectors(drawn), targets, drawn, num_items=num_items,
         raised=self.raised(items),
       )  # fmt: skip
     else:
-      surprise = cross_entropy(states, items.vectors(), targets, raised=self.raised(items))
+      surprise = cross_entropy(states, vectors(), targets, raised=self.raised(items))
     return {"nll_dense": surprise}
 
   def summed_losses(
@@ -54,11 +76,13 @@ class DenseHead(Head):
     """The sum of `losses` as the positions weigh; the full softmax forms its gradient with its value."""
     if self.settings.num_negatives and not deterministic:
       return super().summed_losses(items, states, targets, weights, deterministic=deterministic)
-    return {"nll_dense": weighted_cross_entropy(states, items.vectors(), targets, weights, raised=self.raised(items))}
+    vectors, states = self.compared(items, states)
+    return {"nll_dense": weighted_cross_entropy(states, vectors(), targets, weights, raised=self.raised(items))}
 
   def scores(self, items: Items, states: jax.Array) -> jax.Array:
     """Logits of all items, [B, N] float32."""
-    logits = jnp.dot(states, items.vectors().T, preferred_element_type=jnp.float32)
+    vectors, states = self.compared(items, states)
+    logits = jnp.dot(states, vectors().T, preferred_element_type=jnp.float32)
     more = self.raised(items)
     return logits if more is None else add_to(logits, more.items, more.by)
 

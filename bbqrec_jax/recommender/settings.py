@@ -141,6 +141,9 @@ class RecommenderSettings:
   seen_item_bias: bool = setting(
     True, "Learn a number that is added to the scores of the history's items, or to codes that lead on to them."
   )
+  cosine: bool = setting(
+    True, "Score by the cosine of state and item vector, times a learned scale, in the dense head; else by the product."
+  )
   dense_tower: DenseTowerSettings = section(DenseTowerSettings, "Of the hybrid.")
   candidate_similarity: CandidateSimilaritySettings = section(
     CandidateSimilaritySettings, "Added to the scores of candidates."
@@ -283,11 +286,6 @@ class EvaluationSettings:
 def is_packed(recommender: Any) -> bool:
   """Whether a row holds several histories, by a recommender's config or settings."""
   return recommender.rows == "packed" and parts_of(recommender)[0].rows == "packed"
-
-
-def length_bounds(recommender: Any) -> tuple[int, ...]:
-  """The length buckets below T, of a recommender's config or settings."""
-  return tuple(bound for bound in recommender.length_buckets if bound < recommender.max_length)
 
 
 def needs_semantic_ids(config: Any) -> bool:

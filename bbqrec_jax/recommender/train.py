@@ -1,5 +1,6 @@
 """Stage 2 from histories and semantic IDs to a trained recommender."""
 
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -11,18 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.interactions import Interactions, Split, hold_out_last
-from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories, recommender_batches
+from bbqrec_jax.data.interactions import Interactions, Split, distinct_items, hold_out_last
+from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories, ordinary_width, recommender_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.padding import without_padding
 from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.ops.ranking import LARGEST_CUTOFF
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, Ranking, chosen_users, evaluate, make_ranker, sample_users
+from bbqrec_jax.recommender.evaluate import (
+  Ranking,
+  chosen_users,
+  evaluate,
+  make_ranker,
+  rank_held_out,
+  sample_users,
+)
 from bbqrec_jax.recommender.fit_similarity import fit_similarity
 from bbqrec_jax.recommender.items import build_catalogue, item_features
 from bbqrec_jax.recommender.model import SequenceModel
-from bbqrec_jax.recommender.settings import is_packed, length_bounds
+from bbqrec_jax.recommender.settings import is_packed
 from bbqrec_jax.recommender.step import RecommenderState, make_recommender_step
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -106,12 +114,31 @@ def bucket_bounds(recommender: Any, histories: Interactions) -> tuple[int, ...]:
   """
   lengths = np.minimum(histories.lengths - 1, recommender.max_length)
   longest, kept, low = int(histories.lengths.max()) + 1, [], 0
-  for bound in length_bounds(recommender):
+  for bound in recommender.length_buckets:
     rows = int(np.sum(np.clip(lengths, low, bound) - low))  # Each history gives a row of every length up to its own.
-    if bound < longest and rows >= _FEWEST_BATCHES * recommender.batch_rows:
+    if bound < min(longest, recommender.max_length) and rows >= _FEWEST_BATCHES * recommender.batch_rows:
       kept.append(bound)
       low = bound
   return (*kept, longest) if recommender.length_buckets and longest < recommender.max_length else tuple(kept)
+
+
+def ranking_shapes(config: Any, split: Split, *, exact: bool) -> dict[str, Any]:
+  """How `evaluate` batches the users of a split: few shapes, as each is a program to compile.
+
+  A search costs the same whatever the length of a history, and takes longer to compile than a short row saves: it has
+  one length.
+
+  Args:
+    config: of the run.
+    split: of its data.
+    exact: whether its recommender scores every item.
+  """
+  return {
+    "batch_size": config.evaluation.batch_size,
+    "max_length": config.recommender.max_length,
+    "bounds": bucket_bounds(config.recommender, split.train) if exact else (),
+    "width": ordinary_width(distinct_items(split.history("test"))),
+  }
 
 
 def held_out(config: Any, split: Split) -> tuple[Split, np.ndarray]:
@@ -175,14 +202,12 @@ def _stage(
   partitioner: Partitioner,
 ) -> _Stage:
   """Makes the model and what it is told of the items."""
-  r, e = config.recommender, config.evaluation
   with made_on_host():
     features = item_features(config, dataset.store)
     model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=features)
-  ranker = partitioner.compile_map(make_ranker(model, beam_width=e.beam_width))
+  ranker = partitioner.compile_map(make_ranker(model, beam_width=config.evaluation.beam_width))
   shared = partitioner.place(catalogue)
-  bounds = bucket_bounds(r, split.train)
-  common = {"batch_size": e.batch_size, "max_length": r.max_length, "num_items": catalogue.num_items, "bounds": bounds}
+  common = {"num_items": catalogue.num_items, **ranking_shapes(config, split, exact=model.exact)}
 
   def rank(params: Any, histories: Interactions, targets: np.ndarray, **options: Any) -> Ranking:
     return evaluate(ranker, params, shared, histories, targets, **common, **options)
@@ -257,7 +282,7 @@ def _fitted_tables(
   Returns:
     (parameters of `CandidateSimilarity` on the host, the progress record of the base's training).
   """
-  r, e = config.recommender, config.evaluation
+  e = config.evaluation
   held, users = held_out(config, split)
   stage = _stage("held_out", config, ids, held, dataset, work.partitioner)
   some = users if not e.validation_users else chosen_users(users, e.validation_users, seed=config.seed)
@@ -268,11 +293,11 @@ def _fitted_tables(
   else:
     say("candidate similarity: fitting its tables on the transitions held out")
     started = time.monotonic()
+    shapes = ranking_shapes(config, held, exact=stage.model.exact)
+    del shapes["width"]  # Nothing is left out.
     fitted, losses = fit_similarity(
       state.params, stage.model, stage.shared, stage.catalogue, held.train, held.validation_target,
-      users=users, seed=config.seed, batch_size=e.batch_size, max_length=r.max_length,
-      bounds=bucket_bounds(r, held.train),
-      partitioner=work.partitioner,
+      users=users, seed=config.seed, partitioner=work.partitioner, **shapes,
     )  # fmt: skip
     seconds = time.monotonic() - started
     say(f"candidate similarity: done in {seconds:.0f} s, loss {losses['first_pass']:.3f} -> {losses['last_pass']:.3f}")
@@ -324,11 +349,7 @@ def run_recommender(
   users = sample_users(split, e.validation_users, seed=config.seed)
   state, progress = _trained(stage, config, split, dataset, users, work, first=first)
   started = time.monotonic()
-  rankings = {
-    part + suffix: stage.rank(state.params, split.history(part), targets, exclude_history=bool(suffix))
-    for suffix in ("", WITHOUT_HISTORY)
-    for part, targets in (("validation", split.validation_target), ("test", split.test_target))
-  }
+  rankings = rank_held_out(functools.partial(stage.rank, state.params), split)
   progress["evaluation_seconds"] += time.monotonic() - started
   for kind in ("training", "evaluation", "checkpoint"):
     progress[f"{kind}_seconds"] += before[f"{kind}_seconds"] if before else 0.0

@@ -17,8 +17,8 @@ from bbqrec_jax.data.sources import MEMORY, recognise_source
 from bbqrec_jax.data.titles import find_titles
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.layers.apply import apply
-from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, evaluate, make_ranker
-from bbqrec_jax.recommender.settings import length_bounds
+from bbqrec_jax.recommender.evaluate import evaluate, make_ranker, rank_held_out
+from bbqrec_jax.recommender.train import ranking_shapes
 from bbqrec_jax.runs import run as runs
 from bbqrec_jax.runs.restore import Restored, restore
 from bbqrec_jax.runs.workdir import load_results
@@ -143,23 +143,15 @@ class Run:
   def evaluate(self) -> dict[str, dict[str, float]]:
     """The metrics of the best model on everybody's validation and test items, as in `results`: ranked again."""
     split, restored = self._restored.split, self._restored
-    r, e = self.config.recommender, self.config.evaluation
-    return {
-      part + suffix: evaluate(
-        self._ranker,
-        restored.params,
-        restored.catalogue,
-        split.history(part),
-        targets,
-        batch_size=e.batch_size,
-        max_length=r.max_length,
-        num_items=restored.catalogue.num_items,
-        bounds=length_bounds(r),
-        exclude_history=bool(suffix),
-      ).metrics
-      for suffix in ("", WITHOUT_HISTORY)
-      for part, targets in (("validation", split.validation_target), ("test", split.test_target))
-    }
+    rank = functools.partial(
+      evaluate,
+      self._ranker,
+      restored.params,
+      restored.catalogue,
+      num_items=restored.catalogue.num_items,
+      **ranking_shapes(self.config, split, exact=restored.model.exact),
+    )
+    return {name: ranking.metrics for name, ranking in rank_held_out(rank, split).items()}
 
   @functools.cached_property
   def _ranker(self) -> Any:

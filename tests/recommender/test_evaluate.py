@@ -1,5 +1,6 @@
 """Full-catalogue ranking of all users against plain NumPy."""
 
+import functools
 import math
 
 import jax
@@ -9,7 +10,14 @@ import pytest
 
 from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.evaluate import evaluate, make_ranker, popularity_metrics, sample_users, summarize
+from bbqrec_jax.recommender.evaluate import (
+  evaluate,
+  make_ranker,
+  popularity_metrics,
+  rank_held_out,
+  sample_users,
+  summarize,
+)
 from bbqrec_jax.recommender.model import Recommender
 from bbqrec_jax.recommender.settings import RecommenderSettings
 
@@ -60,7 +68,7 @@ def test_dense_evaluation_against_brute_force(stage):
   model = Recommender(
     RecommenderSettings(
       num_items=NUM_ITEMS, head="dense", width=8, num_layers=1, mlp_width=8,
-      max_length=MAX_LENGTH, seen_item_bias=False, rows="packed",
+      max_length=MAX_LENGTH, seen_item_bias=False, cosine=False, rows="packed",
     )
   )  # fmt: skip
   catalogue = Catalogue(
@@ -123,6 +131,25 @@ def test_dense_evaluation_against_brute_force(stage):
   )  # fmt: skip
   assert_metrics(result.metrics, metrics_of(ranks) | {"coverage@10": len(firsts) / NUM_ITEMS})
   assert result.ranks.tolist() == ranks
+
+
+def test_rankings_with_and_without_the_history_have_one_shape():
+  split, shapes, left_out = make_split(), set(), []
+
+  def ranker(params, shared, batch):
+    shapes.add(tuple(sorted((name, array.shape) for name, array in batch.items())))
+    left_out.append(int(np.sum(batch["exclude"] >= 0)))
+    return {"ranks": batch["targets"], "top": np.zeros((len(batch["targets"]), 10), np.int32)}
+
+  rank = functools.partial(
+    evaluate, ranker, None, None, batch_size=30, max_length=MAX_LENGTH, num_items=NUM_ITEMS, width=16
+  )
+  rankings = rank_held_out(rank, split)
+  assert list(rankings) == ["validation", "test", "validation_without_history", "test_without_history"]
+  assert rankings["test"].ranks.tolist() == split.test_target.tolist()
+  assert len(shapes) == 1
+  distinct = [sum(map(len, map(set, map(split.history(part).history, range(23))))) for part in ("validation", "test")]
+  assert left_out == [0, 0, *distinct]
 
 
 @pytest.mark.parametrize("bounds", [(), (2, 4)])

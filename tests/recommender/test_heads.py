@@ -1,5 +1,6 @@
-"""The generative head: its cached steps against teacher forcing, for every prefix there is."""
+"""The generative head's cached steps against teacher forcing, for every prefix; the dense head's cosines by NumPy."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.recommender.generative import GenerativeHead
+from bbqrec_jax.recommender.heads import DenseHead
+from bbqrec_jax.recommender.parts import Items
 from bbqrec_jax.recommender.settings import RecommenderSettings
 
 BATCH, LEVELS, CODES, WIDTH = 2, 3, 3, 8
@@ -95,3 +98,54 @@ def test_every_level_depends_on_the_state_of_its_own_row_alone(params, states):
   after = np.asarray(forced(params, states.at[1].multiply(-1.0), codes))
   assert_array_equal(after[0], before[0])
   assert (after[1] != before[1]).any(axis=-1).all()
+
+
+DENSE = RecommenderSettings(head="dense", width=WIDTH, seen_item_bias=False)
+VECTORS = np.random.default_rng(1).normal(size=(6, WIDTH)).astype(np.float32)
+VECTORS[4] = 0.0  # Of an item that nothing is known of.
+TARGETS = np.array([2, 4])
+
+
+def dense(settings, method, log_scale, states, vectors=VECTORS, **options):
+  """A method of the dense head on items of given vectors."""
+  vectors = jnp.asarray(vectors)
+  items = Items(None, lambda some=None: vectors if some is None else vectors[some])
+  params = {"log_scale": jnp.float32(log_scale)} if settings.cosine else {}
+  return DenseHead(settings).apply({"params": params}, items, states, method=method, **options)
+
+
+@jax.jit
+def loss(log_scale, states, vectors=VECTORS):
+  weights = jnp.array([1.0, 2.0])
+  options = {"targets": TARGETS, "weights": weights, "deterministic": True}
+  return dense(DENSE, "summed_losses", log_scale, states, vectors, **options)["nll_dense"]
+
+
+def test_the_dense_head_scores_by_cosines_times_a_learned_scale(states):
+  lengths = np.linalg.norm(states, axis=1)[:, None] * np.maximum(np.linalg.norm(VECTORS, axis=1), 1e-9)
+  cosines = states @ VECTORS.T / lengths
+  got = dense(DENSE, "scores", np.log(3.0), states)
+  assert_allclose(got, 3.0 * cosines, rtol=1e-5, atol=1e-6)
+  assert_array_equal(got[:, 4], 0.0)
+  expected = jax.nn.logsumexp(got, axis=1) - got[np.arange(2), TARGETS]
+  assert_allclose(loss(np.log(3.0), states), expected @ jnp.array([1.0, 2.0]), rtol=1e-5)
+  init = DenseHead(DENSE).lazy_init(jax.random.key(0), Items(None, lambda some=None: VECTORS), states, method="scores")
+  assert_allclose(np.exp(init["params"]["log_scale"]), 1 / 0.07, rtol=1e-5)
+
+
+def test_no_length_of_a_vector_changes_a_cosine(states):
+  longer = VECTORS * np.array([[3.0], [0.5], [10.0], [0.01], [1.0], [7.0]], np.float32)
+  assert_allclose(loss(2.0, 5.0 * states, longer), loss(2.0, states), rtol=1e-4)
+
+
+def test_the_scale_and_the_vectors_learn_and_what_is_zero_stays_finite(states):
+  of_scale, of_vectors = jax.jit(jax.grad(loss, argnums=(0, 2)))(2.0, states, VECTORS)
+  numeric = (loss(2.01, states) - loss(1.99, states)) / 0.02
+  assert_allclose(of_scale, numeric, rtol=1e-2)
+  assert np.isfinite(of_vectors).all()
+  assert np.all(np.any(of_vectors != 0, axis=1) == np.any(VECTORS != 0, axis=1))
+
+
+def test_without_cosines_the_dense_head_scores_by_products(states):
+  plain = dataclasses.replace(DENSE, cosine=False)
+  assert_allclose(dense(plain, "scores", None, states), states @ VECTORS.T, rtol=1e-5, atol=1e-5)

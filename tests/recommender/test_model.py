@@ -27,7 +27,7 @@ SETTINGS = RecommenderSettings(
   rows="packed", norm="pre",
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=2 * LEVELS, width=WIDTH, num_layers=1, num_heads=2,
   mlp_width=12, depth_layers=1, dropout=0.4, max_length=6, num_streams=STREAMS, cross_streams=True, table_buckets=4,
-  subtree_logits=False, seen_item_bias=False,
+  subtree_logits=False, seen_item_bias=False, cosine=False,
 )  # fmt: skip
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
 POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 0, 0]])

@@ -162,5 +162,7 @@ def test_a_length_bucket_is_kept_where_an_epoch_fills_sixteen_batches():
   assert bounds([3] * 40) == (2, 4)
   assert bounds([40] * 40) == (2, 5, 8)
   assert bounds([40]) == ()
+  recommender.length_buckets = (2, 12, 20)  # Only those below the longest history count.
+  assert bounds([40] * 40) == (2,)
   recommender.length_buckets = ()
   assert bounds([6] * 100) == ()
