@@ -160,9 +160,10 @@ def _fit(
   by heart than of the next ones.
   """
   s, module = model.settings.candidate_similarity, CandidateSimilarity(model.settings)
-  streams, behaviour = model.settings.candidate_vectors, "behaviour" in s.streams
+  streams, behaviour, bases = model.settings.candidate_vectors, "behaviour" in s.streams, found["base"].shape[2]
   params: Any = {
-    "scale": jnp.ones(found["base"].shape[2], jnp.float32),
+    # Bases are over-confident of what they have not seen: from 1 on the passes would go into coming down.
+    "scale": jnp.full(bases, 0.5 / bases, jnp.float32),
     "buckets": jnp.zeros((streams, s.num_buckets + 2), jnp.float32),
     "places": jnp.tile(1 / jnp.sqrt(jnp.arange(1, s.last_items + 1, dtype=jnp.float32)), (streams + behaviour, 1)),
   }
