@@ -223,7 +223,7 @@ def _numpy(array: pa.Array) -> np.ndarray:
 def _numbers(array: pa.Array) -> np.ndarray:
   """Numbers [n] float64; NaN for what is none."""
   if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
-    return array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)  # Past 2^53 the nearest.
   texts, _ = as_text(array)
   texts = pc.if_else(pc.equal(texts, ""), None, texts)
   try:
@@ -250,6 +250,7 @@ def read_times(array: pa.Array, form: str = "") -> tuple[np.ndarray, np.ndarray]
   if is_date.any() and not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
     texts, _ = as_text(array)
     left = texts.filter(pa.array(is_date))
+    values = values.copy()  # What Arrow gives may be read-only.
     values[is_date] = _dates(left, form)
   return values, is_date
 

@@ -4,6 +4,7 @@ import ast
 import gzip
 import json
 import re
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,7 +139,8 @@ def parse_object(text: bytes) -> dict[str, Any] | None:
     if b"'" not in text or _nesting(text) > _DEEPEST:
       return None
     try:
-      value = ast.literal_eval(text.decode("utf-8"))
+      with warnings.catch_warnings(action="ignore"):  # Of what Python thinks of the text of a damaged file.
+        value = ast.literal_eval(text.decode("utf-8"))
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
       return None
   return value if isinstance(value, dict) and all(isinstance(name, str) for name in value) else None

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 
 import pytest
 
@@ -38,6 +39,12 @@ def test_python_literals_are_read_and_not_run(tmp_path):
     {"asin": "B1", "title": "it's", "price": 4.5, "salesRank": {"Toys": 3}},
     None,
   ]
+
+
+def test_what_python_thinks_of_a_damaged_file_is_not_said():
+  with warnings.catch_warnings(action="error"):
+    assert parse_object(b"{'asin': 0xfor}") is None
+    assert parse_object(b"{'asin': '\\d'}") == {"asin": "\\d"}
 
 
 def test_a_broken_object_takes_no_other_with_it(tmp_path):

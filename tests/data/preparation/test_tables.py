@@ -135,11 +135,18 @@ def test_numbers_that_pandas_made_fractions_are_ids_all_the_same():
      [1704153600, 1704164645, 1704164645.5, 1704161045, np.nan]),
     (["31/01/2024", "2024-01-31"], "%d/%m/%Y", [1706659200, np.nan]),
     (["20240131", "5"], "%Y%m%d", [1706659200, np.nan]),
+    (["5", "nan", "inf"], "", [5, np.nan, np.inf]),
     (["5", " 6.5e0 ", "", "1_0", "nan", "soon"], "", [5, 6.5, np.nan, np.nan, np.nan, np.nan]),
   ],
 )  # fmt: skip
 def test_times_are_numbers_or_dates(texts, form, seconds):
   assert_allclose(read_times(pa.array(texts), form)[0], seconds)
+
+
+def test_whole_numbers_past_those_that_a_float_holds_are_the_nearest():
+  values, is_date = read_times(pa.array([2**60 + 1, 5], pa.int64()))
+  assert_allclose(values, [2.0**60, 5], rtol=0)
+  assert not is_date.any()
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
