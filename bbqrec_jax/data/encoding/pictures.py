@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -158,7 +159,8 @@ def encode_pictures(
       return error
 
   features, present = np.zeros((len(names), encoder.width), np.float32), np.zeros(len(names), bool)
-  prepared = list(pool.map(one, names))
+  with warnings.catch_warnings(action="ignore"):  # Of Pillow: of sizes below our own limit, of damage that it mends.
+    prepared = list(pool.map(one, names))
   for place, value in enumerate(prepared):
     if isinstance(value, Exception):
       reason = "broken" if os.path.exists(folder / names[place]) else "not there"

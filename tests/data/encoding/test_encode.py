@@ -1,8 +1,11 @@
 """What is written and pictured of items becomes features: the like of like, nothing of nothing, and no step twice."""
 
+import concurrent.futures
+import contextlib
 import json
 import sys
 import types
+import warnings
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +20,7 @@ from bbqrec_jax.data.encoding import encode, pictures, store
 from bbqrec_jax.data.encoding.catalogue import attributes_of, text_of
 from bbqrec_jax.data.encoding.pictures import ColoursAndEdges, open_picture
 from bbqrec_jax.data.encoding.words import HashedWords
+from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.files import unfinished
 from bbqrec_jax.utils.json_files import read_json
@@ -264,6 +268,19 @@ def test_a_picture_that_says_it_is_huge_is_broken(tmp_path, monkeypatch):
   monkeypatch.setattr(pictures, "_MOST_PIXELS", 100)
   with pytest.raises(ValueError, match="300 x 200"):
     open_picture(tmp_path / "x.png", 64)
+
+
+def test_what_pillow_thinks_of_a_picture_is_not_said(tmp_path, monkeypatch):
+  Image.new("RGB", (300, 200), "red").save(tmp_path / "x.png")
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+  with (
+    warnings.catch_warnings(action="error"),
+    concurrent.futures.ThreadPoolExecutor(1) as pool,
+    contextlib.closing(Quarantine(tmp_path / "broken.jsonl")) as quarantine,
+  ):
+    features, present = pictures.encode_pictures(ColoursAndEdges(), tmp_path, ["x.png"], 0, quarantine, pool)
+  assert present.all()
+  assert features.any()
 
 
 def test_a_half_of_something_else_is_begun_anew(shop):
