@@ -57,7 +57,7 @@ def packed_recipe(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
   config.evaluation.validation_users = 0
   config.recommender.update({
     "rows": "packed", "norm": "pre", "batch_rows": 32, "length_buckets": (), "average": 0.0, "evaluate_every": 500,
-    "dropout": 0.3, "cosine": False,
+    "dropout": 0.3, "cosine": False, "num_negatives": 0,
   })  # fmt: skip
   config.recommender.optimizer.b2 = 0.98
   config.recommender.candidate_similarity.streams = ()
@@ -137,7 +137,8 @@ def benchmark_config(size: str = "small") -> ml_collections.ConfigDict:
   run.recommender.update({
     "width": chosen["width"], "mlp_width": 4 * chosen["width"], "num_layers": chosen["layers"],
     "num_heads": chosen["heads"], "batch_rows": chosen["rows"], "max_length": chosen["length"],
-    "row_length": chosen["length"], "rows": "packed", "dtype": "bfloat16" if size == "large" else "float32",
+    "row_length": chosen["length"], "rows": "packed", "num_negatives": 0,
+    "dtype": "bfloat16" if size == "large" else "float32",
   })  # fmt: skip
   run.evaluation.batch_size = 64
   # By backbone and head: which fields of `run.recommender` differ.

@@ -171,18 +171,16 @@ def test_a_value_of_another_type_cannot_be_set():
       config.update_from_flattened_dict({name: value})
 
 
-FROM_ZERO = (".warmup_steps", "seed", ".validation_users", ".num_negatives", ".time_buckets", "shard_rows",
+FROM_ZERO = (".warmup_steps", "seed", ".validation_users", ".time_buckets", "shard_rows",
              ".device_features", "recommender.steps", "recommender.evaluate_every")  # fmt: skip
-INTEGERS_FROM_ONE = [
+# -1 stands for what follows from the catalogue; tests/recommender/test_model.py has it.
+INTEGERS = [
   name
   for name, value in flatten(default_config()).items()
-  if isinstance(value, int) and not isinstance(value, bool) and not name.endswith(FROM_ZERO)
+  if isinstance(value, int) and not isinstance(value, bool) and name != "recommender.num_negatives"
 ]
-INTEGERS_FROM_ZERO = [
-  name
-  for name, value in flatten(default_config()).items()
-  if isinstance(value, int) and not isinstance(value, bool) and name not in INTEGERS_FROM_ONE
-]
+INTEGERS_FROM_ONE = [name for name in INTEGERS if not name.endswith(FROM_ZERO)]
+INTEGERS_FROM_ZERO = [name for name in INTEGERS if name.endswith(FROM_ZERO)]
 FLOATS = [name for name, value in flatten(default_config()).items() if isinstance(value, float)]
 POSITIVE_FLOATS = [
   "spike_factor", "tokenizer.temperature", "tokenizer.optimizer.clip_norm", "recommender.optimizer.clip_norm",

@@ -21,9 +21,10 @@ _TEMPERATURE = 0.07  # That cosines are divided by at first, as CLIP does.
 class DenseHead(Head):
   """Full softmax over the catalogue: the product of the state and each item's vector (SASRec with cross-entropy).
 
-  With `num_negatives`, items drawn at random in a training step stand for the whole catalogue. With `seen_item_bias`
-  the items of the history have a learned number added to their logits (this project's choice): a product of vectors
-  cannot well say "the like of these, but none of them".
+  With `num_negatives`, items drawn at random in a training step stand for the whole catalogue, as they do by themselves
+  in a large one: the figures are the same for less than half of the time. With `seen_item_bias` the items of the
+  history have a learned number added to their logits (this project's choice): a product of vectors cannot well say "the
+  like of these, but none of them".
 
   With `cosine` both are of length one, and their products have a learned scale: an item's popularity is then in no
   vector's length, and an item that came after training has as long a vector as any.
@@ -59,9 +60,9 @@ class DenseHead(Head):
   def losses(self, items: Items, states: jax.Array, targets: jax.Array, *, deterministic: bool) -> dict[str, jax.Array]:
     """The negative log-likelihood of each target, `nll_dense` [P]; of drawn items an estimate of it, in training."""
     vectors, states = self.compared(items, states)
-    if self.settings.num_negatives and not deterministic:
+    if self.settings.drawn_items and not deterministic:
       key, num_items = self.make_rng("dropout"), items.catalogue.num_items
-      drawn = jax.random.randint(key, (self.settings.num_negatives,), 0, num_items, jnp.int32)
+      drawn = jax.random.randint(key, (self.settings.drawn_items,), 0, num_items, jnp.int32)
       surprise = sampled_cross_entropy(
         states, vectors(targets), vectors(drawn), targets, drawn, num_items=num_items,
         raised=self.raised(items),
@@ -74,7 +75,7 @@ class DenseHead(Head):
     self, items: Items, states: jax.Array, targets: jax.Array, weights: jax.Array, *, deterministic: bool
   ) -> dict[str, jax.Array]:
     """The sum of `losses` as the positions weigh; the full softmax forms its gradient with its value."""
-    if self.settings.num_negatives and not deterministic:
+    if self.settings.drawn_items and not deterministic:
       return super().summed_losses(items, states, targets, weights, deterministic=deterministic)
     vectors, states = self.compared(items, states)
     return {"nll_dense": weighted_cross_entropy(states, vectors(), targets, weights, raised=self.raised(items))}

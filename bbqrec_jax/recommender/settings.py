@@ -149,8 +149,8 @@ class RecommenderSettings:
     CandidateSimilaritySettings, "Added to the scores of candidates."
   )
   num_negatives: int = setting(
-    0, "Items drawn per step to stand for the catalogue in the dense head's softmax, for catalogues past 100,000"
-    " items; 0 takes all items.", least=0,
+    -1, "Items drawn per step to stand for the catalogue in the dense head's softmax; 0: all items count; -1: 1,024 of"
+    " catalogues of 8,192 items and more.", least=-1,
   )  # fmt: skip
   depth_layers: int = setting(1, "Layers of the generative head's depth transformer.", most=1000)
   dropout: float = setting(0.3, "Of item vectors and residual branches, and of attention weights, see norm.", below=1)
@@ -198,6 +198,11 @@ class RecommenderSettings:
   def item_embedding(self) -> bool:
     """Whether each item has a vector of its own."""
     return "item" in self.item_inputs
+
+  @property
+  def drawn_items(self) -> int:
+    """Items drawn per step to stand for the catalogue in the dense head's softmax; 0: all count."""
+    return (1024 if self.num_items >= 8192 else 0) if self.num_negatives < 0 else self.num_negatives
 
   @property
   def pairs(self) -> tuple[tuple[int, int], ...]:

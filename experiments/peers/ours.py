@@ -119,7 +119,7 @@ def recommender(what, sequences):
     RecommenderSettings(
       num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=0 if what == "sasrec" else LEVELS,
       item_inputs=("item",) if what == "sasrec" else ("fused",), max_length=length, softmax_over="all",
-      subtree_logits=False, seen_item_bias=False, **shape,
+      subtree_logits=False, seen_item_bias=False, num_negatives=0, **shape,
     )
   )  # fmt: skip
   catalogue = Catalogue(

@@ -243,6 +243,14 @@ def test_drawn_negatives_are_for_training_alone_and_change_with_its_key(dense_pa
   assert 0.6 * full < np.mean(drawn) < 1.05 * full
 
 
+@pytest.mark.parametrize(
+  ("num_items", "num_negatives", "drawn"), [(8191, -1, 0), (8192, -1, 1024), (10**6, 0, 0), (50, 7, 7)]
+)
+def test_items_stand_for_others_in_large_catalogues_or_as_asked(num_items, num_negatives, drawn):
+  settings = dataclasses.replace(DENSE, num_items=num_items, num_negatives=num_negatives)
+  assert settings.drawn_items == drawn
+
+
 def test_every_item_can_be_drawn_as_a_negative_and_none_beside_them(catalogue, monkeypatch):
   seen = []
 
