@@ -82,14 +82,15 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, list[list[str]]]:
 
   try:
     table = pyarrow.parquet.read_table(path)
-  except (pa.ArrowException, OSError, ValueError) as error:
+    columns = {name: table[name].to_pylist() for name in table.column_names if name in ("user", "items")}
+  except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # A column twice is a KeyError.
     raise InputError(f"{path}: expected a Parquet file, could not read one ({error}); write it again") from None
-  if not {"user", "items"} <= set(table.column_names):
+  if len(columns) < 2:
     raise InputError(
       f"{path}: expected columns user and items (a list), got {', '.join(table.column_names)}; name them so"
     )
   histories: dict[str, list[str]] = {}
-  for row, (user, items) in enumerate(zip(table["user"].to_pylist(), table["items"].to_pylist(), strict=True), start=1):
+  for row, (user, items) in enumerate(zip(columns["user"], columns["items"], strict=True), start=1):
     if not isinstance(items, list) or not items or not all(_is_id(value) for value in (user, *items)):
       raise InputError(
         f"{path} line {row}: expected a user and a list of items, ids being strings or integers, got {shown(str(user))}"

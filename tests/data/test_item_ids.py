@@ -115,6 +115,16 @@ def test_histories_in_parquet_are_read_or_refused(tmp_path, columns, says):
   pyarrow.parquet.write_table(pyarrow.table(columns), path)
   with pytest.raises(InputError, match=says):
     read_histories(path, NAMES)
+
+
+def test_what_is_no_table_of_histories_in_parquet_is_refused(tmp_path):
+  path = tmp_path / "h.parquet"
+  items = pyarrow.array([["7"]])
+  not_utf8 = pyarrow.table({"user": pyarrow.array([b"\xff"]).view(pyarrow.string()), "items": items})
+  for table in (not_utf8, pyarrow.table([["u"], ["v"], items], ["user", "user", "items"])):
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(InputError, match="expected a Parquet file, could not"):
+      read_histories(path, NAMES)
   path.write_bytes(b"PAR1")
   with pytest.raises(InputError, match="Parquet"):
     read_histories(path, NAMES)
