@@ -98,7 +98,7 @@ def program() -> None:
   flags.DEFINE_integer("top", 50, "How many items an answer may have.")
   flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], f"Kinds of devices that it is to run on, of {PLATFORMS}.")
   flags.DEFINE_list("batch_sizes", ["1", "4", "8", "16"], "How many histories are answered at once; each is compiled.")
-  flags.DEFINE_list("widths", ["256"], "How many items an answer may leave out; each is compiled.")
+  flags.DEFINE_list("widths", ["32", "256"], "How many items an answer may leave out; each is compiled.")
   flags.DEFINE_integer("check", 0, "About how many users the bundle is asked beside the live model.")
   define_path("tokenizer", "Semantic IDs that `bbqrec assign` extended by new items.")
   define_path("features", "The new items' features, for a recommender that reads features.")

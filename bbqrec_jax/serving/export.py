@@ -29,7 +29,7 @@ from bbqrec_jax.utils.files import unfinished
 from bbqrec_jax.utils.json_files import write_json
 
 BATCH_SIZES = (1, 4, 8, 16)
-WIDTHS = (256,)
+WIDTHS = (32, 256)  # Of a history and a few items more; of a long list.
 _CHECKED = 8  # Histories of `check.json`.
 
 

@@ -279,6 +279,15 @@ def test_times_are_read_where_the_model_has_buckets(compared):
   assert bundle.attributes.names == ("price",)
 
 
+def test_a_bundle_of_large_batches_alone_answers_one_that_allows_few(compared):
+  _, bundle = compared
+  asked = Query(np.array([1]), np.array([1]), allow=np.array([2, 5]), times=np.zeros(1))
+  first, second = bundle.answer([asked, asked._replace(allow=None)])
+  assert sorted(first.items) == [2, 5]
+  order = [item for item in second.items.tolist() if item in (2, 5)]
+  assert order == [item for item in first.items.tolist() if item in order]
+
+
 def test_what_a_reason_adds_is_what_the_score_lacks_without_it(compared):
   run, bundle = compared
   history, items = np.array([28, 3, 9, 3, 17, 9, 2, 0]), np.arange(ITEMS)
