@@ -156,8 +156,7 @@ def read_attributes(folders: Iterable[pathlib.Path], item_ids: ItemIds) -> dict[
       line += 1
       if row >= 0:
         columns["brand"][row] = flat_text(record.get("brand"))
-        levels = flat_text(record.get("category"), joiner=" > ").split(">")
-        columns["category"][row] = [level.strip() for level in levels if level.strip()]
+        columns["category"][row] = catalogue_file.category_levels(record)
         columns["price"][row] = catalogue_file.attributes_of({"price": record.get("price")})[1]
   return {name: own for name, own in columns.items() if any(one not in ("", [], None) for one in own)}
 

@@ -9,8 +9,6 @@ from bbqrec_jax.data.preparation.records import flat_text, read_lines
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.files import is_given
 
-TEXTS = ("title", "brand", "category", "description")
-
 
 def items_file(folder: Path) -> Path:
   """The file of a data set that describes its items.
@@ -40,9 +38,22 @@ def read_items(path: Path) -> Iterator[dict[str, Any]]:
       yield record
 
 
+def category_levels(record: dict[str, Any]) -> list[str]:
+  """The levels of an item's `category`, which are separated by `>`, or are a list.
+
+  Without it those of `categories`, as others write them: separated by commas, unless one of these signs is there.
+  """
+  text = flat_text(record.get("category"), joiner=" > ")
+  if not text:
+    text = flat_text(record.get("categories"), joiner=" > ")
+    text = text if ">" in text else text.replace(",", ">")
+  return [level.strip() for level in text.split(">") if level.strip()]
+
+
 def text_of(record: dict[str, Any]) -> str:
   """All that is written of an item: title, brand, category and description, as far as each is there."""
-  return " . ".join(filter(None, (flat_text(record.get(field)) for field in TEXTS)))
+  title, brand, description = (flat_text(record.get(field)) for field in ("title", "brand", "description"))
+  return " . ".join(filter(None, (title, brand, " > ".join(category_levels(record)), description)))
 
 
 def attributes_of(record: dict[str, Any]) -> tuple[list[str], float | None]:
@@ -52,7 +63,7 @@ def attributes_of(record: dict[str, Any]) -> tuple[list[str], float | None]:
   if brand:
     tokens.append(f"brand={brand}")
   path = ""
-  for level in filter(None, (part.strip().lower() for part in flat_text(record.get("category")).split(">"))):
+  for level in map(str.lower, category_levels(record)):
     path = f"{path}>{level}"
     tokens += [f"category={level}", f"path={path}"]
   price = record.get("price")

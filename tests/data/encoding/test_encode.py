@@ -17,7 +17,7 @@ from PIL import Image
 import bbqrec_jax
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.encoding import encode, pictures, store
-from bbqrec_jax.data.encoding.catalogue import attributes_of, text_of
+from bbqrec_jax.data.encoding.catalogue import attributes_of, category_levels, text_of
 from bbqrec_jax.data.encoding.pictures import ColoursAndEdges, open_picture
 from bbqrec_jax.data.encoding.words import HashedWords
 from bbqrec_jax.data.preparation.quarantine import Quarantine
@@ -251,6 +251,23 @@ def test_what_is_said_of_an_item():
   assert text_of(record) == "A mug . Home > Mugs . x y"
   assert attributes_of(record) == (["category=home", "path=>home", "category=mugs", "path=>home>mugs"], 4.0)
   assert attributes_of({"price": True}) == ([], None)
+
+
+@pytest.mark.parametrize(
+  ("record", "levels"),
+  [
+    ({"category": "Home >Mugs> "}, ["Home", "Mugs"]),
+    ({"category": ["Home", "Mugs, red"]}, ["Home", "Mugs, red"]),
+    ({"category": "", "categories": "Home, Mugs,"}, ["Home", "Mugs"]),
+    ({"categories": "Home > Mugs, red"}, ["Home", "Mugs, red"]),
+    ({"categories": [["Home", "Mugs"]]}, ["Home", "Mugs"]),
+    ({"category": "Home", "categories": "Mugs"}, ["Home"]),
+    ({"category": None, "categories": None}, []),
+  ],
+)
+def test_the_levels_of_a_category_are_read_as_they_are_written(record, levels):
+  assert category_levels(record) == levels
+  assert attributes_of(record)[0][::2] == [f"category={level.lower()}" for level in levels]
 
 
 def test_pictures_of_any_kind_are_opened(tmp_path):
