@@ -2,7 +2,8 @@
 
 Items are known by their ids, whatever their numbers. Those that the earlier run knew keep their semantic IDs; new ones
 get theirs from its tokenizer, which no longer learns (`assign`), so that IDs stay what they were. The recommender
-begins with the earlier one's parameters, in which a new item has the mean of the known ones.
+begins half-way between fresh parameters and the earlier one's, in which a new item has the mean of the known ones:
+what goes on from where training ended learns little from what is new ("shrink and perturb", Ash & Adams, 2020).
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from bbqrec_jax.utils.messages import say, warn
 
 _CHECKED = 2048  # Known items whose features are looked at again.
 _SAME = 0.9  # Share of their codes that must come out as they were.
+_KEPT = 0.5  # Share of the earlier parameters in those that a run begins with.
 
 
 class Earlier(NamedTuple):
@@ -154,13 +156,15 @@ def make_ids(earlier: Earlier, dataset: Dataset, folder: pathlib.Path, *, data_h
 
 
 def grow_params(config: Any, model: SequenceModel, catalogue: Catalogue, params: Any, earlier: Earlier) -> Any:
-  """The parameters of an earlier run's recommender, for the items of new data.
+  """Parameters to begin with: those of an earlier run's recommender, for the items of new data, and fresh ones, mixed.
+
+  The tables of candidate similarity are the earlier ones as they are.
 
   Args:
     config: of the new run.
     model: its recommender.
     catalogue: of its items.
-    params: its first parameters, on the host; a new item's are these plus the mean of the known items'.
+    params: its fresh parameters, on the host; a new item's are these plus a share of the known items' mean.
     earlier: which items the earlier run knows.
 
   Raises:
@@ -184,9 +188,10 @@ def grow_params(config: Any, model: SequenceModel, catalogue: Catalogue, params:
         f"--init_from={earlier.workdir}: expected a recommender of the same kind, but of {path} it has {came}, where"
         f" {list(expected)} is needed; give the config that it was trained with, or train anew"
       )
-    if not of_items:
-      return found
-    return np.where(known.reshape(-1, *[1] * (fresh.ndim - 1)), found[earlier.rows], found.mean(axis=0) + fresh)
+    if of_items:
+      rows = known.reshape(-1, *[1] * (fresh.ndim - 1))
+      found = np.where(rows, found[earlier.rows], found.mean(axis=0) + fresh)
+    return found if path.startswith("candidate_similarity/") else _KEPT * found + (1 - _KEPT) * fresh
 
   shapes = {path: leaf.shape for path, leaf in _leaves(smaller)}
   made = {path: one(path, np.asarray(leaf), shapes[path]) for path, leaf in _leaves(params)}

@@ -1,14 +1,20 @@
 """Tomorrow's run begins with yesterday's: known items keep their IDs and vectors, whatever their numbers are now."""
 
 import json
+import pathlib
+import types
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.directory import load_directory
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.runs import nightly
 from bbqrec_jax.runs.run import run
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -16,6 +22,12 @@ from bbqrec_jax.serving.run import load_run
 from bbqrec_jax.training.checkpointing import read_params
 
 ITEMS, NEW = 20, 4
+
+
+class State(NamedTuple):
+  """As far as shapes of parameters are looked at."""
+
+  params: Any
 
 
 def write_data(folder, items, users, *, shift=0.0):
@@ -82,7 +94,7 @@ def test_the_run_is_as_whole_as_any(folders, capsys):
   assert "25 users are known" in words
 
 
-def test_parameters_of_known_items_are_carried_over(folders):
+def test_a_run_begins_half_way_between_fresh_parameters_and_the_earlier_ones(folders):
   finished = load_run(folders / "after")
   model, catalogue, config = finished._restored.model, finished._restored.catalogue, finished.config
   earlier = nightly.read_earlier(folders / "before", finished.dataset)
@@ -90,11 +102,26 @@ def test_parameters_of_known_items_are_carried_over(folders):
   made = nightly.grow_params(config, model, catalogue, fresh, earlier)
   step = load_run(folders / "before").results["best_step"]
   before = read_params(folders / "before" / "checkpoints" / "recommender", step)
-  known = earlier.rows >= 0
-  assert_array_equal(made["item_embedding"][known], before["item_embedding"][earlier.rows[known]])
+  known, of_items = earlier.rows >= 0, fresh["item_embedding"]
+  half = 0.5 * (before["item_embedding"][earlier.rows[known]] + of_items[known])
+  assert_allclose(made["item_embedding"][known], half, rtol=1e-5)
   mean = before["item_embedding"].mean(axis=0)
-  assert_allclose(made["item_embedding"][~known], mean + fresh["item_embedding"][~known], rtol=1e-5)
-  assert_array_equal(made["code_embedding"], before["code_embedding"])
+  assert_allclose(made["item_embedding"][~known], 0.5 * mean + of_items[~known], rtol=1e-5)
+  assert_allclose(made["code_embedding"], 0.5 * (before["code_embedding"] + fresh["code_embedding"]), rtol=1e-5)
+
+
+def test_the_tables_of_candidate_similarity_are_the_earlier_ones(monkeypatch):
+  params = {"candidate_similarity": {"scale": np.full(1, 0.4, np.float32)}, "x": np.full(2, 3.0, np.float32)}
+  fresh = jax.tree.map(np.ones_like, params)
+  monkeypatch.setattr(nightly, "load_results", lambda folder: {"best_step": 1})
+  monkeypatch.setattr(nightly, "read_params", lambda folder, step: params)
+  monkeypatch.setattr(nightly, "make_recommender", lambda settings: None)
+  monkeypatch.setattr(nightly, "initial_state", lambda *args, **options: State(fresh))
+  model = types.SimpleNamespace(settings=RecommenderSettings(num_items=2))
+  earlier = nightly.Earlier(pathlib.Path("x"), ItemIds.numbered(2), frozenset(), np.arange(2))
+  made = nightly.grow_params(None, model, None, fresh, earlier)
+  assert_array_equal(made["candidate_similarity"]["scale"], params["candidate_similarity"]["scale"])
+  assert_array_equal(made["x"], 2.0)
 
 
 def test_what_cannot_be_begun_from_is_refused(folders, tmp_path):
