@@ -84,6 +84,22 @@ def similarity(rows: Rows) -> alt.Chart:
   )
 
 
+def candidate_similarity(rows: Rows) -> alt.Chart:
+  """What is added to a candidate's score against the bucket of its similarity; a line a place of the history."""
+  order = list(dict.fromkeys(row["place"] for row in rows))
+  return (
+    alt.Chart(_data(rows))
+    .mark_line(point={"size": 22}, strokeWidth=1.8)
+    .encode(
+      x=alt.X("bucket:Q", title="bucket, the more similar the higher", axis=alt.Axis(tickMinStep=1, format="d")),
+      y=alt.Y("added:Q", title="added to the score"),
+      color=alt.Color("place:N", title=None, sort=order, legend=alt.Legend(orient="top")),
+      tooltip=["place:N", "bucket:Q", alt.Tooltip("added:Q", format="+.3f")],
+    )
+    .properties(width="container", height=HEIGHT)
+  )
+
+
 def groups(rows: Rows, *, title: str) -> Any:
   """Metrics of groups of users, with 95 % intervals."""
   order = list(dict.fromkeys(row["group"] for row in rows))

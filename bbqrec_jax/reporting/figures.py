@@ -17,6 +17,7 @@ Rows = list[dict[str, Any]]
 
 _DRAWN = 5000  # Items of a map: more make the page heavy and tell no more.
 _SHOWN = 4  # Users at each end.
+_PLACES = {0: "last item", 1: "second last", 4: "fifth last", 9: "tenth last"}  # Of a history, that have a line.
 
 
 def curves(path: pathlib.Path) -> Rows:
@@ -151,6 +152,36 @@ def similarity_curves(tables: np.ndarray, edges: np.ndarray, names: Sequence[str
           about | {"similarity": float(at), "bias": float(bias)} for at, bias in zip(centres, biases, strict=True)
         ]
         special.append(about | {"itself": float(values[-2]), "missing": float(values[-1])})
+  return rows, special
+
+
+def candidate_curves(tables: Mapping[str, Any], names: Sequence[str]) -> tuple[Rows, Rows]:
+  """What candidate similarity adds to scores, by stream, bucket and place of the history's item.
+
+  More than for the lowest bucket: what a whole row of a table has in common changes no list.
+
+  Args:
+    tables: parameters of `CandidateSimilarity`: `tables` [S, R, n + 2], the last two columns being an item with itself
+      and a missing vector, and, where there is behaviour, `neighbour_table` [R, n].
+    names: of the S streams of vectors.
+
+  Returns:
+    Rows of panel, place, bucket, added; and rows of panel, place, itself, missing. What are no neighbours stand at -1
+    of behaviour, where nothing is added.
+  """
+  rows: Rows = []
+  special: Rows = []
+  for panel, table in zip(names, np.asarray(tables["tables"], np.float64), strict=True):
+    for place, label in _PLACES.items():
+      if place < len(table):
+        own, about = table[place] - table[place, 0], {"panel": panel, "place": label}
+        rows += [about | {"bucket": bucket, "added": float(added)} for bucket, added in enumerate(own[:-2])]
+        special.append(about | {"itself": float(own[-2]), "missing": float(own[-1])})
+  for place, label in _PLACES.items():
+    if place < len(tables.get("neighbour_table", ())):
+      own = [0.0, *np.asarray(tables["neighbour_table"][place], np.float64)]
+      about = {"panel": "behaviour", "place": label}
+      rows += [about | {"bucket": bucket, "added": float(added)} for bucket, added in enumerate(own, start=-1)]
   return rows, special
 
 

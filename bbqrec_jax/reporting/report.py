@@ -14,6 +14,8 @@ import bbqrec_jax
 from bbqrec_jax.data.dataset import statistics
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.recommender.candidate_similarity import stream_vectors
+from bbqrec_jax.recommender.items import item_features
 from bbqrec_jax.reporting import figures
 from bbqrec_jax.runs.restore import Restored
 from bbqrec_jax.runs.workdir import SHOWN, load_results
@@ -120,6 +122,16 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
       text = f"What is added to the attention score of two items by the similarity of {panel}, per head."
       own = [row for row in rows if row["panel"] == panel]
       similarity.append(Chart(f"similarity_{place + 1}", f"Similarity of {panel}", text, charts.similarity(own)))
+  compared: list[Chart] = []
+  special_compared: figures.Rows = []
+  if restored.catalogue.candidates is not None:
+    settings = restored.model.settings.candidate_similarity
+    streams = list(stream_vectors(settings, ids, item_features(restored.config, dataset.store)))
+    rows, special_compared = figures.candidate_curves(restored.params["candidate_similarity"], streams)
+    for place, panel in enumerate(dict.fromkeys(row["panel"] for row in rows)):
+      text = f"What is added to a candidate's score by its similarity to an item of the history, of {panel}."
+      own = [row for row in rows if row["panel"] == panel]
+      compared.append(Chart(f"candidates_{place + 1}", panel.capitalize(), text, charts.candidate_similarity(own)))
   shown = [name for name in SHOWN if name in results["test"]]
   return {
     "name": results["data"]["name"],
@@ -136,6 +148,8 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
     "prefixes": groups_of_items,
     "similarity": similarity,
     "special": special,
+    "compared": compared,
+    "special_compared": special_compared,
     "groups": groups,
     "extremes": figures.extremes(restored, split, ranks, names),
     "config": flatten(restored.config),
@@ -152,7 +166,7 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
 
 def charts_of(told: dict[str, Any]) -> list[Chart]:
   """All charts that the page shows."""
-  return [*told["training"], *told["coded"], told["map"], *told["similarity"], *told["groups"]]
+  return [*told["training"], *told["coded"], told["map"], *told["similarity"], *told["compared"], *told["groups"]]
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from bbqrec_jax.ops.ranking import MISS
 from bbqrec_jax.reporting.figures import (
   bucket_centres,
   by_group,
+  candidate_curves,
   code_use,
   curves,
   item_map,
@@ -44,6 +45,23 @@ def test_each_panel_has_a_line_a_head_with_its_numbers(layers):
 def test_a_continuous_bias_is_a_straight_line():
   rows, _ = similarity_curves(np.array([[[0.5, 0.1, 0.2]]]), np.zeros((1, 0)), ["text"])
   assert [(row["similarity"], row["bias"]) for row in rows] == [(-1.0, -0.5), (1.0, 0.5)]
+
+
+def test_what_candidates_get_is_counted_from_the_lowest_bucket():
+  rng = np.random.default_rng(0)
+  tables = {"tables": rng.normal(size=(2, 10, 6)), "neighbour_table": rng.normal(size=(10, 4))}
+  rows, special = candidate_curves(tables, ["text", "fused"])
+  assert len(rows) == 2 * 4 * 4 + 4 * 5
+  for panel, table in zip(("text", "fused"), tables["tables"], strict=True):
+    for place, label in ((0, "last item"), (9, "tenth last")):
+      line = [row["added"] for row in rows if (row["panel"], row["place"]) == (panel, label)]
+      assert_allclose(line, table[place, :4] - table[place, 0])
+      (told,) = [row for row in special if (row["panel"], row["place"]) == (panel, label)]
+      assert_allclose([told["itself"], told["missing"]], table[place, 4:] - table[place, 0])
+  line = [(row["bucket"], row["added"]) for row in rows if (row["panel"], row["place"]) == ("behaviour", "second last")]
+  assert_allclose(line, [(-1, 0.0), *enumerate(tables["neighbour_table"][1])])
+  few, _ = candidate_curves({"tables": np.zeros((0, 3, 6)), "neighbour_table": np.zeros((3, 4))}, [])
+  assert {row["place"] for row in few} == {"last item", "second last"}
 
 
 def test_tables_are_those_of_the_tower_that_has_them():

@@ -23,7 +23,10 @@ SMALL = {
   "evaluation.batch_size": 32, "evaluation.beam_width": 10,
 }  # fmt: skip
 RUNS = {
-  "dense": {},
+  "dense": {
+    "recommender.item_inputs": ("fused", "features", "item"),
+    "recommender.candidate_similarity.streams": ("features", "fused", "behaviour"),
+  },
   "sasrec": {"recommender.item_inputs": ("item",), "recommender.similarity": ()},
 }
 
@@ -53,6 +56,8 @@ def test_the_page_fetches_nothing_and_shows_what_the_run_has(made):
   assert {"recommender_loss", "recommender_validation", "map", "by_length", "by_popularity"} <= names
   has_ids = told["semantic_ids"] is not None
   assert ("code_use" in names) == has_ids == any(name.startswith("similarity_") for name in names)
+  panels = {chart.title for chart in told["compared"]}
+  assert panels == ({"Features of image", "Features of text", "Fused", "Behaviour"} if has_ids else set())
   assert all(f'id="chart-{name}"' in markup for name in names)
   assert {path.name for path in written} == {path.name for path in folder.iterdir()}
   pictures = [path for path in written if path.suffix == ".png"]
