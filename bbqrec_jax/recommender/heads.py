@@ -22,9 +22,9 @@ class DenseHead(Head):
   """Full softmax over the catalogue: the product of the state and each item's vector (SASRec with cross-entropy).
 
   With `num_negatives`, items drawn at random in a training step stand for the whole catalogue, as they do by themselves
-  in a large one: the figures are the same for less than half of the time. With `seen_item_bias` the items of the
-  history have a learned number added to their logits (this project's choice): a product of vectors cannot well say "the
-  like of these, but none of them".
+  in a large one, where a step then costs about half. With `seen_item_bias` the items of the history have a learned
+  number added to their logits (this project's choice): a product of vectors cannot well say "the like of these, but
+  none of them".
 
   With `cosine` both are of length one, and their products have a learned scale: an item's popularity is then in no
   vector's length, and an item that came after training has as long a vector as any.
