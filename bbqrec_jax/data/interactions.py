@@ -202,18 +202,21 @@ def leave_one_out(interactions: Interactions) -> Split:
   )
 
 
-def hold_out_last(split: Split, *, count: int, seed: int) -> tuple[Split, np.ndarray]:
+def hold_out_last(
+  split: Split, *, count: int, seed: int, among: np.ndarray | None = None
+) -> tuple[Split, np.ndarray]:
   """The same protocol one step earlier, for some users: their last training item is what there is to predict.
 
   Args:
     split: of which the training histories count.
     count: users at most whose last item is held out, drawn from those with two training interactions or more.
     seed: of the draw.
+    among: [U] bool, the users to draw from; None: all.
 
   Returns:
     The split, whose targets mean nothing for other users, and the users, [n] int ascending.
   """
-  train, users = split.train, np.flatnonzero(split.train.lengths >= 2)
+  train, users = split.train, np.flatnonzero((split.train.lengths >= 2) & (True if among is None else among))
   if len(users) > count:
     users = np.sort(np.random.default_rng([seed, 11]).choice(users, count, replace=False))
   last = train.offsets[1:][users] - 1

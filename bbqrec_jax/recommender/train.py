@@ -46,6 +46,8 @@ from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.messages import say, warn
 
 _FEWEST_STEPS = 100  # Between two validations, where a config leaves them to an epoch.
+_KEPT = 0.5  # Share of an earlier run's parameters in those that a run begins with.
+_FEWEST_USERS = 2048  # With a new transition, for which tables are fitted anew; a stranger's fit on fewer is worse.
 _FEWEST_BATCHES = 16  # Of an epoch, for which a length bucket is worth programs of its own.
 
 
@@ -141,13 +143,18 @@ def ranking_shapes(config: Any, split: Split, *, exact: bool) -> dict[str, Any]:
   }
 
 
-def held_out(config: Any, split: Split) -> tuple[Split, np.ndarray]:
+def held_out(config: Any, split: Split, *, among: np.ndarray | None = None) -> tuple[Split, np.ndarray]:
   """The transitions that candidate similarity is fitted on, kept from everything that is trained before it.
+
+  Args:
+    config: of the run.
+    split: of its data.
+    among: [U] bool, the users whose transitions may be taken; None: all.
 
   Returns:
     As `hold_out_last`.
   """
-  return hold_out_last(split, count=config.recommender.candidate_similarity.users, seed=config.seed)
+  return hold_out_last(split, count=config.recommender.candidate_similarity.users, seed=config.seed, among=among)
 
 
 def training_plan(recommender: Any, histories: Interactions) -> tuple[int, int]:
@@ -165,6 +172,18 @@ def training_batches(config: Any, histories: Interactions) -> grain.IterDataset:
   if not is_packed(r):
     return recommender_batches(PrefixHistories(histories, bounds=bucket_bounds(r, histories), **shape))
   return recommender_batches(PackedHistories(histories, row_length=r.row_length, whole=False, **shape))
+
+
+class WarmStart(NamedTuple):
+  """What a run that begins from an earlier one's recommender takes from it.
+
+  Attributes:
+    grow: (model, its catalogue, fresh parameters on the host) -> the earlier parameters for its items, likewise.
+    unseen: [U] bool, the users whose last training transition the earlier run has not learned from.
+  """
+
+  grow: Callable[[SequenceModel, Catalogue, Any], Any]
+  unseen: np.ndarray
 
 
 class _Work(NamedTuple):
@@ -276,17 +295,30 @@ def _fitted_tables(
   split: Split,
   dataset: Dataset,
   work: _Work,
-) -> tuple[Any, dict[str, Any]]:
+  warm: WarmStart | None,
+) -> tuple[Any, dict[str, Any] | None]:
   """Tables that are fitted on some users' last training transitions, which the base beneath them was trained without.
 
+  An earlier run's recommender is such a base as it is, of what came after it.
+
   Returns:
-    (parameters of `CandidateSimilarity` on the host, the progress record of the base's training).
+    (parameters of `CandidateSimilarity` on the host, the progress record of the base's training, None without any).
   """
   e = config.evaluation
-  held, users = held_out(config, split)
+  held, users = held_out(config, split, among=None if warm is None else warm.unseen)
   stage = _stage("held_out", config, ids, held, dataset, work.partitioner)
-  some = users if not e.validation_users else chosen_users(users, e.validation_users, seed=config.seed)
-  state, progress = _trained(stage, config, held, dataset, some, work)
+  progress = None
+  if warm is None:
+    some = users if not e.validation_users else chosen_users(users, e.validation_users, seed=config.seed)
+    state, progress = _trained(stage, config, held, dataset, some, work)
+    base = state.params
+  else:
+    first = work.partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue, total_steps=1))
+    grown = warm.grow(stage.model, stage.catalogue, work.partitioner.fetch(first.params))
+    if len(users) < _FEWEST_USERS:
+      say(f"candidate similarity: {len(users):,} users have a new transition: the earlier tables stay")
+      return grown["candidate_similarity"], None
+    base = work.partitioner.place(grown)
   path = work.workdir / "candidate_similarity.json"
   if is_given(path):
     tables = read_json(path)["parameters"]
@@ -296,7 +328,7 @@ def _fitted_tables(
     shapes = ranking_shapes(config, held, exact=stage.model.exact)
     del shapes["width"]  # Nothing is left out.
     fitted, losses = fit_similarity(
-      state.params, stage.model, stage.shared, stage.catalogue, held.train, held.validation_target,
+      base, stage.model, stage.shared, stage.catalogue, held.train, held.validation_target,
       users=users, seed=config.seed, partitioner=work.partitioner, **shapes,
     )  # fmt: skip
     seconds = time.monotonic() - started
@@ -315,13 +347,15 @@ def run_recommender(
   workdir: pathlib.Path,
   partitioner: Partitioner,
   log: MetricsLog,
-  warm: Callable[[SequenceModel, Catalogue, Any], Any] | None = None,
+  warm: WarmStart | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
   """Trains the recommender (or goes on with it), picks it by validation NDCG@10, ranks the test items once.
 
   Where candidates are compared with the history, a base is trained first without each user's last training transition,
   and the tables are fitted on these. They are part of the model from the start, which is then trained on all.
-  `warm`, of the model, its catalogue and the first parameters, gives others to begin with, tables included.
+
+  With `warm` an earlier run's recommender is that base, and training begins half-way between its parameters and fresh
+  ones: from where training ended, little would be learned from what is new ("shrink and perturb", Ash & Adams, 2020).
 
   The rank of each user's validation and test item, in the order of the users, goes into `workdir/ranks.npz`.
 
@@ -331,8 +365,8 @@ def run_recommender(
   """
   e = config.evaluation
   work, tables, before = _Work(workdir, partitioner, log), None, None
-  if config.recommender.candidate_similarity.streams and warm is None:
-    tables, before = _fitted_tables(config, ids, split, dataset, work)  # First: the devices hold one model at a time.
+  if config.recommender.candidate_similarity.streams:
+    tables, before = _fitted_tables(config, ids, split, dataset, work, warm)  # First: the devices hold one model at a time.
   stage = _stage("recommender", config, ids, split, dataset, partitioner)
   if not stage.model.exact and e.beam_width < min(LARGEST_CUTOFF, stage.catalogue.num_items):
     warn(
@@ -341,11 +375,12 @@ def run_recommender(
     )
   steps, _ = training_plan(config.recommender, split.train)
   first = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue, total_steps=steps))
-  if warm is not None:
-    first = _starting_from(warm(stage.model, stage.catalogue, partitioner.fetch(first.params)), first, partitioner)
-  elif tables is not None:
-    params = {**partitioner.fetch(first.params), "candidate_similarity": tables}
-    first = _starting_from(params, first, partitioner)
+  if warm is not None or tables is not None:
+    params = partitioner.fetch(first.params)
+    if warm is not None:
+      grown = warm.grow(stage.model, stage.catalogue, params)
+      params = jax.tree.map(lambda old, new: (_KEPT * old + (1 - _KEPT) * new).astype(new.dtype), grown, params)
+    first = _starting_from(params if tables is None else {**params, "candidate_similarity": tables}, first, partitioner)
   users = sample_users(split, e.validation_users, seed=config.seed)
   state, progress = _trained(stage, config, split, dataset, users, work, first=first)
   started = time.monotonic()

@@ -15,6 +15,7 @@ from bbqrec_jax.recommender.settings import TOWERS, CandidateSimilaritySettings,
 from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 
 _OF_CODES = {"fused", "modalities", "content"}  # Item inputs that the dense tower does without.
+_NARROWER = 5  # Times fewer items of the beam than of the full softmax: wider beams found nothing better (docs/results).
 
 
 def make_recommender(settings: RecommenderSettings) -> SequenceModel:
@@ -102,13 +103,15 @@ class TwoTowers(SequenceModel):
     exclude: jax.Array | None = None,
     seen: jax.Array | None = None,
   ) -> BeamResult:
-    """The best of the beam's W items and of the W best of the full softmax, by the product of both probabilities.
+    """The best of the beam's W / 5 items and of the W best of the full softmax, by the product of both probabilities.
 
     Where candidates are compared with the history, that counts for the W best of the full softmax, too.
     Log-probabilities are among the candidates.
     """
     of_generative, of_dense = states
-    beam = self.generative.search(catalogue, of_generative, width=width, exclude=exclude, seen=seen)
+    beam = self.generative.search(
+      catalogue, of_generative, width=-(-width // _NARROWER), exclude=exclude, seen=seen
+    )
     scores = jax.nn.log_softmax(self.dense.scores(catalogue, of_dense, seen), axis=-1)
     scale = jnp.ones(2, jnp.float32)
     if self.compares_candidates:

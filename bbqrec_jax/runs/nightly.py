@@ -2,8 +2,7 @@
 
 Items are known by their ids, whatever their numbers. Those that the earlier run knew keep their semantic IDs; new ones
 get theirs from its tokenizer, which no longer learns (`assign`), so that IDs stay what they were. The recommender
-begins half-way between fresh parameters and the earlier one's, in which a new item has the mean of the known ones:
-what goes on from where training ended learns little from what is new ("shrink and perturb", Ash & Adams, 2020).
+begins with the earlier one's parameters, in which a new item has the mean of the known ones (`WarmStart`).
 """
 
 import dataclasses
@@ -16,11 +15,12 @@ import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.feature_store import FeatureStore
+from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.model import SequenceModel
-from bbqrec_jax.recommender.train import initial_state
+from bbqrec_jax.recommender.train import WarmStart, initial_state
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.runs.workdir import load_results
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -33,7 +33,6 @@ from bbqrec_jax.utils.messages import say, warn
 
 _CHECKED = 2048  # Known items whose features are looked at again.
 _SAME = 0.9  # Share of their codes that must come out as they were.
-_KEPT = 0.5  # Share of the earlier parameters in those that a run begins with.
 
 
 class Earlier(NamedTuple):
@@ -42,13 +41,13 @@ class Earlier(NamedTuple):
   Attributes:
     workdir: of the run.
     item_ids: what its data called the items.
-    users: likewise.
+    learned_from: how many interactions of each user the run learned from; none known of a run of an older version.
     rows: [N] int64, the number there of each item of the new data; -1 of new items.
   """
 
   workdir: pathlib.Path
   item_ids: ItemIds
-  users: frozenset[str]
+  learned_from: dict[str, int | None]
   rows: np.ndarray
 
 
@@ -62,7 +61,9 @@ def read_earlier(workdir: pathlib.Path, dataset: Dataset) -> Earlier:
     raise InputError(f"--init_from={workdir}: expected the workdir of a finished run, found none; give one")
   noted = read_json(workdir / "ids.json")
   try:
-    item_ids, users = ItemIds.from_json(noted.get("items")), frozenset(map(str, noted.get("users") or ()))
+    item_ids, users = ItemIds.from_json(noted.get("items")), list(map(str, noted.get("users") or ()))
+    counts = noted.get("learned_from") or [None] * len(users)
+    learned_from = dict(zip(users, counts, strict=True))
   except (ValueError, TypeError) as error:
     raise InputError(f"{workdir / 'ids.json'}: {error}; restore it") from None
   rows = item_ids.rows(list(map(str, dataset.item_ids.to_json())))
@@ -71,17 +72,17 @@ def read_earlier(workdir: pathlib.Path, dataset: Dataset) -> Earlier:
       f"--init_from={workdir}: expected a run on earlier data of the same items, but none of the {dataset.num_items}"
       " items is one of its; train anew without it"
     )
-  return Earlier(workdir, item_ids, users, rows)
+  return Earlier(workdir, item_ids, learned_from, rows)
 
 
 def describe(earlier: Earlier, dataset: Dataset) -> str:
   """What is known, new and gone, in words."""
   known = int(np.sum(earlier.rows >= 0))
-  users = set(dataset.interactions.users.tolist())
+  users, earlier_users = set(dataset.interactions.users.tolist()), earlier.learned_from.keys()
   return (
     f"beginning from {earlier.workdir}: {known:,} items are known, {dataset.num_items - known:,} new,"
-    f" {len(earlier.item_ids) - known:,} gone; {len(users & earlier.users):,} users are known,"
-    f" {len(users - earlier.users):,} new, {len(earlier.users - users):,} gone"
+    f" {len(earlier.item_ids) - known:,} gone; {len(users & earlier_users):,} users are known,"
+    f" {len(users - earlier_users):,} new, {len(earlier_users - users):,} gone"
   )
 
 
@@ -155,16 +156,28 @@ def make_ids(earlier: Earlier, dataset: Dataset, folder: pathlib.Path, *, data_h
   return SemanticIds.load(folder)
 
 
-def grow_params(config: Any, model: SequenceModel, catalogue: Catalogue, params: Any, earlier: Earlier) -> Any:
-  """Parameters to begin with: those of an earlier run's recommender, for the items of new data, and fresh ones, mixed.
+def warm_start(config: Any, earlier: Earlier, train: Interactions) -> WarmStart:
+  """What a run takes from an earlier one's recommender; `train` is what the new run learns from."""
 
-  The tables of candidate similarity are the earlier ones as they are.
+  def has_new(user: str, length: int) -> bool:
+    known = earlier.learned_from.get(user, 0)
+    return known is not None and length > known
+
+  unseen = [has_new(user, length) for user, length in zip(train.users.tolist(), train.lengths.tolist(), strict=True)]
+  return WarmStart(
+    grow=lambda model, catalogue, params: grow_params(config, model, catalogue, params, earlier),
+    unseen=np.array(unseen, bool),
+  )
+
+
+def grow_params(config: Any, model: SequenceModel, catalogue: Catalogue, params: Any, earlier: Earlier) -> Any:
+  """The parameters of an earlier run's recommender, for the items of new data.
 
   Args:
     config: of the new run.
     model: its recommender.
     catalogue: of its items.
-    params: its fresh parameters, on the host; a new item's are these plus a share of the known items' mean.
+    params: its fresh parameters, on the host; a new item's are these plus the known items' mean.
     earlier: which items the earlier run knows.
 
   Raises:
@@ -191,7 +204,7 @@ def grow_params(config: Any, model: SequenceModel, catalogue: Catalogue, params:
     if of_items:
       rows = known.reshape(-1, *[1] * (fresh.ndim - 1))
       found = np.where(rows, found[earlier.rows], found.mean(axis=0) + fresh)
-    return found if path.startswith("candidate_similarity/") else _KEPT * found + (1 - _KEPT) * fresh
+    return found
 
   shapes = {path: leaf.shape for path, leaf in _leaves(smaller)}
   made = {path: one(path, np.asarray(leaf), shapes[path]) for path, leaf in _leaves(params)}

@@ -214,7 +214,7 @@ def _begun(
       make_recommender(settings)
       if needs_semantic_ids(config):
         check_compared(config, ids, dataset.present, split.train)
-  with claimed(workdir, config, figures, dataset, done=done):
+  with claimed(workdir, config, figures, dataset, split.train, done=done):
     say(format_statistics(figures))
     if not done and (tokenizer_alone or needs_features(config)):
       for sentence in squeezed_columns(dataset.store):
@@ -348,9 +348,7 @@ def _train(run: _Run) -> dict[str, Any]:
       workdir=workdir,
       partitioner=run.partitioner,
       log=log,
-      warm=None
-      if earlier is None
-      else lambda model, catalogue, params: nightly.grow_params(config, model, catalogue, params, earlier),
+      warm=None if earlier is None else nightly.warm_start(config, earlier, split.train),
     )
   popularity = {
     "popularity" + suffix: popularity_metrics(

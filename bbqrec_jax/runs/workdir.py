@@ -12,6 +12,7 @@ import ml_collections
 
 from bbqrec_jax.config import CHANGEABLE, RunSettings, default_config, read_config
 from bbqrec_jax.data.dataset import Dataset
+from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY
 from bbqrec_jax.recommender.settings import RecommenderSettings
@@ -79,7 +80,13 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def claimed(
-  workdir: pathlib.Path, config: ml_collections.ConfigDict, figures: dict[str, Any], dataset: Dataset, *, done: bool
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  figures: dict[str, Any],
+  dataset: Dataset,
+  train: Interactions,
+  *,
+  done: bool,
 ) -> Iterator[None]:
   """Holds a workdir for a run that `claim` has written into it, against other starts of the same command.
 
@@ -88,6 +95,7 @@ def claimed(
     config: of the run.
     figures: of its data.
     dataset: its data.
+    train: of this, what is learned from.
     done: whether nothing is left to do there. Then nobody is kept out, and it need not be possible to write there.
 
   Raises:
@@ -99,7 +107,7 @@ def claimed(
   with contextlib.nullcontext() if done else locked(workdir):
     try:
       claim(workdir, config, figures)
-      note_ids(workdir, dataset)
+      note_ids(workdir, dataset, train)
     except OSError as error:
       if not done:
         raise
@@ -148,13 +156,21 @@ def _make(workdir: pathlib.Path) -> None:
     raise InputError(f"--workdir={workdir} cannot be made: {error.strerror}; use another") from error
 
 
-def note_ids(workdir: pathlib.Path, dataset: Dataset) -> None:
+def note_ids(workdir: pathlib.Path, dataset: Dataset, train: Interactions) -> None:
   """Writes `ids.json`: what the data calls the items and the users, in the order that everything else has them in.
+
+  With the users stands from how many of their interactions the run learns.
 
   Raises:
     InputError: if the file is there, and damaged.
   """
-  ids = {"items": dataset.item_ids.to_json(), "users": dataset.interactions.users.tolist()}
+  users = dataset.interactions.users.tolist()
+  learned = dict(zip(train.users.tolist(), train.lengths.tolist(), strict=True))
+  ids = {
+    "items": dataset.item_ids.to_json(),
+    "users": users,
+    "learned_from": [learned.get(user, 0) for user in users],
+  }
   _keep_json(workdir / "ids.json", ids)
 
 

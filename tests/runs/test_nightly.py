@@ -1,9 +1,7 @@
 """Tomorrow's run begins with yesterday's: known items keep their IDs and vectors, whatever their numbers are now."""
 
 import json
-import pathlib
-import types
-from typing import Any, NamedTuple
+import shutil
 
 import jax
 import numpy as np
@@ -12,22 +10,16 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.directory import load_directory
-from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommender.settings import RecommenderSettings
+from bbqrec_jax.recommender import train
 from bbqrec_jax.runs import nightly
 from bbqrec_jax.runs.run import run
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.serving.run import load_run
 from bbqrec_jax.training.checkpointing import read_params
+from bbqrec_jax.utils.json_files import read_json, write_json
 
 ITEMS, NEW = 20, 4
-
-
-class State(NamedTuple):
-  """As far as shapes of parameters are looked at."""
-
-  params: Any
 
 
 def write_data(folder, items, users, *, shift=0.0):
@@ -94,14 +86,33 @@ def test_the_run_is_as_whole_as_any(folders, capsys):
   assert "25 users are known" in words
 
 
-def test_a_run_begins_half_way_between_fresh_parameters_and_the_earlier_ones(folders):
-  finished = load_run(folders / "after")
-  model, catalogue, config = finished._restored.model, finished._restored.catalogue, finished.config
-  earlier = nightly.read_earlier(folders / "before", finished.dataset)
-  fresh = read_params(folders / "after" / "checkpoints" / "recommender", finished.results["best_step"])
-  made = nightly.grow_params(config, model, catalogue, fresh, earlier)
-  step = load_run(folders / "before").results["best_step"]
-  before = read_params(folders / "before" / "checkpoints" / "recommender", step)
+class Begun(Exception):
+  """Ends a run where its training would begin."""
+
+
+def first_parameters(config, workdir, monkeypatch):
+  """The parameters that a run begins with, and the fresh ones."""
+  kept = {}
+
+  def look(params, state, partitioner):
+    kept.update(params=params, fresh=partitioner.fetch(state.params))
+    raise Begun
+
+  monkeypatch.setattr(train, "_starting_from", look)
+  with pytest.raises(Begun):
+    run(config, workdir)
+  return kept["params"], kept["fresh"]
+
+
+def best_parameters(workdir):
+  return read_params(workdir / "checkpoints" / "recommender", load_run(workdir).results["best_step"])
+
+
+def test_a_run_begins_half_way_between_fresh_parameters_and_the_earlier_ones(folders, tmp_path, monkeypatch):
+  config = make_config(folders / "today", init_from=str(folders / "before"))
+  made, fresh = first_parameters(config, tmp_path / "run", monkeypatch)
+  before = best_parameters(folders / "before")
+  earlier = nightly.read_earlier(folders / "before", load_directory(folders / "today", drop_short_users=True))
   known, of_items = earlier.rows >= 0, fresh["item_embedding"]
   half = 0.5 * (before["item_embedding"][earlier.rows[known]] + of_items[known])
   assert_allclose(made["item_embedding"][known], half, rtol=1e-5)
@@ -110,18 +121,67 @@ def test_a_run_begins_half_way_between_fresh_parameters_and_the_earlier_ones(fol
   assert_allclose(made["code_embedding"], 0.5 * (before["code_embedding"] + fresh["code_embedding"]), rtol=1e-5)
 
 
-def test_the_tables_of_candidate_similarity_are_the_earlier_ones(monkeypatch):
-  params = {"candidate_similarity": {"scale": np.full(1, 0.4, np.float32)}, "x": np.full(2, 3.0, np.float32)}
-  fresh = jax.tree.map(np.ones_like, params)
-  monkeypatch.setattr(nightly, "load_results", lambda folder: {"best_step": 1})
-  monkeypatch.setattr(nightly, "read_params", lambda folder, step: params)
-  monkeypatch.setattr(nightly, "make_recommender", lambda settings: None)
-  monkeypatch.setattr(nightly, "initial_state", lambda *args, **options: State(fresh))
-  model = types.SimpleNamespace(settings=RecommenderSettings(num_items=2))
-  earlier = nightly.Earlier(pathlib.Path("x"), ItemIds.numbered(2), frozenset(), np.arange(2))
-  made = nightly.grow_params(None, model, None, fresh, earlier)
-  assert_array_equal(made["candidate_similarity"]["scale"], params["candidate_similarity"]["scale"])
-  assert_array_equal(made["x"], 2.0)
+STREAMS = {"recommender.candidate_similarity.streams": ("fused", "behaviour")}
+
+
+@pytest.fixture(scope="module")
+def compared(folders):
+  """A run of yesterday with tables of candidate similarity."""
+  run(make_config(folders / "yesterday", **STREAMS), folders / "compared")
+  return folders / "compared"
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_tables_are_fitted_anew_where_enough_users_have_something_new(folders, compared, tmp_path, monkeypatch, enough):
+  calls, fit = [], train.fit_similarity
+
+  def spy(params, model, shared, catalogue, histories, targets, *, users, **options):
+    calls.append((jax.device_get(params), histories, targets, users))
+    return fit(params, model, shared, catalogue, histories, targets, users=users, **options)
+
+  monkeypatch.setattr(train, "fit_similarity", spy)
+  monkeypatch.setattr(train, "_FEWEST_USERS", 2 if enough else 10**6)
+  # User 9 has nothing new: what is its last training transition today was learned from yesterday.
+  noted = read_json(compared / "ids.json")
+  today = load_directory(folders / "today", drop_short_users=True).interactions
+  counts = dict(zip(today.users.tolist(), (today.lengths - 2).tolist(), strict=True))
+  yesterday = {user: counts[user] - (user != "U9") if user in counts else 0 for user in noted["users"]}
+  changed = copied(compared, tmp_path / "compared", learned_from=list(yesterday.values()))
+  config = make_config(folders / "today", init_from=str(changed), **STREAMS)
+  made, _ = first_parameters(config, tmp_path / "run", monkeypatch)
+  before = best_parameters(compared)
+  if not enough:
+    assert not calls
+    jax.tree.map(assert_array_equal, made["candidate_similarity"], before["candidate_similarity"])
+    return
+  ((base, histories, targets, users),) = calls
+  assert_array_equal(base["code_embedding"], before["code_embedding"])
+  assert "U9" not in today.users[users]
+  assert set(today.users[users]) == set(today.users) - {"U9"}
+  for user in users.tolist():
+    whole = today.history(user)
+    assert_array_equal([*histories.history(user), targets[user]], whole[:-2])
+  fitted = read_json(tmp_path / "run" / "candidate_similarity.json")["parameters"]
+  assert_allclose(made["candidate_similarity"]["tables"], fitted["tables"], rtol=1e-6)
+  assert not np.allclose(made["candidate_similarity"]["tables"], before["candidate_similarity"]["tables"])
+
+
+def copied(workdir, to, **changes):
+  """A copy of a finished run whose `ids.json` says something else."""
+  shutil.copytree(workdir, to)
+  noted = read_json(to / "ids.json")
+  noted.pop("checksum", None)
+  write_json(to / "ids.json", noted | changes)
+  return to
+
+
+def test_a_run_that_does_not_say_what_it_learned_from_keeps_its_tables(folders, compared, tmp_path):
+  old = copied(compared, tmp_path / "old", learned_from=[])
+  dataset = load_directory(folders / "today", drop_short_users=True)
+  start = nightly.warm_start(None, nightly.read_earlier(old, dataset), dataset.interactions)
+  new = ~np.isin(dataset.interactions.users, read_json(old / "ids.json")["users"])
+  assert 0 < new.sum() < len(new)
+  assert_array_equal(start.unseen, new)
 
 
 def test_what_cannot_be_begun_from_is_refused(folders, tmp_path):
