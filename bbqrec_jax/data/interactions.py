@@ -202,9 +202,7 @@ def leave_one_out(interactions: Interactions) -> Split:
   )
 
 
-def hold_out_last(
-  split: Split, *, count: int, seed: int, among: np.ndarray | None = None
-) -> tuple[Split, np.ndarray]:
+def hold_out_last(split: Split, *, count: int, seed: int, among: np.ndarray | None = None) -> tuple[Split, np.ndarray]:
   """The same protocol one step earlier, for some users: their last training item is what there is to predict.
 
   Args:

@@ -366,7 +366,8 @@ def run_recommender(
   e = config.evaluation
   work, tables, before = _Work(workdir, partitioner, log), None, None
   if config.recommender.candidate_similarity.streams:
-    tables, before = _fitted_tables(config, ids, split, dataset, work, warm)  # First: the devices hold one model at a time.
+    # First: the devices hold one model at a time.
+    tables, before = _fitted_tables(config, ids, split, dataset, work, warm)
   stage = _stage("recommender", config, ids, split, dataset, partitioner)
   if not stage.model.exact and e.beam_width < min(LARGEST_CUTOFF, stage.catalogue.num_items):
     warn(

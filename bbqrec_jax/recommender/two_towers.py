@@ -15,7 +15,7 @@ from bbqrec_jax.recommender.settings import TOWERS, CandidateSimilaritySettings,
 from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 
 _OF_CODES = {"fused", "modalities", "content"}  # Item inputs that the dense tower does without.
-_NARROWER = 5  # Times fewer items of the beam than of the full softmax: wider beams found nothing better (docs/results).
+_NARROWER = 5  # Times fewer items of the beam than of the full softmax: wider ones found nothing better.
 
 
 def make_recommender(settings: RecommenderSettings) -> SequenceModel:
@@ -109,9 +109,7 @@ class TwoTowers(SequenceModel):
     Log-probabilities are among the candidates.
     """
     of_generative, of_dense = states
-    beam = self.generative.search(
-      catalogue, of_generative, width=-(-width // _NARROWER), exclude=exclude, seen=seen
-    )
+    beam = self.generative.search(catalogue, of_generative, width=-(-width // _NARROWER), exclude=exclude, seen=seen)
     scores = jax.nn.log_softmax(self.dense.scores(catalogue, of_dense, seen), axis=-1)
     scale = jnp.ones(2, jnp.float32)
     if self.compares_candidates:

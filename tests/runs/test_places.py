@@ -131,7 +131,8 @@ def test_a_finished_tokenizer_needs_no_lock(artefact):
 def test_what_is_finished_may_lie_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
   figures = {"split_hash": "", "features_hash": "", "ids_hash": "", "times_hash": ""}
   dataset = make_synthetic(num_users=3, num_items=10)
-  with claimed(tmp_path / "run", make_config(), figures, dataset, dataset.interactions, done=False):
+  data = figures, dataset, dataset.interactions
+  with claimed(tmp_path / "run", make_config(), *data, done=False):
     pass
   changed = make_config(**{"data.path": "/moved"})
 
@@ -139,11 +140,11 @@ def test_what_is_finished_may_lie_where_nothing_can_be_written(tmp_path, monkeyp
     raise OSError(errno.EROFS, "Read-only file system")
 
   monkeypatch.setattr(workdir_notes, "write_json", fail)
-  with claimed(tmp_path / "run", make_config(), figures, dataset, dataset.interactions, done=True):
+  with claimed(tmp_path / "run", make_config(), *data, done=True):
     assert not capsys.readouterr().out
-  with claimed(tmp_path / "run", changed, figures, dataset, dataset.interactions, done=True):
+  with claimed(tmp_path / "run", changed, *data, done=True):
     assert "Read-only file system" in capsys.readouterr().out
-  with pytest.raises(OSError, match="Read-only"), claimed(tmp_path / "run", changed, figures, dataset, dataset.interactions, done=False):
+  with pytest.raises(OSError, match="Read-only"), claimed(tmp_path / "run", changed, *data, done=False):
     pass
 
 
