@@ -45,6 +45,8 @@ def system_config(system: str) -> ml_collections.ConfigDict:
     recommender.mlp_width = 512
     recommender.dropout = 0.5
   config.evaluation.validation_users = 4096
+  if system == "hybrid":
+    config.evaluation.beam_width = 30  # Both towers score what either finds: longer lists rank no better.
   return config
 
 

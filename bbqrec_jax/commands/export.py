@@ -95,7 +95,7 @@ def program() -> None:
   """Defines the flags and runs the program."""
   define_run_flags()
   define_path("output", "The folder that is made.")
-  flags.DEFINE_integer("top", 50, "How many items an answer may have.")
+  flags.DEFINE_integer("top", 30, "How many items an answer may have.")
   flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], f"Kinds of devices that it is to run on, of {PLATFORMS}.")
   flags.DEFINE_list("batch_sizes", ["1", "4", "8", "16"], "How many histories are answered at once; each is compiled.")
   flags.DEFINE_list("widths", ["32", "256"], "How many items an answer may leave out; each is compiled.")

@@ -47,12 +47,16 @@ class Query(NamedTuple):
     exclude: [m] int, rows of items that must not come back.
     allow: [m] int, rows of the only items that may come back; None: all.
     times: [n] the second of each interaction, for a model with time buckets.
+    top: how many items; None: as many as the bundle gives.
+    reasons: how many items of the history are named for each, as far as they speak for it.
   """
 
   history: np.ndarray
   exclude: np.ndarray
   allow: np.ndarray | None = None
   times: np.ndarray | None = None
+  top: int | None = None
+  reasons: int = 0
 
 
 class Answer(NamedTuple):
@@ -61,10 +65,12 @@ class Answer(NamedTuple):
   Attributes:
     items: [k] int, rows.
     scores: [k] float32.
+    reasons: of each item; none where none were asked for.
   """
 
   items: np.ndarray
   scores: np.ndarray
+  reasons: Sequence[Sequence[Reason]] = ()
 
 
 def require_packages() -> None:
@@ -188,7 +194,7 @@ class Bundle:
       return dict(zip(keys, pool.map(one, keys), strict=True))
 
   def answer(self, queries: Sequence[Query]) -> list[Answer]:
-    """The best items of each history, `top` of them or as many as are left.
+    """The best items of each history, `top` of them or as many as are asked for or left, and the reasons asked for.
 
     Raises:
       InputError: if a history is empty, or lacks times that the model reads.
@@ -206,6 +212,15 @@ class Bundle:
     for places in batches:
       found = self._run([queries[place] for place in places], [lists[place] for place in places])
       answers |= zip(places, found, strict=True)
+    for place, query in enumerate(queries):
+      answers[place] = Answer(answers[place].items[: query.top], answers[place].scores[: query.top])
+    most = max((query.reasons for query in queries), default=0)
+    if most:  # Of all at once: it is many small steps, which take no longer for sixteen queries than for one.
+      told = self.reasons(
+        [query.history for query in queries], [answers[place].items for place in range(len(queries))], count=most
+      )
+      for place, query in enumerate(queries):
+        answers[place] = answers[place]._replace(reasons=[own[: query.reasons] for own in told[place]])
     return [answers[place] for place in range(len(queries))]
 
   def _excluded(self, query: Query) -> np.ndarray:
@@ -255,13 +270,15 @@ class Bundle:
     near = near[np.argsort(-cosines[near], kind="stable")]
     return Answer(near, cosines[near])
 
-  def reasons(self, history: np.ndarray, items: np.ndarray, *, count: int = 2) -> list[list[Reason]]:
-    """Which items of a history speak most for each recommended one, the first most; each of them once.
+  def reasons(
+    self, histories: Sequence[np.ndarray], items: Sequence[np.ndarray], *, count: int = 2
+  ) -> list[list[list[Reason]]]:
+    """Which items of its history speak most for each recommended one of each user, the first most; each of them once.
 
     By what the model adds to the score for them where it has candidate similarity, see `reasons.Addends`; otherwise by
     likeness alone, see `reasons.Cosines`.
     """
-    return (self._addends or self._vectors)(history, items, count=count)
+    return (self._addends or self._vectors)(histories, items, count=count)
 
   def check(self) -> None:
     """Answers the histories of `check.json` again.

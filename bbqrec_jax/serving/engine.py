@@ -75,8 +75,8 @@ class Engine:
       raise InputError(f"filters.price: expected min of at most max, got {lowest:g} and {highest:g}")
     return self.bundle.attributes.matching(values, lowest=lowest, highest=highest)
 
-  def query(self, asked: Asked) -> tuple[Query, np.ndarray, list[Id]]:
-    """What a request asks; the history; and what is unknown of it.
+  def query(self, asked: Asked) -> tuple[Query, list[Id]]:
+    """What a request asks; and what is unknown of it.
 
     Raises:
       Unknown: if an item is.
@@ -110,18 +110,15 @@ class Engine:
       kept = self.filtered(asked.filters)
       allow = kept if allow is None else allow[np.isin(allow, kept)]
     exclude = deny if asked.repeat else np.concatenate([deny, history])
-    return Query(history, exclude, allow, times), history, skipped
+    return Query(history, exclude, allow, times, top=asked.k, reasons=asked.reasons), skipped
 
-  def recommendations(self, asked: Asked, answer: Answer, history: np.ndarray, skipped: list[Id]) -> dict[str, Any]:
+  def recommendations(self, answer: Answer, skipped: list[Id]) -> dict[str, Any]:
     """The response to a request, as `Recommendations` describes it."""
-    items, scores = answer.items[: asked.k], answer.scores[: asked.k]
-    reasons: Sequence[Sequence[Reason]] = [[]] * len(items)
-    if asked.reasons and len(items):
-      reasons = self.bundle.reasons(history, items, count=asked.reasons)
+    reasons = answer.reasons or [[]] * len(answer.items)
     return {
       "items": [
         self.item(row) | {"score": round(score, 5), "reasons": list(map(self._why, why))}
-        for row, score, why in zip(items.tolist(), scores.tolist(), reasons, strict=True)
+        for row, score, why in zip(answer.items.tolist(), answer.scores.tolist(), reasons, strict=True)
       ],
       "skipped": skipped,
       "bundle": self.bundle.version,

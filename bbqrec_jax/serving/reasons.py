@@ -1,6 +1,6 @@
 """Why an item is recommended: which items of the history speak for it, through what."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,40 @@ def latest_distinct(history: np.ndarray) -> np.ndarray:
   return np.fromiter(dict.fromkeys(history[::-1].tolist()), np.int64)
 
 
+def _filled(rows: Sequence[np.ndarray]) -> np.ndarray:
+  """Rows of different lengths as [B, n]; -1 fills."""
+  grid = np.full((len(rows), max(map(len, rows))), -1, np.int64)
+  for place, row in enumerate(rows):
+    grid[place, : len(row)] = row
+  return grid
+
+
+def _strongest(worth: np.ndarray, *, count: int) -> tuple[np.ndarray, ...]:
+  """The `count` places of each item's history that are worth most, each by the stream in which it is, the best first.
+
+  Args:
+    worth: [S, B, k, R] of each stream, user, item and place.
+    count: at most R are given.
+
+  Returns:
+    What indexes `worth`, each [B, k, count] or to be broadcast to that.
+  """
+  most, through = worth.max(axis=0), worth.argmax(axis=0)
+  places = np.argsort(-most, axis=-1, kind="stable")[..., :count]
+  users, items = (index[..., None] for index in np.indices(most.shape[:2], sparse=True))
+  return through[users, items, places], users, items, places
+
+
+def _told(
+  make: Callable[..., Reason], arrays: Sequence[np.ndarray], items: Sequence[np.ndarray], *, above: float
+) -> list[list[list[Reason]]]:
+  """Of each user and item what `make` makes of the arrays [B, k, count], where the last one is above a number."""
+  return [
+    [[make(*one) for one in zip(*row, strict=True) if one[-1] > above] for row in zip(*user, strict=True)][: len(own)]
+    for own, *user in zip(items, *(array.tolist() for array in arrays), strict=True)
+  ]
+
+
 class Cosines:
   """Reasons by likeness alone: what a recommended item resembles by what the model is told of items.
 
@@ -49,15 +83,19 @@ class Cosines:
     """The vectors of a stream, [N, d]; zeros fill their end."""
     return self._vectors[self._streams.index(stream)]
 
-  def __call__(self, history: np.ndarray, items: np.ndarray, *, count: int) -> list[list[Reason]]:
-    """For each item the `count` items of the history that are nearest, in the stream in which they are nearest."""
-    history = latest_distinct(history)[: self._max_length]
-    cosines = self._vectors[:, items] @ self._vectors[:, history].transpose(0, 2, 1)
-    best, through = cosines.max(axis=0), cosines.argmax(axis=0)
-    return [
-      [Reason(int(history[place]), self._streams[through[row, place]], float(best[row, place])) for place in places]
-      for row, places in enumerate(np.argsort(-best, axis=1, kind="stable")[:, :count].tolist())
-    ]
+  def __call__(
+    self, histories: Sequence[np.ndarray], items: Sequence[np.ndarray], *, count: int
+  ) -> list[list[list[Reason]]]:
+    """For each item the `count` items of its history that are nearest, in the stream in which they are nearest."""
+    recent, rows = _filled([latest_distinct(own)[: self._max_length] for own in histories]), _filled(items)
+    cosines = self._vectors[:, rows] @ self._vectors[:, recent].swapaxes(-1, -2)
+    cosines[:, np.broadcast_to(recent[:, None] < 0, cosines.shape[1:])] = -np.inf
+    chosen = streams, users, _, places = _strongest(cosines, count=count)
+
+    def reason(item: int, stream: int, cosine: float) -> Reason:
+      return Reason(item, self._streams[stream], cosine)
+
+    return _told(reason, (recent[users, places], streams, cosines[chosen]), items, above=-np.inf)
 
 
 class Addends:
@@ -84,43 +122,43 @@ class Addends:
     self._buckets: list[int | str] = [*range(arrays["edges"].shape[1] + 1), "itself", "missing"]
 
   def _of_vectors(self, recent: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Cosines, buckets and addends of each stream of vectors, item and place, [S, k, R]."""
-    cosines = np.stack([unit[items] @ unit[recent].T for unit in self._vectors])
-    buckets = np.sum(cosines[..., None] > self._arrays["edges"][:, None, None], axis=-1)
-    there = self._there[:, items][:, :, None] & self._there[:, recent][:, None]
+    """Cosines, buckets and addends of each stream of vectors, user, item and place, [S, B, k, R]."""
+    cosines = np.stack([unit[items] @ unit[recent].swapaxes(-1, -2) for unit in self._vectors])
+    edges = self._arrays["edges"]
+    buckets = np.stack([np.searchsorted(own, of) for own, of in zip(edges, cosines, strict=True)])
+    there = self._there[:, items][..., None] & self._there[:, recent][:, :, None]
     buckets = np.where(there, buckets, len(self._buckets) - 1)
-    buckets = np.where(items[:, None] == recent, len(self._buckets) - 2, buckets)
-    streams = np.arange(len(cosines))[:, None, None]
-    return cosines, buckets, self._tables[streams, np.arange(len(recent)), buckets]
+    buckets = np.where(items[..., None] == recent[:, None], len(self._buckets) - 2, buckets)
+    streams = np.arange(len(cosines))[:, None, None, None]
+    return cosines, buckets, self._tables[streams, np.arange(recent.shape[1]), buckets]
 
   def _of_neighbours(self, recent: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The same by lists of neighbours, [1, k, R], without cosines; nothing is added for an item that is not there."""
-    near = items[:, None, None] == self._arrays["neighbours"][recent]
-    buckets, places = self._arrays["buckets"][recent], np.arange(len(recent))
-    buckets = buckets[places, near.argmax(axis=-1)]
+    """The same by lists of neighbours, [1, B, k, R], without cosines; for an item that is in none nothing is added."""
+    near = items[..., None, None] == self._arrays["neighbours"][recent][:, None]
+    users, places = np.arange(len(recent))[:, None, None], np.arange(recent.shape[1])
+    buckets = self._arrays["buckets"][recent][users, places, near.argmax(axis=-1)]
     added = np.where(near.any(axis=-1), self._arrays["neighbour_table"][places, buckets], 0.0)
     return np.zeros_like(added)[None], buckets[None], added[None]
 
-  def __call__(self, history: np.ndarray, items: np.ndarray, *, count: int) -> list[list[Reason]]:
-    """For each item the `count` items of the history that most is added for, each by the stream that adds most.
+  def __call__(
+    self, histories: Sequence[np.ndarray], items: Sequence[np.ndarray], *, count: int
+  ) -> list[list[list[Reason]]]:
+    """For each item the `count` items of its history that most is added for, each by the stream that adds most.
 
     Those for which nothing or less than nothing is added are no reasons.
     """
-    recent = latest_distinct(history[-self._max_length :])[: self._last_items]
-    every = [self._of_vectors(recent, items)] if self._vectors else []
+    recent = _filled([latest_distinct(own[-self._max_length :])[: self._last_items] for own in histories])
+    rows = _filled(items)
+    every = [self._of_vectors(recent, rows)] if self._vectors else []
     if len(self._streams) > len(self._vectors):
-      every.append(self._of_neighbours(recent, items))
+      every.append(self._of_neighbours(recent, rows))
     cosines, buckets, added = map(np.concatenate, zip(*every, strict=True))
-    through, most = added.argmax(axis=0), added.max(axis=0)
-    rows, places = np.arange(len(items))[:, None], np.argsort(-most, axis=1, kind="stable")[:, :count]
-    chosen = through[rows, places], rows, places
-    told = recent[places], chosen[0], cosines[chosen], buckets[chosen], most[rows, places]
+    added = np.where(recent[:, None] >= 0, added, 0.0)
+    chosen = streams, users, _, places = _strongest(added, count=count)
 
     def reason(item: int, stream: int, cosine: float, bucket: int, added: float) -> Reason:
       name = self._streams[stream]
       return Reason(item, name, cosine if stream < len(self._vectors) else None, self._buckets[bucket], added)
 
-    return [
-      [reason(*one) for one in zip(*row, strict=True) if one[-1] > 0]
-      for row in zip(*(array.tolist() for array in told), strict=True)
-    ]
+    told = recent[users, places], streams, cosines[chosen], buckets[chosen], added[chosen]
+    return _told(reason, told, items, above=0.0)

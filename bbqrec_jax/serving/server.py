@@ -360,11 +360,11 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
   async def recommend(asked: Asked) -> Any:
     """The best next items of a history."""
     engine = serving.engine
-    query, history, skipped = engine.query(asked)
+    query, skipped = engine.query(asked)
     nothing = query.allow is not None and not len(query.allow)
     answer = Answer(*np.empty((2, 0))) if nothing else await engine.batcher.ask(query)
     # As it is: a check of our own answer against its model takes as long as all else that is done to it here.
-    return JSONResponse(engine.recommendations(asked, answer, history, skipped))
+    return JSONResponse(engine.recommendations(answer, skipped))
 
   @app.get("/similar", response_model=Similar)
   def similar(

@@ -166,6 +166,26 @@ def test_tables_are_fitted_anew_where_enough_users_have_something_new(folders, c
   assert not np.allclose(made["candidate_similarity"]["tables"], before["candidate_similarity"]["tables"])
 
 
+def test_the_final_training_begins_near_the_held_out_base(folders, compared, tmp_path, monkeypatch):
+  shutil.copytree(compared, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "recommender")
+  (tmp_path / "run" / "results.json").unlink()
+  fitted, bases = train._fitted_tables, []
+
+  def spy(*arguments):
+    tables, base, progress = fitted(*arguments)
+    bases.append(jax.tree.map(lambda leaf: leaf + 1, base))  # Six steps lead nowhere by themselves.
+    return tables, bases[0], progress
+
+  monkeypatch.setattr(train, "_fitted_tables", spy)
+  made, fresh = first_parameters(make_config(folders / "yesterday", **STREAMS), tmp_path / "run", monkeypatch)
+  (base,) = bases
+  for name in ("item_embedding", "code_embedding"):
+    assert_allclose(made[name], 0.2 * base[name] + 0.8 * fresh[name], rtol=1e-5)
+  tables = read_json(tmp_path / "run" / "candidate_similarity.json")["parameters"]
+  assert_allclose(made["candidate_similarity"]["tables"], tables["tables"], rtol=1e-6)
+
+
 def copied(workdir, to, **changes):
   """A copy of a finished run whose `ids.json` says something else."""
   shutil.copytree(workdir, to)

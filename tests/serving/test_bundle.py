@@ -251,7 +251,7 @@ def test_similar_items_and_reasons_are_by_cosine(run, bundle):
   assert_array_equal(found.items, np.argsort(-cosines)[:6])
   assert_allclose(found.scores, np.sort(cosines)[::-1][:6], rtol=1e-5)
   assert len(bundle.similar(4, count=99).items) == ITEMS - 1
-  (reasons,) = bundle.reasons(np.array([7, 9, 7, 2]), np.array([3]), count=2)
+  ((reasons,),) = bundle.reasons([np.array([7, 9, 7, 2])], [np.array([3])], count=2)
   own = {item: vectors[3] @ vectors[item] for item in (7, 9, 2)}
   best = sorted(own, key=own.get, reverse=True)[:2]
   assert [(one.item, one.stream, one.added) for one in reasons] == [(item, "items", None) for item in best]
@@ -319,7 +319,8 @@ def test_what_a_reason_adds_is_what_the_score_lacks_without_it(compared):
         without[place] = 0
       lacking[stream, place] = whole - scores(**{name: without})
   streams, kinds = ("features of text", "behaviour"), set()
-  for item, reasons in enumerate(bundle.reasons(history, items, count=9)):
+  (every,) = bundle.reasons([history], [items], count=9)
+  for item, reasons in enumerate(every):
     best = lacking[:, :, item].max(axis=0)
     order = [place for place in np.argsort(-best) if best[place] > 1e-5]
     assert [one.item for one in reasons] == [recent[place] for place in order]
@@ -327,8 +328,15 @@ def test_what_a_reason_adds_is_what_the_score_lacks_without_it(compared):
     assert_allclose([one.added for one in reasons], best[order], atol=1e-5)
     kinds |= {one.bucket if isinstance(one.bucket, str) else one.stream for one in reasons}
   assert {"missing", *streams} <= kinds, "every kind of reason was seen"
-  (some,) = bundle.reasons(history, items[5:6], count=1)
-  assert some == bundle.reasons(history, items, count=9)[5][:1]
+  # With others, whose histories and lists are of other lengths, as by itself.
+  other = np.array([4, 1])
+  for one, own, count in ((history, items, 9), (other, items[3:4], 9), (other, items[:0], 0)):
+    beside = bundle.reasons([other, one, history], [items[:7], own, items], count=9)[1]
+    assert beside == bundle.reasons([one], [own], count=9)[0]
+    (asked,) = bundle.answer([Query(one, one, times=np.zeros(len(one)), top=2, reasons=count)])
+    found = bundle.reasons([one], [asked.items], count=9)[0]
+    assert [list(why) for why in asked.reasons] == ([why[:count] for why in found] if count else [])
+    assert len(asked.items) == 2
 
 
 def test_attributes_are_those_of_the_files_and_filter_as_numpy_does(tmp_path):

@@ -56,15 +56,14 @@ class Stub:
       rows = (query.history[-1] + 1 + np.arange(6)) % 6
       rows = rows[~np.isin(rows, query.exclude)]
       rows = rows if query.allow is None else rows[np.isin(rows, query.allow)]
-      found.append(Answer(rows[:5], -np.arange(5, dtype=np.float32)[: len(rows)]))
+      rows = rows[:5][: query.top]
+      why = [[Reason(int(query.history[-1]), "text", 0.5)][: query.reasons] for _ in rows]
+      found.append(Answer(rows, -np.arange(5, dtype=np.float32)[: len(rows)], why))
     return found
 
   def similar(self, item, *, count, stream=None):
     rows = np.array([row for row in range(6) if row != item])[:count]
     return Answer(rows, np.linspace(1, 0, 5)[: len(rows)])
-
-  def reasons(self, history, items, *, count):
-    return [[Reason(int(history[-1]), "text", 0.5)][:count] for _ in items]
 
 
 @pytest.fixture
@@ -395,7 +394,7 @@ def test_a_full_disk_under_the_log_fails_no_request(serve, monkeypatch):
 
 
 def test_a_fault_of_ours_is_500_and_quotes_nothing(serve, stub, capsys):
-  stub.reasons = None
+  stub.answer = None
   client, _ = serve()
   found = ask(client, "POST", "/recommend", json={"history": ["T1"]})
   assert (found.status_code, found.json()) == (500, {"error": "something went wrong here"})
