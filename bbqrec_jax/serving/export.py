@@ -78,7 +78,8 @@ def export_recommender(
   settings = model.settings
   named, structure = jax.tree_util.tree_flatten_with_path({"params": params, "catalogue": catalogue})
   arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in named}
-  width = min(max(beam_width, top), catalogue.num_items)
+  # A list that is cut afterwards is made by a sort of all items: XLA knows the best few of many only where they stay.
+  width = min(top if model.exact else max(beam_width, top), catalogue.num_items)
 
   def serve(held, histories, exclude, *times):
     params, catalogue = (jax.tree.unflatten(structure, held)[name] for name in ("params", "catalogue"))
