@@ -39,6 +39,19 @@ def test_a_variant_leaves_out_what_it_says_and_the_run_s_own_tables_stay(script)
   assert all(part["scale"] == 0.4 for part in found.values())
 
 
+def test_popularity_is_in_buckets_of_equally_many_interactions_and_is_added_by_them(script):
+  counts = np.array([0, 40, 10, 10, 20, 0, 20])
+  buckets = script.popularity_buckets(counts, 4)
+  sums = [counts[buckets == bucket].sum() for bucket in range(4)]
+  assert sums == [20, 20, 20, 40]
+  assert buckets[1] == 3
+  assert buckets[0] == buckets[5] == 0
+  table = np.arange(8.0).reshape(2, 4)
+  recent = np.array([[3, -1, -1], [2, 4, 1]])
+  added = script.of_popularity(table, buckets, recent, np.array([[1, 0], [4, 6]]))
+  np.testing.assert_array_equal(added, [[table[0, 3], table[0, 0]], [table[1, buckets[4]], table[1, buckets[6]]]])
+
+
 def test_a_run_without_candidate_similarity_is_refused(script):
   with pytest.raises(InputError, match="expected a run with candidate similarity"):
     script.report(types.SimpleNamespace(config=default_config()))

@@ -15,7 +15,7 @@ from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, unless_in
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.model import SequenceModel
-from bbqrec_jax.recommender.settings import parts_of
+from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, parts_of
 from bbqrec_jax.training.partitioning import Partitioner
 
 _NEAR = 50  # Candidates that are near the history, and as many of each base.
@@ -118,6 +118,9 @@ def fit_similarity(
   The base stays as it is. The softmax is over a user's candidates, random ones standing for all others: an estimate of
   that over the catalogue whose cost does not grow with it.
 
+  A table of its own for each place has ten times the numbers of `tables_of`, and learns more of a few thousand users by
+  heart than of the next ones.
+
   Args:
     params: of the model, placed; whatever its tables hold.
     model: the recommender.
@@ -135,7 +138,41 @@ def fit_similarity(
   Returns:
     The parameters, as NumPy arrays, and the mean negative log-likelihoods of the `first_pass` and the `last_pass`.
   """
-  s, rng = model.settings.candidate_similarity, np.random.default_rng([seed, 7])
+  found = collect_candidates(
+    params, model, shared, histories, targets, users=users, batch_size=batch_size, max_length=max_length,
+    bounds=bounds, partitioner=partitioner,
+  )  # fmt: skip
+  s, module = model.settings.candidate_similarity, CandidateSimilarity(model.settings)
+  streams, behaviour = model.settings.candidate_vectors, "behaviour" in s.streams
+  curves: Any = {
+    "buckets": jnp.zeros((streams, s.num_buckets + 2), jnp.float32),
+    "places": jnp.tile(1 / jnp.sqrt(jnp.arange(1, s.last_items + 1, dtype=jnp.float32)), (streams + behaviour, 1)),
+  }
+  if behaviour:
+    curves["neighbours"] = jnp.zeros(s.num_buckets, jnp.float32)
+
+  def added(curves: Any, streams: Any, recent: jax.Array, items: jax.Array) -> jax.Array:
+    return module.apply({"params": tables_of(curves)}, streams, recent, items)  # type: ignore[return-value]
+
+  fitted, losses = fit_added(curves, added, catalogue.candidates, found, settings=s, seed=seed)
+  return jax.device_get(tables_of(fitted)), losses
+
+
+def collect_candidates(
+  params: Any,
+  model: SequenceModel,
+  shared: Any,
+  histories: Interactions,
+  targets: np.ndarray,
+  *,
+  users: np.ndarray,
+  batch_size: int,
+  max_length: int,
+  bounds: tuple[int, ...],
+  partitioner: Partitioner,
+) -> dict[str, np.ndarray]:
+  """What `make_collector` finds for some users, [n, ...] each; the arguments are those of `fit_similarity`."""
+  last_items = model.settings.candidate_similarity.last_items
   collect = partitioner.compile_map(make_collector(model))
   found: dict[str, np.ndarray] = {}
   batches = ranking_batches(
@@ -144,39 +181,42 @@ def fit_similarity(
   for places, batch in batches:
     result = jax.device_get(collect(params, shared, batch))
     for name, rows in result.items():
-      if name == "recent" and rows.shape[1] < s.last_items:
-        rows = np.pad(rows, ((0, 0), (0, s.last_items - rows.shape[1])), constant_values=-1)
+      if name == "recent" and rows.shape[1] < last_items:
+        rows = np.pad(rows, ((0, 0), (0, last_items - rows.shape[1])), constant_values=-1)
       found.setdefault(name, np.zeros((len(users), *rows.shape[1:]), rows.dtype))[places] = rows[: len(places)]
-  with jax.default_device(jax.local_devices()[0]):
-    return _fit(model, catalogue, found, rng)
+  return found
 
 
-def _fit(
-  model: SequenceModel, catalogue: Catalogue, found: dict[str, np.ndarray], rng: np.random.Generator
+def fit_added(
+  params: Any,
+  added: Callable[[Any, Any, jax.Array, jax.Array], jax.Array],
+  streams: Any,
+  found: dict[str, np.ndarray],
+  *,
+  settings: CandidateSimilaritySettings,
+  seed: int,
 ) -> tuple[Any, dict[str, float]]:
-  """The parameters by candidates that `make_collector` found, [n, ...] each.
+  """Fits what is added to the scores of candidates, together with factors of these, on the first local device.
 
-  A table of its own for each place has ten times the numbers of `tables_of`, and learns more of its few thousand users
-  by heart than of the next ones.
+  Args:
+    params: of what is added, to begin with.
+    added: (params, streams, recent [B, R] int, items [B, n] int) -> [B, n].
+    streams: handed through to it.
+    found: by `collect_candidates`.
+    settings: how to fit.
+    seed: of the order of the users.
+
+  Returns:
+    The parameters and `scale`, [bases]; and the losses, see `fit_similarity`.
   """
-  s, module = model.settings.candidate_similarity, CandidateSimilarity(model.settings)
-  streams, behaviour, bases = model.settings.candidate_vectors, "behaviour" in s.streams, found["base"].shape[2]
-  params: Any = {
-    # Bases are over-confident of what they have not seen: from 1 on the passes would go into coming down.
-    "scale": jnp.full(bases, 0.5 / bases, jnp.float32),
-    "buckets": jnp.zeros((streams, s.num_buckets + 2), jnp.float32),
-    "places": jnp.tile(1 / jnp.sqrt(jnp.arange(1, s.last_items + 1, dtype=jnp.float32)), (streams + behaviour, 1)),
-  }
-  if behaviour:
-    params["neighbours"] = jnp.zeros(s.num_buckets, jnp.float32)
-  count = len(found["items"])
+  s, count, bases = settings, len(found["items"]), found["base"].shape[2]
+  rng = np.random.default_rng([seed, 7])
   steps = s.passes * -(-count // s.batch_rows)
   optimizer = optax.adam(optax.cosine_decay_schedule(s.learning_rate, steps))
 
   def loss(params: Any, streams: Any, batch: Any) -> jax.Array:
-    items = jnp.maximum(batch["items"], 0)
-    added: Any = module.apply({"params": tables_of(params)}, streams, batch["recent"], items)
-    scores = jnp.einsum("bns,s->bn", batch["base"], params["scale"]) + added + batch["share"]
+    more = added(params, streams, batch["recent"], jnp.maximum(batch["items"], 0))
+    scores = jnp.einsum("bns,s->bn", batch["base"], params["scale"]) + more + batch["share"]
     scores = jnp.where(batch["items"] < 0, -jnp.inf, scores)
     surprise = jax.nn.logsumexp(scores, axis=1) - scores[:, 0]
     return jnp.sum(surprise * batch["weight"]) / jnp.maximum(jnp.sum(batch["weight"]), 1.0)
@@ -187,15 +227,18 @@ def _fit(
     updates, state = optimizer.update(gradient, state)
     return optax.apply_updates(params, updates), state, value
 
-  state, means = optimizer.init(params), []
-  for _ in range(s.passes):
-    order, losses = rng.permutation(count), []
-    for first in range(0, count, s.batch_rows):
-      rows = order[first : first + s.batch_rows]
-      weight = np.arange(s.batch_rows) < len(rows)
-      rows = np.resize(rows, s.batch_rows)
-      batch = {name: part[rows] for name, part in found.items()} | {"weight": weight.astype(np.float32)}
-      params, state, value = step(params, state, catalogue.candidates, batch)
-      losses.append(value)
-    means.append(float(np.mean(jax.device_get(losses))))
-  return jax.device_get(tables_of(params)), {"first_pass": means[0], "last_pass": means[-1]}
+  with jax.default_device(jax.local_devices()[0]):
+    # Bases are over-confident of what they have not seen: from 1 on the passes would go into coming down.
+    params = {**params, "scale": jnp.full(bases, 0.5 / bases, jnp.float32)}
+    state, means = optimizer.init(params), []
+    for _ in range(s.passes):
+      order, losses = rng.permutation(count), []
+      for first in range(0, count, s.batch_rows):
+        rows = order[first : first + s.batch_rows]
+        weight = np.arange(s.batch_rows) < len(rows)
+        rows = np.resize(rows, s.batch_rows)
+        batch = {name: part[rows] for name, part in found.items()} | {"weight": weight.astype(np.float32)}
+        params, state, value = step(params, state, streams, batch)
+        losses.append(value)
+      means.append(float(np.mean(jax.device_get(losses))))
+  return params, {"first_pass": means[0], "last_pass": means[-1]}
