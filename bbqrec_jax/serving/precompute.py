@@ -55,24 +55,28 @@ def precompute(
   closed = jax.make_jaxpr(function)(held, *shapes)
   jaxpr = closed.jaxpr
   given, asked = jaxpr.invars[: len(held)], jaxpr.invars[len(held) :]
-  known, now, later = {*given}, [], []
+  known, free, now, later = {*given}, {*jaxpr.constvars}, [], []
   for equation in jaxpr.eqns:
-    inputs = _variables(equation.invars)
-    # What no array enters, such as a range of numbers, costs nothing where it is used.
-    if inputs & known and inputs <= known | {*jaxpr.constvars} and all(map(_is_fixed, equation.outvars)):
+    inputs, fixed = _variables(equation.invars), all(map(_is_fixed, equation.outvars))
+    # What no array enters, such as a range of numbers, costs nothing where it is used, and is made in both parts.
+    if fixed and inputs <= free:
+      free |= {*equation.outvars}
+      now.append(equation)
+      later.append(equation)
+    elif fixed and inputs <= known | free:
       known |= {*equation.outvars}
       now.append(equation)
     else:
       later.append(equation)
   read = _variables(jaxpr.outvars).union(*(_variables(equation.invars) for equation in later))
   for equation in reversed(now.copy()):
-    if equation.primitive.name in _LAYOUT and read & {*equation.outvars}:
+    if equation.primitive.name in _LAYOUT and read & {*equation.outvars} and not free & {*equation.outvars}:
       now.remove(equation)
       later.insert(0, equation)
       read |= _variables(equation.invars)
   constants = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   kept = [one for one in given if one in read]
-  computed = [one for equation in now for one in equation.outvars if one in read]
+  computed = [one for equation in now for one in equation.outvars if one in read and one not in free]
 
   @jax.jit
   def once(arrays: Sequence[Any]) -> list[Any]:
