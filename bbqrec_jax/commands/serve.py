@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--{name}: expected a number above 0, got {getattr(options, name)}")
     folder, token = local_path(argv[1], flag="bundle"), read_token(options.token_file)
     start_devices()
+    say(event="loading", note="its programs are compiled, which takes a minute or two the first time, and is kept")
     serving = Serving(
       folder,
       Options(
