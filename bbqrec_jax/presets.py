@@ -9,7 +9,7 @@ import ml_collections
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
-from bbqrec_jax.recommender.settings import HEADS, parts_of
+from bbqrec_jax.recommender.settings import HEADS, TOWERS, parts_of
 
 SASREC = {"sasrec": ("item",), "sasrec_features": ("features", "item")}  # What these know items by.
 SYSTEMS = ("generative", "dense", "parallel", "hybrid", *SASREC)
@@ -45,7 +45,7 @@ def system_config(system: str) -> ml_collections.ConfigDict:
     recommender.mlp_width = 512
     recommender.dropout = 0.5
   config.evaluation.validation_users = 4096
-  if system == "hybrid":
+  if recommender.head in TOWERS:
     config.evaluation.beam_width = 30  # Both towers score what either finds: longer lists rank no better.
   return config
 

@@ -46,10 +46,10 @@ from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.messages import say, warn
 
 _FEWEST_STEPS = 100  # Between two validations, where a config leaves them to an epoch.
-# Share of what was learned before in the parameters that training begins with. The more, the sooner that ends; with
+# Shares of what was learned before in the parameters that training begins with. The more, the sooner that ends; with
 # half of the held-out base it ended lower, too.
-_KEPT = {"earlier run": 0.5, "held-out base": 0.2}
-_FEWEST_USERS = 2048  # With a new transition, for which tables are fitted anew; a stranger's fit on fewer is worse.
+_KEPT_OF_EARLIER_RUN, _KEPT_OF_HELD_OUT = 0.5, 0.2
+_FEWEST_USERS = 2048  # With a new transition, for which tables are fitted anew: fewer tell less than the earlier ones.
 _FEWEST_BATCHES = 16  # Of an epoch, for which a length bucket is worth programs of its own.
 
 
@@ -383,9 +383,8 @@ def run_recommender(
   first = partitioner.create(lambda: initial_state(config, stage.model, stage.catalogue, total_steps=steps))
   if warm is not None or base is not None:
     fresh = partitioner.fetch(first.params)
-    if warm is not None:
-      base = warm.grow(stage.model, stage.catalogue, fresh)
-    kept = _KEPT["held-out base" if warm is None else "earlier run"]
+    base = warm.grow(stage.model, stage.catalogue, fresh) if base is None and warm is not None else base
+    kept = _KEPT_OF_HELD_OUT if warm is None else _KEPT_OF_EARLIER_RUN
     params = jax.tree.map(lambda old, new: (kept * old + (1 - kept) * new).astype(new.dtype), base, fresh)
     first = _starting_from(params if tables is None else {**params, "candidate_similarity": tables}, first, partitioner)
   users = sample_users(split, e.validation_users, seed=config.seed)

@@ -62,7 +62,7 @@ def read_earlier(workdir: pathlib.Path, dataset: Dataset) -> Earlier:
   noted = read_json(workdir / "ids.json")
   try:
     item_ids, users = ItemIds.from_json(noted.get("items")), list(map(str, noted.get("users") or ()))
-    counts = noted.get("learned_from") or [None] * len(users)
+    counts = map(int, noted["learned_from"]) if noted.get("learned_from") else [None] * len(users)
     learned_from = dict(zip(users, counts, strict=True))
   except (ValueError, TypeError) as error:
     raise InputError(f"{workdir / 'ids.json'}: {error}; restore it") from None

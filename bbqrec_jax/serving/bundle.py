@@ -17,7 +17,7 @@ import functools
 import hashlib
 import importlib.util
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ import numpy as np
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.serving.attributes import Attributes
-from bbqrec_jax.serving.reasons import Addends, Cosines, Reason
+from bbqrec_jax.serving.reasons import Addends, Cosines, Reason, filled
 from bbqrec_jax.utils.files import check_file
 from bbqrec_jax.utils.json_files import read_json
 
@@ -88,14 +88,6 @@ def file_digest(path: pathlib.Path) -> str:
   """The SHA-256 of a file."""
   with path.open("rb") as stream:
     return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _filled(rows: Iterable[np.ndarray], *, num_rows: int, width: int) -> np.ndarray:
-  """Rows of different lengths as [num_rows, width] int32; -1 fills."""
-  grid = np.full((num_rows, width), -1, np.int32)
-  for place, row in enumerate(rows):
-    grid[place, : len(row)] = row
-  return grid
 
 
 class Bundle:
@@ -239,12 +231,12 @@ class Bundle:
     width = next((size for size in widths if size >= widest), self.num_items)
     rows = next(size for size in sizes if size >= len(queries)) if width in widths else 1
     grids = [
-      _filled([query.history[-length:] for query in queries], num_rows=rows, width=length),
-      _filled(lists, num_rows=rows, width=width),
+      filled([query.history[-length:] for query in queries], num_rows=rows, width=length),
+      filled(lists, num_rows=rows, width=width),
     ]
     if self.timed:  # Counted from the first one that is looked at: an int32 does not hold every calendar.
       seconds = [np.asarray(query.times, np.float64)[-length:] for query in queries]
-      grids.append(_filled([np.minimum(own - own[0], 2**31 - 1) for own in seconds], num_rows=rows, width=length))
+      grids.append(filled([np.minimum(own - own[0], 2**31 - 1) for own in seconds], num_rows=rows, width=length))
     items, scores = jax.device_get(self._programs[rows, width](self._held, *grids))
     return [Answer(own[own >= 0], of[own >= 0]) for own, of in zip(items, scores, strict=True)][: len(queries)]
 

@@ -31,9 +31,10 @@ def latest_distinct(history: np.ndarray) -> np.ndarray:
   return np.fromiter(dict.fromkeys(history[::-1].tolist()), np.int64)
 
 
-def _filled(rows: Sequence[np.ndarray]) -> np.ndarray:
-  """Rows of different lengths as [B, n]; -1 fills."""
-  grid = np.full((len(rows), max(map(len, rows))), -1, np.int64)
+def filled(rows: Sequence[np.ndarray], *, num_rows: int | None = None, width: int | None = None) -> np.ndarray:
+  """Rows of different lengths as [num_rows, width] int32, as many and as wide as they are if None; -1 fills."""
+  shape = len(rows) if num_rows is None else num_rows, max(map(len, rows)) if width is None else width
+  grid = np.full(shape, -1, np.int32)
   for place, row in enumerate(rows):
     grid[place, : len(row)] = row
   return grid
@@ -87,7 +88,7 @@ class Cosines:
     self, histories: Sequence[np.ndarray], items: Sequence[np.ndarray], *, count: int
   ) -> list[list[list[Reason]]]:
     """For each item the `count` items of its history that are nearest, in the stream in which they are nearest."""
-    recent, rows = _filled([latest_distinct(own)[: self._max_length] for own in histories]), _filled(items)
+    recent, rows = filled([latest_distinct(own)[: self._max_length] for own in histories]), filled(items)
     cosines = self._vectors[:, rows] @ self._vectors[:, recent].swapaxes(-1, -2)
     cosines[:, np.broadcast_to(recent[:, None] < 0, cosines.shape[1:])] = -np.inf
     chosen = streams, users, _, places = _strongest(cosines, count=count)
@@ -147,8 +148,8 @@ class Addends:
 
     Those for which nothing or less than nothing is added are no reasons.
     """
-    recent = _filled([latest_distinct(own[-self._max_length :])[: self._last_items] for own in histories])
-    rows = _filled(items)
+    recent = filled([latest_distinct(own[-self._max_length :])[: self._last_items] for own in histories])
+    rows = filled(items)
     every = [self._of_vectors(recent, rows)] if self._vectors else []
     if len(self._streams) > len(self._vectors):
       every.append(self._of_neighbours(recent, rows))

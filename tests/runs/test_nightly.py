@@ -202,6 +202,10 @@ def test_a_run_that_does_not_say_what_it_learned_from_keeps_its_tables(folders, 
   new = ~np.isin(dataset.interactions.users, read_json(old / "ids.json")["users"])
   assert 0 < new.sum() < len(new)
   assert_array_equal(start.unseen, new)
+  for counts in (["x"] * 30, [1, 2], 5):
+    damaged = copied(compared, tmp_path / f"damaged {len(str(counts))}", learned_from=counts)
+    with pytest.raises(InputError, match="restore it"):
+      nightly.read_earlier(damaged, dataset)
 
 
 def test_what_cannot_be_begun_from_is_refused(folders, tmp_path):
