@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
 
     import uvicorn
 
-    from bbqrec_jax.serving.server import Options, Serving, make_app, say, set_aside
+    from bbqrec_jax.serving.gate import Options, say
+    from bbqrec_jax.serving.server import Serving, make_app, set_aside
   except ModuleNotFoundError as error:
     refuse(InputError(f"{error}: serving needs FastAPI and uvicorn; pip install 'bbqrec_jax[serve]'"))
   from bbqrec_jax.utils.compilation import keep_compiled
@@ -60,7 +61,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--{name}: expected a number above 0, got {getattr(options, name)}")
     folder, token = local_path(argv[1], flag="bundle"), read_token(options.token_file)
     start_devices()
-    say(event="loading", note="its programs are compiled, which takes a minute or two the first time, and is kept")
+    if (folder / "bundle.json").is_file():
+      say(event="loading", note="its programs are compiled, which takes a minute or two the first time, and is kept")
     serving = Serving(
       folder,
       Options(

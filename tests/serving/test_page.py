@@ -10,7 +10,8 @@ import time
 import pytest
 import uvicorn
 
-from bbqrec_jax.serving.server import Options, Serving, make_app
+from bbqrec_jax.serving.gate import Options
+from bbqrec_jax.serving.server import Serving, make_app
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -17,8 +17,9 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.serving.attributes import Attributes
 from bbqrec_jax.serving.batching import Batcher, Overloaded
 from bbqrec_jax.serving.bundle import Answer, Query
+from bbqrec_jax.serving.gate import Options
 from bbqrec_jax.serving.reasons import Reason
-from bbqrec_jax.serving.server import Options, Serving, make_app
+from bbqrec_jax.serving.server import Serving, make_app
 from bbqrec_jax.serving.titles import Titles
 
 NAMES = ["red tea", "green tea", "Green  Tea pot", "black coffee", "red tea", ""]
