@@ -30,14 +30,14 @@ from bbqrec_jax.recommender.evaluate import (
 from bbqrec_jax.recommender.fit_similarity import fit_similarity
 from bbqrec_jax.recommender.items import build_catalogue, item_features
 from bbqrec_jax.recommender.model import SequenceModel
-from bbqrec_jax.recommender.settings import is_packed
+from bbqrec_jax.recommender.settings import RecommenderSettings, is_packed
 from bbqrec_jax.recommender.step import RecommenderState, make_recommender_step
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.training.logging import MetricsLog
-from bbqrec_jax.training.loop import Plan, fit
+from bbqrec_jax.training.loop import Plan, compiled_step, fit
 from bbqrec_jax.training.optimizer import make_optimizer
-from bbqrec_jax.training.partitioning import Partitioner, made_on_host
+from bbqrec_jax.training.partitioning import Partitioner, StepFunction, made_on_host
 from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.utils import processes
@@ -166,13 +166,21 @@ def training_plan(recommender: Any, histories: Interactions) -> tuple[int, int]:
   return r.steps or r.epochs * epoch, r.evaluate_every or max(epoch, _FEWEST_STEPS)
 
 
-def training_batches(config: Any, histories: Interactions) -> grain.IterDataset:
-  """The input pipeline of the recommender that a config describes."""
+def training_batches(
+  config: Any, histories: Interactions, *, shaped_by: Interactions | None = None
+) -> grain.IterDataset:
+  """The input pipeline of the recommender that a config describes.
+
+  Args:
+    config: of the run.
+    histories: of training.
+    shaped_by: histories that hold these, whose batches are to have the same shapes; None: these themselves.
+  """
   r = config.recommender
   shape = {"batch_rows": r.batch_rows, "max_length": r.max_length, "seed": config.seed}
   shape |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
   if not is_packed(r):
-    return recommender_batches(PrefixHistories(histories, bounds=bucket_bounds(r, histories), **shape))
+    return recommender_batches(PrefixHistories(histories, bounds=bucket_bounds(r, shaped_by or histories), **shape))
   return recommender_batches(PackedHistories(histories, row_length=r.row_length, whole=False, **shape))
 
 
@@ -188,12 +196,50 @@ class WarmStart(NamedTuple):
   unseen: np.ndarray
 
 
+class _Programs(NamedTuple):
+  """A model and what is compiled for it: once, though it is trained twice.
+
+  Attributes:
+    model: the recommender.
+    step: as `fit` takes it.
+    ranker: a compiled `make_ranker`.
+  """
+
+  model: SequenceModel
+  step: StepFunction
+  ranker: Callable[[Any, Any, Any], Any]
+
+
 class _Work(NamedTuple):
-  """Where a run's stages work, as for `fit`."""
+  """Where a run's stages work, as for `fit`, and what they share.
+
+  Attributes:
+    workdir: of the run.
+    partitioner: how steps meet devices.
+    log: for metrics.
+    whole: the run's split, from which batches have their shapes.
+    programs: the recommender's settings -> what is compiled for it.
+  """
 
   workdir: pathlib.Path
   partitioner: Partitioner
   log: MetricsLog
+  whole: Split
+  programs: Callable[[RecommenderSettings], _Programs]
+
+
+def _programs(config: Any, partitioner: Partitioner) -> Callable[[RecommenderSettings], _Programs]:
+  """The field of `_Work`."""
+  optimizer = make_optimizer(config.recommender.optimizer, total_steps=0)  # The length is in the state.
+
+  @functools.cache
+  def of(settings: RecommenderSettings) -> _Programs:
+    model = make_recommender(settings)
+    step = make_recommender_step(model, optimizer, accumulation=config.recommender.accumulation)
+    ranker = partitioner.compile_map(make_ranker(model, beam_width=config.evaluation.beam_width))
+    return _Programs(model, compiled_step(step, Safeguards.of(config), partitioner), ranker)
+
+  return of
 
 
 class _Stage(NamedTuple):
@@ -202,6 +248,7 @@ class _Stage(NamedTuple):
   Attributes:
     name: of the stage, in logs and of its checkpoints' folder.
     model: the recommender.
+    step: its training step.
     catalogue: what it is told of the items.
     shared: the same, placed.
     rank: (parameters, histories, targets, **options of `evaluate`) -> the ranking.
@@ -209,6 +256,7 @@ class _Stage(NamedTuple):
 
   name: str
   model: SequenceModel
+  step: StepFunction
   catalogue: Catalogue
   shared: Any
   rank: Callable[..., Ranking]
@@ -220,20 +268,20 @@ def _stage(
   ids: SemanticIds | None,
   split: Split,
   dataset: Dataset,
-  partitioner: Partitioner,
+  work: _Work,
 ) -> _Stage:
   """Makes the model and what it is told of the items."""
   with made_on_host():
     features = item_features(config, dataset.store)
-    model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=features)
-  ranker = partitioner.compile_map(make_ranker(model, beam_width=config.evaluation.beam_width))
-  shared = partitioner.place(catalogue)
-  common = {"num_items": catalogue.num_items, **ranking_shapes(config, split, exact=model.exact)}
+    catalogue, settings = build_catalogue(config, ids, split.train, num_items=dataset.num_items, features=features)
+  model, step, ranker = work.programs(settings)
+  shared = work.partitioner.place(catalogue)
+  common = {"num_items": catalogue.num_items, **ranking_shapes(config, work.whole, exact=model.exact)}
 
   def rank(params: Any, histories: Interactions, targets: np.ndarray, **options: Any) -> Ranking:
     return evaluate(ranker, params, shared, histories, targets, **common, **options)
 
-  return _Stage(name, model, catalogue, shared, rank)
+  return _Stage(name, model, step, catalogue, shared, rank)
 
 
 def _trained(
@@ -277,8 +325,8 @@ def _trained(
     plan,
     first,
     stage.shared,
-    make_recommender_step(stage.model, make_optimizer(r.optimizer, total_steps=steps), accumulation=r.accumulation),
-    training_batches(config, split.train),
+    stage.step,
+    training_batches(config, split.train, shaped_by=work.whole.train),
     partitioner=work.partitioner,
     directory=work.workdir / "checkpoints" / stage.name,
     log=work.log,
@@ -309,7 +357,7 @@ def _fitted_tables(
   """
   e = config.evaluation
   held, users = held_out(config, split, among=None if warm is None else warm.unseen)
-  stage = _stage("held_out", config, ids, held, dataset, work.partitioner)
+  stage = _stage("held_out", config, ids, held, dataset, work)
   progress = None
   if warm is None:
     some = users if not e.validation_users else chosen_users(users, e.validation_users, seed=config.seed)
@@ -328,7 +376,7 @@ def _fitted_tables(
   else:
     say("candidate similarity: fitting its tables on the transitions held out")
     started = time.monotonic()
-    shapes = ranking_shapes(config, held, exact=stage.model.exact)
+    shapes = ranking_shapes(config, work.whole, exact=stage.model.exact)
     del shapes["width"]  # Nothing is left out.
     fitted, losses = fit_similarity(
       base, stage.model, stage.shared, stage.catalogue, held.train, held.validation_target,
@@ -369,11 +417,11 @@ def run_recommender(
     the names, where no user's own history is ranked; the loop's progress record).
   """
   e = config.evaluation
-  work, tables, base, before = _Work(workdir, partitioner, log), None, None, None
+  work, tables, base, before = _Work(workdir, partitioner, log, split, _programs(config, partitioner)), None, None, None
   if config.recommender.candidate_similarity.streams:
     # First: the devices hold one model at a time.
     tables, base, before = _fitted_tables(config, ids, split, dataset, work, warm)
-  stage = _stage("recommender", config, ids, split, dataset, partitioner)
+  stage = _stage("recommender", config, ids, split, dataset, work)
   if not stage.model.exact and e.beam_width < min(LARGEST_CUTOFF, stage.catalogue.num_items):
     warn(
       f"config field evaluation.beam_width = {e.beam_width}: what stands further back counts as a miss, so figures at"

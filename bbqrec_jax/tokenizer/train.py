@@ -30,7 +30,7 @@ from bbqrec_jax.tokenizer.settings import TokenizerSettings, unchecked_settings
 from bbqrec_jax.tokenizer.state import TokenizerState, even_usage
 from bbqrec_jax.tokenizer.step import make_tokenizer_step
 from bbqrec_jax.training.logging import MetricsLog
-from bbqrec_jax.training.loop import Plan, fit
+from bbqrec_jax.training.loop import Plan, compiled_step, fit
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import Partitioner, StepFunction
 from bbqrec_jax.training.settings import Safeguards
@@ -259,7 +259,7 @@ def run_tokenizer(
     plan,
     partitioner.create(initial_state),
     partitioner.place(shared()),
-    step,
+    compiled_step(step, plan.safeguards, partitioner),
     batches,
     partitioner=partitioner,
     directory=workdir / "checkpoints" / "tokenizer",

@@ -57,11 +57,22 @@ class Plan:
     return step % self.evaluate_every == 0 or step >= self.steps
 
 
+def compiled_step(step: StepFunction, safeguards: Safeguards, partitioner: Partitioner) -> StepFunction:
+  """A step as `fit` takes it, compiled once for all states and data of the same shapes.
+
+  Args:
+    step: see `training.partitioning`.
+    safeguards: what it does about an update that is not finite.
+    partitioner: how it meets devices.
+  """
+  return partitioner.compile_step(skip_nonfinite(step) if safeguards.on_nonfinite == "skip" else step)
+
+
 def fit(
   plan: Plan,
   state: TrainState,
   shared: Any,
-  step_function: StepFunction,
+  step: StepFunction,
   batches: grain.IterDataset,
   *,
   partitioner: Partitioner,
@@ -80,7 +91,7 @@ def fit(
     plan: the stage.
     state: the first state, placed by the partitioner.
     shared: data that every step is given, likewise.
-    step_function: see `parallel`.
+    step: by `compiled_step`, of the plan's safeguards.
     batches: the input pipeline.
     partitioner: how steps meet devices.
     directory: for checkpoints.
@@ -112,9 +123,6 @@ def fit(
       if not progress["finished"]:
         say(f"{plan.name}: going on from step {progress['step']}")
     log.resume(plan.name, progress["step"], evaluated_step=progress["evaluated_step"])
-    if plan.safeguards.on_nonfinite == "skip":
-      step_function = skip_nonfinite(step_function)
-    step = partitioner.compile_step(step_function)
     monitor = Monitor(plan.name, plan.safeguards, log, plan.item_ids)
     compiled = progress["finished"]
     recent: list[Any] = []  # Metrics of the steps since they were last looked at, and what their batches held.

@@ -48,7 +48,10 @@ def prepare(ids, monkeypatch, tmp_path):
 
     monkeypatch.setattr(recommender_stage, "fit", fit)
     anywhere = types.SimpleNamespace(
-      compile_map=lambda function: function, place=lambda tree: tree, create=lambda function: None
+      compile_map=lambda function: function,
+      compile_step=lambda function: function,
+      place=lambda tree: tree,
+      create=lambda function: None,
     )
     dataset = Dataset(
       "of a test", "", split.train, {}, {"text": np.ones(ITEMS, bool)}, ItemIds.numbered(ITEMS), ("",) * ITEMS

@@ -113,7 +113,10 @@ def test_training_is_planned_and_guarded_as_the_config_says(prepare):
     "tokenizer.evaluate_every": 11,
   })  # fmt: skip
   anywhere = types.SimpleNamespace(
-    compile_map=lambda function: function, create=lambda function: None, place=lambda tree: tree
+    compile_map=lambda function: function,
+    compile_step=lambda function: function,
+    create=lambda function: None,
+    place=lambda tree: tree,
   )
   plan, _ = prepare(config, anywhere)
   assert (plan.name, plan.steps, plan.log_every, plan.evaluate_every) == ("tokenizer", 20, 7, 11)

@@ -21,7 +21,7 @@ from bbqrec_jax.errors import Diverged, InputError, StorageError
 from bbqrec_jax.training import checkpointing
 from bbqrec_jax.training.checkpointing import Checkpointer, damage, restore_state
 from bbqrec_jax.training.logging import MetricsLog
-from bbqrec_jax.training.loop import Plan, fit
+from bbqrec_jax.training.loop import Plan, compiled_step, fit
 from bbqrec_jax.training.partitioning import Pmap, SingleDevice
 from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.training.state import TrainState, step_key
@@ -103,13 +103,13 @@ class Toy:
       "before_step": self.before_step,
     }  # fmt: skip
     self.folder.mkdir(parents=True, exist_ok=True)
-    log, partitioner = MetricsLog(self.folder), Hooked(self.hook)
+    log, partitioner, plan = MetricsLog(self.folder), Hooked(self.hook), Plan(**(fields | self.changes))
     try:
       return fit(
-        Plan(**(fields | self.changes)),
+        plan,
         partitioner.place(self.first_state()),
         jnp.ones(()),
-        self.step,
+        compiled_step(self.step, plan.safeguards, partitioner),
         make_batches(),
         partitioner=partitioner,
         directory=self.folder / "checkpoints",
