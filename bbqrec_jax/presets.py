@@ -59,8 +59,8 @@ def packed_recipe(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
   config.tokenizer.hold_out_last = False
   config.evaluation.validation_users = 0
   config.recommender.update({
-    "rows": "packed", "norm": "pre", "batch_rows": 32, "length_buckets": (), "average": 0.0, "evaluate_every": 500,
-    "dropout": 0.3, "cosine": False, "num_negatives": 0,
+    "rows": "packed", "positions": "absolute", "norm": "pre", "batch_rows": 32, "length_buckets": (), "average": 0.0,
+    "evaluate_every": 500, "dropout": 0.3, "cosine": False, "num_negatives": 0,
   })  # fmt: skip
   config.recommender.optimizer.b2 = 0.98
   config.recommender.candidate_similarity.streams = ()

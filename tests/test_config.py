@@ -172,7 +172,8 @@ def test_a_value_of_another_type_cannot_be_set():
 
 
 FROM_ZERO = (".warmup_steps", "seed", ".validation_users", ".time_buckets", "shard_rows",
-             ".device_features", "recommender.steps", "recommender.evaluate_every")  # fmt: skip
+             ".device_features", "recommender.steps", "recommender.evaluate_every", "recommender.batch_rows",
+             "recommender.row_length")  # fmt: skip
 # -1 stands for what follows from the catalogue; tests/recommender/test_model.py has it.
 INTEGERS = [
   name
@@ -303,7 +304,11 @@ def test_empty_subsets():
       {"recommender.head": "hybrid", "recommender.dense_tower.width": 63},
       ("recommender.dense_tower.width = 63", "recommender.num_heads = 2"),
     ),
-    ({"recommender.time_buckets": 8}, ("recommender.time_buckets = 8", "recommender.rows = 'packed'")),
+    (
+      {"recommender.time_buckets": 8, "recommender.rows": "histories"},
+      ("recommender.time_buckets = 8", "recommender.rows = 'packed'"),
+    ),
+    ({"recommender.position_buckets": 1}, ("recommender.position_buckets must be 2 to 255", "got 1")),
     *(
       (
         {"recommender.position_buckets": count, "recommender.backbone": "encoder_decoder"},
@@ -319,7 +324,7 @@ def test_empty_subsets():
     ({"recommender.num_heads": 3}, ("recommender.width = 64", "recommender.num_heads = 3")),
     ({"tokenizer.code_width": 33}, ("tokenizer.code_width = 33", "tokenizer.history_heads = 2")),
     (
-      {"recommender.max_length": 33, "recommender.rows": "packed"},
+      {"recommender.max_length": 33, "recommender.row_length": 32},
       ("recommender.row_length = 32", "recommender.max_length = 33"),
     ),
     ({"tokenizer.row_length": 19}, ("tokenizer.row_length = 19", "tokenizer.max_length = 20")),

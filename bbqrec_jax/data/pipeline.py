@@ -22,7 +22,8 @@ class EpochBatches(grain.IterDataset):
   """An endless stream of global batches of an epoch's rows, then the next epoch's; each process sees its own rows.
 
   Every element has what `epoch` gives, for the rows of this process, and `index`, the batch's number from 0. The last
-  batch of an epoch is filled up with empty rows, so that every transition is seen once an epoch.
+  batch of an epoch is filled up with empty rows, so that every transition is seen once an epoch; and so is every batch
+  to a multiple of the devices, so that any number of them trains on the same batches.
   """
 
   def __init__(
@@ -34,6 +35,7 @@ class EpochBatches(grain.IterDataset):
     process_index: int = 0,
     process_count: int = 1,
     bounds: tuple[int, ...] = (),
+    multiple: int = 1,
   ):
     """Checks the shapes.
 
@@ -42,20 +44,22 @@ class EpochBatches(grain.IterDataset):
       epoch: (epoch=number) -> the rows of that epoch.
       batch_rows: rows of the global batch.
       process_index: which process this is.
-      process_count: how many there are; must divide `batch_rows`.
+      process_count: how many there are; must divide the rows, filled up.
       bounds: lengths, rising: a batch is cut to the least that holds its longest row; of the global batch, so that
         every process has the same shape.
+      multiple: empty rows fill a batch up to one of it.
 
     Raises:
       InputError: if processes do not divide the batch, or no history has two items.
     """
     super().__init__()
-    if batch_rows % process_count:
-      raise InputError(f"batch_rows {batch_rows} is not a multiple of the {process_count} processes")
+    filled = batch_rows + -batch_rows % multiple
+    if filled % process_count:
+      raise InputError(f"batch_rows {filled} is not a multiple of the {process_count} processes")
     if not np.any(interactions.lengths > 1):
       raise InputError("no training history has two items: there is no next item to learn from")
     self.batch_rows, self.epoch, self.bounds = batch_rows, epoch, bounds
-    share = batch_rows // process_count
+    share = filled // process_count
     self.rows = slice(process_index * share, (process_index + 1) * share)
 
   def __iter__(self) -> grain.DatasetIterator:
@@ -76,6 +80,7 @@ class PackedHistories(EpochBatches):
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    multiple: int = 1,
   ):
     """As `EpochBatches`; `row_length` is at least `max_length`.
 
@@ -88,7 +93,12 @@ class PackedHistories(EpochBatches):
       packed_epoch, interactions, max_length=max_length, row_length=row_length, whole=whole, seed=seed
     )
     super().__init__(
-      interactions, epoch, batch_rows=batch_rows, process_index=process_index, process_count=process_count
+      interactions,
+      epoch,
+      batch_rows=batch_rows,
+      process_index=process_index,
+      process_count=process_count,
+      multiple=multiple,
     )
 
 
@@ -105,6 +115,7 @@ class PrefixHistories(EpochBatches):
     process_index: int = 0,
     process_count: int = 1,
     bounds: tuple[int, ...] = (),
+    multiple: int = 1,
   ):
     """As `EpochBatches`."""
     epoch = functools.partial(
@@ -117,6 +128,7 @@ class PrefixHistories(EpochBatches):
       process_index=process_index,
       process_count=process_count,
       bounds=bounds,
+      multiple=multiple,
     )
 
 
@@ -144,7 +156,10 @@ class _EpochIterator(grain.DatasetIterator):
         name: grid[dataset.rows, :length] if grid.ndim == 2 else grid[dataset.rows] for name, grid in everyones.items()
       }
     else:
-      batch = self._rows.make(first + dataset.rows.start, first + dataset.rows.stop)
+      start, stop = (min(first + place, following) for place in (dataset.rows.start, dataset.rows.stop))
+      batch = self._rows.make(start, stop)
+    share = dataset.rows.stop - dataset.rows.start
+    batch = {name: _with_rows(grid, share) for name, grid in batch.items()}
     batch["index"] = state["index"]
     done = following >= self._rows.num_rows
     self._state = {
@@ -159,6 +174,12 @@ class _EpochIterator(grain.DatasetIterator):
 
   def set_state(self, state: dict[str, int]) -> None:
     self._state = dict(state)
+
+
+def _with_rows(grid: np.ndarray, count: int) -> np.ndarray:
+  """The rows of an array, and empty ones up to so many."""
+  missing = count - len(grid)
+  return np.pad(grid, ((0, missing), *((0, 0),) * (grid.ndim - 1))) if missing else grid
 
 
 class CatalogueSample:

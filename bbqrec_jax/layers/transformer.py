@@ -179,12 +179,15 @@ class CausalBackbone(nn.Module):
     num_layers: transformer layers.
     num_heads: H.
     mlp_width: width of the feed-forward parts.
-    max_length: positions that have an embedding; places from `max_length` on share the last.
+    max_length: places that have an embedding; those from `max_length` on share the last.
     dropout: rate on the input and on each residual branch.
-    time_buckets: of the time between interactions, a bias like that of relative positions; 0: none.
+    relative_buckets: of the distance between items, of which each head has a bias; places then have no embedding. 0:
+      they have one.
+    time_buckets: of the time between interactions, a bias like that of distances; 0: none.
     attention_dropout: rate on the attention weights.
     post_norm: see `TransformerLayer`; the input is normalised too, and the output no more.
-    whole_rows: each row is one history; places are counted from its last item, and the state there is all that is made.
+    whole_rows: each row is one history; places are counted from its last item, and the state there is all that is
+      made.
   """
 
   num_layers: int
@@ -192,6 +195,7 @@ class CausalBackbone(nn.Module):
   mlp_width: int
   max_length: int
   dropout: float = 0.0
+  relative_buckets: int = 0
   time_buckets: int = 0
   attention_dropout: float = 0.0
   post_norm: bool = False
@@ -213,7 +217,7 @@ class CausalBackbone(nn.Module):
     Args:
       x: [B, T, d] item vectors.
       segments: [B, T] int; 0 is padding, equal positive numbers in a row are one history.
-      positions: [B, T] int, the place of each item in its history, from 0.
+      positions: [B, T] int, the place of each item in its history, from 0; items of a history stand side by side.
       bias: [B, H, T, T] added to the attention scores of every layer, or None.
       times: [B, T] int, the second of each interaction, counted from anywhere; only read where there are time buckets.
       deterministic: no dropout.
@@ -222,15 +226,22 @@ class CausalBackbone(nn.Module):
       [B, T, d] normalised states, those at padding mean nothing; or [B, d], the last.
     """
     last = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
-    places = jnp.maximum(last[:, None] - positions, 0) if self.whole_rows else positions
-    embed = nn.Embed(self.max_length, x.shape[-1], embedding_init=nn.initializers.normal(0.02), name="position")
-    x, elapsed = x + embed(jnp.minimum(places, self.max_length - 1)), None
+    relative = elapsed = None
+    if self.relative_buckets:
+      place = jnp.arange(x.shape[1], dtype=jnp.int32)
+      relative = RelativeBias(self.num_heads, self.relative_buckets, bidirectional=False, name="relative")(
+        place[None, :] - place[:, None]
+      )
+    else:
+      places = jnp.maximum(last[:, None] - positions, 0) if self.whole_rows else positions
+      embed = nn.Embed(self.max_length, x.shape[-1], embedding_init=nn.initializers.normal(0.02), name="position")
+      x = x + embed(jnp.minimum(places, self.max_length - 1))
     if self.time_buckets and times is not None:
       elapsed = ElapsedBias(self.num_heads, self.time_buckets, name="time")(times)
     if self.post_norm:
       x = nn.LayerNorm(name="input_norm")(x)
     x = Dropout(self.dropout, deterministic=deterministic)(x)
-    mask, added = history_mask(segments), summed_bias(elapsed, bias)
+    mask, added = history_mask(segments), summed_bias(relative, elapsed, bias)
     for index in range(self.num_layers):
       layer = TransformerLayer(
         self.num_heads, self.mlp_width, self.dropout, self.attention_dropout, self.post_norm,

@@ -20,6 +20,11 @@ class Causal(Backbone):
         f"config field {prefix}time_buckets = {settings.time_buckets} needs {prefix}rows = 'packed': set it so, or"
         f" {prefix}time_buckets to 0"
       )
+    if settings.positions == "relative" and not 2 <= settings.position_buckets <= 255:
+      raise InputError(
+        f"config field {prefix}position_buckets must be 2 to 255 where {prefix}positions = 'relative', got"
+        f" {settings.position_buckets}"
+      )
     if settings.width % settings.num_heads:
       raise InputError(
         f"config field {prefix}width = {settings.width} must be a multiple of {prefix}num_heads = {settings.num_heads}"
@@ -34,6 +39,7 @@ class Causal(Backbone):
       mlp_width=s.mlp_width,
       max_length=s.max_length,
       dropout=s.dropout,
+      relative_buckets=s.position_buckets if s.positions == "relative" else 0,
       time_buckets=s.time_buckets,
       attention_dropout=s.dropout if s.norm == "post" else 0.0,
       post_norm=s.norm == "post",

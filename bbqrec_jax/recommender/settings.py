@@ -120,7 +120,14 @@ class RecommenderSettings:
   num_layers: int = setting(2, "Layers of the backbone.", most=1000)
   num_heads: int = setting(2, "H, attention heads.")
   head_width: int = setting(32, "Of each attention head of the encoder-decoder; the causal backbone's is d / H.")
-  position_buckets: int = setting(32, "Buckets of relative positions, of the encoder-decoder.")
+  positions: str = setting(
+    "relative", "Of the causal backbone: each head's bias by the distance between items; or a vector of each place,"
+    " counted from the last item where a row is a history, from the first where histories are packed.",
+    choices=("relative", "absolute"),
+  )  # fmt: skip
+  position_buckets: int = setting(
+    32, "Buckets of distances; half of them are one distance each, the others reach to 128."
+  )
   time_buckets: int = setting(
     0, "Of the time between interactions, in powers of two of a second, where the data has timestamps; 0: none.",
     least=0,
@@ -159,18 +166,23 @@ class RecommenderSettings:
   )
   max_length: int = setting(20, "T: the longest history.", most=10**4)
   rows: str = setting(
-    "histories", "A row of a batch: the history before one transition, which alone is predicted, or several whole"
-    " histories packed, each position predicting the next item (the causal backbone alone).",
-    choices=("histories", "packed"),
+    "packed", "A row of a batch: several whole histories packed, each position predicting the next item (the causal"
+    " backbone alone), or the history before one transition, which alone is predicted.",
+    choices=("packed", "histories"),
   )  # fmt: skip
   epochs: int = setting(100, "Passes over the training transitions, at most; see patience.")
   steps: int = setting(0, "Training steps, in place of epochs; 0: epochs count.", least=0)
-  batch_rows: int = setting(256, "Rows per batch, over all devices.")
+  batch_rows: int = setting(
+    0, "Rows per batch, over all devices; 0: 256 histories, or as many packed positions, up to 1,024, as leave an"
+    " epoch 100 steps.", least=0,
+  )  # fmt: skip
   accumulation: int = setting(
     1, "Parts that a batch is worked through in, one after another, for the memory of one; the gradient stays that of"
     " the whole batch."
   )  # fmt: skip
-  row_length: int = setting(32, "Positions per row, where histories are packed.")
+  row_length: int = setting(
+    0, "Positions per row, where histories are packed; 0: 32, or T where that is more.", least=0
+  )
   length_buckets: tuple[int, ...] = setting(
     (5, 10), "Lengths, ascending, that histories are padded to where each has a row of its own; those below T count."
   )
@@ -272,7 +284,7 @@ class RecommenderSettings:
         f"{field}dense_tower.width = {self.dense_tower.width} must be a multiple of {prefix}num_heads ="
         f" {self.num_heads}"
       )
-    if self.packed and self.row_length < self.max_length:
+    if self.packed and row_length(self) < self.max_length:
       raise InputError(
         f"{field}row_length = {self.row_length} must be at least {prefix}max_length = {self.max_length}: a full history"
         " must fit into a row"
@@ -291,6 +303,11 @@ class EvaluationSettings:
 def is_packed(recommender: Any) -> bool:
   """Whether a row holds several histories, by a recommender's config or settings."""
   return recommender.rows == "packed" and parts_of(recommender)[0].rows == "packed"
+
+
+def row_length(recommender: Any) -> int:
+  """Positions of a row of packed histories, by a recommender's config or settings."""
+  return int(recommender.row_length) or max(32, int(recommender.max_length))
 
 
 def needs_semantic_ids(config: Any) -> bool:

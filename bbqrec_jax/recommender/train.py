@@ -30,7 +30,7 @@ from bbqrec_jax.recommender.evaluate import (
 from bbqrec_jax.recommender.fit_similarity import fit_similarity
 from bbqrec_jax.recommender.items import build_catalogue, item_features
 from bbqrec_jax.recommender.model import SequenceModel
-from bbqrec_jax.recommender.settings import RecommenderSettings, is_packed
+from bbqrec_jax.recommender.settings import RecommenderSettings, is_packed, row_length
 from bbqrec_jax.recommender.step import RecommenderState, make_recommender_step
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -46,6 +46,7 @@ from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.messages import say, warn
 
 _FEWEST_STEPS = 100  # Between two validations, where a config leaves them to an epoch.
+_FEWEST_POSITIONS, _MOST_POSITIONS = 256, 1024  # Of a batch, where a config leaves it to the data's size.
 # Shares of what was learned before in the parameters that training begins with. The more, the sooner that ends; with
 # half of the held-out base it ended lower, too.
 _KEPT_OF_EARLIER_RUN, _KEPT_OF_HELD_OUT = 0.5, 0.2
@@ -106,6 +107,26 @@ def initial_state(config: Any, model: SequenceModel, catalogue: Catalogue, *, to
   return RecommenderState.create(params, optimizer, seed=config.seed, trained=trained)
 
 
+def batch_rows(recommender: Any, histories: Interactions) -> int:
+  """Rows of a training batch: those that a recommender's config names, or else by the size of the data.
+
+  Large batches of packed histories rank better and cost less an epoch, where there are enough for a hundred of them:
+  with 256 positions, of some forty users, gradients are noisier than those of as many transitions drawn one by one.
+  """
+  if recommender.batch_rows:
+    return int(recommender.batch_rows)
+  if not is_packed(recommender):
+    return _FEWEST_POSITIONS
+  positions = _FEWEST_POSITIONS
+  while positions < _MOST_POSITIONS and _transitions(histories) >= _FEWEST_STEPS * 2 * positions:
+    positions *= 2
+  return max(1, positions // row_length(recommender))
+
+
+def _transitions(histories: Interactions) -> int:
+  return int(np.maximum(histories.lengths - 1, 0).sum())
+
+
 def bucket_bounds(recommender: Any, histories: Interactions) -> tuple[int, ...]:
   """The lengths below T that histories are padded to, which are as many programs to compile.
 
@@ -120,7 +141,7 @@ def bucket_bounds(recommender: Any, histories: Interactions) -> tuple[int, ...]:
   longest, kept, low = int(histories.lengths.max()) + 1, [], 0
   for bound in recommender.length_buckets:
     rows = int(np.sum(np.clip(lengths, low, bound) - low))  # Each history gives a row of every length up to its own.
-    if bound < min(longest, recommender.max_length) and rows >= _FEWEST_BATCHES * recommender.batch_rows:
+    if bound < min(longest, recommender.max_length) and rows >= _FEWEST_BATCHES * batch_rows(recommender, histories):
       kept.append(bound)
       low = bound
   return (*kept, longest) if recommender.length_buckets and longest < recommender.max_length else tuple(kept)
@@ -161,13 +182,13 @@ def held_out(config: Any, split: Split, *, among: np.ndarray | None = None) -> t
 
 def training_plan(recommender: Any, histories: Interactions) -> tuple[int, int]:
   """Training steps, and steps between two validations, of a recommender's config on training histories."""
-  r, transitions = recommender, int(np.maximum(histories.lengths - 1, 0).sum())
-  epoch = max(1, -(-transitions // (r.batch_rows * (r.row_length if is_packed(r) else 1))))
+  r, rows = recommender, batch_rows(recommender, histories)
+  epoch = max(1, -(-_transitions(histories) // (rows * (row_length(r) if is_packed(r) else 1))))
   return r.steps or r.epochs * epoch, r.evaluate_every or max(epoch, _FEWEST_STEPS)
 
 
 def training_batches(
-  config: Any, histories: Interactions, *, shaped_by: Interactions | None = None
+  config: Any, histories: Interactions, *, shaped_by: Interactions | None = None, num_devices: int = 1
 ) -> grain.IterDataset:
   """The input pipeline of the recommender that a config describes.
 
@@ -175,13 +196,16 @@ def training_batches(
     config: of the run.
     histories: of training.
     shaped_by: histories that hold these, whose batches are to have the same shapes; None: these themselves.
+    num_devices: that share the rows of a batch.
   """
   r = config.recommender
-  shape = {"batch_rows": r.batch_rows, "max_length": r.max_length, "seed": config.seed}
+  rows = batch_rows(r, shaped_by or histories)
+  shape = {"batch_rows": rows, "max_length": r.max_length, "seed": config.seed}
+  shape |= {"multiple": num_devices * r.accumulation}
   shape |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
   if not is_packed(r):
     return recommender_batches(PrefixHistories(histories, bounds=bucket_bounds(r, shaped_by or histories), **shape))
-  return recommender_batches(PackedHistories(histories, row_length=r.row_length, whole=False, **shape))
+  return recommender_batches(PackedHistories(histories, row_length=row_length(r), whole=False, **shape))
 
 
 class WarmStart(NamedTuple):
@@ -326,7 +350,7 @@ def _trained(
     first,
     stage.shared,
     stage.step,
-    training_batches(config, split.train, shaped_by=work.whole.train),
+    training_batches(config, split.train, shaped_by=work.whole.train, num_devices=work.partitioner.num_devices),
     partitioner=work.partitioner,
     directory=work.workdir / "checkpoints" / stage.name,
     log=work.log,
@@ -416,6 +440,8 @@ def run_recommender(
     ({"validation": metrics, "test": metrics} of the best model on all users, and the same with `WITHOUT_HISTORY` after
     the names, where no user's own history is ranked; the loop's progress record).
   """
+  config = config.copy_and_resolve_references()
+  config.recommender.batch_rows = batch_rows(config.recommender, split.train)  # Of what is held out from it, too.
   e = config.evaluation
   work, tables, base, before = _Work(workdir, partitioner, log, split, _programs(config, partitioner)), None, None, None
   if config.recommender.candidate_similarity.streams:

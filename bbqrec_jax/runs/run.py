@@ -96,9 +96,9 @@ def _check_stages(
 
   Raises:
     InputError: if the items outnumber the semantic IDs, there is nothing to tell them apart by, a custom part
-      of the tokenizer breaks its contract, or a batch cannot be spread evenly over the devices.
+      of the tokenizer breaks its contract, or one of its batches cannot be spread evenly over the devices.
   """
-  t, r, batches = config.tokenizer, config.recommender, []
+  t, batches = config.tokenizer, []
   if trains_tokenizer(config, alone=tokenizer_alone):
     check_capacity(dataset.num_items, id_length(config, len(dataset.modalities)), t.num_codes)
     settings = tokenizer_settings(config, dataset)
@@ -106,15 +106,9 @@ def _check_stages(
     if not make_quantizer(settings).trained:
       check_varied(dataset)
     else:
-      batches += [("tokenizer.batch_items", t.batch_items, 1), ("tokenizer.batch_rows", t.batch_rows, 1)]
-  if not tokenizer_alone:
-    batches.append(("recommender.batch_rows", r.batch_rows, r.accumulation))
-    batches.append(("evaluation.batch_size", config.evaluation.batch_size, 1))
+      batches += [("tokenizer.batch_items", t.batch_items), ("tokenizer.batch_rows", t.batch_rows)]
   wrong = [
-    f"{name} = {rows} must be a multiple of the {num_devices} devices"
-    + (f" times recommender.accumulation = {parts}" if parts > 1 else "")
-    for name, rows, parts in batches
-    if rows % (num_devices * parts)
+    f"{name} = {rows} must be a multiple of the {num_devices} devices" for name, rows in batches if rows % num_devices
   ]
   if wrong:
     raise InputError(f"config field {', '.join(wrong)}; correct it, or use one device (partitioner = 'single')")

@@ -62,7 +62,7 @@ def test_a_whole_loss_and_gradient_agree_with_the_compilers_count(head):
   items, levels, codes, rng = 300, 3, 32, np.random.default_rng(0)
   ids = np.stack(np.unravel_index(rng.choice(codes**levels, items, replace=False), (codes,) * levels), axis=1)
   settings = RecommenderSettings(
-    rows="packed", norm="pre",
+    norm="pre",
     num_items=items, num_levels=levels, num_codes=codes, num_columns=levels, head=head, width=128, mlp_width=512,
     max_length=16, dropout=0.0, subtree_logits=False, seen_item_bias=False,
   )  # fmt: skip

@@ -224,6 +224,10 @@ def packed(histories, *, whole=False, seed=0, batch_rows=4, **process):
   )
 
 
+def prefixes(histories, **options):
+  return PrefixHistories(histories, max_length=6, seed=0, bounds=(2, 4), **options)
+
+
 def rows_of_epoch(histories, *, whole, seed, epoch):
   return packed_epoch(histories, max_length=6, row_length=16, whole=whole, seed=seed, epoch=epoch)
 
@@ -277,6 +281,26 @@ def test_processes_share_each_global_batch(process_count):
     for name in ("items", "targets", "segments", "positions"):
       assert {len(part[name]) for part in parts} == {4 // process_count}
       np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), batch[name])
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+@pytest.mark.parametrize("make", [packed, prefixes], ids=["packed", "prefixes"])
+def test_empty_rows_fill_each_batch_where_devices_do_not_divide_it(make, process_count):
+  histories = make_histories()
+  together = list(itertools.islice(make(histories, batch_rows=5), 15))
+  apart = [
+    list(
+      itertools.islice(make(histories, batch_rows=5, process_index=index, process_count=process_count, multiple=8), 15)
+    )
+    for index in range(process_count)
+  ]
+  for step, batch in enumerate(together):
+    for name in batch.keys() - {"index"}:
+      parts = [batches[step][name] for batches in apart]
+      assert {len(part) for part in parts} == {8 // process_count}
+      filled = np.concatenate(parts)
+      np.testing.assert_array_equal(filled[:5], batch[name])
+      assert not filled[5:].any()
 
 
 def make_store(num_items):

@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.layers.transformer import CausalBackbone, SelfAttention, TransformerLayer
 from bbqrec_jax.ops.attention import history_mask
+from bbqrec_jax.ops.positions import relative_buckets
 
 OPTIMIZED = True
 
@@ -83,6 +84,37 @@ def test_rows_of_one_history_give_their_last_state_with_places_from_the_end(rand
   from_end = np.maximum(segments.sum(1, keepdims=True) - 1 - positions, 0)
   expected = every.apply({"params": params}, x, segments, from_end, bias)[np.arange(2), segments.sum(1) - 1]
   assert_allclose(last.apply({"params": params}, x, segments, positions, bias), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+def test_relative_positions_are_a_bias_by_distance_alike_in_a_packed_row_and_alone(random_params, whole_rows):
+  x, bias = inputs()
+  fields = {"num_layers": 2, "num_heads": HEADS, "mlp_width": 12, "max_length": MAX_LENGTH}
+  model = CausalBackbone(**fields, relative_buckets=4)
+  params = random_params(model, x, SEGMENTS, POSITIONS)
+  packed = model.apply({"params": params}, x, SEGMENTS, POSITIONS, bias)
+  # The same as the table's numbers by hand, on a backbone that knows of no places.
+  table, place = params["relative"]["table"], np.arange(LENGTH)
+  bucket = np.asarray(relative_buckets(place[None] - place[:, None], num_buckets=4, bidirectional=False))
+  plain = {
+    **{name: part for name, part in params.items() if name != "relative"},
+    "position": {"embedding": np.zeros((MAX_LENGTH, WIDTH))},
+  }
+  by_hand = bias + np.moveaxis(table[bucket], -1, 0)
+  assert_allclose(packed, oracle(plain, x, by_hand), atol=3e-5)
+  # A history by itself, from the start of a row, has the states that it has among others.
+  alone = CausalBackbone(**fields, relative_buckets=4, whole_rows=whole_rows)
+  for row, segment in ((0, 1), (0, 2), (1, 1)):
+    here = np.flatnonzero(SEGMENTS[row] == segment)
+    own, count = x[row : row + 1, here], len(here)
+    states = alone.apply(
+      {"params": params},
+      own,
+      np.ones((1, count), int),
+      np.arange(count)[None],
+      bias[row : row + 1][:, :, here][..., here],
+    )
+    assert_allclose(states[0] if whole_rows else states[0, -1], packed[row, here[-1]], atol=3e-5)
 
 
 def test_post_norm_normalises_each_sum(random_params):

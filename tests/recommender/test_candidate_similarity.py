@@ -27,7 +27,7 @@ COMPARE = CandidateSimilaritySettings(
 SETTINGS = RecommenderSettings(
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=LEVELS, width=8, num_layers=1, mlp_width=8,
   depth_layers=1, max_length=LENGTH, dense_tower=DenseTowerSettings(width=8, mlp_width=8), candidate_vectors=1,
-  candidate_similarity=COMPARE,
+  candidate_similarity=COMPARE, rows="histories",
 )  # fmt: skip
 HEADS = ["dense", "parallel", "generative", "hybrid"]
 

@@ -68,7 +68,7 @@ def test_dense_evaluation_against_brute_force(stage):
   model = Recommender(
     RecommenderSettings(
       num_items=NUM_ITEMS, head="dense", width=8, num_layers=1, mlp_width=8,
-      max_length=MAX_LENGTH, seen_item_bias=False, cosine=False, rows="packed",
+      max_length=MAX_LENGTH, seen_item_bias=False, cosine=False,
     )
   )  # fmt: skip
   catalogue = Catalogue(

@@ -18,7 +18,7 @@ BATCH, LEVELS, CODES, WIDTH = 2, 3, 3, 8
 EVERY_ID = np.array(list(itertools.product(range(CODES), repeat=LEVELS)))
 MODEL = GenerativeHead(
   RecommenderSettings(
-    rows="packed", norm="pre",
+    norm="pre",
     num_levels=LEVELS, num_codes=CODES, width=WIDTH, depth_layers=2, num_heads=2, mlp_width=12, dropout=0.3,
     subtree_logits=False, seen_item_bias=False,
   )

@@ -24,7 +24,7 @@ from bbqrec_jax.semantic_ids.trie import build_trie
 
 ITEMS, LEVELS, CODES, STREAMS, WIDTH = 12, 3, 4, 2, 8
 SETTINGS = RecommenderSettings(
-  rows="packed", norm="pre",
+  norm="pre",
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=2 * LEVELS, width=WIDTH, num_layers=1, num_heads=2,
   mlp_width=12, depth_layers=1, dropout=0.4, max_length=6, num_streams=STREAMS, cross_streams=True, table_buckets=4,
   subtree_logits=False, seen_item_bias=False, cosine=False,

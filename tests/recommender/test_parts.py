@@ -111,10 +111,10 @@ def test_a_backbone_that_breaks_its_contract_is_refused_by_name(name, said):
 
 
 def test_a_backbone_of_whole_rows_may_give_the_last_states_alone():
-  check_parts(settings_of(backbone=here("Sums"), head="dense"))
-  check_parts(settings_of(backbone=here("Last"), head="dense"))
+  check_parts(settings_of(backbone=here("Sums"), head="dense", rows="histories"))
+  check_parts(settings_of(backbone=here("Last"), head="dense", rows="histories"))
   with pytest.raises(InputError, match=r"expected states \[B, T, 8\] or \[B, 8\]"):
-    check_parts(settings_of(backbone=here("Flat"), head="dense"))
+    check_parts(settings_of(backbone=here("Flat"), head="dense", rows="histories"))
 
 
 def test_a_head_that_reads_a_memory_needs_a_backbone_that_makes_one():

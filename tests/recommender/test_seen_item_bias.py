@@ -17,7 +17,7 @@ from bbqrec_jax.semantic_ids.trie import build_trie
 
 ITEMS, LEVELS, CODES, WIDTH, LENGTH = 12, 3, 3, 8, 6
 GENERATIVE = RecommenderSettings(
-  rows="packed", norm="pre",
+  norm="pre",
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=LEVELS, width=WIDTH, num_layers=1, num_heads=2,
   head_width=4, mlp_width=12, depth_layers=1, dropout=0.0, max_length=LENGTH, subtree_logits=False, seen_item_bias=True,
   cosine=False,

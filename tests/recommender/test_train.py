@@ -19,7 +19,7 @@ from bbqrec_jax.recommender import train as recommender_stage
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.step import RecommenderState, make_recommender_step
-from bbqrec_jax.recommender.train import run_recommender, training_plan
+from bbqrec_jax.recommender.train import batch_rows, run_recommender, training_plan
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.training.settings import Safeguards
 
@@ -52,6 +52,7 @@ def prepare(ids, monkeypatch, tmp_path):
       compile_step=lambda function: function,
       place=lambda tree: tree,
       create=lambda function: None,
+      num_devices=1,
     )
     dataset = Dataset(
       "of a test", "", split.train, {}, {"text": np.ones(ITEMS, bool)}, ItemIds.numbered(ITEMS), ("",) * ITEMS
@@ -117,13 +118,30 @@ def test_training_is_planned_and_guarded_as_the_config_says(prepare, split):
 )
 def test_durations_follow_from_the_number_of_transitions(changes, steps, every):
   recommender = default_config().recommender
-  recommender.update({"batch_rows": 8} | changes)
+  recommender.update({"batch_rows": 8, "rows": "histories"} | changes)
   histories = from_lengths(np.zeros(100, int), np.full(10, 10), np.arange(10).astype(str))
   assert training_plan(recommender, histories) == (steps, every)
 
 
+@pytest.mark.parametrize(
+  ("transitions", "changes", "rows"),
+  [
+    (300, {}, 8), (51_199, {}, 8), (51_200, {}, 16), (102_399, {}, 16), (102_400, {}, 32), (10**7, {}, 32),
+    (10**7, {"max_length": 50}, 20), (10**7, {"row_length": 64}, 16), (10**7, {"max_length": 2000}, 1),
+    (10**7, {"rows": "histories"}, 256), (300, {"backbone": "encoder_decoder"}, 256), (10**7, {"batch_rows": 3}, 3),
+  ],
+)  # fmt: skip
+def test_a_batch_follows_from_the_number_of_transitions(transitions, changes, rows):
+  recommender = default_config().recommender
+  recommender.update(changes)
+  histories = from_lengths(np.zeros(transitions + 2, int), np.array([transitions + 1, 1]), np.array(["a", "b"]))
+  assert batch_rows(recommender, histories) == rows
+
+
 def test_what_ranks_is_the_moving_average_of_what_is_trained(random_params):
-  settings = RecommenderSettings(num_items=9, head="dense", width=4, num_layers=1, mlp_width=4, average=0.75)
+  settings = RecommenderSettings(
+    num_items=9, head="dense", width=4, num_layers=1, mlp_width=4, average=0.75, rows="histories"
+  )
   nothing = jnp.zeros((9, 0), jnp.int32)
   catalogue = Catalogue(nothing, nothing, jnp.zeros((9, 0, 1)), jnp.zeros((0, 31)))
   batch = {"items": np.ones((2, 3), np.int32), "segments": np.ones((2, 3), np.int32), "targets": np.arange(2)}

@@ -17,7 +17,7 @@ from bbqrec_jax.semantic_ids.trie import build_trie
 
 ITEMS, LEVELS, CODES, FEATURES = 14, 3, 4, 5
 SETTINGS = RecommenderSettings(
-  rows="packed", norm="pre",
+  norm="pre",
   num_items=ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=LEVELS, feature_width=FEATURES, head="hybrid",
   width=8, num_layers=1, num_heads=2, mlp_width=12, depth_layers=1, dropout=0.4, max_length=6, num_streams=1,
   table_buckets=4, item_inputs=("fused", "features", "item"),

@@ -80,7 +80,7 @@ def make_catalogue():
 
 def make_recommender(head, *, dropout=0.0, **changes):
   settings = RecommenderSettings(
-    rows="packed", norm="pre",
+    norm="pre", position_buckets=16,
     num_items=NUM_ITEMS, num_levels=LEVELS, num_codes=CODES, num_columns=2 * LEVELS, head=head, width=8, num_layers=1,
     mlp_width=8, depth_layers=1, dropout=dropout, max_length=8, num_streams=2, cross_streams=True, table_buckets=8,
     **({"subtree_logits": False, "seen_item_bias": False} | changes),
