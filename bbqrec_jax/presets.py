@@ -37,10 +37,11 @@ def system_config(system: str) -> ml_collections.ConfigDict:
   recommender.head = "dense" if system in SASREC else system
   recommender.item_inputs = SASREC.get(system, ("fused", "modalities", "features", "item"))
   recommender.item_dropout = 0.0 if system == "sasrec" else 0.2
-  recommender.cosine = system != "sasrec"  # Where items are known by nothing else, it is worse by an eighth.
   recommender.candidate_similarity.streams = ("features", "modalities", "fused", "behaviour")
   if system in SASREC:
     recommender.similarity = recommender.candidate_similarity.streams = ()
+  if system == "sasrec":  # What is best where items are known by nothing else.
+    recommender.update({"cosine": False, "rows": "histories", "positions": "absolute"})
   if is_wide(recommender):
     recommender.width = 128
     recommender.mlp_width = 512
