@@ -157,12 +157,16 @@ class Pmap:
     return jax.device_get(tree)
 
   def to_checkpoint(self, state: Any) -> Any:
-    """The replicas of all processes as global arrays."""
+    """The replicas of all processes as global arrays; of a single process one replica."""
+    if jax.process_count() == 1:
+      return jax.tree.map(_replica, state)
     return multihost_utils.host_local_array_to_global_array(state, self._mesh, PartitionSpec())
 
   def from_checkpoint(self, saved: Any, like: Any) -> Any:
     """This process's replicas of global arrays."""
     del like
+    if jax.process_count() == 1:
+      return self.place(saved)
     return multihost_utils.global_array_to_host_local_array(saved, self._mesh, PartitionSpec())
 
   def _mapped(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -283,13 +287,16 @@ class MeshJit:
 
   def to_checkpoint(self, state: Any) -> Any:
     """Large arrays with their filling: another number of devices fills up to another number of rows."""
-    return jax.tree.map(lambda node: node.values if is_padded(node) else node, state, is_leaf=is_padded)
+    whole = _replica if jax.process_count() == 1 else lambda leaf: leaf
+    return jax.tree.map(lambda node: node.values if is_padded(node) else whole(node), state, is_leaf=is_padded)
 
   def from_checkpoint(self, saved: Any, like: Any) -> Any:
     """The arrays with what is known of their filling."""
-    return jax.tree.map(
-      lambda node, leaf: PaddedRows(leaf, node.count) if is_padded(node) else leaf, like, saved, is_leaf=is_padded
-    )
+
+    def one(node: Any, leaf: Any) -> Any:
+      return PaddedRows(leaf, node.count) if is_padded(node) else jax.device_put(leaf, self._replicated)
+
+    return jax.tree.map(one, like, saved, is_leaf=is_padded)
 
   def jit_step(self, step: StepFunction) -> Any:
     """The jitted step of placed arrays, for `compile_step` and for those who want it compiled alone."""
@@ -336,6 +343,14 @@ def _check_rows(batch: Any, devices: int) -> None:
   for leaf in jax.tree.leaves(batch):
     if leaf.shape[0] % devices:
       raise InputError(f"a batch of {leaf.shape[0]} rows cannot be spread over {devices} devices: use a multiple")
+
+
+def _replica(leaf: jax.Array) -> jax.Array:
+  """A replicated array on its first device alone.
+
+  Of one on several, orbax would write a part from each, and compile a program to cut out every part of every array.
+  """
+  return leaf.addressable_data(0)
 
 
 def _blocks(leaf: Any, count: int) -> Any:
