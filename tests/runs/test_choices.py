@@ -1,11 +1,14 @@
 """Small runs of what a config can choose: each trains, is restored and recommends. One device, quickly compiled."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender import train as recommender_stage
+from bbqrec_jax.recommender.step import make_recommender_step
 from bbqrec_jax.runs import run as experiment
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
@@ -110,8 +113,21 @@ class Cut(Exception):
 def test_a_run_with_candidate_similarity_continues_from_wherever_it_is_cut(artefact, tmp_path, monkeypatch):
   changes = {"tokenizer.artefact": artefact, "recommender.head": "dense"}
   changes["recommender.candidate_similarity.streams"] = ("modalities", "behaviour")
-  config, trained = make_config(**changes), recommender_stage._trained
-  whole = experiment.run(config, tmp_path / "whole")
+  config, trained, traced = make_config(**changes), recommender_stage._trained, []
+
+  def noting(*args, **options):
+    step = make_recommender_step(*args, **options)
+
+    def noted(*args, **options):
+      traced.append(jax.tree.map(jnp.shape, args))
+      return step(*args, **options)
+
+    return noted
+
+  with monkeypatch.context() as patch:
+    patch.setattr(recommender_stage, "make_recommender_step", noting)
+    whole = experiment.run(config, tmp_path / "whole")
+  assert len(traced) == 1, "the held-out base and the final model are trained by one program"
 
   def cut(*args, **options):
     raise Cut
