@@ -51,7 +51,6 @@ _FEWEST_POSITIONS, _MOST_POSITIONS = 256, 1024  # Of a batch, where a config lea
 # half of the held-out base it ended lower, too.
 _KEPT_OF_EARLIER_RUN, _KEPT_OF_HELD_OUT = 0.5, 0.2
 _FEWEST_USERS = 2048  # With a new transition, for which tables are fitted anew: fewer tell less than the earlier ones.
-_TIMES_THE_USERS = 4  # As many users' tables are fitted on where nothing has to be kept from training for it.
 _FEWEST_BATCHES = 16  # Of an epoch, for which a length bucket is worth programs of its own.
 
 
@@ -173,14 +172,12 @@ def held_out(config: Any, split: Split, *, among: np.ndarray | None = None) -> t
   Args:
     config: of the run.
     split: of its data.
-    among: [U] bool, the users whose transitions an earlier run has not learned from, of which more are taken; None:
-      there was none.
+    among: [U] bool, the users whose transitions may be taken; None: all.
 
   Returns:
     As `hold_out_last`.
   """
-  users = config.recommender.candidate_similarity.users * (1 if among is None else _TIMES_THE_USERS)
-  return hold_out_last(split, count=users, seed=config.seed, among=among)
+  return hold_out_last(split, count=config.recommender.candidate_similarity.users, seed=config.seed, among=among)
 
 
 def training_plan(recommender: Any, histories: Interactions) -> tuple[int, int]:
