@@ -130,11 +130,12 @@ def agreement(head: str) -> dict[str, Any]:
   import numpy as np
 
   from bbqrec_jax.benchmarks.cases import random_dataset, random_ids
-  from bbqrec_jax.data.pipeline import evaluation_batches
+  from bbqrec_jax.data.ranking import evaluation_batches
   from bbqrec_jax.layers.apply import apply
   from bbqrec_jax.presets import benchmark_config
   from bbqrec_jax.recommender.evaluate import make_ranker
-  from bbqrec_jax.recommender.train import build_recommender, initial_state, training_batches
+  from bbqrec_jax.recommender.schedule import training_batches
+  from bbqrec_jax.recommender.train import build_recommender, initial_state
 
   config = benchmark_config("small")
   dataset, device, host = random_dataset(config), jax.devices()[0], jax.devices("cpu")[0]

@@ -35,8 +35,9 @@ from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.recommender.catalogue import Catalogue
 from bbqrec_jax.recommender.items import build_catalogue
 from bbqrec_jax.recommender.model import Recommender
+from bbqrec_jax.recommender.schedule import training_batches
 from bbqrec_jax.recommender.step import make_recommender_step
-from bbqrec_jax.recommender.train import initial_state, training_batches
+from bbqrec_jax.recommender.train import initial_state
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.trie import Trie
 from bbqrec_jax.tokenizer.train import tokenizer_settings, tokenizer_training

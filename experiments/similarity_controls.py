@@ -30,7 +30,7 @@ from bbqrec_jax.recommender.evaluate import evaluate, make_ranker, rank_scores
 from bbqrec_jax.recommender.fit_similarity import collect_candidates, fit_added, fit_similarity
 from bbqrec_jax.recommender.items import item_features
 from bbqrec_jax.recommender.model import SequenceModel
-from bbqrec_jax.recommender.train import bucket_bounds
+from bbqrec_jax.recommender.schedule import bucket_bounds
 from bbqrec_jax.runs.compare import table
 from bbqrec_jax.runs.restore import Restored, restore
 from bbqrec_jax.training.partitioning import SingleDevice

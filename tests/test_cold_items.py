@@ -9,7 +9,7 @@ import pytest
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import from_lengths
-from bbqrec_jax.data.pipeline import evaluation_batches
+from bbqrec_jax.data.ranking import evaluation_batches
 from bbqrec_jax.data.sources import load, load_directory
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply

@@ -8,7 +8,7 @@ import pytest
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import leave_one_out
-from bbqrec_jax.data.pipeline import evaluation_batches
+from bbqrec_jax.data.ranking import evaluation_batches
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.two_towers import make_recommender

@@ -14,11 +14,12 @@ from bbqrec_jax.benchmarks.timing import Case
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.data.item_ids import ItemIds
-from bbqrec_jax.data.pipeline import evaluation_batches
+from bbqrec_jax.data.ranking import evaluation_batches
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.evaluate import make_ranker
+from bbqrec_jax.recommender.schedule import training_batches
 from bbqrec_jax.recommender.step import make_recommender_step
-from bbqrec_jax.recommender.train import build_recommender, initial_state, training_batches
+from bbqrec_jax.recommender.train import build_recommender, initial_state
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer.train import tokenizer_settings, tokenizer_training
 from bbqrec_jax.training.optimizer import make_optimizer

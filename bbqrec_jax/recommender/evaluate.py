@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bbqrec_jax.data.interactions import Interactions, Split, distinct_items, nobodys_items, user_blocks
-from bbqrec_jax.data.pipeline import ranking_batches
+from bbqrec_jax.data.ranking import ranking_batches
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.ranking import MISS, ranking_metrics, ranks_in_list, target_ranks, without
 from bbqrec_jax.recommender.catalogue import Catalogue

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from bbqrec_jax.data.interactions import Interactions
-from bbqrec_jax.data.pipeline import ranking_batches
+from bbqrec_jax.data.ranking import ranking_batches
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, unless_in
 from bbqrec_jax.recommender.catalogue import Catalogue

@@ -14,7 +14,7 @@ import numpy as np
 
 from bbqrec_jax.data.interactions import Interactions, distinct_items, from_lengths, select_users
 from bbqrec_jax.data.item_ids import ItemIds, nearest, split_ids
-from bbqrec_jax.data.pipeline import ordinary_width, ranking_batches
+from bbqrec_jax.data.ranking import ordinary_width, ranking_batches
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.catalogue import Catalogue

@@ -18,7 +18,7 @@ from bbqrec_jax.data.titles import find_titles
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.evaluate import evaluate, make_ranker, rank_held_out
-from bbqrec_jax.recommender.train import ranking_shapes
+from bbqrec_jax.recommender.schedule import ranking_shapes
 from bbqrec_jax.runs import run as runs
 from bbqrec_jax.runs.restore import Restored, restore
 from bbqrec_jax.runs.workdir import load_results

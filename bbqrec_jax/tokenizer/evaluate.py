@@ -9,7 +9,7 @@ import numpy as np
 
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import Interactions, Split
-from bbqrec_jax.data.pipeline import evaluation_batches
+from bbqrec_jax.data.ranking import evaluation_batches
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.layers.padding import without_padding
 from bbqrec_jax.ops.contrastive import normalize

@@ -25,7 +25,7 @@ from absl import flags
 from bbqrec_jax.command_line import define_path, quiet_flags, start
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import Interactions, Split, distinct_items
-from bbqrec_jax.data.pipeline import ranking_batches
+from bbqrec_jax.data.ranking import ranking_batches
 from bbqrec_jax.data.sources import recognise_source
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, Ranking, popularity_metrics, rank_scores, summarize

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bbqrec_jax.data import packing, pipeline
+from bbqrec_jax.data import packing, ranking
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.interactions import distinct_items, from_lengths
 from bbqrec_jax.data.packing import cut_windows, pack
@@ -16,12 +16,10 @@ from bbqrec_jax.data.pipeline import (
   CatalogueSample,
   PackedHistories,
   PrefixHistories,
-  evaluation_batches,
-  filled_rows,
-  ranking_batches,
   recommender_batches,
   tokenizer_batches,
 )
+from bbqrec_jax.data.ranking import evaluation_batches, filled_rows, ranking_batches
 from bbqrec_jax.errors import InputError
 
 LENGTHS = (0, 1, 2, 3, 60, 5, 5, 8, 1, 21, 2, 4, 137, 6, 7)
@@ -457,7 +455,7 @@ def test_rows_hold_histories_and_nothing_else():
 
 @pytest.mark.parametrize("bounds", [(), (2, 4)])
 def test_a_very_active_user_is_ranked_apart_and_widens_no_other_row(monkeypatch, bounds):
-  monkeypatch.setattr(pipeline, "_ORDINARY", 8)
+  monkeypatch.setattr(ranking, "_ORDINARY", 8)
   # User 4 has 60 items, 12 has 137, 9 has 21; 2,000 interactions of user 1 are of three items.
   histories = make_histories([0, 2000, *LENGTHS[2:]])
   items = histories.items.copy()

@@ -11,15 +11,16 @@ from numpy.testing import assert_allclose, assert_array_equal
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.item_ids import ItemIds
-from bbqrec_jax.data.pipeline import evaluation_batches
+from bbqrec_jax.data.ranking import evaluation_batches
 from bbqrec_jax.data.sources import load
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.kmeans import residual_kmeans
 from bbqrec_jax.ops.randomness import base_key
 from bbqrec_jax.recommender.evaluate import make_ranker, summarize
 from bbqrec_jax.recommender.items import item_features
+from bbqrec_jax.recommender.schedule import training_batches
 from bbqrec_jax.recommender.step import make_recommender_step
-from bbqrec_jax.recommender.train import build_recommender, initial_state, training_batches
+from bbqrec_jax.recommender.train import build_recommender, initial_state
 from bbqrec_jax.runs import run as experiment
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.semantic_ids.artefact import SemanticIds

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bbqrec_jax.data import interactions, pipeline
+from bbqrec_jax.data import interactions, ranking
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.packing import packed_epoch, prefix_epoch
 
@@ -18,7 +18,7 @@ def scale(load_file):
 @pytest.fixture
 def splits(scale, monkeypatch):
   """Ordinary users alone, with others, and which of these are the ordinary ones; blocks and groups are small."""
-  monkeypatch.setattr(pipeline, "_ORDINARY", 64)
+  monkeypatch.setattr(ranking, "_ORDINARY", 64)
   monkeypatch.setattr(interactions, "_BLOCK", 64)
   alone, together = (scale.made_histories(users=USERS, items=ITEMS, interactions=count) for count in (0, MANY))
   return leave_one_out(alone), leave_one_out(together), np.flatnonzero(together.lengths == 5)

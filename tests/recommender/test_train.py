@@ -17,9 +17,10 @@ from bbqrec_jax.data.interactions import from_lengths, leave_one_out
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.recommender import train as recommender_stage
 from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.schedule import batch_rows, bucket_bounds, training_plan
 from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.recommender.step import RecommenderState, make_recommender_step
-from bbqrec_jax.recommender.train import batch_rows, run_recommender, training_plan
+from bbqrec_jax.recommender.train import run_recommender
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.training.settings import Safeguards
 
@@ -171,7 +172,7 @@ def test_a_length_bucket_is_kept_where_an_epoch_fills_sixteen_batches():
   def bounds(lengths):
     lengths = np.array(lengths)
     histories = from_lengths(rng.integers(0, 9, lengths.sum()), lengths, np.arange(len(lengths)))
-    return recommender_stage.bucket_bounds(recommender, histories)
+    return bucket_bounds(recommender, histories)
 
   lengths = rng.integers(0, 9, 60)
   rows = [length for own in lengths for length in range(1, own)]

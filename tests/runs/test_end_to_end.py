@@ -17,7 +17,7 @@ import pytest
 
 from bbqrec_jax.commands import recommend as recommend_module
 from bbqrec_jax.config import default_config
-from bbqrec_jax.data import pipeline
+from bbqrec_jax.data import ranking
 from bbqrec_jax.data.directory import read_sequences
 from bbqrec_jax.data.interactions import choose, from_lengths, leave_one_out
 from bbqrec_jax.data.item_ids import ItemIds
@@ -461,7 +461,7 @@ def test_very_active_users_are_answered_as_any_other(finished, monkeypatch):
     return list(recommend_all(model, params, catalogue, histories, top=12, beam_width=20, batch_size=4))
 
   together = answers()
-  monkeypatch.setattr(pipeline, "_ORDINARY", 4)
+  monkeypatch.setattr(ranking, "_ORDINARY", 4)
   apart = answers()
   assert [user for user, _, _ in apart] == [str(user) for user in range(7)]
   for (_, items, scores), (_, same_items, same_scores) in zip(together, apart, strict=True):
