@@ -68,8 +68,9 @@ def ranking_batches(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
   """What a model ranks the catalogue with, in batches of few shapes, none much larger than the others.
 
-  Users are together whose histories are of about one length (`bounds`), and, where items are left out of their
-  rankings, those that have more than 1,024 of them are apart from the rest: a very active user widens no other's row.
+  Users are together whose histories are of about one length: padded to the same of `bounds`, and in its order. Where
+  items are left out of their rankings, those that have more than 1,024 of them are apart from the rest: a very active
+  user widens no other's row.
 
   Args:
     histories: the inputs.
@@ -90,6 +91,7 @@ def ranking_batches(
   for length, group in length_groups(lengths, bounds, max_length):
     for wide, some in _width_groups(counts[group]):
       wide, places = max(wide, width), group[some]
+      places = places[np.argsort(lengths[places], kind="stable")]
       rows = max(1, min(batch_size, batch_size * _ORDINARY // wide))
       batches = evaluation_batches(histories, targets, users=users[places], batch_size=rows, max_length=length)
       for first, batch in zip(range(0, len(places), rows), batches, strict=True):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from bbqrec_jax.layers.dense import Dense, DenseGeneral
 from bbqrec_jax.layers.dropout import Dropout
 from bbqrec_jax.ops.attention import attention, history_mask
-from bbqrec_jax.ops.positions import elapsed_buckets, relative_buckets
+from bbqrec_jax.ops.positions import elapsed_buckets, last_places, relative_buckets
 
 KeyValue = tuple[jax.Array, jax.Array]
 Initializer = nn.initializers.Initializer
@@ -210,6 +210,7 @@ class CausalBackbone(nn.Module):
     bias: jax.Array | None = None,
     times: jax.Array | None = None,
     *,
+    last_alone: bool = False,
     deterministic: bool = True,
   ) -> jax.Array:
     """Runs the layers.
@@ -220,12 +221,13 @@ class CausalBackbone(nn.Module):
       positions: [B, T] int, the place of each item in its history, from 0; items of a history stand side by side.
       bias: [B, H, T, T] added to the attention scores of every layer, or None.
       times: [B, T] int, the second of each interaction, counted from anywhere; only read where there are time buckets.
+      last_alone: each row is one history, and only the state at its last item is made, as with `whole_rows`.
       deterministic: no dropout.
 
     Returns:
       [B, T, d] normalised states, those at padding mean nothing; or [B, d], the last.
     """
-    last = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
+    last, last_alone = last_places(segments), last_alone or self.whole_rows
     relative = elapsed = None
     if self.relative_buckets:
       place = jnp.arange(x.shape[1], dtype=jnp.int32)
@@ -247,7 +249,7 @@ class CausalBackbone(nn.Module):
         self.num_heads, self.mlp_width, self.dropout, self.attention_dropout, self.post_norm,
         name=f"layer_{index}",
       )  # fmt: skip
-      at = last if self.whole_rows and index == self.num_layers - 1 else None
+      at = last if last_alone and index == self.num_layers - 1 else None
       x, _ = layer(x, mask, added, at=at, deterministic=deterministic)
     x = x if self.post_norm else nn.LayerNorm(name="final_norm")(x)
-    return x[:, 0] if self.whole_rows else x
+    return x[:, 0] if last_alone else x

@@ -15,8 +15,9 @@ import numpy as np
 # What a cosine may differ by from one program to the next, see `ops.similarity`.
 _ROUNDING = 1e-5
 _SAMPLES = 400_000
-# Similarities per history that are computed together: one product of matrices costs a third of one per place.
-_AT_ONCE = 2**17
+# Similarities of all places are computed together for so few histories, and so many per history: one product of
+# matrices then costs a third of one per place. For more histories it costs as much, empty places included.
+_FEW, _AT_ONCE = 16, 2**17
 
 
 def tail_edges(vectors: np.ndarray, num_buckets: int, *, seed: int) -> np.ndarray:
@@ -93,7 +94,8 @@ def vector_scores(
       return jnp.einsum("...d,nd->...n", query, unit, preferred_element_type=jnp.float32)
     return jnp.einsum("...bd,bnd->...bn", query, candidates, preferred_element_type=jnp.float32)
 
-  at_once = (cosines(recent.T),) if table.shape[0] * shape[1] <= _AT_ONCE else ()
+  many = isinstance(shape[0], int) and shape[0] > _FEW  # In an exported program it may be a symbol.
+  at_once = (cosines(recent.T),) if not many and table.shape[0] * shape[1] <= _AT_ONCE else ()
 
   def place(total: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
     own, row, *known = given
@@ -140,8 +142,15 @@ def neighbour_scores(
 def _over_places(
   place: Callable, shape: tuple[int, int], recent: jax.Array, table: jax.Array, *known: jax.Array
 ) -> jax.Array:
-  """Adds up what each place gives; one at a time, and again for the gradient, so that one alone is ever there."""
-  total, _ = jax.lax.scan(jax.checkpoint(place), jnp.zeros(shape, jnp.float32), (recent.T, table, *known))
+  """Adds up what each place gives; one at a time, and again for the gradient, so that one alone is ever there.
+
+  A place that no history of the batch has costs nothing.
+  """
+
+  def unless_empty(total: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    return jax.lax.cond(jnp.any(given[0] >= 0), place, lambda total, _: (total, None), total, given)
+
+  total, _ = jax.lax.scan(jax.checkpoint(unless_empty), jnp.zeros(shape, jnp.float32), (recent.T, table, *known))
   return total
 
 

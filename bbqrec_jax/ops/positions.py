@@ -59,3 +59,8 @@ def elapsed_buckets(seconds: jax.Array, *, num_buckets: int = 32) -> jax.Array:
   """
   bits = 32 - jax.lax.clz(jnp.maximum(seconds, 0).astype(jnp.int32))
   return jnp.minimum(bits, num_buckets - 1)
+
+
+def last_places(segments: jax.Array) -> jax.Array:
+  """Where the last item of each row of one history stands: [B, T], 0 at padding, -> [B] int32; 0 of an empty row."""
+  return jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32) - 1, 0)

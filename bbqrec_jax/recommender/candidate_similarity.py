@@ -54,8 +54,19 @@ class CandidateSimilarity(nn.Module):
       items: [B, n] int candidates, or None for all.
 
     Returns:
-      [B, n] or [B, N] float32.
+      [B, n] or [B, N] float32. Over all items tables of zeros cost nothing, and get no gradient.
     """
+    if items is not None:
+      return self._added(streams, recent, items)
+    fitted = jnp.any(self.tables != 0)
+    if self.neighbour_table is not None:
+      fitted |= jnp.any(self.neighbour_table != 0)
+    nothing = jnp.zeros((recent.shape[0], streams.num_items), jnp.float32)
+    return jax.lax.cond(fitted, lambda: self._added(streams, recent, None), lambda: nothing)
+
+  @nn.nowrap
+  def _added(self, streams: CandidateStreams, recent: jax.Array, items: jax.Array | None) -> jax.Array:
+    """See `__call__`."""
     count = min(self.settings.candidate_similarity.last_items, recent.shape[1])
     recent, parts = recent[:, :count], []
     for index, unit in enumerate(streams.vectors):

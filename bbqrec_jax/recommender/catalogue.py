@@ -26,6 +26,11 @@ class CandidateStreams:
   neighbours: jax.Array | None = None
   buckets: jax.Array | None = None
 
+  @property
+  def num_items(self) -> int:
+    """N."""
+    return next(stream.shape[0] for stream in (*self.vectors, self.neighbours) if stream is not None)
+
 
 @flax.struct.dataclass
 class Catalogue:

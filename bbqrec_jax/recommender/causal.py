@@ -59,3 +59,14 @@ class Causal(Backbone):
   ) -> jax.Array:
     """See `CausalBackbone`."""
     return self.layers(x, segments, positions, bias, times, deterministic=deterministic)
+
+  def last_states(
+    self,
+    x: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array,
+    bias: jax.Array | None = None,
+    times: jax.Array | None = None,
+  ) -> jax.Array:
+    """See `Backbone`: the last layer makes no others."""
+    return self.layers(x, segments, positions, bias, times, last_alone=True, deterministic=True)

@@ -13,7 +13,7 @@ from bbqrec_jax.ops.reduction import mean_weights
 from bbqrec_jax.ops.similarity import bucket_bias, continuous_bias, similarity_buckets
 from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, most_similar, rescored
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.parts import Items, Memory, ranked
+from bbqrec_jax.recommender.parts import Items, Memory, at_last, ranked
 from bbqrec_jax.recommender.settings import RecommenderSettings, parts_of
 from bbqrec_jax.semantic_ids.beam import BeamResult
 
@@ -270,20 +270,19 @@ class Recommender(SequenceModel):
       deterministic: no dropout.
       known: see `item_vectors`.
     """
+    return self.backbone(*self._histories(catalogue, batch, known), deterministic=deterministic)
+
+  def _histories(self, catalogue: Catalogue, batch: dict[str, jax.Array], known: jax.Array | None) -> tuple[Any, ...]:
+    """Histories as the backbone reads them."""
     items, segments = batch["items"], batch["segments"]
     read = self._tokens if self.settings.backbone_class.reads_codes else self.item_vectors
     x = read(catalogue, items, known=known)
-    bias = self.bias(catalogue, items, segments)
-    return self.backbone(x, segments, batch["positions"], bias, batch.get("times"), deterministic=deterministic)
+    return x, segments, batch["positions"], self.bias(catalogue, items, segments), batch.get("times")
 
-  def _whole(self, states: Any, segments: jax.Array) -> Any:
-    """What the head reads of a whole history, one a row: the memory or its mean, or the last real position's state."""
-    if isinstance(states, Memory):
-      return states if self.settings.head_class.reads_memory else states.pooled()
-    if states.ndim == 2:
-      return states
-    last = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
-    return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+  def _for_head(self, states: Any) -> Any:
+    """What the head reads of states, one a history: of a memory perhaps its mean."""
+    of_mean = isinstance(states, Memory) and not self.settings.head_class.reads_memory
+    return states.pooled() if of_mean else states
 
   def _items(self, catalogue: Catalogue, seen: jax.Array | None = None, *, known: jax.Array | None = None) -> Items:
     """The items as heads see them."""
@@ -305,17 +304,20 @@ class Recommender(SequenceModel):
       weights = mean_weights(self.target_mask(batch))
     known = self._known(catalogue, deterministic=deterministic)
     states = self.states(catalogue, batch, deterministic=deterministic, known=known)
-    states = states.reshape(-1, states.shape[-1]) if packed else self._whole(states, batch["segments"])
+    if packed:
+      states = states.reshape(-1, states.shape[-1])
+    elif not isinstance(states, Memory):
+      states = at_last(states, batch["segments"])
     of_items = self._items(catalogue, self.seen(batch, packed=packed), known=known)
     terms = self.head.summed_losses(
-      of_items, states, batch["targets"].reshape(-1), weights.reshape(-1), deterministic=deterministic
+      of_items, self._for_head(states), batch["targets"].reshape(-1), weights.reshape(-1), deterministic=deterministic
     )
     loss = sum(terms.values(), start=jnp.zeros((), jnp.float32))
     return loss, terms | {"nll": loss}
 
   def last_states(self, catalogue: Catalogue, batch: dict[str, jax.Array]) -> Any:
     """See `SequenceModel`."""
-    return self._whole(self.states(catalogue, batch), batch["segments"])
+    return self._for_head(self.backbone.last_states(*self._histories(catalogue, batch, None)))
 
   def scores(self, catalogue: Catalogue, states: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """Score of every item, of an exact head: states [B, d] -> [B, N] float32; its softmax is over the catalogue."""
