@@ -49,6 +49,7 @@ def system_config(system: str) -> ml_collections.ConfigDict:
   config.evaluation.validation_users = 4096
   if recommender.head in TOWERS:
     config.evaluation.beam_width = 30  # Both towers score what either finds: longer lists rank no better.
+    recommender.subtree_logits = False  # The dense tower knows the items under a code: it ranks as well without.
   return config
 
 

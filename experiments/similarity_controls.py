@@ -31,14 +31,18 @@ from bbqrec_jax.recommender.fit_similarity import collect_candidates, fit_added,
 from bbqrec_jax.recommender.items import item_features
 from bbqrec_jax.recommender.model import SequenceModel
 from bbqrec_jax.recommender.schedule import bucket_bounds
+from bbqrec_jax.recommender.signals import no_network
 from bbqrec_jax.runs.compare import table
 from bbqrec_jax.runs.restore import Restored, restore
 from bbqrec_jax.training.partitioning import SingleDevice
 
 
 def variants(tables: Any, names: list[str]) -> Iterator[tuple[str, Any]]:
-  """The run's tables, whole and in parts; `names` are of the streams of vectors."""
+  """The run's network and tables, and these alone, whole and in parts; `names` are of the streams of vectors."""
   yield "the run's own", tables
+  if "output" in tables:
+    tables = tables | no_network(len(tables["output"]))
+    yield "without the network", tables
   for index, name in enumerate(names):
     parts = np.array(tables["tables"])
     parts[index] = 0

@@ -7,6 +7,7 @@ import pytest
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommender.signals import network_shapes
 
 
 @pytest.fixture
@@ -17,10 +18,14 @@ def script(load_file):
 def test_a_variant_leaves_out_what_it_says_and_the_run_s_own_tables_stay(script):
   rng = np.random.default_rng(0)
   tables = {"scale": np.array([0.4]), "tables": rng.normal(size=(2, 3, 6)), "neighbour_table": rng.normal(size=(3, 4))}
+  tables |= {name: rng.normal(size=shape) for name, shape in network_shapes(2).items()}
   before = {name: part.copy() for name, part in tables.items()}
   found = dict(script.variants(tables, ["features of text", "fused"]))
-  assert list(found) == ["the run's own", "without features of text", "without fused", "without behaviour",
-                         "the last item alone"]  # fmt: skip
+  assert list(found) == ["the run's own", "without the network", "without features of text", "without fused",
+                         "without behaviour", "the last item alone"]  # fmt: skip
+  for name in [*found][1:]:
+    assert not any(np.any(found[name][part]) for part in network_shapes(2))
+  np.testing.assert_array_equal(found["without the network"]["tables"], before["tables"])
   for name, part in before.items():
     np.testing.assert_array_equal(tables[name], part)
     np.testing.assert_array_equal(found["the run's own"][name], part)

@@ -1,49 +1,71 @@
 """Which items stand near each other in training histories, as lists of neighbours in bounded memory."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
 
 from bbqrec_jax.data.interactions import Interactions
 
-WINDOW = 5  # Places that two items may be apart.
-_BACKWARDS = 0.5  # What a pair counts from the later item to the earlier one.
 _SHRINK = 2.0  # Added to each item's total: what was seen once or twice is not yet taken for a habit.
 _PAIRS = 2**24  # That are there at once.
 
 
-def co_occurrence(histories: Interactions, *, num_items: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+class Pairs(NamedTuple):
+  """Which pairs of a history's items count, and how much.
+
+  Attributes:
+    window: places that two items may be apart.
+    forward: what a pair counts from its earlier item to the later one.
+    backward: what it counts from the later item to the earlier one.
+    by_distance: whether that is divided by the distance.
+  """
+
+  window: int
+  forward: float = 1.0
+  backward: float = 1.0
+  by_distance: bool = False
+
+
+NEAR = Pairs(5, backward=0.5, by_distance=True)
+TOGETHER = Pairs(20)
+NEXT = Pairs(1, backward=0.0)
+PREVIOUS = Pairs(1, forward=0.0)
+
+
+def co_occurrence(
+  histories: Interactions, *, num_items: int, count: int, pairs: Pairs = NEAR
+) -> tuple[np.ndarray, np.ndarray]:
   """The items that most often follow each item, or stand near it.
 
-      c[i, j] = sum over pairs of 1 / distance (half of it where j comes first), at most five places apart
+      c[i, j] = sum over the pairs of i and j of what they count
       strength[i, j] = c[i, j] / sqrt((sum of c[i] + 2) (sum of c[:, j] + 2))
 
   Args:
     histories: the training histories, no held-out item among them.
     num_items: N.
     count: K, neighbours that are kept of each item, the strongest.
+    pairs: which count.
 
   Returns:
     neighbours [N, K] int32, the strongest first, -1 where there are fewer, and strengths [N, K] float32, 0 there.
   """
   owner = np.repeat(np.arange(histories.num_users), histories.lengths)
   totals = np.zeros((2, num_items))
-  for first, second, weight in _pairs(histories, owner):
-    for side, items in enumerate((first, second)):
+  for one, other, weight in _pairs(histories, owner, pairs):
+    for side, items in enumerate((one, other)):
       totals[side] += np.bincount(items, minlength=num_items) * weight
-      totals[1 - side] += np.bincount(items, minlength=num_items) * (weight * _BACKWARDS)
   scale = 1.0 / np.sqrt(totals + _SHRINK)
   neighbours = np.full((num_items, count), -1, np.int32)
   strengths = np.zeros((num_items, count), np.float32)
-  for start, stop in _blocks(histories, num_items):
-    rows, columns, values = [], [], []
-    for first, second, weight in _pairs(histories, owner):
-      for one, other, share in ((first, second, weight), (second, first, weight * _BACKWARDS)):
-        inside = (one >= start) & (one < stop) & (one != other)
-        rows.append(one[inside] - start)
-        columns.append(other[inside])
-        values.append(np.full(len(rows[-1]), share, np.float32))
+  for start, stop in _blocks(histories, num_items, pairs.window):
+    rows, columns, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    for one, other, weight in _pairs(histories, owner, pairs):
+      inside = (one >= start) & (one < stop) & (one != other)
+      rows.append(one[inside] - start)
+      columns.append(other[inside])
+      values.append(np.full(len(rows[-1]), weight, np.float32))
     table = scipy.sparse.coo_matrix(
       (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=(stop - start, num_items)
     ).tocsr()
@@ -57,16 +79,20 @@ def co_occurrence(histories: Interactions, *, num_items: int, count: int) -> tup
   return neighbours, strengths
 
 
-def _pairs(histories: Interactions, owner: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-  """(earlier items, later items, weight) of all pairs of each distance; `owner` [total] says whose each place is."""
-  for distance in range(1, WINDOW + 1):
+def _pairs(histories: Interactions, owner: np.ndarray, pairs: Pairs) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+  """(items, what stands near each, weight) of each distance and direction; `owner` [total] says whose a place is."""
+  for distance in range(1, pairs.window + 1):
     together = owner[:-distance] == owner[distance:]
-    yield histories.items[:-distance][together], histories.items[distance:][together], 1.0 / distance
+    first, second = histories.items[:-distance][together], histories.items[distance:][together]
+    share = 1.0 / distance if pairs.by_distance else 1.0
+    for one, other, weight in ((first, second, pairs.forward), (second, first, pairs.backward)):
+      if weight:
+        yield one, other, weight * share
 
 
-def _blocks(histories: Interactions, num_items: int) -> Iterator[tuple[int, int]]:
+def _blocks(histories: Interactions, num_items: int, window: int) -> Iterator[tuple[int, int]]:
   """Ranges of items that have about so many pairs together as may be there at once."""
-  pairs = np.cumsum(2 * WINDOW * np.bincount(histories.items, minlength=num_items))
+  pairs = np.cumsum(2 * window * np.bincount(histories.items, minlength=num_items))
   start = 0
   while start < num_items:
     before = pairs[start - 1] if start else 0

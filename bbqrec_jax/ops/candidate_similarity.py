@@ -121,7 +121,27 @@ def neighbour_scores(
   Returns:
     [B, N] or [B, n] float32.
   """
-  neighbours, buckets, table, recent = map(jnp.asarray, (neighbours, buckets, table, recent))
+  buckets, table = jnp.asarray(buckets), jnp.asarray(table)
+  return _listed_scores(neighbours, lambda own, row: row[buckets[own]], table, recent, items)
+
+
+def strength_scores(
+  neighbours: jax.Array, strengths: jax.Array, weights: jax.Array, recent: jax.Array, items: jax.Array | None = None
+) -> jax.Array:
+  """The same of strengths [N, K] float32, each times the weight [R] of the place."""
+  strengths, weights = jnp.asarray(strengths), jnp.asarray(weights)
+  return _listed_scores(neighbours, lambda own, weight: weight * strengths[own], weights, recent, items)
+
+
+def _listed_scores(
+  neighbours: jax.Array,
+  values: Callable[[jax.Array, jax.Array], jax.Array],
+  table: jax.Array,
+  recent: jax.Array,
+  items: jax.Array | None,
+) -> jax.Array:
+  """See `neighbour_scores`: `values` gives for items [B] and a place's part of the table what each neighbour adds."""
+  neighbours, recent = jnp.asarray(neighbours), jnp.asarray(recent)
   count = neighbours.shape[0]
   shape = (recent.shape[0], count if items is None else items.shape[1])
   rows = jnp.arange(recent.shape[0], dtype=jnp.int32)[:, None]
@@ -130,7 +150,7 @@ def neighbour_scores(
     own, row = given
     real = own[:, None] >= 0
     near = jnp.where(real, neighbours[jnp.maximum(own, 0)], -1)
-    value = row[buckets[jnp.maximum(own, 0)]]
+    value = values(jnp.maximum(own, 0), row)
     if items is None:
       return total.at[rows, jnp.where(near < 0, count, near)].add(value, mode="drop"), None
     found = (items[:, :, None] == near[:, None, :]) & (near >= 0)[:, None, :]

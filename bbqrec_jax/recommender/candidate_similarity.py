@@ -5,7 +5,8 @@ The paper compares the items of a history with one another, in attention; here t
     score[i] = scale * base score[i] + sum over streams and places of table[stream, place, bucket(similarity)]
 
 The tables are a few hundred numbers. They start at zero, which leaves the model as it is, and are fitted after the
-base, on transitions that it was not trained on: of others the base knows by heart what the tables could tell it.
+base, on transitions that it was not trained on: of others the base knows by heart what the tables could tell it. A
+small network on top of them weighs them against other signals, see `signals`.
 """
 
 import flax.linen as nn
@@ -18,13 +19,16 @@ from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.ops.candidate_similarity import neighbour_scores, tail_edges, unit_rows, vector_scores
 from bbqrec_jax.ops.ranking import without
 from bbqrec_jax.recommender.catalogue import CandidateStreams
-from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, RecommenderSettings, parts_of
+from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, RecommenderSettings, has_network, parts_of
+from bbqrec_jax.recommender.signals import build_sources, is_fitted, network, network_shapes, signals
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.beam import BeamResult
 
+_RELATED = 50  # Neighbours of an item that signals are read from.
+
 
 class CandidateSimilarity(nn.Module):
-  """The tables, and the factors of the base's scores.
+  """The tables, the factors of the base's scores, and the network of signals.
 
   Attributes:
     settings: of the recommender.
@@ -41,6 +45,8 @@ class CandidateSimilarity(nn.Module):
     self.neighbour_table: jax.Array | None = None
     if "behaviour" in s.streams:
       self.neighbour_table = self.param("neighbour_table", zeros, (s.last_items, s.num_buckets), jnp.float32)
+    shapes = network_shapes(s.network_units) if has_network(s) else {}
+    self.network_params = {name: self.param(name, zeros, shape, jnp.float32) for name, shape in shapes.items()}
 
   def touch(self) -> None:
     """Makes the parameters, for `init`: the loss of the base does not need them."""
@@ -78,6 +84,52 @@ class CandidateSimilarity(nn.Module):
       table = self.neighbour_table[:count].astype(jnp.float32)
       parts.append(neighbour_scores(streams.neighbours, streams.buckets, table, recent, items))
     return sum(parts[1:], start=parts[0])
+
+  def scores(
+    self,
+    streams: CandidateStreams,
+    recent: jax.Array,
+    base: jax.Array,
+    added: jax.Array,
+    items: jax.Array | None = None,
+  ) -> jax.Array:
+    """Scores of candidates.
+
+    Args:
+      streams: of the catalogue.
+      recent: as in `__call__`, and so are the items.
+      base: [B, n] or [B, N], the scores of the last base, whose softmax is over the catalogue.
+      added: what `__call__` gives for them.
+      items: candidates, or None for all.
+
+    Returns:
+      [B, n] or [B, N] float32.
+    """
+    total = self.scale[-1] * base + added
+    if not self.network_params:
+      return total
+    return jax.lax.cond(
+      is_fitted(self.network_params),
+      lambda: total + network(self.network_params, self.signals(streams, recent, base, added, items)),
+      lambda: total,
+    )
+
+  @nn.nowrap
+  def signals(
+    self,
+    streams: CandidateStreams,
+    recent: jax.Array,
+    base: jax.Array,
+    added: jax.Array,
+    items: jax.Array | None,
+  ) -> list[jax.Array]:
+    """The signals of candidates, as `signals.signals` gives them; the arguments are those of `scores`."""
+    assert streams.signals is not None
+    if items is None:
+      base = jax.nn.log_softmax(base, axis=-1)
+    last_items = self.settings.candidate_similarity.last_items
+    total = self.scale[-1] * base + added
+    return signals(streams.signals, recent, total, base, last_items=last_items, items=items)
 
 
 def stream_vectors(
@@ -119,7 +171,9 @@ def build_streams(
   vectors = stream_vectors(settings, ids, features)
   known = np.unique(histories.items)
   edges = [tail_edges(rows[known], settings.num_buckets, seed=seed) for rows in vectors.values()]
-  neighbours = buckets = None
+  neighbours = buckets = sources = None
+  if has_network(settings):
+    sources = build_sources(histories, num_items=num_items, count=_RELATED)
   if "behaviour" in settings.streams:
     near, strengths = co_occurrence(histories, num_items=num_items, count=min(settings.neighbours, num_items))
     neighbours, buckets = jnp.asarray(near), jnp.asarray(strength_buckets(strengths, settings.num_buckets))
@@ -128,6 +182,7 @@ def build_streams(
     edges=jnp.asarray(np.stack(edges) if edges else np.zeros((0, settings.num_buckets - 1), np.float32)),
     neighbours=neighbours,
     buckets=buckets,
+    signals=sources,
   )
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bbqrec_jax.recommender.signals import SignalSources
 from bbqrec_jax.semantic_ids.trie import Trie
 
 
@@ -19,12 +20,14 @@ class CandidateStreams:
     edges: [S, n - 1] float32, bucket edges of their cosines.
     neighbours: [N, K] int32 of the stream of behaviour, -1 fills; None without it.
     buckets: [N, K] int32, of their strengths.
+    signals: what the network of signals reads; None without it.
   """
 
   vectors: tuple[jax.Array, ...]
   edges: jax.Array
   neighbours: jax.Array | None = None
   buckets: jax.Array | None = None
+  signals: SignalSources | None = None
 
   @property
   def num_items(self) -> int:

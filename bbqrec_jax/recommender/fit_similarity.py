@@ -1,4 +1,4 @@
-"""Fits the tables of `candidate_similarity` on transitions that the base has not seen."""
+"""Fits the tables of `candidate_similarity`, and its network, on transitions that the base has not seen."""
 
 import functools
 from collections.abc import Callable
@@ -13,12 +13,14 @@ from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.data.ranking import ranking_batches
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, unless_in
-from bbqrec_jax.recommender.catalogue import Catalogue
+from bbqrec_jax.recommender.catalogue import CandidateStreams, Catalogue
 from bbqrec_jax.recommender.model import SequenceModel
-from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, parts_of
+from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, has_network, parts_of
+from bbqrec_jax.recommender.signals import network, network_shapes, no_network
 from bbqrec_jax.training.partitioning import Partitioner
 
 _NEAR = 50  # Candidates that are near the history, and as many of each base.
+_RELATED = 30  # Candidates of each relation of the last item.
 _RANDOM = 100  # Candidates that stand for all others.
 
 
@@ -31,7 +33,7 @@ def ramp(model: SequenceModel) -> Any:
   params: dict[str, Any] = {"scale": jnp.ones(len(parts_of(model.settings)[1])), "tables": jnp.asarray(tables)}
   if "behaviour" in s.streams:
     params["neighbour_table"] = jnp.asarray(rows)
-  return params
+  return params | (no_network(s.network_units) if has_network(s) else {})
 
 
 def tables_of(curves: Any) -> Any:
@@ -53,9 +55,9 @@ def make_collector(model: SequenceModel) -> Callable[[Any, Catalogue, Any], Any]
 
   Returns:
     (parameters, catalogue, batch) -> `items` [B, n] int32, the target first, -1 for none; `base` [B, n, bases]
-    float32, their log-probabilities; `recent` [B, R] int32, the last distinct items; and `share` [B, n] float32, the
-    log of how many items each stands for. The candidates are the first of each base, the nearest to the history, and
-    random ones for all others.
+    float32, their log-probabilities; `recent` [B, T] int32, the distinct items of the history; and `share` [B, n]
+    float32, the log of how many items each stands for. The candidates are the first of each base, the nearest to the
+    history, those that often stand with its last item, and random ones for all others.
   """
   proxy = ramp(model)
 
@@ -69,6 +71,11 @@ def make_collector(model: SequenceModel) -> Callable[[Any, Catalogue, Any], Any]
     _, near = jax.lax.top_k(near, min(_NEAR, near.shape[1]))
     known = jnp.concatenate([target, unless_in(first, target)], axis=1)
     known = jnp.concatenate([known, unless_in(near, known)], axis=1)
+    assert catalogue.candidates is not None
+    if catalogue.candidates.signals is not None:
+      for listed in catalogue.candidates.signals.neighbours.values():
+        of_last = jnp.where(seen[:, :1] >= 0, listed[jnp.maximum(seen[:, 0], 0), :_RELATED], -1)
+        known = jnp.concatenate([known, unless_in(of_last, known)], axis=1)
     count, number = catalogue.num_items, jnp.sum(known >= 0, axis=1, dtype=jnp.int32)
     drawn = unless_in(_spread(batch["targets"], count), known)
     drawn = unless_repeated(drawn)
@@ -79,7 +86,7 @@ def make_collector(model: SequenceModel) -> Callable[[Any, Catalogue, Any], Any]
     return {
       "items": items,
       "base": of_base.astype(jnp.float32),
-      "recent": seen[:, : model.settings.candidate_similarity.last_items],
+      "recent": seen,
       "share": share,
     }
 
@@ -136,13 +143,15 @@ def fit_similarity(
     partitioner: how the work meets devices.
 
   Returns:
-    The parameters, as NumPy arrays, and the mean negative log-likelihoods of the `first_pass` and the `last_pass`.
+    The parameters, as NumPy arrays, and the mean negative log-likelihoods of the `first_pass` and the `last_pass`,
+    and, where there is a network, of the last pass `with_network`.
   """
   found = collect_candidates(
     params, model, shared, histories, targets, users=users, batch_size=batch_size, max_length=max_length,
     bounds=bounds, partitioner=partitioner,
   )  # fmt: skip
   s, module = model.settings.candidate_similarity, CandidateSimilarity(model.settings)
+  plain = no_network(s.network_units) if has_network(s) else {}
   streams, behaviour = model.settings.candidate_vectors, "behaviour" in s.streams
   curves: Any = {
     "buckets": jnp.zeros((streams, s.num_buckets + 2), jnp.float32),
@@ -152,10 +161,14 @@ def fit_similarity(
     curves["neighbours"] = jnp.zeros(s.num_buckets, jnp.float32)
 
   def added(curves: Any, streams: Any, recent: jax.Array, items: jax.Array) -> jax.Array:
-    return module.apply({"params": tables_of(curves)}, streams, recent, items)  # type: ignore[return-value]
+    return module.apply({"params": tables_of(curves) | plain}, streams, recent, items)  # type: ignore[return-value]
 
   fitted, losses = fit_added(curves, added, catalogue.candidates, found, settings=s, seed=seed)
-  return jax.device_get(tables_of(fitted)), losses
+  tables = tables_of(fitted)
+  if has_network(s):
+    assert catalogue.candidates is not None
+    tables, losses["with_network"] = fit_network(tables, module, catalogue.candidates, found, seed=seed)
+  return jax.device_get(tables), losses
 
 
 def collect_candidates(
@@ -172,7 +185,6 @@ def collect_candidates(
   partitioner: Partitioner,
 ) -> dict[str, np.ndarray]:
   """What `make_collector` finds for some users, [n, ...] each; the arguments are those of `fit_similarity`."""
-  last_items = model.settings.candidate_similarity.last_items
   collect = partitioner.compile_map(make_collector(model))
   found: dict[str, np.ndarray] = {}
   batches = ranking_batches(
@@ -181,8 +193,8 @@ def collect_candidates(
   for places, batch in batches:
     result = jax.device_get(collect(params, shared, batch))
     for name, rows in result.items():
-      if name == "recent" and rows.shape[1] < last_items:
-        rows = np.pad(rows, ((0, 0), (0, last_items - rows.shape[1])), constant_values=-1)
+      if name == "recent":
+        rows = np.pad(rows, ((0, 0), (0, max_length - rows.shape[1])), constant_values=-1)
       found.setdefault(name, np.zeros((len(users), *rows.shape[1:]), rows.dtype))[places] = rows[: len(places)]
   return found
 
@@ -196,7 +208,7 @@ def fit_added(
   settings: CandidateSimilaritySettings,
   seed: int,
 ) -> tuple[Any, dict[str, float]]:
-  """Fits what is added to the scores of candidates, together with factors of these, on the first local device.
+  """Fits what is added to the scores of candidates, together with factors of these.
 
   Args:
     params: of what is added, to begin with.
@@ -209,36 +221,120 @@ def fit_added(
   Returns:
     The parameters and `scale`, [bases]; and the losses, see `fit_similarity`.
   """
-  s, count, bases = settings, len(found["items"]), found["base"].shape[2]
-  rng = np.random.default_rng([seed, 7])
-  steps = s.passes * -(-count // s.batch_rows)
-  optimizer = optax.adam(optax.cosine_decay_schedule(s.learning_rate, steps))
+  bases = found["base"].shape[2]
 
   def loss(params: Any, streams: Any, batch: Any) -> jax.Array:
     more = added(params, streams, batch["recent"], jnp.maximum(batch["items"], 0))
-    scores = jnp.einsum("bns,s->bn", batch["base"], params["scale"]) + more + batch["share"]
-    scores = jnp.where(batch["items"] < 0, -jnp.inf, scores)
-    surprise = jax.nn.logsumexp(scores, axis=1) - scores[:, 0]
-    return jnp.sum(surprise * batch["weight"]) / jnp.maximum(jnp.sum(batch["weight"]), 1.0)
+    return _surprise(jnp.einsum("bns,s->bn", batch["base"], params["scale"]) + more, batch)
+
+  # Bases are over-confident of what they have not seen: from 1 on the passes would go into coming down.
+  params = {**params, "scale": jnp.full(bases, 0.5 / bases, jnp.float32)}
+  params, means = _minimized(loss, params, streams, found, settings=settings, passes=settings.passes, seed=seed)
+  return params, {"first_pass": means[0], "last_pass": means[-1]}
+
+
+def fit_network(
+  tables: Any, module: CandidateSimilarity, streams: CandidateStreams, found: dict[str, np.ndarray], *, seed: int
+) -> tuple[Any, float]:
+  """Fits the network of signals on top of fitted tables.
+
+  Args:
+    tables: parameters of `CandidateSimilarity` without the network's.
+    module: what they are of.
+    streams: of the catalogue.
+    found: by `collect_candidates`.
+    seed: of the first parameters, and of the order of the users.
+
+  Returns:
+    The parameters with the network's, and the loss of the last pass.
+  """
+  s, rng = module.settings.candidate_similarity, np.random.default_rng([seed, 13])
+  shapes = network_shapes(s.network_units)
+  blank = tables | no_network(s.network_units)
+
+  @jax.jit
+  def read(streams: CandidateStreams, batch: Any) -> tuple[jax.Array, jax.Array]:
+    items, last = jnp.maximum(batch["items"], 0), batch["base"][..., -1]
+    added = module.apply({"params": blank}, streams, batch["recent"], items)
+    values = module.apply({"params": blank}, streams, batch["recent"], last, added, items, method="signals")
+    return jnp.einsum("bns,s->bn", batch["base"], tables["scale"]) + added, jnp.stack(values, axis=-1)  # type: ignore
+
+  with jax.default_device(jax.local_devices()[0]):
+    count = len(found["items"])
+    parts = [np.arange(first, first + s.batch_rows) % count for first in range(0, count, s.batch_rows)]
+    read_parts = [jax.device_get(read(streams, {name: part[rows] for name, part in found.items()})) for rows in parts]
+  scores, values = (np.concatenate(part)[:count] for part in zip(*read_parts, strict=True))
+  real = values[found["items"] >= 0]
+  params = {
+    "direct": np.zeros(shapes["direct"], np.float32),
+    "hidden": rng.normal(scale=0.3, size=shapes["hidden"]).astype(np.float32),
+    "bias": np.zeros(shapes["bias"], np.float32),
+    "output": np.zeros(shapes["output"], np.float32),
+  }
+  fixed = {"signal_mean": real.mean(axis=0), "signal_scale": 1 / np.maximum(real.std(axis=0), 1e-6)}
+
+  def loss(params: Any, streams: Any, batch: Any) -> jax.Array:
+    del streams
+    more = network({**params, **fixed}, [batch["signals"][..., place] for place in range(values.shape[-1])])
+    return _surprise(batch["scores"] + more, batch)
+
+  data = {name: found[name] for name in ("items", "share")} | {"scores": scores, "signals": values}
+  fitted, means = _minimized(loss, params, None, data, settings=s, passes=s.network_passes, seed=seed)
+  return tables | fitted | fixed, means[-1]
+
+
+def _surprise(scores: jax.Array, batch: Any) -> jax.Array:
+  """The mean negative log-likelihood of the first candidate of each row, by scores [B, n]."""
+  scores = jnp.where(batch["items"] < 0, -jnp.inf, scores + batch["share"])
+  surprise = jax.nn.logsumexp(scores, axis=1) - scores[:, 0]
+  return jnp.sum(surprise * batch["weight"]) / jnp.maximum(jnp.sum(batch["weight"]), 1.0)
+
+
+def _minimized(
+  loss: Callable[[Any, Any, Any], jax.Array],
+  params: Any,
+  shared: Any,
+  rows: dict[str, np.ndarray],
+  *,
+  settings: CandidateSimilaritySettings,
+  passes: int,
+  seed: int,
+) -> tuple[Any, list[float]]:
+  """Parameters that make the mean loss of rows small, by Adam on the first local device.
+
+  Args:
+    loss: (parameters, shared, batch) -> [], whose batch has `weight` [B] float32: 0 where a row only fills.
+    params: to begin with.
+    shared: handed through to it.
+    rows: [n, ...] each.
+    settings: how to fit.
+    passes: over the rows.
+    seed: of their order.
+
+  Returns:
+    The parameters, and the mean loss of each pass.
+  """
+  s, count = settings, len(next(iter(rows.values())))
+  rng = np.random.default_rng([seed, 7])
+  optimizer = optax.adam(optax.cosine_decay_schedule(s.learning_rate, passes * -(-count // s.batch_rows)))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params: Any, state: Any, streams: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-    value, gradient = jax.value_and_grad(loss)(params, streams, batch)
+  def step(params: Any, state: Any, shared: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+    value, gradient = jax.value_and_grad(loss)(params, shared, batch)
     updates, state = optimizer.update(gradient, state)
     return optax.apply_updates(params, updates), state, value
 
   with jax.default_device(jax.local_devices()[0]):
-    # Bases are over-confident of what they have not seen: from 1 on the passes would go into coming down.
-    params = {**params, "scale": jnp.full(bases, 0.5 / bases, jnp.float32)}
+    params = jax.tree.map(jnp.array, params)
     state, means = optimizer.init(params), []
-    for _ in range(s.passes):
+    for _ in range(passes):
       order, losses = rng.permutation(count), []
       for first in range(0, count, s.batch_rows):
-        rows = order[first : first + s.batch_rows]
-        weight = np.arange(s.batch_rows) < len(rows)
-        rows = np.resize(rows, s.batch_rows)
-        batch = {name: part[rows] for name, part in found.items()} | {"weight": weight.astype(np.float32)}
-        params, state, value = step(params, state, streams, batch)
+        some = order[first : first + s.batch_rows]
+        weight = np.arange(s.batch_rows) < len(some)
+        some = np.resize(some, s.batch_rows)
+        batch = {name: part[some] for name, part in rows.items()} | {"weight": weight.astype(np.float32)}
+        params, state, value = step(params, state, shared, batch)
         losses.append(value)
       means.append(float(np.mean(jax.device_get(losses))))
-  return params, {"first_pass": means[0], "last_pass": means[-1]}
+  return params, means

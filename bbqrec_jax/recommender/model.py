@@ -159,6 +159,19 @@ class SequenceModel(nn.Module):
     assert seen is not None
     return self.candidate_similarity(catalogue.candidates, seen)
 
+  def compared_scores(
+    self,
+    catalogue: Catalogue,
+    seen: jax.Array | None,
+    base: jax.Array,
+    added: jax.Array,
+    items: jax.Array | None = None,
+  ) -> jax.Array:
+    """Scores of items, or of all, from a base's and from what is added; see `CandidateSimilarity.scores`."""
+    assert catalogue.candidates is not None
+    assert seen is not None
+    return self.candidate_similarity.scores(catalogue.candidates, seen, base, added, items)
+
 
 class Recommender(SequenceModel):
   """Item vectors -> backbone with similarity bias -> head."""
@@ -324,7 +337,7 @@ class Recommender(SequenceModel):
     base = self.head.scores(self._items(catalogue, seen), states)
     if not self.compares_candidates:
       return base
-    return self.candidate_similarity.scale[0] * base + self.similarity_scores(catalogue, seen)
+    return self.compared_scores(catalogue, seen, base, self.similarity_scores(catalogue, seen))
 
   def log_probs(self, catalogue: Catalogue, states: Any, items: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """See `SequenceModel`."""
@@ -365,5 +378,7 @@ class Recommender(SequenceModel):
     found = jnp.concatenate([beam.items, near], axis=1)
     of_near = self.head.log_probs(items, states, jnp.maximum(near, 0))
     base = jnp.concatenate([beam.log_probs, of_near], axis=1)
-    added = jnp.take_along_axis(every, jnp.maximum(found, 0), axis=1)
-    return rescored(found, base, self.candidate_similarity.scale[0] * base + added, width=width)
+    some = jnp.maximum(found, 0)
+    added = jnp.take_along_axis(every, some, axis=1)
+    scores = self.compared_scores(catalogue, seen, base, added, some)
+    return rescored(found, base, scores, width=width)

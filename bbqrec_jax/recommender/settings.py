@@ -84,6 +84,11 @@ class CandidateSimilaritySettings:
   passes: int = setting(3, "Times that each of them is looked at.")
   batch_rows: int = setting(64, "Users at once.")
   learning_rate: float = setting(0.02, "Of Adam, which fits the tables; it falls to zero over the passes.")
+  network_units: int = setting(
+    16, "Of the small network on top of the tables and other signals of a candidate, where behaviour is a stream; 0:"
+    " none.", least=0, most=256,
+  )  # fmt: skip
+  network_passes: int = setting(12, "Times that it looks at each of the users.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +303,11 @@ class EvaluationSettings:
   batch_size: int = setting(256, "Users ranked at once.")
   beam_width: int = setting(50, "Beams of a head that searches; a target outside the beam is a miss.")
   validation_users: int = setting(0, "Users of a validation while training, drawn once; 0: all.", least=0)
+
+
+def has_network(candidate_similarity: Any) -> bool:
+  """Whether a network weighs the signals of a candidate, by the config or the settings of candidate similarity."""
+  return candidate_similarity.network_units > 0 and "behaviour" in candidate_similarity.streams
 
 
 def is_packed(recommender: Any) -> bool:

@@ -316,7 +316,8 @@ def _fitted_tables(
       users=users, seed=config.seed, partitioner=work.partitioner, **shapes,
     )  # fmt: skip
     seconds = time.monotonic() - started
-    say(f"candidate similarity: done in {seconds:.0f} s, loss {losses['first_pass']:.3f} -> {losses['last_pass']:.3f}")
+    steps = " -> ".join(f"{loss:.3f}" for loss in losses.values())
+    say(f"candidate similarity: done in {seconds:.0f} s, loss {steps}")
     tables = {name: np.asarray(part, np.float64).tolist() for name, part in fitted.items()}
     write_json(path, {"parameters": tables, "losses": losses, "seconds": seconds})
   tables = {name: np.asarray(part, np.float32) for name, part in tables.items()}

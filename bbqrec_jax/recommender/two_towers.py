@@ -114,7 +114,7 @@ class TwoTowers(SequenceModel):
     scale = jnp.ones(2, jnp.float32)
     if self.compares_candidates:
       scale = self.candidate_similarity.scale
-      scores = scale[1] * scores + self.similarity_scores(catalogue, seen)
+      scores = self.compared_scores(catalogue, seen, scores, self.similarity_scores(catalogue, seen))
     if exclude is not None:
       scores = without(scores, exclude)
     best, first = jax.lax.top_k(scores, min(width, scores.shape[1]))

@@ -103,7 +103,8 @@ class Addends:
   """Reasons of a model with candidate similarity: the numbers of its tables, whose sum stands in the score.
 
   They are counted from the lowest bucket, that of items with nothing in common: a number that is added to a whole row
-  of a table is added to all items, and changes no list. `ops.candidate_similarity` computes the sums.
+  of a table is added to all items, and changes no list. `ops.candidate_similarity` computes the sums, which a network
+  of signals may weigh against others after that.
   """
 
   def __init__(self, streams: Sequence[str], arrays: Mapping[str, np.ndarray], *, max_length: int):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bbqrec_jax.data import co_occurrence as module
-from bbqrec_jax.data.co_occurrence import WINDOW, co_occurrence, strength_buckets
+from bbqrec_jax.data.co_occurrence import NEAR, NEXT, PREVIOUS, TOGETHER, co_occurrence, strength_buckets
 from bbqrec_jax.data.interactions import from_lengths
 
 ITEMS = 30
@@ -17,24 +17,26 @@ def histories():
   return from_lengths(rng.integers(0, ITEMS, lengths.sum()), lengths, np.arange(50).astype(str))
 
 
-def expected_strengths(histories):
+def expected_strengths(histories, pairs):
   counts = np.zeros((ITEMS, ITEMS))
   for user in range(histories.num_users):
     own = histories.history(user)
     for first in range(len(own)):
-      for second in range(first + 1, min(len(own), first + WINDOW + 1)):
-        counts[own[first], own[second]] += 1 / (second - first)
-        counts[own[second], own[first]] += 0.5 / (second - first)
+      for second in range(first + 1, min(len(own), first + pairs.window + 1)):
+        share = 1 / (second - first) if pairs.by_distance else 1
+        counts[own[first], own[second]] += pairs.forward * share
+        counts[own[second], own[first]] += pairs.backward * share
   strengths = counts / np.sqrt(np.outer(counts.sum(1) + 2, counts.sum(0) + 2))
   np.fill_diagonal(strengths, 0)
   return strengths
 
 
-@pytest.mark.parametrize("pairs", [2**24, 40])
-def test_neighbours_are_the_strongest_by_counting(histories, pairs, monkeypatch):
-  monkeypatch.setattr(module, "_PAIRS", pairs)
-  expected = expected_strengths(histories)
-  neighbours, strengths = co_occurrence(histories, num_items=ITEMS, count=8)
+@pytest.mark.parametrize("at_once", [2**24, 40])
+@pytest.mark.parametrize("pairs", [NEAR, TOGETHER, NEXT, PREVIOUS])
+def test_neighbours_are_the_strongest_by_counting(histories, pairs, at_once, monkeypatch):
+  monkeypatch.setattr(module, "_PAIRS", at_once)
+  expected = expected_strengths(histories, pairs)
+  neighbours, strengths = co_occurrence(histories, num_items=ITEMS, count=8, pairs=pairs)
   for item in range(ITEMS):
     np.testing.assert_allclose(strengths[item], np.sort(expected[item])[::-1][:8], rtol=1e-5)
     for near, strength in zip(neighbours[item], strengths[item], strict=True):

@@ -11,11 +11,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.ops.candidate_similarity import tail_edges, unit_rows
-from bbqrec_jax.recommender.candidate_similarity import build_streams
+from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, build_streams
 from bbqrec_jax.recommender.catalogue import CandidateStreams, Catalogue, code_columns
 from bbqrec_jax.recommender.evaluate import make_ranker
 from bbqrec_jax.recommender.fit_similarity import fit_similarity
 from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, DenseTowerSettings, RecommenderSettings
+from bbqrec_jax.recommender.signals import build_sources, network, network_shapes, no_network
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.training.partitioning import SingleDevice
@@ -48,6 +49,9 @@ def catalogue():
       edges=jnp.asarray(tail_edges(vectors, BUCKETS, seed=0))[None],
       neighbours=jnp.asarray(rng.integers(0, ITEMS, (ITEMS, 2)), jnp.int32),
       buckets=jnp.asarray(rng.integers(0, BUCKETS, (ITEMS, 2)), jnp.int32),
+      signals=build_sources(
+        from_lengths(rng.integers(0, ITEMS, 200), np.full(40, 5), np.arange(40).astype(str)), num_items=ITEMS, count=4
+      ),
     ),
   )
 
@@ -112,15 +116,30 @@ def test_what_is_like_the_last_item_comes_to_the_front(random_params, catalogue,
   assert sum(len(set(np.flatnonzero(unit @ unit[own] > edges[-1]).tolist())) > 1 for own in last) > 0
 
 
-def test_scores_of_all_are_scale_times_base_plus_what_is_added(random_params, catalogue, batch):
+@pytest.mark.parametrize("with_network", [False, True])
+def test_scores_of_all_are_scale_times_base_plus_what_is_added(random_params, catalogue, batch, with_network):
   model, _, plain, base = of_head(random_params, catalogue, batch, "dense")
   rng = np.random.default_rng(2)
   tables = {"scale": jnp.array([0.5]), "tables": rng.normal(size=(1, 3, BUCKETS + 2)).astype(np.float32)}
   tables["neighbour_table"] = rng.normal(size=(3, BUCKETS)).astype(np.float32)
+  tables |= no_network(COMPARE.network_units)
+  if with_network:
+    tables |= {
+      name: rng.normal(size=shape).astype(np.float32) for name, shape in network_shapes(COMPARE.network_units).items()
+    }
   states, seen = call(plain, base, "last_states", catalogue, batch), model.seen(batch)
   scores = call(model, base | {"candidate_similarity": tables}, "scores", catalogue, states, seen)
   added = call(model, base | {"candidate_similarity": tables}, "similarity_scores", catalogue, seen)
-  assert_allclose(scores, 0.5 * call(plain, base, "scores", catalogue, states, seen) + added, atol=1e-5)
+  of_base = call(plain, base, "scores", catalogue, states, seen)
+  expected = 0.5 * of_base + added
+  if with_network:
+    every = jnp.tile(jnp.arange(ITEMS, dtype=jnp.int32), (4, 1))
+    values = CandidateSimilarity(model.settings).apply(
+      {"params": tables}, catalogue.candidates, seen, jax.nn.log_softmax(of_base), added, every, method="signals"
+    )
+    expected = expected + network(tables, values)
+    assert np.std(scores - 0.5 * of_base - added) > 0.1
+  assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_loss_of_the_base_teaches_the_tables_nothing(random_params, catalogue, batch):
@@ -143,7 +162,7 @@ def test_fitting_finds_that_near_items_follow_one_another(random_params, catalog
   options = {"users": np.arange(80), "seed": 0, "batch_size": 16, "max_length": LENGTH, "bounds": ()}
   options["partitioner"] = SingleDevice()
   fitted, losses = fit_similarity(params, model, catalogue, catalogue, histories, targets, **options)
-  assert losses["last_pass"] < losses["first_pass"]
+  assert losses["with_network"] < losses["last_pass"] < losses["first_pass"]
   for place in range(1, fitted["tables"].shape[1]):  # One curve, times a weight of each place.
     weight = fitted["tables"][0, place, BUCKETS - 1] / fitted["tables"][0, 0, BUCKETS - 1]
     np.testing.assert_allclose(fitted["tables"][0, place], weight * fitted["tables"][0, 0], rtol=1e-4, atol=1e-6)
@@ -180,4 +199,7 @@ def test_streams_are_what_the_settings_name():
   grown = build_streams(COMPARE, None, more, histories, num_items=ITEMS + 5, seed=0)
   assert_array_equal(grown.edges, made.edges)  # Items that came later move no edge.
   alone = dataclasses.replace(COMPARE, streams=("features",))
-  assert build_streams(alone, None, features, histories, num_items=ITEMS, seed=0).neighbours is None
+  without = build_streams(alone, None, features, histories, num_items=ITEMS, seed=0)
+  assert without.neighbours is without.signals is None
+  none = dataclasses.replace(COMPARE, network_units=0)
+  assert build_streams(none, None, features, histories, num_items=ITEMS, seed=0).signals is None

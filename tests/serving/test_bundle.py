@@ -21,6 +21,7 @@ from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.ops.candidate_similarity import tail_edges, unit_rows
 from bbqrec_jax.recommender.catalogue import CandidateStreams, Catalogue, code_columns
 from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, DenseTowerSettings, RecommenderSettings
+from bbqrec_jax.recommender.signals import build_sources, no_network
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.runs.restore import Restored
 from bbqrec_jax.semantic_ids.trie import build_trie
@@ -62,6 +63,7 @@ def candidates():
     edges=jnp.asarray(tail_edges(vectors, 4, seed=0))[None],
     neighbours=jnp.asarray([rng.choice(ITEMS, 6, replace=False) for _ in range(ITEMS)], jnp.int32),
     buckets=jnp.asarray(rng.integers(0, 4, (ITEMS, 6)), jnp.int32),
+    signals=build_sources(histories([9] * 20), num_items=ITEMS, count=4),
   )
 
 
@@ -306,8 +308,10 @@ def test_what_a_reason_adds_is_what_the_score_lacks_without_it(compared):
     states = apply(run.model, params, "last_states", run.catalogue, batch)
     return apply(run.model, params, "scores", run.catalogue, states, run.model.seen(batch))[0]
 
+  plain = run.params["candidate_similarity"] | no_network(16)  # Which is no sum of addends.
+
   def scores(**tables):
-    return np.asarray(of_params(run.params | {"candidate_similarity": run.params["candidate_similarity"] | tables}))
+    return np.asarray(of_params(run.params | {"candidate_similarity": plain | tables}))
 
   learned, whole = run.params["candidate_similarity"], scores()
   lacking = np.zeros((2, len(recent), ITEMS))
