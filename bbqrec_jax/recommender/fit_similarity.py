@@ -229,7 +229,10 @@ def fit_added(
 
   # Bases are over-confident of what they have not seen: from 1 on the passes would go into coming down.
   params = {**params, "scale": jnp.full(bases, 0.5 / bases, jnp.float32)}
-  params, means = _minimized(loss, params, streams, found, settings=settings, passes=settings.passes, seed=seed)
+  s = settings
+  params, means = _minimized(
+    loss, params, streams, found, rows=s.batch_rows, passes=s.passes, learning_rate=s.learning_rate, seed=seed
+  )
   return params, {"first_pass": means[0], "last_pass": means[-1]}
 
 
@@ -279,7 +282,9 @@ def fit_network(
     return _surprise(batch["scores"] + more, batch)
 
   data = {name: found[name] for name in ("items", "share")} | {"scores": scores, "signals": values}
-  fitted, means = _minimized(loss, params, None, data, settings=s, passes=s.network_passes, seed=seed)
+  fitted, means = _minimized(
+    loss, params, None, data, rows=s.batch_rows, passes=s.network_passes, learning_rate=s.learning_rate / 2, seed=seed
+  )
   return tables | fitted | fixed, means[-1]
 
 
@@ -294,10 +299,11 @@ def _minimized(
   loss: Callable[[Any, Any, Any], jax.Array],
   params: Any,
   shared: Any,
-  rows: dict[str, np.ndarray],
+  data: dict[str, np.ndarray],
   *,
-  settings: CandidateSimilaritySettings,
+  rows: int,
   passes: int,
+  learning_rate: float,
   seed: int,
 ) -> tuple[Any, list[float]]:
   """Parameters that make the mean loss of rows small, by Adam on the first local device.
@@ -306,17 +312,17 @@ def _minimized(
     loss: (parameters, shared, batch) -> [], whose batch has `weight` [B] float32: 0 where a row only fills.
     params: to begin with.
     shared: handed through to it.
-    rows: [n, ...] each.
-    settings: how to fit.
-    passes: over the rows.
-    seed: of their order.
+    data: [n, ...] each.
+    rows: of a batch.
+    passes: over the data.
+    learning_rate: that falls to zero over them.
+    seed: of the order of the rows.
 
   Returns:
     The parameters, and the mean loss of each pass.
   """
-  s, count = settings, len(next(iter(rows.values())))
-  rng = np.random.default_rng([seed, 7])
-  optimizer = optax.adam(optax.cosine_decay_schedule(s.learning_rate, passes * -(-count // s.batch_rows)))
+  count, rng = len(next(iter(data.values()))), np.random.default_rng([seed, 7])
+  optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, passes * -(-count // rows)))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params: Any, state: Any, shared: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
@@ -329,11 +335,11 @@ def _minimized(
     state, means = optimizer.init(params), []
     for _ in range(passes):
       order, losses = rng.permutation(count), []
-      for first in range(0, count, s.batch_rows):
-        some = order[first : first + s.batch_rows]
-        weight = np.arange(s.batch_rows) < len(some)
-        some = np.resize(some, s.batch_rows)
-        batch = {name: part[some] for name, part in rows.items()} | {"weight": weight.astype(np.float32)}
+      for first in range(0, count, rows):
+        some = order[first : first + rows]
+        weight = np.arange(rows) < len(some)
+        some = np.resize(some, rows)
+        batch = {name: part[some] for name, part in data.items()} | {"weight": weight.astype(np.float32)}
         params, state, value = step(params, state, shared, batch)
         losses.append(value)
       means.append(float(np.mean(jax.device_get(losses))))

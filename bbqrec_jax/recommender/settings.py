@@ -88,7 +88,7 @@ class CandidateSimilaritySettings:
     16, "Of the small network on top of the tables and other signals of a candidate, where behaviour is a stream; 0:"
     " none.", least=0, most=256,
   )  # fmt: skip
-  network_passes: int = setting(12, "Times that it looks at each of the users.")
+  network_passes: int = setting(24, "Times that it looks at each of the users, at half of that learning rate.")
 
 
 @dataclasses.dataclass(frozen=True)
