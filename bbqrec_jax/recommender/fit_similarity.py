@@ -22,6 +22,7 @@ from bbqrec_jax.training.partitioning import Partitioner
 _NEAR = 50  # Candidates that are near the history, and as many of each base.
 _RELATED = 30  # Candidates of each relation of the last item.
 _RANDOM = 100  # Candidates that stand for all others.
+_FEWEST_USERS = 1024  # That the network is fitted on: of fewer it learns more by heart than of what comes next.
 
 
 def ramp(model: SequenceModel) -> Any:
@@ -126,7 +127,7 @@ def fit_similarity(
   that over the catalogue whose cost does not grow with it.
 
   A table of its own for each place has ten times the numbers of `tables_of`, and learns more of a few thousand users by
-  heart than of the next ones.
+  heart than of the next ones. The network is fitted on 1,024 users or more, else it stays zero.
 
   Args:
     params: of the model, placed; whatever its tables hold.
@@ -164,8 +165,8 @@ def fit_similarity(
     return module.apply({"params": tables_of(curves) | plain}, streams, recent, items)  # type: ignore[return-value]
 
   fitted, losses = fit_added(curves, added, catalogue.candidates, found, settings=s, seed=seed)
-  tables = tables_of(fitted)
-  if has_network(s):
+  tables = tables_of(fitted) | plain
+  if has_network(s) and len(users) >= _FEWEST_USERS:
     assert catalogue.candidates is not None
     tables, losses["with_network"] = fit_network(tables, module, catalogue.candidates, found, seed=seed)
   return jax.device_get(tables), losses
@@ -242,7 +243,7 @@ def fit_network(
   """Fits the network of signals on top of fitted tables.
 
   Args:
-    tables: parameters of `CandidateSimilarity` without the network's.
+    tables: parameters of `CandidateSimilarity`; whatever the network's are.
     module: what they are of.
     streams: of the catalogue.
     found: by `collect_candidates`.

@@ -11,12 +11,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.ops.candidate_similarity import tail_edges, unit_rows
+from bbqrec_jax.recommender import fit_similarity as fitting
 from bbqrec_jax.recommender.candidate_similarity import CandidateSimilarity, build_streams
 from bbqrec_jax.recommender.catalogue import CandidateStreams, Catalogue, code_columns
 from bbqrec_jax.recommender.evaluate import make_ranker
 from bbqrec_jax.recommender.fit_similarity import fit_similarity
 from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, DenseTowerSettings, RecommenderSettings
-from bbqrec_jax.recommender.signals import build_sources, network, network_shapes, no_network
+from bbqrec_jax.recommender.signals import build_sources, is_fitted, network, network_shapes, no_network
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.training.partitioning import SingleDevice
@@ -150,7 +151,8 @@ def test_the_loss_of_the_base_teaches_the_tables_nothing(random_params, catalogu
 
 
 @pytest.mark.parametrize("head", ["dense", "generative", "hybrid"])
-def test_fitting_finds_that_near_items_follow_one_another(random_params, catalogue, batch, head):
+def test_fitting_finds_that_near_items_follow_one_another(random_params, catalogue, batch, head, monkeypatch):
+  monkeypatch.setattr(fitting, "_FEWEST_USERS", 80)
   model, params, _, _ = of_head(random_params, catalogue, batch, head)
   unit = np.asarray(catalogue.candidates.vectors[0])
   rng = np.random.default_rng(3)
@@ -170,6 +172,13 @@ def test_fitting_finds_that_near_items_follow_one_another(random_params, catalog
   assert row[BUCKETS - 1] > max(row[: BUCKETS - 1].max(), row[BUCKETS]) + 0.5
   again, _ = fit_similarity(params, model, catalogue, catalogue, histories, targets, **options)
   jax.tree.map(assert_array_equal, fitted, again)
+  assert is_fitted(fitted)
+  few, losses = fit_similarity(
+    params, model, catalogue, catalogue, histories, targets, **options | {"users": np.arange(79)}
+  )
+  assert not is_fitted(few), "the network would learn so few by heart"
+  assert losses.keys() == {"first_pass", "last_pass"}
+  assert few.keys() == fitted.keys()
   before, after = (
     jax.jit(make_ranker(model, beam_width=8))(
       params | {"candidate_similarity": tables},
