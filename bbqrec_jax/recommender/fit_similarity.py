@@ -22,7 +22,7 @@ from bbqrec_jax.training.partitioning import Partitioner
 _NEAR = 50  # Candidates that are near the history, and as many of each base.
 _RELATED = 30  # Candidates of each relation of the last item.
 _RANDOM = 100  # Candidates that stand for all others.
-_FEWEST_USERS = 1024  # That the network is fitted on: of fewer it learns more by heart than of what comes next.
+_FEWEST_USERS = 768  # That the network is fitted on: of fewer it learns more by heart than of what comes next.
 
 
 def ramp(model: SequenceModel) -> Any:
@@ -127,7 +127,7 @@ def fit_similarity(
   that over the catalogue whose cost does not grow with it.
 
   A table of its own for each place has ten times the numbers of `tables_of`, and learns more of a few thousand users by
-  heart than of the next ones. The network is fitted on 1,024 users or more, else it stays zero.
+  heart than of the next ones. The network is fitted on 768 users or more, else it stays zero.
 
   Args:
     params: of the model, placed; whatever its tables hold.
