@@ -22,6 +22,7 @@ from bbqrec_jax.training.partitioning import Partitioner
 _NEAR = 50  # Candidates that are near the history, and as many of each base.
 _RELATED = 30  # Candidates of each relation of the last item.
 _RANDOM = 100  # Candidates that stand for all others.
+_LEAST_SPREAD = 1e-3  # Standard deviation of a signal among candidates, from which on it is read.
 _FEWEST_USERS = 768  # That the network is fitted on: of fewer it learns more by heart than of what comes next.
 
 
@@ -275,7 +276,10 @@ def fit_network(
     "bias": np.zeros(shapes["bias"], np.float32),
     "output": np.zeros(shapes["output"], np.float32),
   }
-  fixed = {"signal_mean": real.mean(axis=0), "signal_scale": 1 / np.maximum(real.std(axis=0), 1e-6)}
+  spread = real.std(axis=0)
+  # What hardly differs here tells nothing, and must not be anything where it does differ.
+  scale = np.where(spread > _LEAST_SPREAD, 1 / np.maximum(spread, _LEAST_SPREAD), 0).astype(np.float32)
+  fixed = {"signal_mean": real.mean(axis=0), "signal_scale": scale}
 
   def loss(params: Any, streams: Any, batch: Any) -> jax.Array:
     del streams

@@ -17,7 +17,7 @@ from bbqrec_jax.recommender.catalogue import CandidateStreams, Catalogue, code_c
 from bbqrec_jax.recommender.evaluate import make_ranker
 from bbqrec_jax.recommender.fit_similarity import fit_similarity
 from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, DenseTowerSettings, RecommenderSettings
-from bbqrec_jax.recommender.signals import build_sources, is_fitted, network, network_shapes, no_network
+from bbqrec_jax.recommender.signals import SIGNALS, build_sources, is_fitted, network, network_shapes, no_network
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.semantic_ids.trie import build_trie
 from bbqrec_jax.training.partitioning import SingleDevice
@@ -173,6 +173,12 @@ def test_fitting_finds_that_near_items_follow_one_another(random_params, catalog
   again, _ = fit_similarity(params, model, catalogue, catalogue, histories, targets, **options)
   jax.tree.map(assert_array_equal, fitted, again)
   assert is_fitted(fitted)
+  assert fitted["signal_scale"][SIGNALS.index("popularity")] > 0
+  popularity = catalogue.candidates.signals.popularity
+  alike = dataclasses.replace(catalogue.candidates.signals, popularity=jnp.ones_like(popularity))
+  alike = dataclasses.replace(catalogue, candidates=dataclasses.replace(catalogue.candidates, signals=alike))
+  none, _ = fit_similarity(params, model, alike, alike, histories, targets, **options)
+  assert none["signal_scale"][SIGNALS.index("popularity")] == 0, "what all items share is not read"
   few, losses = fit_similarity(
     params, model, catalogue, catalogue, histories, targets, **options | {"users": np.arange(79)}
   )
