@@ -1,5 +1,7 @@
 """The causal backbone: one position an item, histories packed into rows."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 
@@ -60,13 +62,6 @@ class Causal(Backbone):
     """See `CausalBackbone`."""
     return self.layers(x, segments, positions, bias, times, deterministic=deterministic)
 
-  def last_states(
-    self,
-    x: jax.Array,
-    segments: jax.Array,
-    positions: jax.Array,
-    bias: jax.Array | None = None,
-    times: jax.Array | None = None,
-  ) -> jax.Array:
+  def last_states(self, x: jax.Array, segments: jax.Array, *more: Any) -> jax.Array:
     """See `Backbone`: the last layer makes no others."""
-    return self.layers(x, segments, positions, bias, times, last_alone=True, deterministic=True)
+    return self.layers(x, segments, *more, last_alone=True, deterministic=True)

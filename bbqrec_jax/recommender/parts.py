@@ -110,19 +110,12 @@ class Backbone(nn.Module):
     """
     raise NotImplementedError
 
-  def last_states(
-    self,
-    x: jax.Array,
-    segments: jax.Array,
-    positions: jax.Array,
-    bias: jax.Array | None = None,
-    times: jax.Array | None = None,
-  ) -> Any:
-    """The states [B, d] at the last items, or a `Memory`, of rows of one history each; the arguments are those above.
+  def last_states(self, x: jax.Array, segments: jax.Array, *more: Any) -> Any:
+    """The states [B, d] at the last items, or a `Memory`, of rows of one history each; see `__call__`.
 
     For a backbone that knows a faster way to them than through all states.
     """
-    states = self(x, segments, positions, bias, times, deterministic=True)
+    states = self(x, segments, *more, deterministic=True)
     return states if isinstance(states, Memory) else at_last(states, segments)
 
 
