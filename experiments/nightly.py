@@ -1,6 +1,6 @@
 """Tomorrow's run begun from yesterday's, beside one that is trained anew: how long, and how good.
 
-    python experiments/nightly.py --config_file=configs/scientific.py:sasrec_features --path=DIR --workdir=runs/nightly
+    python experiments/nightly.py --config_file=dense --path=DIR --workdir=runs/nightly
 
 Cuts the histories of a data set in two: yesterday lacks the last interaction of every user (of those who keep three),
 and all interactions of some users (`--new_users`) and with some items (`--new_items`). Both are prepared as
@@ -109,11 +109,8 @@ def main(argv: list[str]) -> None:
   for name, data, more in (
     ("yesterday", "yesterday", []),
     ("anew", "today", []),
-    (f"from_yesterday_{options.steps}", "today", [
-      f"--init_from={root / 'yesterday'}", f"--config.recommender.steps={options.steps}",
-      f"--config.recommender.evaluate_every={options.evaluate_every}",
-    ]),
-  ):  # fmt: skip
+    ("from_yesterday", "today", [f"--init_from={root / 'yesterday'}"]),
+  ):
     rows.append(train(root / name, root / "data" / data, *config, *more))
     print(json.dumps(rows[-1]), flush=True)
   (root / "nightly.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -126,8 +123,6 @@ if __name__ == "__main__":
   define_path("workdir", "Where everything is written.")
   flags.DEFINE_float("new_users", 0.05, "Share of the users that come today.", lower_bound=0, upper_bound=0.9)
   flags.DEFINE_float("new_items", 0.02, "Share of the items that come today.", lower_bound=0, upper_bound=0.9)
-  flags.DEFINE_integer("steps", 300, "Of the recommender, for the run that begins with yesterday's.", lower_bound=1)
-  flags.DEFINE_integer("evaluate_every", 50, "Steps of that run between two evaluations.", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "Draws the users and items that come today.", lower_bound=0)
   flags.mark_flags_as_required(["config_file", "path", "workdir"])
   start(main)

@@ -7,6 +7,7 @@ import pytest
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.recommender import fit_similarity as fitting
 from bbqrec_jax.recommender import train as recommender_stage
 from bbqrec_jax.recommender.step import make_recommender_step
 from bbqrec_jax.runs import run as experiment
@@ -113,6 +114,7 @@ class Cut(Exception):
 def test_a_run_with_candidate_similarity_continues_from_wherever_it_is_cut(artefact, tmp_path, monkeypatch):
   changes = {"tokenizer.artefact": artefact, "recommender.head": "dense"}
   changes["recommender.candidate_similarity.streams"] = ("modalities", "behaviour")
+  monkeypatch.setattr(fitting, "_FEWEST_USERS", 100)
   config, trained, traced = make_config(**changes), recommender_stage._trained, []
 
   def noting(*args, **options):
