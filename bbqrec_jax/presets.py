@@ -62,7 +62,7 @@ def packed_recipe(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
   config.evaluation.validation_users = 0
   config.recommender.update({
     "rows": "packed", "positions": "absolute", "norm": "pre", "batch_rows": 32, "length_buckets": (), "average": 0.0,
-    "evaluate_every": 500, "dropout": 0.3, "cosine": False, "num_negatives": 0,
+    "evaluate_every": 500, "patience": 5, "dropout": 0.3, "cosine": False, "num_negatives": 0,
   })  # fmt: skip
   config.recommender.optimizer.b2 = 0.98
   config.recommender.candidate_similarity.streams = ()
@@ -108,7 +108,7 @@ def tiger_config(size: str = "full") -> ml_collections.ConfigDict:
   config.tokenizer.weights.update({"contrast": 0.0, "modality_contrast": 0.0, "disentangle": 0.0})
   steps = {"full": (256, 20_000, 2000), "small": (128, 4000, 500)}[size]
   config.recommender.update(_TIGER[size])
-  config.recommender.update(dict(zip(("batch_rows", "steps", "evaluate_every"), steps, strict=True)))
+  config.recommender.update(dict(zip(("batch_rows", "steps", "evaluate_every"), steps, strict=True), patience=5))
   config.recommender.update({"length_buckets": (2, 5, 10), "dropout": 0.1})
   config.evaluation.validation_users = 2048
   return config

@@ -169,7 +169,7 @@ def history_paths(
       )
 
     paths[f"{head}: evaluation"] = rank
-    paths[f"{head}: evaluation without the history"] = functools.partial(rank, exclude_history=True)
+    paths[f"{head}: evaluation with and without the history"] = functools.partial(rank, without_history=True)
     paths[f"{head}: recommend"] = answer
 
   def popularity(split):

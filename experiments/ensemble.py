@@ -21,7 +21,7 @@ from bbqrec_jax.command_line import define_path, quiet_flags, show, start
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply
-from bbqrec_jax.recommender.evaluate import evaluate, rank_held_out, rank_scores
+from bbqrec_jax.recommender.evaluate import evaluate, rank_held_out, rank_scores, with_and_without
 from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.runs.workdir import format_results, load_results
 from bbqrec_jax.utils.files import check_new, local_path
@@ -59,7 +59,7 @@ def judge(
     for model, own, catalogue in zip(models, params, catalogues, strict=True):
       states = apply(model, own, "last_states", catalogue, batch)
       total = total + jax.nn.log_softmax(apply(model, own, "scores", catalogue, states, model.seen(batch)), axis=-1)
-    return rank_scores(total, batch["targets"], batch.get("exclude"))
+    return with_and_without(lambda exclude: rank_scores(total, batch["targets"], exclude), batch.get("exclude"))
 
   rank = functools.partial(
     evaluate,

@@ -173,7 +173,7 @@ def test_a_value_of_another_type_cannot_be_set():
 
 FROM_ZERO = (".warmup_steps", ".network_units", "seed", ".validation_users", ".time_buckets", "shard_rows",
              ".device_features", "recommender.steps", "recommender.evaluate_every", "recommender.batch_rows",
-             "recommender.row_length")  # fmt: skip
+             "recommender.row_length", "candidate_similarity.width")  # fmt: skip
 # -1 stands for what follows from the catalogue; tests/recommender/test_model.py has it.
 INTEGERS = [
   name

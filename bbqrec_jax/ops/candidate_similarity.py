@@ -15,6 +15,7 @@ import numpy as np
 # What a cosine may differ by from one program to the next, see `ops.similarity`.
 _ROUNDING = 1e-5
 _SAMPLES = 400_000
+_ROWS_OF_AXES = 2**14
 # Similarities of all places are computed together for so few histories, and so many per history: one product of
 # matrices then costs a third of one per place. For more histories it costs as much, empty places included.
 _FEW, _AT_ONCE = 16, 2**17
@@ -41,6 +42,22 @@ def tail_edges(vectors: np.ndarray, num_buckets: int, *, seed: int) -> np.ndarra
   above = 0.5 * (min(8.0 / len(there), 0.5)) ** (np.arange(num_buckets - 1) / max(num_buckets - 2, 1))
   edges = np.quantile(cosines.astype(np.float64), 1.0 - above)
   return np.minimum(edges, 1.0 - _ROUNDING).astype(np.float32) - np.float32(_ROUNDING)
+
+
+def principal_axes(rows: np.ndarray, count: int) -> np.ndarray:
+  """Orthonormal axes [d, count] along which rows [n, d] reach furthest, the furthest first, by subspace iteration.
+
+  Of many rows 16,384 stand for all. With fewer dimensions than `count` there are as many axes.
+  """
+  rng = np.random.default_rng(0)
+  if len(rows) > _ROWS_OF_AXES:
+    rows = rows[rng.choice(len(rows), _ROWS_OF_AXES, replace=False)]
+  rows = rows.astype(np.float32)
+  axes = rng.normal(size=(rows.shape[1], min(count + 8, rows.shape[1]))).astype(np.float32)
+  for _ in range(4):
+    axes, _ = np.linalg.qr(rows.T @ (rows @ axes))
+  _, turned = np.linalg.eigh(axes.T @ rows.T @ (rows @ axes))
+  return axes @ turned[:, ::-1][:, :count]
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from bbqrec_jax.data.co_occurrence import co_occurrence, strength_buckets
 from bbqrec_jax.data.interactions import Interactions
-from bbqrec_jax.ops.candidate_similarity import neighbour_scores, tail_edges, unit_rows, vector_scores
+from bbqrec_jax.ops.candidate_similarity import neighbour_scores, principal_axes, tail_edges, unit_rows, vector_scores
 from bbqrec_jax.ops.ranking import without
 from bbqrec_jax.recommender.catalogue import CandidateStreams
 from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, RecommenderSettings, has_network, parts_of
@@ -168,8 +168,10 @@ def build_streams(
     num_items: N.
     seed: of the pairs that edges are fitted on.
   """
-  vectors = stream_vectors(settings, ids, features)
   known = np.unique(histories.items)
+  vectors = stream_vectors(settings, ids, features)
+  if settings.width:
+    vectors = {name: _narrowed(rows, known, width=settings.width) for name, rows in vectors.items()}
   edges = [tail_edges(rows[known], settings.num_buckets, seed=seed) for rows in vectors.values()]
   neighbours = buckets = sources = None
   if has_network(settings):
@@ -184,6 +186,14 @@ def build_streams(
     buckets=buckets,
     signals=sources,
   )
+
+
+def _narrowed(vectors: np.ndarray, known: np.ndarray, *, width: int) -> np.ndarray:
+  """Wider vectors [N, d] along the principal axes of those of known items [n]: [N, width], others as they are."""
+  if vectors.shape[1] <= width:
+    return vectors
+  axes = principal_axes(vectors[known], width)
+  return np.concatenate([rows.astype(np.float32) @ axes for rows in np.array_split(vectors, -(-len(vectors) // 2**14))])
 
 
 def unless_in(items: jax.Array, others: jax.Array) -> jax.Array:

@@ -26,24 +26,62 @@ def make_ranker(model: SequenceModel, *, beam_width: int) -> Callable[[Any, Cata
     beam_width: of a head that searches; a target outside the beam is a miss at every cutoff.
 
   Returns:
-    (params, catalogue, batch) -> {"ranks": [B] int32, "top": [B, 10] int32}. Where the batch has `exclude` [B, E] int,
-    these items are out of the ranking (-1 fills); a target among them is a miss.
+    (params, catalogue, batch) -> {"ranks": [B] int32, "top": [B, 10] int32}; where the batch has `exclude` [B, E] int,
+    these also without such items, see `with_and_without`.
   """
 
   def rank(params: Any, catalogue: Catalogue, batch: Any) -> dict[str, jax.Array]:
-    exclude, seen = batch.get("exclude"), model.seen(batch)
+    targets, seen = batch["targets"], model.seen(batch)
     states = apply(model, params, "last_states", catalogue, batch)
-    if not model.exact:
-      beam = apply(model, params, "search", catalogue, states, width=beam_width, exclude=exclude, seen=seen)
-      ranks = ranks_in_list(beam.items, beam.log_probs, batch["targets"])
+    if model.exact:
+      scores = apply(model, params, "scores", catalogue, states, seen)
+      return with_and_without(lambda exclude: rank_scores(scores, targets, exclude), batch.get("exclude"))
+    every = apply(model, params, "scores_of_all", catalogue, states, seen)
+
+    def search(exclude: jax.Array | None) -> dict[str, jax.Array]:
+      given = {"width": beam_width, "exclude": exclude, "seen": seen, "every": every}
+      beam = apply(model, params, "search", catalogue, states, **given)
+      ranks = ranks_in_list(beam.items, beam.log_probs, targets)
       return {"ranks": ranks, "top": beam.items[:, :_COVERAGE_CUTOFF]}
-    return rank_scores(apply(model, params, "scores", catalogue, states, seen), batch["targets"], exclude)
+
+    return with_and_without(search, batch.get("exclude"))
 
   return rank
 
 
+def with_and_without(
+  rank: Callable[[jax.Array | None], dict[str, jax.Array]], exclude: jax.Array | None
+) -> dict[str, jax.Array]:
+  """A ranking of all items, and one in which some are left out.
+
+  Args:
+    rank: (items to leave out [B, E] int or None) -> `ranks` and `top`.
+    exclude: [B, E] int, -1 fills; None: there is no other ranking.
+
+  Returns:
+    What it gives for None, and, under the same names followed by `WITHOUT_HISTORY`, for `exclude`. The second is zeros
+    and costs nothing where no row of the batch leaves anything out.
+  """
+  if exclude is None:
+    return rank(None)
+  # A loop, so that what may be a search is compiled once.
+  nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(rank, exclude))
+  both = jnp.stack([jnp.full_like(exclude, -1), exclude])
+  needed = jnp.array([True, False]) | jnp.any(exclude >= 0)
+
+  def one(carry: None, given: tuple[jax.Array, jax.Array]) -> tuple[None, dict[str, jax.Array]]:
+    return carry, jax.lax.cond(given[0], rank, lambda _: nothing, given[1])
+
+  _, found = jax.lax.scan(one, None, (needed, both))
+  kinds = enumerate(("", WITHOUT_HISTORY))
+  return {name + kind: part[index] for index, kind in kinds for name, part in found.items()}
+
+
 def rank_scores(scores: jax.Array, targets: jax.Array, exclude: jax.Array | None = None) -> dict[str, jax.Array]:
-  """What `make_ranker` gives, from the scores of all items [B, N]; targets [B], exclude [B, E] int, -1 fills."""
+  """What `make_ranker` gives, from the scores of all items [B, N]; targets [B], exclude [B, E] int, -1 fills.
+
+  A target among what is left out is a miss.
+  """
   if exclude is not None:
     scores = without(scores, exclude)
   ranks = target_ranks(scores, targets)
@@ -67,10 +105,12 @@ class Ranking(NamedTuple):
     metrics: Recall@{1,5,10,20}, NDCG@{5,10,20}, MRR, and `coverage@10`, the share of the catalogue in anybody's first
       ten.
     ranks: [n] int32 of each user's target, from 0; the largest int32 where a search missed it or it was left out.
+    without_history: the same where what is in each user's whole history is left out, as `recommend` does.
   """
 
   metrics: dict[str, float]
   ranks: np.ndarray
+  without_history: "Ranking | None" = None
 
 
 def evaluate(
@@ -84,7 +124,7 @@ def evaluate(
   max_length: int,
   num_items: int,
   bounds: tuple[int, ...] = (),
-  exclude_history: bool = False,
+  without_history: bool = False,
   width: int = 0,
   users: np.ndarray | None = None,
 ) -> Ranking:
@@ -100,15 +140,17 @@ def evaluate(
     max_length: T.
     num_items: N, for the coverage.
     bounds: lengths, rising, each below T: users are ranked in groups, padded to the least that holds them.
-    exclude_history: leave what is in a user's whole history out of the user's ranking, as `recommend` does.
-    width: places for items that are left out, at least, filled where nothing is: rankings with the history and without
-      it are then one program. 0: as many as there are.
+    without_history: rank `without_history`, too.
+    width: places for items that are left out, at least, filled where nothing is: calls with such a ranking and without
+      are then one program. 0: as many as there are.
     users: [n] int, who is ranked; None: all.
   """
   if users is None:
     users = np.arange(histories.num_users)
-  ranks, seen = np.zeros(len(users), np.int32), np.zeros(num_items + 1, bool)
-  exclude = distinct_items(histories) if exclude_history else nobodys_items(histories) if width else None
+  kinds = ("", WITHOUT_HISTORY) if without_history else ("",)
+  ranks = {kind: np.zeros(len(users), np.int32) for kind in kinds}
+  reached = {kind: np.zeros(num_items + 1, bool) for kind in kinds}
+  exclude = distinct_items(histories) if without_history else nobodys_items(histories) if width else None
   for places, batch in ranking_batches(
     histories,
     targets,
@@ -120,23 +162,31 @@ def evaluate(
     width=max(1, width),
   ):
     result = jax.device_get(ranker(params, shared, batch))
-    ranks[places] = result["ranks"][: len(places)]
-    seen[result["top"][: len(places)]] = True  # -1, a short beam's filling, is the row past the last item.
-  return Ranking(summarize(ranks) | {f"coverage@{_COVERAGE_CUTOFF}": float(seen[:num_items].mean())}, ranks)
+    for kind in kinds:
+      ranks[kind][places] = result["ranks" + kind][: len(places)]
+      reached[kind][result["top" + kind][: len(places)]] = True  # -1, a short beam's filling, is past the last item.
+  *more, whole = (_ranking(ranks[kind], reached[kind][:num_items]) for kind in reversed(kinds))
+  return whole._replace(without_history=more[0] if more else None)
+
+
+def _ranking(ranks: np.ndarray, reached: np.ndarray) -> Ranking:
+  """Of the ranks of users, and of which items [N] bool anybody's first ten reach."""
+  return Ranking(summarize(ranks) | {f"coverage@{_COVERAGE_CUTOFF}": float(reached.mean())}, ranks)
 
 
 def rank_held_out(rank: Callable[..., Ranking], split: Split) -> dict[str, Ranking]:
   """Everybody's validation and test items ranked, each also `WITHOUT_HISTORY`.
 
   Args:
-    rank: (histories, targets, exclude_history) -> the ranking.
+    rank: (histories, targets, without_history) -> the ranking.
     split: of the data.
   """
-  return {
-    part + suffix: rank(split.history(part), targets, exclude_history=bool(suffix))
-    for suffix in ("", WITHOUT_HISTORY)
+  whole = {
+    part: rank(split.history(part), targets, without_history=True)
     for part, targets in (("validation", split.validation_target), ("test", split.test_target))
   }
+  others = {part + WITHOUT_HISTORY: ranking.without_history for part, ranking in whole.items()}
+  return whole | {part: ranking for part, ranking in others.items() if ranking is not None}
 
 
 def popularity_metrics(

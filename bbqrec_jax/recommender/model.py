@@ -119,6 +119,10 @@ class SequenceModel(nn.Module):
     """The items that each of these models puts first, [B, n] int, each once; -1 fills."""
     raise NotImplementedError
 
+  def scores_of_all(self, catalogue: Catalogue, states: Any, seen: jax.Array | None) -> jax.Array | None:
+    """Numbers of all items that a search reads, whatever it leaves out, [B, N] float32; None where it reads none."""
+    raise NotImplementedError
+
   def search(
     self,
     catalogue: Catalogue,
@@ -127,6 +131,7 @@ class SequenceModel(nn.Module):
     width: int,
     exclude: jax.Array | None = None,
     seen: jax.Array | None = None,
+    every: jax.Array | None = None,
   ) -> BeamResult:
     """The best items.
 
@@ -136,6 +141,7 @@ class SequenceModel(nn.Module):
       width: W, of the beam, and how many items come back.
       exclude: [B, E] int, items that must not; -1 fills.
       seen: see `log_probs`.
+      every: what `scores_of_all` gives for these states, for several searches; None: it is computed here.
 
     Returns:
       A `BeamResult` of W columns.
@@ -354,6 +360,12 @@ class Recommender(SequenceModel):
     """See `SequenceModel`."""
     return self.head.search(self._items(catalogue, seen), states, width=width).items
 
+  def scores_of_all(self, catalogue: Catalogue, states: Any, seen: jax.Array | None) -> jax.Array | None:
+    """An exact head's scores; of others what is added for similarity; see `SequenceModel`."""
+    if not self.compares_candidates:
+      return None
+    return self.scores(catalogue, states, seen) if self.exact else self.similarity_scores(catalogue, seen)
+
   def search(
     self,
     catalogue: Catalogue,
@@ -362,6 +374,7 @@ class Recommender(SequenceModel):
     width: int,
     exclude: jax.Array | None = None,
     seen: jax.Array | None = None,
+    every: jax.Array | None = None,
   ) -> BeamResult:
     """See `SequenceModel`.
 
@@ -370,10 +383,12 @@ class Recommender(SequenceModel):
     items = self._items(catalogue, seen)
     if not self.compares_candidates:
       return self.head.search(items, states, width=width, exclude=exclude)
+    if every is None:
+      every = self.scores_of_all(catalogue, states, seen)
+    assert every is not None
     if self.exact:
-      return ranked(self.scores(catalogue, states, seen), width=width, exclude=exclude)
+      return ranked(every, width=width, exclude=exclude)
     beam = self.head.search(items, states, width=width, exclude=exclude)
-    every = self.similarity_scores(catalogue, seen)
     near = most_similar(every, beam.items, width=width, exclude=exclude)
     found = jnp.concatenate([beam.items, near], axis=1)
     of_near = self.head.log_probs(items, states, jnp.maximum(near, 0))

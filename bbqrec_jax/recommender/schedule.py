@@ -11,7 +11,7 @@ from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories, recommend
 from bbqrec_jax.data.ranking import ordinary_width
 from bbqrec_jax.recommender.settings import is_packed, row_length
 
-_FEWEST_STEPS = 100  # Between two validations, where a config leaves them to an epoch.
+_FEWEST_STEPS = 100  # Of an epoch, which batches are small enough for, and that validations count for one at least.
 _FEWEST_POSITIONS, _MOST_POSITIONS = 256, 1024  # Of a batch, where a config leaves it to the data's size.
 _FEWEST_BATCHES = 16  # Of an epoch, for which a length bucket is worth programs of its own.
 
@@ -79,7 +79,7 @@ def training_plan(recommender: Any, histories: Interactions) -> tuple[int, int]:
   """Training steps, and steps between two validations, of a recommender's config on training histories."""
   r, rows = recommender, batch_rows(recommender, histories)
   epoch = max(1, -(-_transitions(histories) // (rows * (row_length(r) if is_packed(r) else 1))))
-  return r.steps or r.epochs * epoch, r.evaluate_every or max(epoch, _FEWEST_STEPS)
+  return r.steps or r.epochs * epoch, r.evaluate_every or 2 * max(epoch, _FEWEST_STEPS)
 
 
 def training_batches(

@@ -73,6 +73,9 @@ class CandidateSimilaritySettings:
     " often they stand near each other in training histories; () does without.",
     subset=("features", "modalities", "fused", "behaviour"),
   )  # fmt: skip
+  width: int = setting(
+    128, "Dimensions, along their principal axes, that vectors are compared in at most; 0: all that they have.", least=0
+  )
   last_items: int = setting(
     10, "R: the last distinct items of a history, each place with a table row of its own.", most=1000
   )
@@ -192,14 +195,14 @@ class RecommenderSettings:
     (5, 10), "Lengths, ascending, that histories are padded to where each has a row of its own; those below T count."
   )
   evaluate_every: int = setting(
-    0, "Steps between validations, each with a checkpoint; 0: an epoch, at least 100.", least=0
+    0, "Steps between validations, each with a checkpoint; 0: two epochs, at least 200.", least=0
   )
   average: float = setting(
     0.99,
     "Share that a step leaves of the moving average of the parameters, which is what ranks; 0: no average.",
     below=1,
   )
-  patience: int = setting(5, "Validations without a better NDCG@10 after which training stops.")
+  patience: int = setting(3, "Validations without a better NDCG@10 after which training stops.")
   optimizer: OptimizerSettings = section(OptimizerSettings, "Of all parameters.")
   num_items: int = derived(0, "N, of the data that the model is trained on.")
   num_levels: int = derived(0, "L, codes of an item's own ID; 0 where nothing reads codes.")

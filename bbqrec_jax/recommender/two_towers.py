@@ -94,6 +94,13 @@ class TwoTowers(SequenceModel):
     nothing = jnp.zeros((), jnp.float32)
     return sum((tower.log_probs(catalogue, own, items, seen) for tower, own in towers), start=nothing)
 
+  def scores_of_all(self, catalogue: Catalogue, states: Any, seen: jax.Array | None) -> jax.Array:
+    """Log-probabilities by the dense tower, with what is added for similarity; see `SequenceModel`."""
+    scores = jax.nn.log_softmax(self.dense.scores(catalogue, states[1], seen), axis=-1)
+    if not self.compares_candidates:
+      return scores
+    return self.compared_scores(catalogue, seen, scores, self.similarity_scores(catalogue, seen))
+
   def search(
     self,
     catalogue: Catalogue,
@@ -102,19 +109,17 @@ class TwoTowers(SequenceModel):
     width: int,
     exclude: jax.Array | None = None,
     seen: jax.Array | None = None,
+    every: jax.Array | None = None,
   ) -> BeamResult:
     """The best of the beam's W / 5 items and of the W best of the full softmax, by the product of both probabilities.
 
     Where candidates are compared with the history, that counts for the W best of the full softmax, too.
     Log-probabilities are among the candidates.
     """
-    of_generative, of_dense = states
+    of_generative, _ = states
     beam = self.generative.search(catalogue, of_generative, width=-(-width // _NARROWER), exclude=exclude, seen=seen)
-    scores = jax.nn.log_softmax(self.dense.scores(catalogue, of_dense, seen), axis=-1)
-    scale = jnp.ones(2, jnp.float32)
-    if self.compares_candidates:
-      scale = self.candidate_similarity.scale
-      scores = self.compared_scores(catalogue, seen, scores, self.similarity_scores(catalogue, seen))
+    scores = self.scores_of_all(catalogue, states, seen) if every is None else every
+    scale = self.candidate_similarity.scale if self.compares_candidates else jnp.ones(2, jnp.float32)
     if exclude is not None:
       scores = without(scores, exclude)
     best, first = jax.lax.top_k(scores, min(width, scores.shape[1]))

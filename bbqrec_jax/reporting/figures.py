@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bbqrec_jax.data.interactions import Split, distinct_items, select_users
+from bbqrec_jax.ops.candidate_similarity import principal_axes
 from bbqrec_jax.ops.ranking import MISS
 from bbqrec_jax.recommender.items import similarity_streams
 from bbqrec_jax.runs.restore import Restored
@@ -46,8 +47,8 @@ def code_use(codes: np.ndarray, *, num_codes: int) -> Rows:
 def plane(vectors: np.ndarray) -> np.ndarray:
   """The first two principal components of vectors [N, d]: [N, 2], each of unit variance."""
   centred = vectors - vectors.mean(axis=0)
-  _, _, axes = np.linalg.svd(centred.T @ centred)
-  flat = np.pad(centred @ axes[:2].T, ((0, 0), (0, max(0, 2 - len(axes)))))
+  flat = centred @ principal_axes(centred, 2)
+  flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
   spread = flat.std(axis=0)
   return flat / np.where(spread > 0, spread, 1)
 

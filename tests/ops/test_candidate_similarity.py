@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bbqrec_jax.ops.candidate_similarity import latest_first, neighbour_scores, tail_edges, unit_rows, vector_scores
+from bbqrec_jax.ops.candidate_similarity import (
+  latest_first,
+  neighbour_scores,
+  principal_axes,
+  tail_edges,
+  unit_rows,
+  vector_scores,
+)
 
 ITEMS, PLACES, BUCKETS = 12, 4, 5
 
@@ -41,6 +48,21 @@ def test_vector_scores_are_those_of_a_loop(rng):
   some = np.array([[0, 3, 5], [7, 8, 2], [1, 1, 1]], np.int32)
   found = vector_scores(unit, edges, table, recent, some)
   np.testing.assert_allclose(found, np.take_along_axis(expected, some, axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("rows", [50, 20_000])
+def test_principal_axes_are_those_of_a_singular_value_decomposition(rng, rows, count):
+  scale = 3.0 ** -np.arange(7)
+  turned, _ = np.linalg.qr(rng.normal(size=(7, 7)))
+  vectors = rng.normal(size=(rows, 7)) * scale @ turned
+  axes = principal_axes(vectors, count)
+  np.testing.assert_allclose(axes.T @ axes, np.eye(count), atol=1e-5)
+  expected = np.linalg.svd(vectors, full_matrices=False)[2][:count].T
+  # Of 20,000 rows some are drawn, whose axes are nearly theirs.
+  np.testing.assert_allclose(np.abs(expected.T @ axes), np.eye(count), atol=1e-3 if rows < 100 else 0.03)
+  np.testing.assert_array_equal(axes, principal_axes(vectors, count))
+  assert principal_axes(np.zeros((5, 2)), 4).shape == (2, 2)
 
 
 def test_neighbour_scores_are_those_of_a_loop(rng):

@@ -103,6 +103,22 @@ def test_zero_tables_leave_the_model_as_it_is_bit_for_bit(random_params, catalog
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_one_call_ranks_with_the_history_and_without_it(random_params, catalogue, batch, head):
+  model, params, _, _ = of_head(random_params, catalogue, batch, head)
+  rng = np.random.default_rng(4)
+  tables = rng.normal(size=(1, 3, BUCKETS + 2)).astype(np.float32)
+  params["candidate_similarity"] |= {"tables": tables}
+  own = np.where(batch["segments"] > 0, batch["items"], -1)
+  both = jax.jit(make_ranker(model, beam_width=8))(params, catalogue, batch | {"exclude": own})
+  for name, exclude in (("", None), ("_without_history", own)):
+    states = call(model, params, "last_states", catalogue, batch)
+    beam = call(model, params, "search", catalogue, states, width=8, exclude=exclude, seen=model.seen(batch))
+    assert_array_equal(both[f"top{name}"][:, :8], beam.items[:, :8])
+  left = np.asarray(both["top_without_history"])
+  assert not any(set(one[one >= 0].tolist()) & set(had.tolist()) for one, had in zip(left, own, strict=True))
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_what_is_like_the_last_item_comes_to_the_front(random_params, catalogue, batch, head):
   model, params, _, _ = of_head(random_params, catalogue, batch, head)
   tables = np.zeros((1, 3, BUCKETS + 2), np.float32)
@@ -213,6 +229,16 @@ def test_streams_are_what_the_settings_name():
   more = {name: np.concatenate([rows, np.ones((5, rows.shape[1]))]) for name, rows in features.items()}
   grown = build_streams(COMPARE, None, more, histories, num_items=ITEMS + 5, seed=0)
   assert_array_equal(grown.edges, made.edges)  # Items that came later move no edge.
+  plane = rng.normal(size=(2, 9))  # In which all vectors are: two dimensions hold them.
+  flat = {"text": rng.normal(size=(ITEMS, 2)) @ plane, "image": np.zeros((ITEMS, 2))}
+  narrow = dataclasses.replace(COMPARE, width=2)
+  wide, few = (build_streams(s, None, flat, histories, num_items=ITEMS, seed=0) for s in (COMPARE, narrow))
+  assert few.vectors[0].shape == (ITEMS, 2)
+  np.testing.assert_allclose(few.vectors[0] @ few.vectors[0].T, wide.vectors[0] @ wide.vectors[0].T, atol=1e-5)
+  np.testing.assert_allclose(few.edges, wide.edges, atol=1e-5)
+  more = {name: np.concatenate([rows, np.full((5, rows.shape[1]), 9.0)]) for name, rows in flat.items()}
+  grown = build_streams(narrow, None, more, histories, num_items=ITEMS + 5, seed=0)
+  assert_array_equal(grown.vectors[0][:ITEMS], few.vectors[0])  # Nor any axis.
   alone = dataclasses.replace(COMPARE, streams=("features",))
   without = build_streams(alone, None, features, histories, num_items=ITEMS, seed=0)
   assert without.neighbours is without.signals is None

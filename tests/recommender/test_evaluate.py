@@ -15,8 +15,10 @@ from bbqrec_jax.recommender.evaluate import (
   make_ranker,
   popularity_metrics,
   rank_held_out,
+  rank_scores,
   sample_users,
   summarize,
+  with_and_without,
 )
 from bbqrec_jax.recommender.model import Recommender
 from bbqrec_jax.recommender.settings import RecommenderSettings
@@ -102,7 +104,7 @@ def test_dense_evaluation_against_brute_force(stage):
     firsts.update(np.argsort(-scores[user], kind="stable")[:10].tolist())
   assert {0, 5} & set(targets.tolist()), "a tied target must occur"
 
-  result = evaluate(
+  whole = evaluate(
     jax.jit(make_ranker(model, beam_width=1)),
     params,
     catalogue,
@@ -112,8 +114,9 @@ def test_dense_evaluation_against_brute_force(stage):
     max_length=MAX_LENGTH,
     num_items=NUM_ITEMS,
   )
-  assert_metrics(result.metrics, metrics_of(ranks) | {"coverage@10": len(firsts) / NUM_ITEMS})
-  assert result.ranks.tolist() == ranks
+  assert_metrics(whole.metrics, metrics_of(ranks) | {"coverage@10": len(firsts) / NUM_ITEMS})
+  assert whole.ranks.tolist() == ranks
+  assert whole.without_history is None
 
   # Once more without what each user has had: the whole history, which is longer than what the model is shown.
   ranks, firsts = [], set()
@@ -127,10 +130,12 @@ def test_dense_evaluation_against_brute_force(stage):
   assert max(histories.lengths) > MAX_LENGTH
   result = evaluate(
     jax.jit(make_ranker(model, beam_width=1)), params, catalogue, histories, targets, batch_size=10,
-    max_length=MAX_LENGTH, num_items=NUM_ITEMS, exclude_history=True,
+    max_length=MAX_LENGTH, num_items=NUM_ITEMS, without_history=True,
   )  # fmt: skip
-  assert_metrics(result.metrics, metrics_of(ranks) | {"coverage@10": len(firsts) / NUM_ITEMS})
-  assert result.ranks.tolist() == ranks
+  assert result.ranks.tolist() == whole.ranks.tolist()
+  assert result.metrics == whole.metrics
+  assert_metrics(result.without_history.metrics, metrics_of(ranks) | {"coverage@10": len(firsts) / NUM_ITEMS})
+  assert result.without_history.ranks.tolist() == ranks
 
 
 def test_rankings_with_and_without_the_history_have_one_shape():
@@ -139,7 +144,8 @@ def test_rankings_with_and_without_the_history_have_one_shape():
   def ranker(params, shared, batch):
     shapes.add(tuple(sorted((name, array.shape) for name, array in batch.items())))
     left_out.append(int(np.sum(batch["exclude"] >= 0)))
-    return {"ranks": batch["targets"], "top": np.zeros((len(batch["targets"]), 10), np.int32)}
+    found = {"ranks": batch["targets"], "top": np.zeros((len(batch["targets"]), 10), np.int32)}
+    return found | {f"{name}_without_history": part + 1 for name, part in found.items()}
 
   rank = functools.partial(
     evaluate, ranker, None, None, batch_size=30, max_length=MAX_LENGTH, num_items=NUM_ITEMS, width=16
@@ -147,9 +153,31 @@ def test_rankings_with_and_without_the_history_have_one_shape():
   rankings = rank_held_out(rank, split)
   assert list(rankings) == ["validation", "test", "validation_without_history", "test_without_history"]
   assert rankings["test"].ranks.tolist() == split.test_target.tolist()
+  assert rankings["test_without_history"].ranks.tolist() == (split.test_target + 1).tolist()
+  rank(split.train, split.validation_target)
   assert len(shapes) == 1
   distinct = [sum(map(len, map(set, map(split.history(part).history, range(23))))) for part in ("validation", "test")]
-  assert left_out == [0, 0, *distinct]
+  assert left_out == [*distinct, 0]
+
+
+def test_a_ranking_without_items_costs_one_only_where_some_are_left_out():
+  scores, targets = jnp.array([[1.0, 3.0, 2.0, 0.0]] * 2), jnp.array([2, 0])
+  called = []
+
+  def rank(exclude):
+    jax.debug.callback(lambda: called.append(1))
+    return rank_scores(scores, targets, exclude)
+
+  both = jax.jit(lambda exclude: with_and_without(rank, exclude))
+  found = both(jnp.array([[1, -1], [0, -1]]))
+  assert found["ranks"].tolist() == [1, 2]
+  assert found["ranks_without_history"].tolist() == [0, MISS]
+  assert found["top_without_history"].tolist() == [[2, 0, 3, -1], [1, 2, 3, -1]]
+  jax.effects_barrier()
+  assert len(called) == 2
+  assert both(jnp.full((2, 2), -1))["ranks"].tolist() == [1, 2]
+  jax.effects_barrier()
+  assert len(called) == 3
 
 
 @pytest.mark.parametrize("bounds", [(), (2, 4)])

@@ -32,8 +32,10 @@ def test_the_others_are_as_no_user_should_have_to_be_to_be_served(scale):
 def test_others_change_no_rank_of_ordinary_users(scale, splits):
   alone, together, ordinary = splits
   paths = scale.history_paths(items=ITEMS, heads=["dense"], batch_size=8, max_length=6)
-  rank, answer = paths.pop("dense: evaluation without the history"), paths.pop("dense: recommend")
-  np.testing.assert_array_equal(rank(together).ranks[ordinary], rank(alone).ranks)
+  rank, answer = paths.pop("dense: evaluation with and without the history"), paths.pop("dense: recommend")
+  both, own = rank(together), rank(alone)
+  np.testing.assert_array_equal(both.ranks[ordinary], own.ranks)
+  np.testing.assert_array_equal(both.without_history.ranks[ordinary], own.without_history.ranks)
   answers, histories = answer(together), together.history("test")
   for place, (_, items, _) in zip(ordinary, answer(alone), strict=True):
     assert answers[place][1].tolist() == items.tolist()

@@ -110,11 +110,11 @@ def test_training_is_planned_and_guarded_as_the_config_says(prepare, split):
 @pytest.mark.parametrize(
   ("changes", "steps", "every"),
   [
-    ({}, 100 * 12, 100),  # 90 transitions in batches of 8: 12 a pass; validations no nearer than 100 steps.
-    ({"epochs": 3, "batch_rows": 1}, 270, 100),
+    ({}, 100 * 12, 200),  # 90 transitions in batches of 8: 12 a pass; validations no nearer than 200 steps.
+    ({"epochs": 3, "batch_rows": 1}, 270, 200),
     ({"batch_rows": 1, "evaluate_every": 7}, 9000, 7),
-    ({"steps": 5}, 5, 100),
-    ({"rows": "packed", "row_length": 30, "batch_rows": 2}, 200, 100),
+    ({"steps": 5}, 5, 200),
+    ({"rows": "packed", "row_length": 30, "batch_rows": 2}, 200, 200),
   ],
 )
 def test_durations_follow_from_the_number_of_transitions(changes, steps, every):
