@@ -285,12 +285,13 @@ def tokenize(
 
 
 def of_any_recommender(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """The config with the recommender's defaults, for a tokenizer that several recommenders are to share.
+  """The config with the defaults of recommender and evaluation, for a tokenizer that several recommenders share.
 
   Which transitions are held out stays, as the tokenizer is not to see them either.
   """
   neutral = copy.deepcopy(config)
-  neutral.update_from_flattened_dict(flatten(default_config().recommender, "recommender."))
+  for section in ("recommender", "evaluation"):
+    neutral.update_from_flattened_dict(flatten(default_config()[section], f"{section}."))
   neutral.recommender.candidate_similarity.users = config.recommender.candidate_similarity.users
   return neutral
 
