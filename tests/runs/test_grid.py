@@ -71,8 +71,12 @@ def trained(monkeypatch):
 
 
 def test_systems_share_a_tokenizer_and_the_table_compares_them(tiny, shop, tmp_path, trained):
-  texts = (f"ids: {tiny} recommender.item_inputs=('item',) recommender.similarity=()", f"wide: {tiny} "
-           "recommender.width=16 evaluation.beam_width=9", f"dense: {tiny}:dense", f"codes: {tiny} tokenizer.num_codes=16")  # fmt: skip
+  texts = (
+    f"ids: {tiny} recommender.item_inputs=('item',) recommender.similarity=()",
+    f"wide: {tiny} recommender.width=16 evaluation.beam_width=9",
+    f"dense: {tiny}:dense",
+    f"codes: {tiny} tokenizer.num_codes=16",
+  )
   systems = [grid.parse_system(text) for text in texts]
   assert [system.name for system in systems] == ["ids", "wide", "dense", "codes"]
   tables = grid.run_grid(systems, {"shop": shop}, [0, 1], tmp_path / "grid", records=tmp_path / "records")
