@@ -24,7 +24,7 @@ class RunSettings(Safeguards):
   """All settings of a run."""
 
   seed: int = setting(
-    0, "Of everything random: initialisation, batch order, dropout, codebook fitting.", least=0, most=2**32 - 1
+    0, "Seed of everything random: initialisation, batch order, dropout, codebook fitting.", least=0, most=2**32 - 1
   )
   partitioner: str = setting("pmap", "pmap or mesh (jit) over all devices of all processes, or a single device.",
                              choices=("pmap", "mesh", "single"))  # fmt: skip

@@ -123,7 +123,7 @@ def check_name(name: str, *, where: object) -> None:
   """Refuses a modality that could not be called so in files, or that every tokenizer has as a stream.
 
   Raises:
-    InputError: if that is so; see `input_files.is_plain_name`.
+    InputError: if that is so; see `files.is_plain_name`.
   """
   if not is_plain_name(name) or name in ("id", "fused"):
     raise InputError(

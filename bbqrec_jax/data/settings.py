@@ -33,9 +33,9 @@ SOURCES = ("synthetic", "directory", "recbole", "memory")
 class SyntheticSettings:
   """Data with planted structure; see `data.synthetic`."""
 
-  num_users: int = setting(2000, "Users.", most=10**7)
-  num_items: int = setting(600, "Items.", most=10**7)
-  seed: int = setting(0, "Of the generated data alone; the run's own seed does not change the data.", least=0,
+  num_users: int = setting(2000, "Users of the generated data.", most=10**7)
+  num_items: int = setting(600, "Items of the generated data.", most=10**7)
+  seed: int = setting(0, "Seed of the generated data alone; the run's own seed does not change the data.", least=0,
                       most=2**32 - 1)  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Both are flax modules that are made of the recommender's settings, and declare a
 A config names one of this project's, or a class of your own as "module:Class".
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -18,8 +19,9 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.positions import last_places
 from bbqrec_jax.ops.ranking import without
 from bbqrec_jax.recommender.catalogue import Catalogue
-from bbqrec_jax.recommender.settings import BACKBONES, RecommenderSettings
+from bbqrec_jax.recommender.settings import BACKBONES, HEADS, RecommenderSettings
 from bbqrec_jax.semantic_ids.beam import BeamResult, filled_beam
+from bbqrec_jax.semantic_ids.trie import build_trie
 
 
 @flax.struct.dataclass
@@ -192,11 +194,11 @@ def ranked(scores: jax.Array, *, width: int, exclude: jax.Array | None = None) -
 
 @functools.cache
 def check_parts(settings: RecommenderSettings) -> None:
-  """Makes the backbone and the head that the settings name, which may be somebody's own, and tries a backbone out.
+  """Makes the backbone and the head that the settings name, and tries out those that are somebody's own.
 
   Raises:
-    InputError: if one is none or cannot be made, they do not fit each other, or the backbone gives states of another
-      shape than it says, or mixes the users of a row.
+    InputError: if one is none or cannot be made, they do not fit each other, one gives another shape than it says, or
+      the backbone mixes the users of a row.
   """
   chosen = {"backbone": settings.backbone_class, "head": settings.head_class}
   for kind, part in chosen.items():
@@ -205,6 +207,8 @@ def check_parts(settings: RecommenderSettings) -> None:
       made = part(settings)
       if kind == "backbone" and name not in BACKBONES:
         _try_backbone(made)
+      if kind == "head" and name not in HEADS:
+        _try_head(part, settings)
     except InputError as error:
       raise InputError(f"config field recommender.{kind} = {name!r}: {error}") from error
     except Exception as error:  # It may be anybody's code.
@@ -223,6 +227,8 @@ def _try_backbone(backbone: Any) -> None:
     InputError: if its output is not of the shape that it should be, or the second user's states are not the same.
   """
   s, rng = backbone.settings, np.random.default_rng(0)
+  if backbone.makes_memory and s.packed:
+    raise InputError("a memory is of one history: declare rows = 'history'")
   shape = (2, 4, s.num_levels, s.width) if backbone.reads_codes else (2, 4, s.width)
   x = rng.normal(size=shape).astype(np.float32)
   x[1, :2] = x[0, 2:]
@@ -244,3 +250,58 @@ def _try_backbone(backbone: Any) -> None:
       "a user's states depend on the other user of the row: let a position see its own segment alone, counted from its"
       " own start, or declare rows = 'history'"
     )
+
+
+_TRIED_ITEMS = 64
+
+
+def _try_head(head_class: Any, settings: RecommenderSettings) -> None:
+  """Traces a head's methods, on states of three histories and a catalogue of few items with codes of their own.
+
+  Raises:
+    InputError: if what they give is not of the shape that it should be.
+  """
+  levels, codes = settings.num_levels, settings.num_codes
+  count = min(_TRIED_ITEMS, codes**levels) if levels else _TRIED_ITEMS
+  s = dataclasses.replace(settings, num_items=count)
+  ids = (np.arange(count)[:, None] // codes ** np.arange(levels)[::-1] % max(codes, 1)).astype(np.int32)
+  none, vectors = np.zeros((count, 0), np.int32), jnp.zeros((count, s.width), jnp.float32)
+  catalogue = Catalogue(
+    jnp.asarray(ids), jnp.asarray(none), jnp.zeros((count, 0, 1)), jnp.zeros((0, 0)),
+    trie=build_trie(ids) if levels else None,
+  )  # fmt: skip
+  items = Items(catalogue, lambda some=None: vectors if some is None else vectors[some], jnp.zeros((3, 4), jnp.int32))
+  states: Any = jnp.zeros((3, s.width), jnp.float32)
+  if head_class.reads_memory:
+    states = Memory(jnp.zeros((3, 4, s.width), jnp.float32), jnp.ones((3, 4), bool))
+  head, targets = head_class(s), jnp.zeros(3, jnp.int32)
+
+  def every(key: jax.Array) -> dict[str, Any]:
+    """What it gives for the loss, and for a ranking."""
+
+    def losses(head: Head) -> dict[str, jax.Array]:
+      return head.losses(items, states, targets, deterministic=True)
+
+    terms, made = head.init_with_output(key, method=losses)
+    ranking = "scores" if head_class.exact else "search"
+    options = {} if head_class.exact else {"width": 2}
+    return {"losses": terms, ranking: head.apply(made, items, states, method=ranking, **options)}
+
+  try:
+    given = jax.eval_shape(every, jax.random.key(0))
+  except NotImplementedError:
+    raise InputError("expected losses, and scores, or search where exact is False: one is missing") from None
+  terms = given["losses"]
+  if not isinstance(terms, dict) or not terms or any(getattr(term, "shape", None) != (3,) for term in terms.values()):
+    raise InputError(f"losses: expected a dict of float arrays of the targets' shape [P], got {_shapes(terms)}")
+  if head_class.exact and getattr(given["scores"], "shape", None) != (3, count):
+    raise InputError(f"scores: expected an array [B, N], a score of every item, got {_shapes(given['scores'])}")
+  if not head_class.exact and not (
+    isinstance(given["search"], BeamResult) and given["search"].items.shape == given["search"].log_probs.shape == (3, 2)
+  ):
+    raise InputError(f"search: expected a BeamResult of [B, width] items, got {_shapes(given['search'])}")
+
+
+def _shapes(value: Any) -> str:
+  """The shapes of arrays, for a message."""
+  return str(jax.tree.map(lambda leaf: list(getattr(leaf, "shape", [])), value))

@@ -59,9 +59,9 @@ def parts_of(recommender: Any) -> tuple[Any, tuple[Any, ...]]:
 class DenseTowerSettings:
   """The dense tower of the hybrid: a backbone that knows items without codes, and attends without similarities."""
 
-  width: int = setting(128, "d of its backbone.")
-  mlp_width: int = setting(512, "Of its feed-forward parts.")
-  dropout: float = setting(0.5, "As that of the other.", below=1)
+  width: int = setting(128, "d: width of the dense tower's backbone.")
+  mlp_width: int = setting(512, "Hidden width of the dense tower's feed-forward parts.")
+  dropout: float = setting(0.5, "Dropout in the dense tower, as recommender.dropout is in the generative one.", below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +79,21 @@ class CandidateSimilaritySettings:
   last_items: int = setting(
     10, "R: the last distinct items of a history, each place with a table row of its own.", most=1000
   )
-  num_buckets: int = setting(10, "Of each similarity, the finer the more similar.", most=256)
+  num_buckets: int = setting(10, "Buckets of each similarity, narrower where items are more similar.", most=256)
   neighbours: int = setting(100, "K: items kept of each item's neighbours in histories.", most=10**4)
   users: int = setting(
     4096, "Users whose last training transition is held out at first, and the tables fitted on it; drawn once."
   )
-  passes: int = setting(3, "Times that each of them is looked at.")
-  batch_rows: int = setting(64, "Users at once.")
-  learning_rate: float = setting(0.02, "Of Adam, which fits the tables; it falls to zero over the passes.")
+  passes: int = setting(3, "Passes over these users in fitting the tables.")
+  batch_rows: int = setting(64, "Users per step of the fit.")
+  learning_rate: float = setting(
+    0.02, "Learning rate of Adam, which fits the tables; it falls to zero over the passes."
+  )
   network_units: int = setting(
-    16, "Of the small network on top of the tables and other signals of a candidate, where behaviour is a stream; 0:"
-    " none.", least=0, most=256,
+    16, "Hidden units of the network on top of the tables and other signals of a candidate, where behaviour is a"
+    " stream; 0: no network.", least=0, most=256,
   )  # fmt: skip
-  network_passes: int = setting(24, "Times that it looks at each of the users, at half of that learning rate.")
+  network_passes: int = setting(24, "Passes over these users in fitting the network, at half of that learning rate.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +125,13 @@ class RecommenderSettings:
     "equal_frequency", "Buckets of the cosines; the number of first codes that two IDs share; a slope, no buckets.",
     choices=("equal_frequency", "overlap", "continuous"),
   )  # fmt: skip
-  num_buckets: int = setting(32, "Of each similarity, where they are of the cosines.", most=10**4)
+  num_buckets: int = setting(
+    32, "Buckets of each similarity of two items of the history, where it is a cosine.", most=10**4
+  )
   width: int = setting(64, "d of the sequence model.")
   num_layers: int = setting(2, "Layers of the backbone.", most=1000)
   num_heads: int = setting(2, "H, attention heads.")
-  head_width: int = setting(32, "Of each attention head of the encoder-decoder; the causal backbone's is d / H.")
+  head_width: int = setting(32, "Width of each attention head of the encoder-decoder; the causal backbone's is d / H.")
   positions: str = setting(
     "relative", "Of the causal backbone: each head's bias by the distance between items; or a vector of each place,"
     " counted from the last item where a row is a history, from the first where histories are packed.",
@@ -137,12 +141,13 @@ class RecommenderSettings:
     32, "Buckets of distances; half of them are one distance each, the others reach to 128."
   )
   time_buckets: int = setting(
-    0, "Of the time between interactions, in powers of two of a second, where the data has timestamps; 0: none.",
+    0, "Buckets of the time between interactions, in powers of two of a second, where the data has timestamps;"
+    " 0: none.",
     least=0,
   )  # fmt: skip
-  dtype: str = setting("float32", "That the model computes in; scores, softmaxes and losses stay float32.",
+  dtype: str = setting("float32", "Number format of the model; scores, softmaxes and losses stay float32.",
                        choices=("float32", "bfloat16"))  # fmt: skip
-  mlp_width: int = setting(256, "Of the feed-forward parts.")
+  mlp_width: int = setting(256, "Hidden width of the feed-forward parts.")
   norm: str = setting(
     "post", "Layers of the causal backbone: BERT's, which normalise each residual sum, start with small matrices and"
     " drop attention weights too; or those that normalise what goes into each branch.",
@@ -168,7 +173,9 @@ class RecommenderSettings:
     " catalogues of 8,192 items and more.", least=-1,
   )  # fmt: skip
   depth_layers: int = setting(1, "Layers of the generative head's depth transformer.", most=1000)
-  dropout: float = setting(0.3, "Of item vectors and residual branches, and of attention weights, see norm.", below=1)
+  dropout: float = setting(
+    0.3, "Dropout of item vectors, residual branches and, with norm = post, attention weights.", below=1
+  )
   item_dropout: float = setting(
     0.0, "Share of the items that lack a vector of their own in a step, as items do that come after training.", below=1
   )

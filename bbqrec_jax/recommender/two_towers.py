@@ -14,7 +14,7 @@ from bbqrec_jax.recommender.parts import check_parts
 from bbqrec_jax.recommender.settings import TOWERS, CandidateSimilaritySettings, RecommenderSettings
 from bbqrec_jax.semantic_ids.beam import BeamResult, best_candidates
 
-_OF_CODES = {"fused", "modalities", "content"}  # Item inputs that the dense tower does without.
+_OF_CODES = {"fused", "modalities"}  # Item inputs that the dense tower does without.
 _NARROWER = 5  # Times fewer items of the beam than of the full softmax: wider ones found nothing better.
 
 

@@ -127,32 +127,27 @@ def learned_tables(params: Mapping[str, Any]) -> np.ndarray:
 
 
 def similarity_curves(tables: np.ndarray, edges: np.ndarray, names: Sequence[str]) -> tuple[Rows, Rows]:
-  """Bias of attention against similarity, per layer that has tables of its own, stream pair and head.
+  """Bias of attention against similarity, per stream pair and head.
 
   Args:
-    tables: [P, H, n + 2], or one of these a layer; the last two columns are an item with itself and a missing stream.
-      [P, H, 3] where the bias is continuous: slope, itself, missing.
+    tables: [P, H, n + 2]; the last two columns are an item with itself and a missing stream. [P, H, 3]
+      where the bias is continuous: slope, itself, missing.
     edges: [P, n - 1] bucket edges; [P, 0] where the bias is continuous.
     names: of the P pairs.
 
   Returns:
     Rows of panel, head, similarity, bias; and rows of panel, head, itself, missing.
   """
-  layers = tables if tables.ndim == 4 else tables[None]
   rows: Rows = []
   special: Rows = []
-  for layer, own in enumerate(layers):
-    for pair, name in enumerate(names):
-      panel = name if len(layers) == 1 else f"layer {layer + 1}, {name}"
-      for head, values in enumerate(own[pair].astype(float)):
-        about = {"panel": panel, "head": f"head {head + 1}"}
-        centres, biases = bucket_centres(edges[pair]), values[:-2]
-        if not edges.shape[1]:
-          centres, biases = np.array([-1.0, 1.0]), np.array([-values[0], values[0]])
-        rows += [
-          about | {"similarity": float(at), "bias": float(bias)} for at, bias in zip(centres, biases, strict=True)
-        ]
-        special.append(about | {"itself": float(values[-2]), "missing": float(values[-1])})
+  for pair, name in enumerate(names):
+    for head, values in enumerate(tables[pair].astype(float)):
+      about = {"panel": name, "head": f"head {head + 1}"}
+      centres, biases = bucket_centres(edges[pair]), values[:-2]
+      if not edges.shape[1]:
+        centres, biases = np.array([-1.0, 1.0]), np.array([-values[0], values[0]])
+      rows += [about | {"similarity": float(at), "bias": float(bias)} for at, bias in zip(centres, biases, strict=True)]
+      special.append(about | {"itself": float(values[-2]), "missing": float(values[-1])})
   return rows, special
 
 

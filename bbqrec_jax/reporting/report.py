@@ -12,7 +12,6 @@ import numpy as np
 
 import bbqrec_jax
 from bbqrec_jax.data.dataset import statistics
-from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.candidate_similarity import stream_vectors
 from bbqrec_jax.recommender.items import item_features
@@ -80,8 +79,7 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
   """
   from bbqrec_jax.reporting import charts
 
-  dataset, ids = restored.dataset, restored.ids
-  split = leave_one_out(dataset.interactions)
+  dataset, ids, split = restored.dataset, restored.ids, restored.split
   results = load_results(workdir)
   names, counts = figures.names_of(restored), figures.popularity(split, num_items=dataset.num_items)
   ranks = read_archive(workdir / "ranks.npz")["test"]

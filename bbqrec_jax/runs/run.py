@@ -166,6 +166,9 @@ def _begun(
   tokenizer_alone: bool = False,
 ) -> Iterator[_Run]:
   """Checks everything that can be checked before anything is computed, takes the workdir, and shows the data."""
+  missing = [name for name in ("data", "tokenizer", "recommender", "evaluation") if name not in config]
+  if missing:
+    raise InputError(f"the config has no {', '.join(missing)}: expected that of a run, as `default_config` begins it")
   config = with_absolute_paths(config)
   own_tokenizer = tokenizer_alone or trains_tokenizer(config)
   if own_tokenizer:
@@ -309,7 +312,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, given: D
 
   Raises:
     InputError: for anything wrong with the config, the data or the workdir, before anything is computed.
-    Interrupted, Diverged, StorageError: as `train.loop.fit`.
+    Interrupted, Diverged, StorageError: as `training.loop.fit`.
   """
   with _begun(config, workdir, given) as prepared:
     finished = prepared.workdir / "results.json"

@@ -23,16 +23,20 @@ CONTRASTS = {"info_nce": "bbqrec_jax.ops.contrastive:info_nce"}
 class LossWeights:
   """Weight of each loss of stage 1; the sum of the weighted terms is minimised."""
 
-  reconstruction: float = setting(1.0, "Of a modality's features from its quantized and its specific latent.")
-  fused_reconstruction: float = setting(1.0, "Of every modality's features from the fused codes alone.")
-  quantization: float = setting(1.0, "Between latents and codewords.")
+  reconstruction: float = setting(
+    1.0, "Weight of reconstructing a modality's features from its quantized and its specific latent."
+  )
+  fused_reconstruction: float = setting(
+    1.0, "Weight of reconstructing every modality's features from the fused codes alone."
+  )
+  quantization: float = setting(1.0, "Weight of the distance between latents and their codewords.")
   contrast: float = setting(2.0, "State of the history against the fused vector of the next item.")
   modality_contrast: float = setting(1.0, "The same state against each modality's vector of the next item.")
   item_id: float = setting(0.05, "Mean squared norm of the item IDs: they say no more than behaviour needs them to.")
   disentangle: float = setting(
     0.01, "CLUB bound between each modality's quantized and specific latents; 0 leaves it out."
   )
-  own: float = setting(1.0, "What own_loss gives.")
+  own: float = setting(1.0, "Weight of own_loss.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ class ClubSettings:
   """How the CLUB bound is fitted and taken."""
 
   steps: int = setting(5, "Likelihood steps of its network per batch.")
-  learning_rate: float = setting(1e-3, "Of its network.")
+  learning_rate: float = setting(1e-3, "Learning rate of the CLUB network.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +64,12 @@ class TokenizerSettings:
     " finite scalar quantization, without codebooks.",
     parts=QUANTIZERS,
   )
-  encoder: str = setting("mlp", "Of a modality's features, twice: behaviour-aligned and specific.", parts=ENCODERS)
-  contrast: str = setting("info_nce", "Of a history's state with the next item, against others'.", parts=CONTRASTS)
+  encoder: str = setting(
+    "mlp", "Encoder of a modality's features, made twice: behaviour-aligned and modality-specific.", parts=ENCODERS
+  )
+  contrast: str = setting(
+    "info_nce", "Contrast of a history's state with its next item, against those of others.", parts=CONTRASTS
+  )
   codebooks: str = setting(
     "shared", "Shared by all streams (the paper's), or one per stream.", choices=("shared", "per_stream")
   )
@@ -72,18 +80,18 @@ class TokenizerSettings:
   repair: str = setting("reassign", "Colliding items: to the nearest free ID, or a counting suffix level.",
                         choices=("reassign", "suffix"))  # fmt: skip
   history_layers: int = setting(1, "Layers of the transformer behind the sequence-to-item contrast.", most=100)
-  history_heads: int = setting(2, "Its heads.")
+  history_heads: int = setting(2, "Attention heads of the transformer behind the contrast.")
   max_length: int = setting(20, "The longest history the contrast looks at, in items.", most=_LARGEST)
-  dropout: float = setting(0.1, "Of that transformer.", below=1)
+  dropout: float = setting(0.1, "Dropout of the transformer behind the contrast.", below=1)
   steps: int = setting(2000, "Training steps.")
   warmup_steps: int = setting(200, "Steps on unquantized latents, before k-means fits the codebooks to them.", least=0)
-  kmeans_iterations: int = setting(20, "Of Lloyd's algorithm at each level.")
+  kmeans_iterations: int = setting(20, "Iterations of k-means (Lloyd's algorithm) at each level.")
   revival_threshold: float = setting(
     0.1, "A code chosen less than this share of 1 / K is moved to a live residual; 0: never.", below=1
   )
-  batch_items: int = setting(256, "Items of the catalogue sample per batch.")
+  batch_items: int = setting(256, "Items of the catalogue drawn per batch.")
   batch_rows: int = setting(32, "Rows of packed histories per batch, over all devices.")
-  row_length: int = setting(32, "Items per row.")
+  row_length: int = setting(32, "Positions per row of packed histories.")
   device_features: int = setting(
     1024, "Standardised features stay on each device while they take no more MiB than this; others are read per batch.",
     least=0,
@@ -93,7 +101,7 @@ class TokenizerSettings:
   )
   evaluate_every: int = setting(500, "Steps between two health checks (and checkpoints).")
   commitment: float = setting(0.25, "beta of the quantization loss.")
-  temperature: float = setting(0.3, "Of the contrast.", above=0)
+  temperature: float = setting(0.3, "Temperature of the contrast.", above=0)
   level_dropout: float = setting(
     0.5, "Share of items that the contrast sees by a prefix of their codewords alone, so that each prefix tells.",
     most=1,

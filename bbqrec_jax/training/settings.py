@@ -10,10 +10,12 @@ from bbqrec_jax.utils.settings import setting
 class OptimizerSettings:
   """AdamW behind a clip of the gradient's global norm."""
 
-  learning_rate: float = setting(1e-3, "Of AdamW after the warm-up; decays to a hundredth, as a cosine.")
+  learning_rate: float = setting(1e-3, "Learning rate of AdamW after the warm-up; decays to a hundredth, as a cosine.")
   warmup_steps: int = setting(100, "Steps in which the learning rate rises linearly.", least=0)
-  b2: float = setting(0.999, "Of AdamW, how long squared gradients are remembered.", below=1)
-  weight_decay: float = setting(1e-2, "Of the layers' weight matrices alone, not of the recommender's feature map.")
+  b2: float = setting(0.999, "Decay of AdamW's mean of squared gradients.", below=1)
+  weight_decay: float = setting(
+    1e-2, "Weight decay of the layers' weight matrices alone, not of the recommender's feature map."
+  )
   clip_norm: float = setting(1.0, "Global norm at which gradients are clipped, of both towers together.", above=0)
 
 
@@ -21,7 +23,7 @@ class OptimizerSettings:
 class Safeguards:
   """How a run is kept from losing what it has; none of this changes a number of a run in which nothing goes wrong."""
 
-  keep_checkpoints: int = setting(2, "Newest ones kept of each stage, beside the best.")
+  keep_checkpoints: int = setting(2, "Newest checkpoints kept of each stage, beside the best.")
   on_nonfinite: str = setting("stop", "At a step whose loss or gradient is not finite: stop, or leave it out.",
                               choices=("stop", "skip"))  # fmt: skip
   max_skipped: int = setting(10, "Steps skipped in a row after which training stops all the same.")

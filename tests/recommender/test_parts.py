@@ -110,6 +110,72 @@ def test_a_backbone_that_breaks_its_contract_is_refused_by_name(name, said):
   assert said in str(error.value)
 
 
+class Broken(Nearest):
+  """One whose loss cannot be computed."""
+
+  def losses(self, items, states, targets, *, deterministic):
+    return {"nll": states @ states}
+
+
+class Mean(Nearest):
+  """One that gives the mean of its losses."""
+
+  def losses(self, items, states, targets, *, deterministic):
+    return {"nll": jnp.mean(super().losses(items, states, targets, deterministic=deterministic)["nll"])}
+
+
+class OfTen(Nearest):
+  """One that scores some items alone."""
+
+  def scores(self, items, states):
+    return (states @ items.vectors().T)[:, :10]
+
+  def losses(self, items, states, targets, *, deterministic):
+    return {"nll": jnp.sum(states, axis=1)}
+
+
+class Lost(Nearest):
+  """One that searches, and gives what it found as it likes."""
+
+  exact = False
+
+  def search(self, items, states, *, width, exclude=None):
+    return jnp.zeros((states.shape[0], width), jnp.int32)
+
+
+class Unscored(Head):
+  """One that has a loss alone."""
+
+  def losses(self, items, states, targets, *, deterministic):
+    return {"nll": jnp.sum(states, axis=1)}
+
+
+class PackedTokens(Tokens):
+  """A memory of rows of several histories."""
+
+  rows = "packed"
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    ("Broken", "TypeError: dot_general"), ("Mean", "losses: expected a dict of float arrays"),
+    ("OfTen", "scores: expected an array [B, N], a score of every item, got [3, 10]"),
+    ("Lost", "search: expected a BeamResult of [B, width] items, got [3, 2]"),
+    ("Unscored", "expected losses, and scores"),
+  ],
+)  # fmt: skip
+def test_a_head_that_breaks_its_contract_is_refused_by_name(name, said):
+  with pytest.raises(InputError) as error:
+    make_recommender(settings_of(head=here(name)))
+  assert str(error.value).startswith(f"config field recommender.head = {here(name)!r}: {said}")
+
+
+def test_a_memory_is_of_one_history():
+  with pytest.raises(InputError, match=r"recommender\.backbone = .*PackedTokens': a memory is of one history"):
+    make_recommender(settings_of(backbone=here("PackedTokens"), head="generative"))
+
+
 def test_a_backbone_of_whole_rows_may_give_the_last_states_alone():
   check_parts(settings_of(backbone=here("Sums"), head="dense", rows="histories"))
   check_parts(settings_of(backbone=here("Last"), head="dense", rows="histories"))

@@ -5,6 +5,8 @@ import pytest
 
 from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.reporting.report import gather
+from bbqrec_jax.runs.restore import restore
 from bbqrec_jax.runs.run import run
 from bbqrec_jax.serving.run import load_run
 
@@ -46,6 +48,10 @@ def test_a_run_of_another_split_is_whole(data, tmp_path, split, capsys):
   assert len(ranks["test"]) == 40 if split == "none" else 0 < len(ranks["test"]) < 40
   finished = load_run(tmp_path / "run")
   assert finished.evaluate()["test"]["ndcg@10"] == pytest.approx(results["test"]["ndcg@10"], abs=1e-6)
+  told = gather(tmp_path / "run", restore(tmp_path / "run"))
+  shown = [row for best_or_worst in told["extremes"].values() for row in best_or_worst]
+  assert shown
+  assert told["results"]["data"]["split"] == split
   assert len(finished.recommend([[3]], k=2)[0]) == 2, "a new user with one interaction"
   config.data.split = "leave_one_out"
   with pytest.raises(InputError, match=r"data\.split"):

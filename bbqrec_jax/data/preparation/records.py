@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.files import check_file
 
 # Bytes that one object may take; a gzip bomb, or a file of another kind, is not read to its end as one line.
@@ -179,14 +179,3 @@ def flat_text(value: Any, *, joiner: str = " ") -> str:
     elif isinstance(one, bool | int | float) and one == one:  # NaN is what is missing.
       parts.append(str(one))
   return joiner.join(dict.fromkeys(filter(None, parts)))
-
-
-def require_records(path: Path, count: int) -> None:
-  """Refuses a file in which no object was found.
-
-  Raises:
-    InputError: if `count` is 0.
-  """
-  if not count:
-    first = next(read_lines(path), b"")
-    raise InputError(f"{path}: expected objects, one a line, got {shown(first)}; give a file of JSON lines")
