@@ -12,65 +12,43 @@ What is here is imported when it is used: importing the package itself costs not
 itself from `bbqrec_jax.ops`, and what is made of semantic IDs from `bbqrec_jax.semantic_ids`.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
+
+from bbqrec_jax.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-  from bbqrec_jax.config import default_config
-  from bbqrec_jax.data.dataset import Dataset
-  from bbqrec_jax.data.encoding.encode import features
-  from bbqrec_jax.data.preparation.prepare import prepare
-  from bbqrec_jax.data.tables import load_data
-  from bbqrec_jax.errors import InputError
-  from bbqrec_jax.presets import preset
-  from bbqrec_jax.serving.run import Run, load_run, run, tokenize
-  from bbqrec_jax.tokenizer.new_items import assign
-
-import sys
+  from bbqrec_jax.config import default_config as default_config
+  from bbqrec_jax.data.dataset import Dataset as Dataset
+  from bbqrec_jax.data.encoding.encode import features as features
+  from bbqrec_jax.data.preparation.prepare import prepare as prepare
+  from bbqrec_jax.data.tables import load_data as load_data
+  from bbqrec_jax.errors import InputError as InputError
+  from bbqrec_jax.presets import preset as preset
+  from bbqrec_jax.semantic_ids.artefact import SemanticIds as SemanticIds
+  from bbqrec_jax.serving.run import Run as Run
+  from bbqrec_jax.serving.run import load_run as load_run
+  from bbqrec_jax.serving.run import run as run
+  from bbqrec_jax.serving.run import tokenize as tokenize
+  from bbqrec_jax.tokenizer.new_items import assign as assign
 
 __version__ = "0.1.0"
 
-__all__ = [
-  "Dataset",
-  "InputError",
-  "Run",
-  "assign",
-  "default_config",
-  "features",
-  "load_data",
-  "load_run",
-  "prepare",
-  "preset",
-  "run",
-  "tokenize",
-]
-
-_MODULES = {
-  "Dataset": "data.dataset",
-  "InputError": "errors",
-  "Run": "serving.run",
-  "assign": "tokenizer.new_items",
-  "default_config": "config",
-  "features": "data.encoding.encode",
-  "load_data": "data.tables",
-  "load_run": "serving.run",
-  "prepare": "data.preparation.prepare",
-  "preset": "presets",
-  "run": "serving.run",
-  "tokenize": "serving.run",
-}
-
-
-def __getattr__(name: str) -> Any:
-  """Imports a name of the public API when it is asked for."""
-  if name not in _MODULES:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-  return [*globals(), *__all__]
-
+__all__, __getattr__, __dir__ = lazy_names(
+  __name__,
+  {
+    "config": ["default_config"],
+    "data.dataset": ["Dataset"],
+    "data.encoding.encode": ["features"],
+    "data.preparation.prepare": ["prepare"],
+    "data.tables": ["load_data"],
+    "errors": ["InputError"],
+    "presets": ["preset"],
+    "semantic_ids.artefact": ["SemanticIds"],
+    "serving.run": ["Run", "load_run", "run", "tokenize"],
+    "tokenizer.new_items": ["assign"],
+  },
+)
 
 if sys.argv[:1] == ["-m"]:  # So it is while `python -m bbqrec_jax.NAME` looks for the program.
   try:

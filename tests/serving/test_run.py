@@ -137,7 +137,9 @@ def test_importing_the_package_imports_nothing_else():
   subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_every_name_of_the_api_is_there():
-  assert all(callable(getattr(bbqrec_jax, name)) and getattr(bbqrec_jax, name).__doc__ for name in bbqrec_jax.__all__)
+@pytest.mark.parametrize("package", [bbqrec_jax, bbqrec_jax.ops, bbqrec_jax.semantic_ids], ids=lambda one: one.__name__)
+def test_every_name_of_the_api_is_there(package):
+  assert all(callable(getattr(package, name)) and getattr(package, name).__doc__ for name in package.__all__)
+  assert set(package.__all__) <= set(dir(package))
   with pytest.raises(AttributeError, match="nosuch"):
-    _ = bbqrec_jax.nosuch
+    _ = package.nosuch
