@@ -9,7 +9,8 @@ with 1 if anything was answered wrongly, failed with 5xx that is no refusal, or 
 
 What it does: 1, 16 and 64 connections for `--seconds` each; clients that send a byte at a time, half a body, or leave;
 `--mutations` requests with bytes changed; a corrupt bundle, and then a good one, taken under load; kill -9 in mid-load
-and the time until the server answers again; a disk without room for log and compilation cache; memory before and after.
+and the time until the server answers again; a disk without room for log and compilation cache; memory before, after and
+at each quarter of a load.
 """
 
 import argparse
@@ -177,6 +178,17 @@ async def load(server, truth, *, connections, seconds, extra=None):
       await extra(client)
   await asyncio.gather(*tasks)
   return spent, statuses
+
+
+def sampled(server, seconds, samples):
+  """What `load` is given as `extra` to note the server's memory at each quarter of it."""
+
+  async def sample(_):
+    for _quarter in range(4):
+      await asyncio.sleep(0.99 * seconds / 4)
+      samples.append(round(server.memory()))
+
+  return sample
 
 
 def summary(spent, statuses, seconds):
@@ -386,11 +398,13 @@ def main():
     for connections in map(int, options.connections.split(",")):
       asyncio.run(load(server, truth, connections=connections, seconds=1))  # Warm.
       before, own = server.cpu_seconds(), time.process_time()
-      spent, statuses = asyncio.run(load(server, truth, connections=connections, seconds=options.seconds))
+      held = []
+      extra = sampled(server, options.seconds, held)
+      spent, statuses = asyncio.run(load(server, truth, connections=connections, seconds=options.seconds, extra=extra))
       count = max(1, len(spent))
       each = {"cpu_ms_each": round(1000 * (server.cpu_seconds() - before) / count, 1)}
       each["client_cpu_ms_each"] = round(1000 * (time.process_time() - own) / count, 2)
-      record[f"{connections} connections"] = summary(spent, statuses, options.seconds) | each
+      record[f"{connections} connections"] = summary(spent, statuses, options.seconds) | each | {"memory_mib": held}
       print(connections, record[f"{connections} connections"], flush=True)
     record["memory_mib"].append(round(server.memory()))
     if not options.load_only:
