@@ -133,6 +133,9 @@ def _tokenizer(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathl
   return (shared / "tokenizer").absolute()
 
 
+_OF_A_MACHINE = ("data.path", "tokenizer.artefact")  # Fields of a config that say where, not what.
+
+
 def write_record(path: pathlib.Path, results: Mapping[str, Any], config: Any, *, system: str) -> None:
   """Keeps what a run reached, with all that is needed to do it again, as JSON."""
   device = jax.devices()[0]
@@ -149,6 +152,6 @@ def write_record(path: pathlib.Path, results: Mapping[str, Any], config: Any, *,
       "best_step": results["best_step"],
       "seconds": results["seconds"],
       "device": f"{jax.device_count()} x {device.device_kind}",
-      "config": {field: value for field, value in flatten(config).items() if field != "data.path"},
+      "config": {field: value for field, value in flatten(config).items() if field not in _OF_A_MACHINE},
     },
   )
