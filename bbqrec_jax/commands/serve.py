@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
 
     import uvicorn
 
+    from bbqrec_jax.serving.connection import listening
     from bbqrec_jax.serving.gate import Options, say
     from bbqrec_jax.serving.server import Serving, make_app, set_aside
   except ModuleNotFoundError as error:
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) != 2:
       raise InputError(f"expected one bundle, got {len(argv) - 1}: bbqrec serve runs/bundle --port=8765")
-    for name in ("queue", "timeout", "body_kib"):
+    for name in ("queue", "timeout", "head_seconds", "body_kib"):
       if getattr(options, name) <= 0:
         raise InputError(f"--{name}: expected a number above 0, got {getattr(options, name)}")
     folder, token = local_path(argv[1], flag="bundle"), read_token(options.token_file)
@@ -69,6 +70,8 @@ def main(argv: list[str]) -> None:
         waiting=options.queue,
         window=options.window_ms / 1000,
         timeout=options.timeout,
+        connections=options.connections,
+        head_seconds=options.head_seconds,
         body_bytes=int(options.body_kib * 1024),
         token=token,
         access_log=options.access_log,
@@ -79,17 +82,7 @@ def main(argv: list[str]) -> None:
   set_aside()
   say(event="loaded", bundle=serving.engine.bundle.version, items=serving.engine.bundle.num_items)
   print(f"http://{options.host}:{options.port}/  {serving.engine.bundle.num_items} items, {folder}", flush=True)
-  config = uvicorn.Config(
-    make_app(serving),
-    host=options.host,
-    port=options.port,
-    log_level="warning",
-    access_log=False,  # It names clients.
-    server_header=False,
-    limit_concurrency=options.connections,
-    timeout_keep_alive=30,
-    timeout_graceful_shutdown=int(options.timeout) + 5,
-  )
+  config = listening(make_app(serving), serving.options, host=options.host, port=options.port)
 
   async def serve() -> None:
     """Serves, and listens for SIGHUP."""
@@ -127,6 +120,7 @@ def program() -> None:
   flags.DEFINE_integer("connections", 1024, "How many connections may be open; beyond them 503.", lower_bound=1)
   flags.DEFINE_float("window_ms", 2.0, "How long requests are gathered for before they are answered together.", 0, 1000)
   flags.DEFINE_float("timeout", 5.0, "Seconds after which a request that waits is refused with 503.")
+  flags.DEFINE_float("head_seconds", 10.0, "Seconds until a request's head must be there; then it is cut off.")
   flags.DEFINE_float("body_kib", 256.0, "The largest body of a request, in KiB.")
   flags.DEFINE_bool("access_log", True, "Whether a line of JSON is written for each request, without what it asks.")
   start(main, flags_parser=functools.partial(parse_flags, words=True))

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Comparison(NamedTuple):
   Attributes:
     users: how many were asked about.
     identical: of them, those with the same list.
-    equal: those with the same list but for neighbours whose scores are nearly the same.
+    equal: of the others, those with the same list but for neighbours whose scores are nearly the same.
     difference: the largest of two scores at the same place.
   """
 
@@ -252,8 +253,10 @@ def write_bundle(
   partial.mkdir(parents=True, exist_ok=True)
   (partial / "recommend.bin").write_bytes(function)
   weights = {name: np.array(array, order="C") for name, array in (similarity | arrays).items()}
-  save_file(weights, partial / "weights.safetensors")
-  save_file({name: np.array(array, order="C") for name, array in vectors.items()}, partial / "similarity.safetensors")
+  nearness = {name: np.array(array, order="C") for name, array in vectors.items()}
+  for name, held in (("weights.safetensors", weights), ("similarity.safetensors", nearness)):
+    save_file(held, partial / name)
+    shutil.copymode(partial / "recommend.bin", partial / name)  # It is the owner's alone otherwise.
   items: dict[str, Any] = {"ids": restored.dataset.item_ids.to_json(), "titles": list(restored.dataset.titles)}
   if attributes:
     items["attributes"] = attributes
@@ -282,10 +285,10 @@ def write_bundle(
   }
   write_json(partial / "bundle.json", note)
   compared = compare_with_live(Bundle(partial), restored, users=users) if users else None
-  if compared is not None and compared.equal < compared.users:
+  if compared is not None and (others := compared.users - compared.identical - compared.equal):
     raise InputError(
-      f"{partial}: expected the lists of the live model for {compared.users} users,"
-      f" {compared.users - compared.equal} have others; do not serve it, and tell the project"
+      f"{partial}: expected the lists of the live model for {compared.users} users, {others} have others; do not serve"
+      " it, and tell the project"
     )
   os.rename(partial, folder)
   return note, compared
@@ -301,8 +304,10 @@ def compare_with_live(bundle: Bundle, restored: Restored, *, users: int, seed: i
   difference = 0.0
   live = _live(restored, histories, top=bundle.limits["top"])
   for own, expected in zip(bundle.answer(queries), live, strict=True):
-    identical += np.array_equal(own.items, expected.items)
-    equal += same(own, expected)
+    agrees = same(own, expected)
+    alike = agrees and np.array_equal(own.items, expected.items)
+    identical += alike
+    equal += agrees - alike
     if len(own.scores) == len(expected.scores) > 0:
       difference = max(difference, float(np.abs(own.scores - expected.scores).max()))
   return Comparison(len(chosen), identical, equal, difference)

@@ -4,17 +4,21 @@ import asyncio
 import contextlib
 import hmac
 import json
+import pathlib
 import secrets
 import sys
 import time
+import traceback
 from typing import Any, NamedTuple
 
 import prometheus_client
 from fastapi.responses import JSONResponse, Response
 
+import bbqrec_jax
 from bbqrec_jax.errors import printable
 
-_OPEN = ("/", "/health", "/ready", "/metrics")  # Routes that need no token: they tell nothing of the items.
+_PROBES = ("/health", "/ready", "/metrics")  # Routes that are answered however many ask, and not logged.
+_OPEN = ("/", *_PROBES)  # Routes that need no token: they tell nothing of the items.
 
 
 class Options(NamedTuple):
@@ -24,6 +28,9 @@ class Options(NamedTuple):
     waiting: requests that may wait; beyond them 429.
     window: seconds that requests are gathered for before they are answered together.
     timeout: seconds until a request that waits is refused with 503.
+    connections: that may be open; beyond them 503, but for probes.
+    head_bytes: of a request's path and headers; beyond them 431.
+    head_seconds: until they must be there; then the connection is closed.
     body_bytes: of a request; beyond them 413.
     body_seconds: until the body of a request must be there; then 408.
     token: that requests must bear; "" for none.
@@ -33,6 +40,9 @@ class Options(NamedTuple):
   waiting: int = 256
   window: float = 0.002
   timeout: float = 5.0
+  connections: int = 1024
+  head_bytes: int = 2**16
+  head_seconds: float = 10.0
   body_bytes: int = 2**18
   body_seconds: float = 10.0
   token: str = ""
@@ -76,7 +86,9 @@ def say(**fields: Any) -> None:
 class Gate:
   """What stands before the routes: the token, the size and the time of the body, and what is noted of each request.
 
-  The body is read here, so that a slow or broken client holds nothing but its own connection.
+  The body is read here, so that a slow or broken client holds nothing but its own connection. HEAD is answered as GET
+  is; that a body is left out is the business of what sends it. What goes wrong here and behind is answered here, too:
+  whoever stands before would print what was asked.
   """
 
   def __init__(self, app: Any, options: Options, meters: Meters):
@@ -112,7 +124,8 @@ class Gate:
         return
       # A body is JSON, whatever a client calls it: curl's -d calls it a form.
       headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
-      scope = scope | {"headers": [*headers, (b"content-type", b"application/json")]}
+      method = "GET" if scope["method"] == "HEAD" else scope["method"]
+      inner = scope | {"headers": [*headers, (b"content-type", b"application/json")], "method": method}
       sent = False
 
       async def replay() -> Any:
@@ -122,22 +135,35 @@ class Gate:
         sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-      await self._app(scope, replay, noted)
+      await self._app(inner, replay, noted)
     except _Gone:
       status = 499  # As nginx has it: nobody is left to hear.
+    except asyncio.CancelledError:  # The server stops, and has waited long enough.
+      if not status:
+        await refused(503, "stopping", {"Retry-After": "5"})(scope, receive, noted)
+    except Exception as error:
+      say(event="error", request=request, kind=type(error).__name__, where=_place(error))  # It may quote the request.
+      if not status:
+        await refused(500, "something went wrong here")(scope, receive, noted)
     finally:
       seconds = time.perf_counter() - start
       self._meters.requests.labels(route, str(status)).inc()
       self._meters.seconds.labels(route).observe(seconds)
-      if options.access_log and route not in ("/health", "/ready", "/metrics"):
+      if options.access_log and route not in _PROBES:
         say(request=request, method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 1))
 
   def _refusal(self, scope: Any) -> Response | None:
     """What is wrong with a request before its body is read."""
     token, headers = self._options.token, dict(scope["headers"])
+    if scope.get("state", {}).get("crowded") and scope["path"] not in _PROBES:
+      return refused(503, "too many connections; try again later", {"Retry-After": "1", "Connection": "close"})
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    if size + sum(len(name) + len(value) for name, value in scope["headers"]) > self._options.head_bytes:
+      most = self._options.head_bytes
+      return refused(431, f"expected a head of at most {most} bytes, got more", {"Connection": "close"})
     if token and scope["path"] not in _OPEN:
-      given = headers.get(b"authorization", b"")
-      if not hmac.compare_digest(given, b"Bearer " + token.encode()):
+      scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+      if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), token.encode()):
         return refused(401, "expected the header Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
     if int(headers.get(b"content-length", b"0")) > self._options.body_bytes:
       return self._too_large()
@@ -169,6 +195,14 @@ class Gate:
 
 class _Gone(Exception):
   """The client has left."""
+
+
+def _place(error: Exception) -> str:
+  """The last line of this package that an exception came through."""
+  package = pathlib.Path(bbqrec_jax.__file__).parent
+  lines = [(pathlib.Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+  path, line = [(path, line) for path, line in lines if path.is_relative_to(package)][-1]
+  return f"{path.relative_to(package.parent)}:{line}"
 
 
 def refused(status: int, error: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -57,11 +57,11 @@ def _strongest(worth: np.ndarray, *, count: int) -> tuple[np.ndarray, ...]:
 
 
 def _told(
-  make: Callable[..., Reason], arrays: Sequence[np.ndarray], items: Sequence[np.ndarray], *, above: float
+  make: Callable[..., Reason], arrays: Sequence[np.ndarray], items: Sequence[np.ndarray]
 ) -> list[list[list[Reason]]]:
-  """Of each user and item what `make` makes of the arrays [B, k, count], where the last one is above a number."""
+  """Of each user and item what `make` makes of the arrays [B, k, count], where the last one is above zero."""
   return [
-    [[make(*one) for one in zip(*row, strict=True) if one[-1] > above] for row in zip(*user, strict=True)][: len(own)]
+    [[make(*one) for one in zip(*row, strict=True) if one[-1] > 0] for row in zip(*user, strict=True)][: len(own)]
     for own, *user in zip(items, *(array.tolist() for array in arrays), strict=True)
   ]
 
@@ -69,7 +69,7 @@ def _told(
 class Cosines:
   """Reasons by likeness alone: what a recommended item resembles by what the model is told of items.
 
-  They are no proof of what the model computed.
+  They are no proof of what the model computed. Items that are unlike it, of a cosine of zero or less, are no reasons.
   """
 
   def __init__(self, vectors: Mapping[str, np.ndarray], *, max_length: int):
@@ -96,7 +96,7 @@ class Cosines:
     def reason(item: int, stream: int, cosine: float) -> Reason:
       return Reason(item, self._streams[stream], cosine)
 
-    return _told(reason, (recent[users, places], streams, cosines[chosen]), items, above=-np.inf)
+    return _told(reason, (recent[users, places], streams, cosines[chosen]), items)
 
 
 class Addends:
@@ -163,4 +163,4 @@ class Addends:
       return Reason(item, name, cosine if stream < len(self._vectors) else None, self._buckets[bucket], added)
 
     told = recent[users, places], streams, cosines[chosen], buckets[chosen], added[chosen]
-    return _told(reason, told, items, above=0.0)
+    return _told(reason, told, items)

@@ -19,7 +19,8 @@ import fastapi
 import numpy as np
 import prometheus_client
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 import bbqrec_jax
@@ -46,7 +47,6 @@ class Serving:
       InputError: if it is not good.
     """
     self.folder, self.options, self.meters = folder, options, Meters()
-    self.stopping = False
     self._load, self._turn = load, asyncio.Lock()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search")
     self.engine = self._engine(load(folder.resolve()))
@@ -91,7 +91,6 @@ class Serving:
 
   async def close(self) -> None:
     """Answers what waits, then ends the thread."""
-    self.stopping = True
     await self.engine.batcher.drain()
     self._thread.shutdown()
 
@@ -126,7 +125,7 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
     yield
     await serving.close()
 
-  statuses = {status: {"model": Refusal} for status in (400, 401, 404, 408, 413, 422, 429, 503)}
+  statuses = {status: {"model": Refusal} for status in (400, 401, 404, 408, 413, 422, 429, 431, 500, 503)}
   app = fastapi.FastAPI(
     title="bbqrec",
     version=bbqrec_jax.__version__,
@@ -136,6 +135,9 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
     lifespan=lifespan,
     responses=statuses,  # type: ignore[arg-type]
   )
+  # It is declared here; the gate, which stands before, asks for it.
+  bearer = HTTPBearer(auto_error=False, description="The token of the server, where it was started with one.")
+  guarded = fastapi.APIRouter(dependencies=[fastapi.Depends(bearer)])
   text, policy = read_page()
 
   @app.exception_handler(InputError)
@@ -149,18 +151,19 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
   @app.exception_handler(RequestValidationError)
   async def of_fields(request: Any, error: RequestValidationError) -> Response:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    said = "no such field; /openapi.json names those there are" if first["type"] == "extra_forbidden" else first["msg"]
-    return refused(400 if first["type"] == "json_invalid" else 422, f"{where}: {said}")
+    kind, path, said = first["type"], [str(part) for part in first["loc"][1:]], first["msg"]
+    if kind == "json_invalid":
+      return refused(400, f"body: not JSON (position {path[0]})")
+    if kind == "extra_forbidden":
+      said = "no such field; /openapi.json names those there are"
+    if path[-1:] == ["str"]:  # One of the two kinds of ids, the first to be tried.
+      path.pop()
+      said = "Input should be a valid string or integer" if kind == "string_type" else said
+    return refused(422, f"{'.'.join(path) or 'body'}: {said}")
 
   @app.exception_handler(HTTPException)
   async def of_http(request: Any, error: HTTPException) -> Response:
     return refused(error.status_code, str(error.detail), dict(error.headers or {}))
-
-  @app.exception_handler(Exception)
-  async def of_us(request: Any, error: Exception) -> Response:
-    say(event="error", kind=type(error).__name__)  # What it says may quote a request.
-    return refused(500, "something went wrong here")
 
   @app.get("/", include_in_schema=False)
   async def page() -> Response:
@@ -172,13 +175,11 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
     return {"status": "alive"}
 
   @app.get("/ready")
-  async def ready() -> Response:
-    """Whether it takes requests."""
-    if serving.stopping:
-      return refused(503, "stopping", {"Retry-After": "5"})
-    return JSONResponse({"status": "ready", "bundle": serving.engine.bundle.version})
+  async def ready() -> dict[str, str]:
+    """Whether it takes requests: always, as the port opens with a bundle in use and closes first when it stops."""
+    return {"status": "ready", "bundle": serving.engine.bundle.version}
 
-  @app.get("/about")
+  @guarded.get("/about")
   async def about() -> dict[str, Any]:
     """What the bundle is of, and its limits."""
     bundle = serving.engine.bundle
@@ -191,7 +192,7 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
       {"bundle": bundle.version, "items": bundle.num_items, "titles": any(bundle.titles)} | streams | filters | told
     )
 
-  @app.post("/recommend", response_model=Recommendations)
+  @guarded.post("/recommend", response_model=Recommendations)
   async def recommend(asked: Asked) -> Any:
     """The best next items of a history."""
     engine = serving.engine
@@ -201,7 +202,7 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
     # As it is: a check of our own answer against its model takes as long as all else that is done to it here.
     return JSONResponse(engine.recommendations(answer, skipped))
 
-  @app.get("/similar", response_model=Similar)
+  @guarded.get("/similar", response_model=Similar)
   def similar(
     id: str,
     k: Annotated[int, fastapi.Query(ge=1, le=1000)] = 10,
@@ -217,7 +218,7 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
     items = [engine.item(int(own)) | {"similarity": round(float(cosine), 4)} for own, cosine in near]
     return {"items": items, "bundle": engine.bundle.version}
 
-  @app.get("/items", response_model=Found)
+  @guarded.get("/items", response_model=Found)
   def items(
     query: Annotated[str | None, fastapi.Query(max_length=200)] = None,
     id: str | None = None,
@@ -235,14 +236,14 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
     rows = [int(row) for row in exact if row >= 0 and row not in rows] + rows
     return {"items": [engine.item(row) for row in rows[:limit]]}
 
-  @app.get("/metrics")
+  @app.get("/metrics", response_class=PlainTextResponse)
   async def metrics() -> Response:
     """For Prometheus."""
     return Response(
       prometheus_client.generate_latest(serving.meters.registry), media_type=prometheus_client.CONTENT_TYPE_LATEST
     )
 
-  @app.post("/reload")
+  @guarded.post("/reload", responses={status: {"model": Refusal} for status in (403, 409)})
   async def reload() -> dict[str, str]:
     """Takes the bundle that is at the server's path now; needs a server with a token."""
     if not serving.options.token:
@@ -253,5 +254,6 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
       raise HTTPException(409, f"{error}; the bundle in use stays") from error
     return {"bundle": serving.engine.bundle.version}
 
+  app.include_router(guarded)
   app.add_middleware(Gate, options=serving.options, meters=serving.meters)
   return app

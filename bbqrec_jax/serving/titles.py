@@ -1,19 +1,24 @@
 """Items by words of their titles."""
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
+
+_MOST = 50_000  # Titles that are looked into for one query.
 
 
 class Titles:
   """Finds titles that hold given words, in any case and order.
 
-  All titles stand in one text, which is searched for the longest of the words at the speed of `str.find`; the others
-  are looked for in the titles that have it.
+  All titles stand in one text, each after a line break, which is searched for the longest of the words at the speed of
+  `str.find`; the others are looked for in the titles that have it, the first 50,000 at most.
   """
 
   def __init__(self, titles: tuple[str, ...]):
     """Takes the titles of N items, "" where one has none."""
     self._folded = [" ".join(title.casefold().split()) for title in titles]
-    self._text = "\n".join(self._folded)
+    self._text = "".join(f"\n{title}" for title in self._folded)
     self._starts = np.append(0, np.cumsum([len(title) + 1 for title in self._folded], dtype=np.int64))
     self._rows: dict[str, int] = {}
     for row, title in enumerate(self._folded):
@@ -29,14 +34,19 @@ class Titles:
     parts = words.casefold().split()
     if not parts:
       return []
-    longest, first = max(parts, key=len), " ".join(parts)
-    best: list[int] = []
-    rest: list[int] = []
-    place = self._text.find(longest)
-    while place >= 0 and len(best) < count:
+    first = " ".join(parts)
+    best = list(itertools.islice(self._hits(f"\n{first}"), count))
+    rest = (
+      row
+      for row in itertools.islice(self._hits(max(parts, key=len)), _MOST)
+      if not self._folded[row].startswith(first) and all(part in self._folded[row] for part in parts)
+    )
+    return best + list(itertools.islice(rest, count - len(best)))
+
+  def _hits(self, part: str) -> Iterator[int]:
+    """Rows of the titles that hold a part, in their order."""
+    place = self._text.find(part)
+    while place >= 0:
       row = int(np.searchsorted(self._starts, place, side="right")) - 1
-      title = self._folded[row]
-      if all(part in title for part in parts):
-        (best if title.startswith(first) else rest).append(row)
-      place = self._text.find(longest, int(self._starts[row + 1]))
-    return (best + rest)[:count]
+      yield row
+      place = self._text.find(part, int(self._starts[row + 1]))

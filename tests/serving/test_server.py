@@ -2,8 +2,11 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import pathlib
+import random
+import socket
 import threading
 import time
 from typing import ClassVar
@@ -11,12 +14,14 @@ from typing import ClassVar
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.serving.attributes import Attributes
 from bbqrec_jax.serving.batching import Batcher, Overloaded
 from bbqrec_jax.serving.bundle import Answer, Query
+from bbqrec_jax.serving.connection import listening
 from bbqrec_jax.serving.gate import Options
 from bbqrec_jax.serving.reasons import Reason
 from bbqrec_jax.serving.server import Serving, make_app
@@ -82,6 +87,44 @@ def serve(stub, tmp_path):
     return httpx.AsyncClient(transport=transport, base_url="http://here"), serving
 
   return make
+
+
+@pytest.fixture
+def listen(stub, tmp_path):
+  """A function options -> (address, uvicorn's server): one that listens on a port of its own, until the test ends."""
+  with contextlib.ExitStack() as stack:
+
+    def make(**options):
+      serving = Serving(tmp_path, Options(**({"window": 0.0, "access_log": False} | options)), load=lambda folder: stub)
+      listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+      server = uvicorn.Server(listening(make_app(serving), serving.options))
+      thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+      thread.start()
+      stack.callback(thread.join, 10)
+      stack.callback(setattr, server, "should_exit", True)
+      while not server.started:
+        time.sleep(0.01)
+      return listener.getsockname(), server
+
+    yield make
+
+
+def opened(address, content=b""):
+  """A connection that has sent something."""
+  connection = socket.create_connection(address, timeout=10)
+  connection.sendall(content)
+  return connection
+
+
+def rest(connection):
+  """What comes until the other side closes: the status, 0 without one; the headers; the body."""
+  content = b""
+  with connection, contextlib.suppress(ConnectionError):
+    while piece := connection.recv(2**16):
+      content += piece
+  head, _, body = content.decode().partition("\r\n\r\n")
+  lines = head.split("\r\n")
+  return int((lines[0].split() or [0, 0])[1]), dict(line.lower().split(": ", 1) for line in lines[1:]), body
 
 
 def ask(client, method, path, **arguments):
@@ -155,6 +198,7 @@ def test_what_may_come_back_can_be_chosen(serve, asked, items):
     ({"history": ["T1"], "filters": {"price": {"max": "5"}}}, 422, "filters.price.max: "),
     ({"history": ["T1"], "filters": {"price": {"min": 5, "max": 4}}}, 422, "min of at most max"),
     ({"history": "T1"}, 422, "history: "),
+    ({"history": ["T1", True]}, 422, "history.1: Input should be a valid string or integer"),
     ({"history": ["T1"], "more": 1}, 422, "more: "),
     ({"history": ["T1"] * 10_001}, 422, "history: "),
   ],
@@ -173,6 +217,95 @@ def test_what_is_no_json_is_a_bad_request(serve, content):
   found = ask(client, "POST", "/recommend", content=content)
   assert found.status_code in (400, 422)
   assert set(found.json()) == {"error"}
+
+
+@pytest.mark.parametrize(("content", "position"), [(b"{bad", 1), (b'{"k": 1,, }', 8)])
+def test_where_json_ends_is_said(serve, content, position):
+  client, _ = serve()
+  found = ask(client, "POST", "/recommend", content=content)
+  assert (found.status_code, found.json()["error"]) == (400, f"body: not JSON (position {position})")
+
+
+def test_head_is_answered_as_get_without_a_body(listen):
+  address, _ = listen()
+  for path, status in (("/", 200), ("/health", 200), ("/items?id=T9", 404), ("/recommend", 405)):
+    heads = [
+      rest(opened(address, f"{method} {path} HTTP/1.1\r\nConnection: close\r\n\r\n".encode()))
+      for method in ("HEAD", "GET")
+    ]
+    assert [head[0] for head in heads] == [status, status]
+    assert heads[0][1]["content-length"] == heads[1][1]["content-length"] == str(len(heads[1][2]))
+    assert not heads[0][2]
+
+
+def test_connections_that_send_no_request_are_closed_and_keep_nobody_from_the_probes(listen):
+  address, _ = listen(connections=3, head_seconds=1.0)
+  silent = [opened(address) for _ in range(3)]
+  half = opened(address, b"GET /about HTTP/1.1\r\nHost: ")
+  url = "http://{}:{}".format(*address)
+  time.sleep(0.1)
+  assert [httpx.get(f"{url}{path}").status_code for path in ("/health", "/ready", "/metrics")] == [200] * 3
+  found = httpx.get(f"{url}/about")
+  assert (found.status_code, found.headers["retry-after"], found.headers["connection"]) == (503, "1", "close")
+  assert "too many connections" in found.json()["error"]
+  assert [rest(one)[0] for one in silent] == [0] * 3
+  status, headers, body = rest(half)
+  assert (status, headers["connection"], set(json.loads(body))) == (408, "close", {"error"})
+  with httpx.Client() as client:
+    assert client.get(f"{url}/about").status_code == 200
+    time.sleep(1.3)  # One that was answered may wait longer.
+    assert client.get(f"{url}/about").status_code == 200
+
+
+def test_a_head_has_a_size(listen):
+  address, _ = listen()
+  start = b"GET /health HTTP/1.1\r\nConnection: close\r\nX: "
+  assert rest(opened(address, start + b"x" * 60_000 + b"\r\n\r\n"))[0] == 200
+  for content in (start + b"x" * 70_000, start + b"x" * 70_000 + b"\r\n\r\n", b"GET /?" + b"x" * 70_000,
+                  start + b"x\r\nX: " * 12_000):  # fmt: skip
+    status, headers, body = rest(opened(address, content))
+    assert (status, headers["connection"], set(json.loads(body))) == (431, "close", {"error"})
+  chunks = b"POST /recommend HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX: "
+  trailer = opened(address, chunks)
+  time.sleep(0.1)
+  trailer.sendall(b"x" * 70_000)
+  assert rest(trailer)[0] == 0, "cut off before the 408 of a body that does not end"
+  assert rest(opened(address, b"\x16\x03\x01"))[0] == 400
+
+
+def test_a_server_that_stops_answers_what_is_under_way(listen, capsys):
+  address, server = listen(body_seconds=1.5, timeout=0.5)
+  head = b"POST /recommend HTTP/1.1\r\nContent-Length: %d\r\n\r\n"
+  body = b'{"history": ["T1"]}'
+  slow, whole = opened(address, head % 999 + body), opened(address, head % len(body) + body[:5])
+  kept = opened(address, b"GET /health HTTP/1.1\r\n\r\n")
+  time.sleep(0.3)
+  server.should_exit = True
+  assert rest(kept)[0] == 200, "and closed at once"
+  whole.sendall(body[5:])
+  for connection, expected in ((whole, 200), (slow, 408)):
+    status, headers, text = rest(connection)
+    assert (status, headers["connection"]) == (expected, "close")
+    assert json.loads(text)
+  with pytest.raises(ConnectionError):
+    opened(address)
+  assert "Traceback" not in capsys.readouterr().err
+
+
+def test_who_is_not_answered_before_a_server_stops_is_told(serve, stub):
+  client, _ = serve()
+
+  async def stopped():
+    stub.gate.clear()
+    async with client:
+      task = asyncio.ensure_future(client.post("/recommend", json={"history": ["T1"]}))
+      await asyncio.sleep(0.1)
+      task.cancel()  # As uvicorn does after the time of grace.
+      stub.gate.set()
+      return await task
+
+  found = asyncio.run(stopped())
+  assert (found.status_code, found.json(), found.headers["retry-after"]) == (503, {"error": "stopping"}, "5")
 
 
 def test_items_are_found_and_compared(serve):
@@ -205,11 +338,13 @@ def test_a_token_is_asked_for(serve):
       right = {"Authorization": "Bearer s3cret"}
       return [
         (await client.get(path, headers=headers)).status_code
-        for path, headers in (("/items", {}), ("/items", {"Authorization": "Bearer s3cre"}), ("/items", right),
+        for path, headers in (("/items", {}), ("/items", {"Authorization": "Bearer s3cre"}),
+                              ("/items", {"Authorization": "Basic s3cret"}), ("/items", right),
+                              ("/items", {"Authorization": "bEARER s3cret"}),
                               ("/health", {}), ("/ready", {}), ("/", {}))
       ]  # fmt: skip
 
-  assert asyncio.run(several()) == [401, 401, 200, 200, 200, 200]
+  assert asyncio.run(several()) == [401, 401, 401, 200, 200, 200, 200, 200]
 
 
 def test_too_much_and_too_slow_a_body_are_refused(serve):
@@ -394,12 +529,22 @@ def test_a_full_disk_under_the_log_fails_no_request(serve, monkeypatch):
   assert ask(client, "POST", "/recommend", json={"history": ["T1"]}).status_code == 200
 
 
-def test_a_fault_of_ours_is_500_and_quotes_nothing(serve, stub, capsys):
-  stub.answer = None
-  client, _ = serve()
-  found = ask(client, "POST", "/recommend", json={"history": ["T1"]})
+def test_a_fault_of_ours_is_500_and_quotes_nothing(listen, stub, capsys):
+  def answer(queries):
+    raise KeyError(f"T{queries[0].history[0]}")
+
+  stub.answer = answer
+  address, _ = listen(access_log=True)
+  url = "http://{}:{}".format(*address)
+  found = httpx.post(f"{url}/recommend", json={"history": ["T1"]})
   assert (found.status_code, found.json()) == (500, {"error": "something went wrong here"})
-  assert json.loads(capsys.readouterr().err)["kind"] == "TypeError"
+  fault, line = map(json.loads, capsys.readouterr().err.splitlines())
+  assert fault["kind"] == "KeyError"
+  assert fault["where"].startswith("bbqrec_jax/serving/batching.py:")
+  assert line["status"] == 500
+  assert fault["request"] == line["request"] == found.headers["x-request-id"]
+  assert "T1" not in json.dumps([fault | {"time": ""}, line | {"time": ""}])
+  assert 'bbqrec_requests_total{route="/recommend",status="500"} 1.0' in httpx.get(f"{url}/metrics").text
 
 
 def test_the_page_stands_alone_and_names_what_it_runs(serve):
@@ -415,9 +560,15 @@ def test_the_page_stands_alone_and_names_what_it_runs(serve):
 
 def test_everything_is_in_the_api_description(serve):
   client, _ = serve()
-  paths = ask(client, "GET", "/openapi.json").json()["paths"]
+  found = ask(client, "GET", "/openapi.json").json()
+  paths = found["paths"]
   assert {"/recommend", "/similar", "/items", "/about", "/health", "/ready", "/metrics", "/reload"} <= set(paths)
   assert {"200", "422", "429", "503"} <= set(paths["/recommend"]["post"]["responses"])
+  assert {"403", "409"} <= set(paths["/reload"]["post"]["responses"])
+  assert set(paths["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+  (name,) = [name for name, one in found["components"]["securitySchemes"].items() if one["scheme"] == "bearer"]
+  asked = {path for path, methods in paths.items() for one in methods.values() if {name: []} in one.get("security", [])}
+  assert asked == {"/recommend", "/similar", "/items", "/about", "/reload"}
 
 
 def test_titles_are_found_by_words_in_any_order():
@@ -436,6 +587,26 @@ def test_titles_are_found_by_words_in_any_order():
   ]
 
 
+def test_titles_that_begin_with_the_words_come_first_and_each_kind_in_its_order():
+  rng = random.Random(0)
+  names = [" ".join(rng.choices(["a", "ab", "b", "abc", ""], k=rng.randrange(5))) for _ in range(300)]
+  titles = Titles(tuple(names))
+  folded = [" ".join(name.split()) for name in names]
+  for _ in range(200):
+    parts, count = rng.choices(["a", "b", "ab", "bc", "abc"], k=rng.randint(1, 3)), rng.randint(1, 40)
+    rows = [row for row, title in enumerate(folded) if all(part in title for part in parts)]
+    rows.sort(key=lambda row: not folded[row].startswith(" ".join(parts)))
+    assert titles.search(" ".join(parts), count=count) == rows[:count]
+
+
+def test_a_letter_that_all_titles_have_is_found_at_once():
+  titles = Titles(("apple tree", "every tree", "red tea") * 100_000)
+  begin = time.process_time()
+  assert titles.search("t", count=3) == [0, 1, 2]
+  assert titles.search("tree red", count=3) == [], "and those of two words that never meet are given up"
+  assert time.process_time() - begin < 0.5
+
+
 def test_the_manifest_asks_for_what_the_server_has(request):
   import yaml
 
@@ -446,6 +617,12 @@ def test_the_manifest_asks_for_what_the_server_has(request):
   assert {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness")} == {"/ready"}
   mounts = {one["name"] for one in container["volumeMounts"]}
   assert mounts == {one["name"] for one in deployment["spec"]["template"]["spec"]["volumes"]}
+  assert container["resources"]["limits"]["memory"] == "3Gi", "a cold compilation holds 2.3 GiB"
+  (cache,) = [one for one in deployment["spec"]["template"]["spec"]["volumes"] if one["name"] == "cache"]
+  assert "persistentVolumeClaim" in cache, "it outlives the pod"
+  grace = listening(None, Options(timeout=5.0, body_seconds=10.0)).timeout_graceful_shutdown
+  assert grace > 15, "a body and its answer may take as long"
+  assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > 5 + grace, "preStop sleeps for 5 s"
   assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
   given = {argument.split("=")[0] for argument in container["args"][1:]}
   command = pathlib.Path(folder.parent / "commands" / "serve.py").read_text(encoding="utf-8")
