@@ -15,6 +15,8 @@ from bbqrec_jax.data.dataset import statistics
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.candidate_similarity import stream_vectors
 from bbqrec_jax.recommender.items import item_features
+from bbqrec_jax.recommender.settings import has_network
+from bbqrec_jax.recommender.signals import is_fitted
 from bbqrec_jax.reporting import figures
 from bbqrec_jax.runs.restore import Restored
 from bbqrec_jax.runs.workdir import SHOWN, load_results
@@ -28,6 +30,11 @@ _PARTS = (
   ("test", "test"),
   ("test_without_history", "test, seen items left out"),
 )
+_SPLITS = {
+  "leave-one-out": "leave-one-out: each user's last item is the test item, the one before it that of validation",
+  "temporal": "temporal: what came after a moment that is the same for everybody is held out",
+  "none": "none: nothing is held out, and figures are on what was learned from",
+}
 
 
 class Chart(NamedTuple):
@@ -90,10 +97,10 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
     vectors = ids.vectors("fused")
   training = training_charts(figures.curves(workdir / "metrics.jsonl"))
   groups = [
-    Chart("by_length", "By length of the history", "Test metrics of users in five groups by history length.",
+    Chart("by_length", "By length of the history", "Test metrics of users, grouped by the length of their history.",
           charts.groups(figures.by_group(ranks, split.history("test").lengths), title="items in the history")),
     Chart("by_popularity", "By popularity of the next item",
-          "Test metrics of users in five groups by how often their next item is in training.",
+          "Test metrics of users, grouped by how often their next item is in training.",
           charts.groups(figures.by_group(ranks, counts[split.test_target]), title="times in training")),
   ]  # fmt: skip
   what = "the recommender's own vectors of the items" if ids is None else "the quantized vectors of the items"
@@ -122,12 +129,17 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
       similarity.append(Chart(f"similarity_{place + 1}", f"Similarity of {panel}", text, charts.similarity(own)))
   compared: list[Chart] = []
   special_compared: figures.Rows = []
+  network = False
   if restored.catalogue.candidates is not None:
     settings = restored.model.settings.candidate_similarity
     streams = list(stream_vectors(settings, ids, item_features(restored.config, dataset.store)))
-    rows, special_compared = figures.candidate_curves(restored.params["candidate_similarity"], streams)
+    tables_of_candidates = restored.params["candidate_similarity"]
+    network = has_network(settings) and bool(is_fitted(tables_of_candidates))
+    rows, special_compared = figures.candidate_curves(tables_of_candidates, streams)
     for place, panel in enumerate(dict.fromkeys(row["panel"] for row in rows)):
-      text = f"What is added to a candidate's score by its similarity to an item of the history, of {panel}."
+      text = (
+        f"What similarity to an item of the history, by {panel}, adds to a candidate's score; a line for each place."
+      )
       own = [row for row in rows if row["panel"] == panel]
       compared.append(Chart(f"candidates_{place + 1}", panel.capitalize(), text, charts.candidate_similarity(own)))
   shown = [name for name in SHOWN if name in results["test"]]
@@ -138,6 +150,9 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
     "metrics": shown,
     "parts": [(label, results[part]) for part, label in _PARTS if part in results],
     "data": statistics(dataset, split),
+    "split": _SPLITS[split.kind],
+    "learned": split.kind == "none",
+    "ranked": len(ranks),
     "repeats": figures.repeats(split),
     "training": training,
     "coded": coded,
@@ -148,6 +163,7 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
     "special": special,
     "compared": compared,
     "special_compared": special_compared,
+    "network": network,
     "groups": groups,
     "extremes": figures.extremes(restored, split, ranks, names),
     "config": flatten(restored.config),

@@ -21,10 +21,11 @@ class Listed(NamedTuple):
 
   Attributes:
     workdir: of the run.
-    state: "finished", or how far it is.
-    fields: of its config, flattened.
+    state: "finished", how far it is, or "damaged".
+    fields: of its config, flattened; empty where that cannot be read.
     data: the name of its data; "" where it has not said yet.
     figures: "validation ndcg@10" and so on, and "minutes"; empty until it is finished.
+    fault: what is wrong with a damaged one, in a line; "" of others.
   """
 
   workdir: pathlib.Path
@@ -32,6 +33,7 @@ class Listed(NamedTuple):
   fields: dict[str, Any]
   data: str
   figures: dict[str, float]
+  fault: str = ""
 
 
 def find_workdirs(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
@@ -76,22 +78,23 @@ def _progress(workdir: pathlib.Path, fields: dict[str, Any]) -> str:
 
 
 def read_run(workdir: pathlib.Path) -> Listed:
-  """A run as the list has it; of any version, as long as its files are whole.
-
-  Raises:
-    InputError: if they are not.
-  """
-  fields = flatten(read_json(workdir / "config.json"))
-  if not is_given(workdir / "results.json"):
-    return Listed(workdir, _progress(workdir, fields), fields, "", {})
-  results = load_results(workdir)
+  """A run as the list has it, of any version; one with a damaged file is no reason to refuse the others."""
+  fields: dict[str, Any] = {}
+  try:
+    fields = flatten(read_json(workdir / "config.json"))
+    if not is_given(workdir / "results.json"):
+      return Listed(workdir, _progress(workdir, fields), fields, "", {})
+    results = load_results(workdir)
+  except (InputError, OSError) as error:
+    return Listed(workdir, "damaged", fields, "", {}, fault=str(InputError(str(error))))
   figures = {f"{part} {metric}": results[part][metric] for part in ("validation", "test") for metric in METRICS}
   figures["minutes"] = sum(results["seconds"].values()) / 60
   return Listed(workdir, "finished", fields, results["data"]["name"], figures)
 
 
 def differing(runs: Sequence[Listed]) -> list[str]:
-  """The config fields that not all runs have the same value of."""
+  """The config fields that not all runs have the same value of, among those whose config can be read."""
+  runs = [run for run in runs if run.fields]
   names = dict.fromkeys(name for run in runs for name in run.fields if name not in _UNTOLD)
   return [name for name in names if len({repr(run.fields.get(name)) for run in runs}) > 1]
 
@@ -109,13 +112,14 @@ def to_rows(runs: Sequence[Listed]) -> list[dict[str, Any]]:
   fields = differing(runs)
   return [
     {"workdir": str(run.workdir), "state": run.state, "data": run.data, **run.figures}
+    | ({"fault": run.fault} if run.fault else {})
     | {"config": {name: run.fields.get(name) for name in fields}}
     for run in runs
   ]
 
 
 def to_table(runs: Sequence[Listed]) -> str:
-  """A Markdown table: a line a run, a column a figure and a differing field."""
+  """A Markdown table: a line a run, a column a figure and a differing field; below it a line for each damaged run."""
   fields = differing(runs)
   short = [name if sum(name.split(".")[-1] == one.split(".")[-1] for one in fields) > 1 else name.split(".")[-1]
            for name in fields]  # fmt: skip
@@ -126,7 +130,8 @@ def to_table(runs: Sequence[Listed]) -> str:
     minutes = f"{run.figures['minutes']:.1f}" if run.figures else ""
     values = ["" if name not in run.fields else _shown(run.fields[name]) for name in fields]
     rows.append([str(run.workdir), run.state, run.data, *figures, minutes, *values])
-  return table(rows)
+  faults = [f"{run.workdir} is damaged: {run.fault}" for run in runs if run.fault]
+  return "\n".join([table(rows), *([""] if faults else []), *faults])
 
 
 def _shown(value: Any) -> str:

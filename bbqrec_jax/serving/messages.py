@@ -22,7 +22,9 @@ class Reason(Item):
   stream: str = pydantic.Field(description="What they are alike in: a modality, all (fused, items), behaviour.")
   similarity: float | None = pydantic.Field(description="The cosine of what the model is told of both.")
   bucket: int | str | None = pydantic.Field(None, description="Of the similarity, where the model adds for it.")
-  added: float | None = pydantic.Field(None, description="What the model adds to the score for it.")
+  added: float | None = pydantic.Field(
+    None, description="What the model adds to the score for it, before a network, if it has one, weighs other signals."
+  )
 
 
 class Recommended(Item):

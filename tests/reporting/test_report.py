@@ -1,11 +1,13 @@
 """The page of a finished run: whole by itself, whatever the run has, and a browser draws it."""
 
+import dataclasses
 import json
 import pathlib
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 import bbqrec_jax
@@ -63,6 +65,49 @@ def test_the_page_fetches_nothing_and_shows_what_the_run_has(made):
   pictures = [path for path in written if path.suffix == ".png"]
   assert len(pictures) == (len(names) if has_ids else 0)
   assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_the_page_says_how_data_was_split_and_how_many_were_ranked(made, tmp_path):
+  workdir, told, folder, _ = made
+  ranked = len(np.load(workdir / "ranks.npz")["test"])
+  page = (folder / "report.html").read_text(encoding="utf-8")
+  assert "leave-one-out: each user&#39;s last item is the test item" in page
+  assert f"(hash {told['data']['split_hash']})" in page
+  assert f"ranked for each of {ranked} users." in page
+  assert "has learned from the very items" not in page
+  assert "five groups" not in page
+  other = told | {"split": "temporal: ...", "ranked": ranked - 7, "learned": True}
+  write_report(tmp_path, other, pictures=False)
+  page = (tmp_path / "report.html").read_text(encoding="utf-8")
+  assert "leave-one-out" not in page
+  assert f"ranked for each of {ranked - 7} users: those of the {ranked} who have a test item." in page
+  assert "has learned from the very items" in page
+
+
+@pytest.mark.parametrize("split", ["temporal", "none"])
+def test_a_split_is_told_by_its_name(made, split):
+  workdir, _, _, _ = made
+  restored = restore(workdir)
+  told = gather(workdir, restored._replace(split=dataclasses.replace(restored.split, kind=split)))
+  assert told["split"].startswith(f"{split}: ")
+  assert told["learned"] == (split == "none")
+  assert ("figures are on what was learned from" in told["split"]) == (split == "none")
+
+
+def test_what_0_7_does_is_told_only_without_a_network(made, tmp_path):
+  workdir, told, _, _ = made
+  if not told["compared"]:
+    pytest.skip("no candidate similarity")
+  restored = restore(workdir)
+  assert restored.model.settings.candidate_similarity.network_units > 0
+  params = {name: np.array(value) for name, value in restored.params["candidate_similarity"].items()}
+  for fitted in (False, True):
+    params |= {"direct": np.full_like(params["direct"], fitted), "output": np.zeros_like(params["output"])}
+    told = gather(workdir, restored._replace(params={**restored.params, "candidate_similarity": params}))
+    write_report(tmp_path, told, pictures=False)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ("0.7 more doubles" in page) == (not fitted)
+    assert ("A network then weighs" in page) == fitted
 
 
 def test_users_are_shown_with_what_came_and_what_was_recommended(made):

@@ -75,7 +75,7 @@ def test_a_history_is_built_by_keyboard_and_answered(browser, url, width, scheme
   first = page.locator("#items > li").first.inner_text()
   assert "Green Tea pot" in first
   assert "like green tea" in first
-  assert "items in" in page.get_by_role("status").inner_text()
+  assert "items in" in page.locator("#status[role=status]").inner_text()
   # Titles are text, whatever they hold.
   assert page.title() == "Recommendations"
   assert page.locator("img").count() == 0
@@ -108,4 +108,55 @@ def test_a_history_is_built_by_keyboard_and_answered(browser, url, width, scheme
   )
   assert unnamed == 0, "a screen reader has a name for every control"
   assert faults == []
+  page.close()
+
+
+def test_the_focus_stays_near_what_was_pressed(browser, url):
+  page = browser.new_page()
+  page.goto(url)
+  page.get_by_label("Token of this server").fill("sesame")
+  page.keyboard.press("Tab")
+  page.get_by_text("teas: 6 items").wait_for()
+  box = page.get_by_role("combobox", name="Add an item")
+
+  def press(name):
+    page.get_by_role("button", name=name).first.focus()
+    page.keyboard.press("Enter")
+
+  def has_focus(label):
+    page.wait_for_function(
+      "label => (document.activeElement.getAttribute('aria-label') || document.activeElement.id) === label", arg=label
+    )
+
+  box.fill("no such thing")
+  page.get_by_role("status").filter(has_text="Nothing found.").wait_for()
+  assert box.get_attribute("aria-expanded") == "false"
+  for words in ("green tea", "red tea"):
+    box.fill(words)
+    page.locator("#found > li").first.click()
+  assert page.locator("#nothing").inner_text() == ""
+  page.locator("#items > li").nth(3).wait_for()
+  assert [one.split()[0] for one in page.locator("#items .id").all_inner_texts()] == ["T2", "T3", "T4", "T5"]
+  press("Not this one: T5")
+  page.get_by_text("1 left out.").wait_for()
+  has_focus("Not this one: red tea")
+  press("Not this one: Green")
+  page.get_by_text("2 left out.").wait_for()
+  has_focus("Not this one: " + page.locator("#items .title").first.inner_text())
+  press("Show them again")
+  page.get_by_text("2 left out.").wait_for(state="hidden")
+  has_focus("Not this one: Green  Tea pot")
+  press("Add to the history: T5")
+  page.locator("#items > li").nth(3).wait_for(state="detached")
+  has_focus("Add to the history: red tea")
+  press("Move earlier: red tea")
+  has_focus("Move earlier: red tea")
+  page.keyboard.press("Enter")
+  assert page.locator("#history .title").all_inner_texts() == ["red tea", "green tea", "T5"]
+  press("Remove: green tea")
+  has_focus("Remove: T5")
+  page.keyboard.press("Enter")
+  has_focus("Remove: red tea")
+  page.keyboard.press("Enter")
+  has_focus("search")
   page.close()
