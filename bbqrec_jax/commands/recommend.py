@@ -38,6 +38,11 @@ def check_options(options: Any) -> None:
     if getattr(options, name) is not None and getattr(options, with_name) is None:
       raise InputError(f"--{name}: --times goes with --history, --timestamps with --histories")
   if options.output is not None:
+    if options.output.suffix == ".gz":
+      raise InputError(
+        f"--output={options.output}: expected .jsonl or .parquet, which is compressed, got .gz; leave"
+        " .gz away, and compress the file afterwards"
+      )
     check_new(options.output)
     if not options.output.parent.is_dir():
       raise InputError(f"{options.output.parent} is no folder: make it, or choose another --output")

@@ -149,7 +149,8 @@ def nearest(unknown: str, known: Sequence[str]) -> str:
   """Which of the ids that there are may have been meant by another, in words."""
   from rapidfuzz import fuzz, process
 
-  near = [shown(name) for name, _, _ in process.extract(unknown, known, scorer=fuzz.ratio, limit=3, score_cutoff=60)]
+  found = process.extract(unknown, known, scorer=fuzz.ratio, processor=str.casefold, limit=3, score_cutoff=60)
+  near = [shown(name) for name, _, _ in found]
   return f"the nearest are {', '.join(near)}" if near else f"they are written like {shown(known[0])}"
 
 

@@ -1,5 +1,6 @@
 """Data sets of TensorFlow Datasets: of this project's own builder, or of any that has users, items and times."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def _builder(name: str, path: str | Path) -> Any:
   """
   import tensorflow_datasets as tfds
 
-  import bbqrec_jax.data.amazon_reviews.builder  # noqa: F401  (registers itself)
+  from bbqrec_jax.data.amazon_reviews.builder import AmazonReviews  # Registers itself.
+  from bbqrec_jax.data.amazon_reviews.releases import find_files
 
   folder = Path(path).expanduser() if path else Path(tfds.core.constants.DATA_DIR)
   try:
@@ -52,9 +54,18 @@ def _builder(name: str, path: str | Path) -> Any:
     if not builder.is_prepared():
       manual = folder / "downloads" / "manual"
       manual.mkdir(parents=True, exist_ok=True)
+      if isinstance(builder, AmazonReviews):  # TFDS would refuse an empty folder, and not say what belongs there.
+        find_files(manual, builder.builder_config.release, builder.builder_config.category)
       builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual)))
   except InputError as error:
     raise InputError(f"{PREFIX}{name}: {error}") from None
+  except tfds.core.registered.DatasetNotFoundError:
+    needs = ""
+    if importlib.util.find_spec("tensorflow") is None:
+      needs = ", or install TensorFlow, which most builders need to be found at all (pip install tensorflow)"
+    raise InputError(
+      f"{PREFIX}{name}: expected a builder of TensorFlow Datasets, found none of that name; correct it{needs}"
+    ) from None
   except Exception as error:  # A registry of a thousand builders, most of which download.
     said = " ".join(str(error).split())[:400]
     raise InputError(

@@ -78,13 +78,14 @@ def listed_items(text: str, item_ids: ItemIds, *, flag: str) -> np.ndarray:
     flag: that gives the text, for messages.
 
   Raises:
-    InputError: if one is not the id of an item (names the nearest), or there is none.
+    InputError: if one is not the id of an item (names the nearest), or there is none: a file of those to leave out
+      alone may be empty, as when nothing is sold out.
   """
   if not text.startswith("@"):
     return item_ids.require(_split(text, flag=flag), where=lambda place: f"{flag} entry {place + 1}")
   path = Path(local_path(text[1:], flag=flag.lstrip("-")))
   ids = [line.decode().strip() for line in read_lines(path)]
   numbers = [number for number, one in enumerate(ids) if one]
-  if not numbers:
+  if not numbers and flag != "--deny":
     raise InputError(f"{path}: expected the id of an item a line, got an empty file")
   return item_ids.require([ids[number] for number in numbers], where=lambda place: f"{path} line {numbers[place] + 1}")

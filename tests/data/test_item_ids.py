@@ -1,6 +1,7 @@
 """Items' own ids: text in, rows inside, the same ids out."""
 
 import json
+import types
 
 import numpy as np
 import pyarrow
@@ -8,9 +9,10 @@ import pyarrow.parquet
 import pytest
 from numpy.testing import assert_array_equal
 
+from bbqrec_jax.commands.recommend import check_options
 from bbqrec_jax.data.histories import read_histories
 from bbqrec_jax.data.item_ids import ItemIds, split_ids
-from bbqrec_jax.data.titles import find_titles, require_titles
+from bbqrec_jax.data.titles import find_titles, listed_items, require_titles
 from bbqrec_jax.errors import InputError
 
 NAMES = ItemIds(["sku-1", "7", "007", "a b", "Ж"])
@@ -170,3 +172,23 @@ def test_bad_histories_are_one_line(tmp_path, name, content, parts):
     read_histories(tmp_path / name, NAMES)
   assert str(tmp_path / name) in str(error.value)
   assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_the_nearest_ids_are_those_that_differ_by_case_alone():
+  ids = ItemIds([f"SKU-{number:03d}" for number in range(100)])
+  with pytest.raises(InputError, match="nearest are 'SKU-010'"):
+    ids.require(["sku-010"], where=lambda place: "entry 1")
+
+
+def test_nothing_may_be_sold_out_but_something_is_allowed(tmp_path):
+  (tmp_path / "none.txt").write_text("\n")
+  assert listed_items(f"@{tmp_path / 'none.txt'}", NAMES, flag="--deny").tolist() == []
+  with pytest.raises(InputError, match="got an empty file"):
+    listed_items(f"@{tmp_path / 'none.txt'}", NAMES, flag="--allow")
+
+
+def test_recommendations_are_not_called_what_they_are_not(tmp_path):
+  options = {"top": 1, "history": None, "titles": None, "user": None, "histories": "h", "times": None}
+  options |= {"timestamps": None, "output": tmp_path / "x.jsonl.gz"}
+  with pytest.raises(InputError, match=r"got \.gz; leave \.gz away"):
+    check_options(types.SimpleNamespace(**options))

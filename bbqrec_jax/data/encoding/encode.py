@@ -24,6 +24,7 @@ from bbqrec_jax.data.encoding.words import HashedWords
 from bbqrec_jax.data.features import LARGEST, check_name
 from bbqrec_jax.data.files import require_folder
 from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.data.preparation.items import Pictures
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.utils.files import is_given, local_path, read_archive, unfinished
@@ -45,8 +46,8 @@ def features(folder: str | Path, *, join: Mapping[str, Any] | None = None, **set
   What was made already, from the same by the same, stays; what was begun is gone on with.
 
   Args:
-    folder: of the data set; gets `text_features.npy`, `image_features.npy` and `has_image.npy`,
-      `attributes_features.npy`, and `features.json`, which says how they were made.
+    folder: of the data set; gets `text_features.npy`, `image_features.npy` and `attributes_features.npy` with
+      `has_*.npy`, and `features.json`, which says how they were made.
     join: further modalities by name: (ids, vectors [n, D]), or a file of them, .npz with `ids` and `vectors`,
       .parquet with a column of ids and one of lists, or the .b that came with Amazon's reviews of 2014.
     **settings: fields of `FeatureSettings`.
@@ -77,10 +78,11 @@ def features(folder: str | Path, *, join: Mapping[str, Any] | None = None, **set
         raise InputError(f"{job.source}: expected something for --{name}={wanted} to read, found nothing; leave it out")
       continue
     found[name] = make()
+  found = {name: count for name, count in found.items() if count}
   if not found:
     raise InputError(
-      f"{job.source}: expected titles, descriptions, brands, categories, prices or images of items, found none; bbqrec"
-      " prepare LOG --items=TABLE --images=FOLDER takes them in"
+      f"{job.source}: expected titles, descriptions, brands, categories, prices or images that tell items apart, found"
+      " none; bbqrec prepare LOG --items=TABLE --images=FOLDER takes them in"
     )
   return found
 
@@ -114,7 +116,7 @@ class _Job:
     for record in read_items(self.source):
       tokens, price = attributes_of(record)
       have["text"] += bool(text_of(record))
-      have["image"] += bool(record.get("image"))
+      have["image"] += bool(self.settings.images or _picture_named(record))
       have["attributes"] += bool(tokens) or price is not None
       if price is not None:
         self._prices.append(price)
@@ -134,6 +136,9 @@ class _Job:
     return False
 
   def _said(self, name: str, held: np.ndarray, note: dict[str, Any], width: int) -> int:
+    if not held.any():
+      warn(f"{name}: all items that have it have the same, which tells nothing of them; it is left out")
+      return 0
     say(
       f"{name}: {int(held.sum()):,} of {self._count:,} items, width {width}, by {note['made_by']}, fingerprint"
       f" {note['fingerprint']}"
@@ -200,7 +205,7 @@ class _Job:
   def _words(self, name: str, words: HashedWords, texts: Any, width: int) -> int:
     like = self._like(name)
     told = {} if like is None else {"like": _hash_file(like)}
-    note = self._note(name, "hashed TF-IDF and SVD, version 1", width=width, seed=self.settings.seed, **told)
+    note = self._note(name, "hashed TF-IDF and SVD, version 2", width=width, seed=self.settings.seed, **told)
     if self._stands(name, note):
       return self._present(name)
     if like is None:
@@ -223,19 +228,31 @@ class _Job:
     def batches(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
       stream = itertools.islice(texts(), first, None)
       while batch := list(itertools.islice(stream, 8192)):
-        vectors = words.encode(batch)
-        yield vectors, np.any(vectors, axis=1)
+        yield words.encode_known(batch)
 
-    held = fill(self.folder, name, count=self._count, width=words.width, batches=batches, note=note)
+    held = fill(self.folder, name, count=self._count, width=words.width, batches=batches, note=note, mask=True)
     return self._said(name, held, note, words.width)
 
   def image(self) -> int:
-    """Features of pictures, and how many items have them; broken pictures are told and masked."""
+    """Features of pictures, and how many items have them; broken pictures are told and masked.
+
+    Raises:
+      InputError: if an encoder was asked for and nothing says where the pictures are, or they are not there.
+    """
     s = self.settings
-    root = self._pictures()
+    noted = self.folder / "preparation.json"
+    given = s.images or (read_json(noted).get("images") if is_given(noted) else None)
+    if not given:
+      problem = "items name pictures, and nothing says in which folder they are"
+      if s.image != FeatureSettings().image:
+        raise InputError(f"{self.folder}: {problem}; say it with --images=FOLDER, or leave them out with --image=none")
+      warn(f"image: {problem}; they are left out, --images=FOLDER takes them in")
+      return 0
+    root = local_path(given, flag="images")
+    there, named = Pictures(root), map(_picture_named, read_items(self.source))
+    pictures = [there.of(str(self.item_ids[row]), name) or name for row, name in enumerate(named)]
     check_ours(self.folder, "image")
     encoder = picture_encoder(s.image, s.weights)
-    pictures = [str(record.get("image") or "") for record in read_items(self.source)]
     note = self._note("image", encoder.name, weights=_hash_model(s.weights), pictures=_hash_pictures(root, pictures))
     if self._stands("image", note):
       return self._present("image")
@@ -260,24 +277,6 @@ class _Job:
       reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
       warn(f"pictures that could not be used, so that their items have none: {reasons}; see {self.folder / BROKEN}")
     return self._said("image", held, note, encoder.width)
-
-  def _pictures(self) -> Path:
-    """The folder of the pictures.
-
-    Raises:
-      InputError: if it is not known, or not there.
-    """
-    noted = self.folder / "preparation.json"
-    given = self.settings.images or (read_json(noted).get("images") if is_given(noted) else None)
-    if not given:
-      raise InputError(
-        f"{self.folder}: its items name pictures, and nothing says in which folder they are; say it with"
-        " --images=FOLDER, or leave them out with --image=none"
-      )
-    root = local_path(given, flag="images")
-    if not root.is_dir():
-      raise InputError(f"--images={root}: expected the folder of the pictures, found none; say where it is now")
-    return root
 
   def _read_vectors(self, given: Any) -> tuple[list[Any], np.ndarray]:
     path = local_path(given, flag="join")
@@ -362,6 +361,10 @@ def _read_vectors(path: Path) -> tuple[list[Any], np.ndarray]:
       raise InputError(f"{path} column {lists[0]!r}: expected lists of one length, got {sorted(widths)[:5]}")
     return table[others[0]].to_pylist(), np.array(rows, np.float32)
   raise InputError(f"{path}: expected vectors with ids as .npz (ids, vectors), .parquet or .b, got another ending")
+
+
+def _picture_named(record: dict[str, Any]) -> str:
+  return str(record.get("image") or "")
 
 
 def _is_fixed(kind: Any) -> bool:

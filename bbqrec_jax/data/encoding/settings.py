@@ -16,7 +16,8 @@ class FeatureSettings:
   attributes: str = setting("tfidf", "What reads brands, categories and prices: tfidf (hashed, one by one) or none.",
                             choices=("tfidf", "none"))  # fmt: skip
   weights: str = setting("", "The file of the network's weights; of open_clip also the tag of published ones.")
-  images: str = setting("", "Where the pictures are now, if not where bbqrec prepare found them.")
+  images: str = setting("", "Where the pictures are, if not where bbqrec prepare found them; they are matched to items"
+                        " as there.")  # fmt: skip
   like: str = setting("", "A data set whose features tfidf made: make these in the very same way, as a tokenizer"
                       " that was trained on those asks for of new items.")  # fmt: skip
   text_width: int = setting(256, "Numbers an item of tfidf's text features.", least=2, most=4096)

@@ -68,7 +68,7 @@ def fill(
     mask: whether `has_NAME.npy` says which items have the modality; else those that lack it have rows of zeros.
 
   Returns:
-    Which items have it, bool [N].
+    Which items have it, bool [N]; none where those that do have the same, which tells nothing: no file is left then.
 
   Raises:
     InputError: if a number does not fit into float16, or no item has the modality.
@@ -95,13 +95,19 @@ def fill(
       write_json(progress, {"fingerprint": note["fingerprint"], "shape": [count, width], "done": done})
       bar.update(len(values))
   held = np.array(present)
+  varied = _vary(features, held)
   del features, present
+  if not varied:
+    for leftover in (part, part_here, progress, path, here):
+      leftover.unlink(missing_ok=True)
+    if name in made(folder):
+      write_json(folder / NOTE, {other: noted for other, noted in made(folder).items() if other != name})
   if not held.any():
-    for leftover in (part, part_here, progress):
-      leftover.unlink()
     raise InputError(
       f"{folder}: expected {name} features of some items, found none to make; --{name}=none leaves it out"
     )
+  if not varied:
+    return np.zeros(count, bool)
   os.replace(part, path)
   if mask:
     os.replace(part_here, here)
@@ -111,3 +117,10 @@ def fill(
   write_json(folder / NOTE, made(folder) | {name: note})
   progress.unlink()
   return held
+
+
+def _vary(features: np.ndarray, held: np.ndarray) -> bool:
+  """Whether any of the features [N, D] of the items that have them, bool [N], differ."""
+  here = np.flatnonzero(held)
+  blocks = (here[first : first + 8192] for first in range(0, len(here), 8192))
+  return any(np.any(features[block] != features[here[0]]) for block in blocks)

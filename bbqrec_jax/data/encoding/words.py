@@ -47,7 +47,7 @@ class HashedWords:
     weighed = self._weigh.fit_transform(hashed)
     self._columns = np.flatnonzero(weighed.getnnz(axis=0))
     weighed = weighed[:, self._columns]
-    width = max(1, min(self.width, min(weighed.shape) - 1))
+    width = max(1, min(self.width, *weighed.shape))
     _, strengths, directions = randomized_svd(
       weighed, n_components=width, n_iter=4, random_state=self._seed, flip_sign=True
     )
@@ -75,10 +75,17 @@ class HashedWords:
 
   def encode(self, texts: Sequence[Any]) -> np.ndarray:
     """The vectors [n, width] of texts."""
+    return self.encode_known(texts)[0]
+
+  def encode_known(self, texts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors [n, width] of texts, and which texts have words that were learned [n] bool.
+
+    Of those, too, a vector may be zero, where none of the main directions is that of its words.
+    """
     weighed = self._weigh.transform(self._hash.transform(texts), copy=False)[:, self._columns]
     vectors = np.asarray(weighed @ self._directions.T, np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 1e-12, lengths, 1)
+    return vectors / np.where(lengths > 1e-12, lengths, 1), weighed.getnnz(axis=1) > 0
 
 
 def _as_it_is(tokens: list[str]) -> list[str]:

@@ -73,6 +73,7 @@ def choose(
       raise InputError(
         f"{where}: expected a column with the {'id of the ' if kind in ('user', 'item') else ''}"
         f"{kind.replace('_', ' of the ')}, could not guess it among {listed(columns)}; say it with --{kind}=COLUMN"
+        + (", or name the columns with --columns=user,item,... if the first line is no header" * (kind in LOG))
       )
   return chosen
 

@@ -10,13 +10,13 @@ import os
 import re
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bbqrec_jax.data.preparation.columns import ITEMS, choose, said
+from bbqrec_jax.data.preparation.columns import ITEMS, choose
 from bbqrec_jax.data.preparation.language import language_of
 from bbqrec_jax.data.preparation.logs import wrong_ids
 from bbqrec_jax.data.preparation.quarantine import Quarantine
@@ -26,6 +26,8 @@ from bbqrec_jax.errors import InputError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FIELDS = ("title", "description", "brand", "category", "price", "image")
+
+KNOWN = "an item id that came before"  # Why a row cannot be used.
 
 _LONGEST_TEXT = 20_000  # Characters of a description that are kept; no encoder reads as far.
 _EXAMPLES = 10
@@ -83,6 +85,8 @@ class ItemFigures:
   def __init__(self) -> None:
     """Has seen no item yet."""
     self.count = 0
+    self.unused = 0  # Items that are left out, as nobody has interacted with them.
+    self.pictures: set[str] = set()
     self.have: Counter[str] = Counter()
     self.lengths: dict[str, list[int]] = {"title": [], "description": []}  # Words.
     self.prices: list[float] = []
@@ -96,6 +100,7 @@ class ItemFigures:
   def add(self, record: dict[str, Any]) -> None:
     """Counts an item in."""
     self.count += 1
+    self.pictures.update([record["image"]] if "image" in record else [])
     for field in FIELDS:
       self.have[field] += field in record
     for field, lengths in self.lengths.items():
@@ -119,12 +124,14 @@ class ItemFigures:
 
 
 def price_of(text: str) -> float | None:
-  """The number in a price such as "$1,299.00" or "12,99 EUR"; None if there is none, or it is none at all."""
+  """The number in a price such as "$1,299.00", "12,99 EUR" or "2.500,-"; None if there is none, or it is negative."""
   found = re.search(r"\d[\d.,' ]*", text)
-  if not found:
+  if not found or re.search(r"^\s*[-\u2212]|[-\u2212]$", text[: found.start()]):
     return None
-  digits = re.sub(r"[' ]", "", found[0]).rstrip(".,")
-  if re.search(r",\d{1,2}$", digits):  # A decimal comma.
+  digits = re.sub(r"[' ]", "", found[0])
+  comma = digits.endswith(",") and text[found.end() :].startswith(("-", "\u2013", "\u2014"))  # As in 2.500,-
+  digits = digits.rstrip(".,")
+  if comma or re.search(r",\d{1,2}$", digits):  # A decimal comma.
     digits = digits.replace(".", "").replace(",", ".")
   digits = digits.replace(",", "")
   if digits.count(".") > 1:
@@ -151,17 +158,14 @@ def read_items(
     InputError: if the file cannot be read on, or too many of its rows cannot be used.
   """
   known: set[str] = set()
-  rows = good = 0
   for batch in table.batches(wanted_columns(chosen), quarantine):
-    rows += len(batch.rows)
     for row, record in read_item(table.name, batch, chosen, quarantine):
       if record["id"] in known:
-        quarantine.add(table.name, row, "an item id that came before", record["id"])
+        quarantine.add(table.name, row, KNOWN, record["id"])
         continue
       known.add(record["id"])
-      good += 1
       yield record
-  rows += sum(quarantine.of(table.name).values()) - (rows - good)
+  rows = len(known) + sum(quarantine.of(table.name).values())
   quarantine.check(table.name, rows=rows, most=settings.max_bad)
 
 
@@ -241,31 +245,30 @@ def write_items(
   path: Path,
   wanted: Sequence[str],
   *,
-  table: Table | None,
+  records: Iterable[dict[str, Any]],
+  table: str | None,
   pictures: Pictures | None,
-  settings: PreparationSettings,
-  quarantine: Quarantine,
-) -> tuple[np.ndarray, ItemFigures, str]:
+  unseen: bool,
+) -> tuple[np.ndarray, ItemFigures]:
   """Writes `items.jsonl.gz`: the wanted items, in the order of the table, then those that it lacks.
 
   Args:
     path: of the file.
     wanted: ids of items with interactions.
-    table: of the items, if there is one.
+    records: what `read_items` gives of the table; nothing without one.
+    table: its name, None without one.
     pictures: of the items, if there are any.
-    settings: which columns are what, and whether items that nobody wants stay.
-    quarantine: for rows that cannot be used.
+    unseen: whether items that nobody wants stay.
 
   Returns:
-    The number that each wanted item got [n] int32; figures about all items; and what the columns are.
+    The number that each wanted item got [n] int32; and figures about all items.
 
   Raises:
-    InputError: as `read_items`.
+    InputError: as `read_items`, or if none of the wanted items is in the table.
   """
   places = {item: place for place, item in enumerate(wanted)}
   number = np.full(len(wanted), -1, np.int32)
   figures = ItemFigures()
-  columns = ""
   with compressed_text(path) as file:
 
     def write(record: dict[str, Any]) -> None:
@@ -276,22 +279,21 @@ def write_items(
       figures.add(record)
       file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    if table is not None:
-      chosen = item_columns(table, settings)
-      columns = said(chosen, table.columns)
-      for record in read_items(table, settings, quarantine, chosen):
-        place = places.get(record["id"], -1)
-        if place >= 0:
-          number[place] = figures.count
-        if place >= 0 or settings.unseen_items:
-          write(record)
-      if not np.any(number >= 0):
-        example = next(iter(wanted), "")
-        raise InputError(
-          f"{table.name}: expected the items of the log, such as {example!r}, found none of them; say which column has"
-          " their ids with --item_id=COLUMN"
-        )
+    for record in records:
+      place = places.get(record["id"], -1)
+      if place >= 0:
+        number[place] = figures.count
+      if place >= 0 or unseen:
+        write(record)
+      else:
+        figures.unused += 1
+    if table is not None and not np.any(number >= 0):
+      example = next(iter(wanted), "")
+      raise InputError(
+        f"{table}: expected the items of the log, such as {example!r}, found none of them; say which column has their"
+        " ids with --item_id=COLUMN"
+      )
     for place in np.flatnonzero(number < 0).tolist():
       number[place] = figures.count
       write({"id": wanted[place]})
-  return number, figures, columns
+  return number, figures

@@ -1,7 +1,8 @@
 """Logs of interactions: read a batch at a time into numbered users and items and their times."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from bbqrec_jax.data.preparation.settings import PreparationSettings
 from bbqrec_jax.data.preparation.tables import Batch, Table, as_text
 from bbqrec_jax.data.times import UNITS, magnitude_counts
 from bbqrec_jax.errors import InputError
+
+DATE, DAY = -2, -1  # Kinds of times beside the magnitudes of numbers: dates, and numbers such as 20240131.
+_FIRST_DATE, _LAST_DATE = -8_520_336_000, 7_258_118_400  # Seconds from 1970 to the years 1700 and 2200.
 
 
 class Numbering:
@@ -98,14 +102,13 @@ def read_log(table: Table, settings: PreparationSettings, quarantine: Quarantine
   names = {kind: columns[0] for kind, columns in chosen.items()}
   users, items = Numbering(), Numbering()
   parts: list[tuple[np.ndarray, ...]] = []
-  rows, low, aside = 0, 0, []
+  rows = low = 0
   for batch in table.batches(tuple(names.values()), quarantine):
-    rows += len(batch.rows)
     part = usable_rows(table.name, batch, names, settings, quarantine)
+    rows += len(part.row) + part.left_out
     low += part.left_out
-    aside.append(len(batch.rows) - len(part.row) - part.left_out)
     parts.append((users.encode(part.user), items.encode(part.item), part.time, part.is_date, part.row))
-  rows += sum(quarantine.of(table.name).values()) - sum(aside)  # Those that no batch has: no fields could be read.
+  rows += sum(quarantine.of(table.name).values())
   user, item, time, is_date, row = (
     np.concatenate(pieces) for pieces in (zip(*parts, strict=True) if parts else [[np.zeros(0)]] * 5)
   )
@@ -180,8 +183,9 @@ def usable_rows(
   time, is_date = np.zeros(len(usable)), np.zeros(len(usable), bool)
   if "time" in names:
     time, is_date = read_times(batch.columns[names["time"]], settings.time_format)
-    form = settings.time_format or "ISO"
-    aside(~np.isfinite(time), f"a time that is neither a number nor a date ({form})", batch.columns[names["time"]])
+    form, given = settings.time_format or "ISO; --time_format reads others", batch.columns[names["time"]]
+    aside(~np.isfinite(time), f"a time that is neither a number nor a date ({form})", given)
+    aside(is_date & ((time < _FIRST_DATE) | (time > _LAST_DATE)), "a date before 1700 or after 2200", given)
   low = 0
   if "rating" in names:
     rating = _numbers(batch.columns[names["rating"]])
@@ -263,6 +267,8 @@ def _dates(texts: pa.Array, form: str) -> np.ndarray:
     except pa.ArrowException as error:
       raise InputError(f"--time_format={form}: expected a format as %d/%m/%Y, got one that is none ({error})") from None
   else:
+    texts = pc.replace_substring_regex(texts, r"^(.{19}[.][0-9]{6})[0-9]{1,3}", r"\1")  # No nanoseconds.
+    texts = pc.replace_substring_regex(texts, " ?(UTC|GMT)$", "Z")
     shape = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]{1,6})?)?)?"
     ends = {"": "$", "zone": r"(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"}
     parsed = pa.nulls(len(texts), pa.timestamp("us"))
@@ -289,22 +295,76 @@ def _cast_dates(texts: pa.Array, zone: str | None) -> pa.Array:
   return parsed.cast(pa.int64()).cast(pa.timestamp("us"))
 
 
+def kinds_of(time: np.ndarray, is_date: np.ndarray) -> np.ndarray:
+  """What kinds of times there are, [n] int: `DATE`, `DAY`, or the magnitude of a number.
+
+  Args:
+    time: [n] float64, as they stand.
+    is_date: [n] bool.
+  """
+  magnitudes, _ = magnitude_counts(time)
+  return np.where(is_date, DATE, np.where(np.isfinite(_days(time)), DAY, magnitudes))
+
+
+def usual_kind(counts: Mapping[int, int]) -> int:
+  """The kind of most times that are no dates, `DATE` if all are; too few of `DAY` are numbers like others.
+
+  Args:
+    counts: how many there are of each kind.
+  """
+  numbers = Counter({kind: count for kind, count in counts.items() if kind != DATE})
+  days = numbers.pop(DAY, 0)
+  if days > numbers.total():
+    return DAY
+  numbers[0] += days
+  return min(numbers, key=lambda kind: (-numbers[kind], kind)) if numbers.total() else DATE
+
+
+def seconds_of(time: np.ndarray, kinds: np.ndarray, usual: int) -> np.ndarray:
+  """Times [n] float64 in seconds; NaN for numbers that are not of the usual kind, where that tells a unit."""
+  if usual == DAY:
+    numbers = _days(time)
+  else:
+    numbers = np.where(kinds == usual, time / UNITS[_unit(usual)], np.nan) if usual > 0 else time
+  return np.where(kinds == DATE, time, numbers)
+
+
+def odd_time(usual: int) -> str:
+  """The reason why a time that is not of the usual kind cannot be used."""
+  return f"a time that is not of most times' magnitude ({_unit(usual)})"
+
+
+def units_in_words(counts: Mapping[int, int]) -> str:
+  """What the times of a log are, by how many there are of each kind."""
+  usual = usual_kind(counts)
+  units = {DATE: [], DAY: [_unit(DAY)], 0: ["numbers, taken for seconds"]}.get(usual, [f"{_unit(usual)} since 1970"])
+  return " and ".join(units + ["dates, UTC unless they say otherwise"] * bool(counts.get(DATE)))
+
+
+def _unit(kind: int) -> str:
+  return "days written as 20240131" if kind == DAY else dict(enumerate(UNITS, start=1)).get(kind, "seconds")
+
+
+def _days(time: np.ndarray) -> np.ndarray:
+  """Seconds since 1970 [n] of days from 1900 to 2100 that are written as 20240131; NaN for other numbers."""
+  whole = (time >= 19000101) & (time <= 21001231) & (time == np.floor(time))
+  number = np.where(whole, time, 19000101).astype(np.int64)
+  months = (number // 10000 - 1970) * 12 + number // 100 % 100 - 1
+  day = months.astype("datetime64[M]").astype("datetime64[D]") + (number % 100 - 1)
+  back = day.astype("datetime64[M]").astype(np.int64)
+  there = whole & (back == months) & (number // 100 % 100 >= 1) & (number // 100 % 100 <= 12)
+  return np.where(there, 86400.0 * day.astype(np.int64), np.nan)
+
+
 def _in_seconds(
   file: str, time: np.ndarray, is_date: np.ndarray, row: np.ndarray, quarantine: Quarantine
 ) -> tuple[np.ndarray, np.ndarray, str]:
   """(which times are usable, times in seconds, their unit in words): those of another unit than most go aside."""
-  usable, units = np.ones(len(time), bool), []
-  numbers = ~is_date
-  if numbers.any():
-    magnitudes, counts = magnitude_counts(time[numbers])
-    most = int(np.argmax(counts))
-    unit = list(UNITS)[max(most - 1, 0)] if most <= len(UNITS) else "seconds"
-    odd = np.flatnonzero(numbers)[magnitudes != most] if most else np.zeros(0, np.int64)
-    for place in odd:
-      quarantine.add(file, row[place], f"a time that is not of most times' magnitude ({unit})", f"{time[place]:.15g}")
-    usable[odd] = False
-    time = np.where(numbers, time / UNITS[unit], time)
-    units.append(f"{unit} since 1970" if most else "numbers, taken for seconds")
-  if is_date.any():
-    units.append("dates, UTC unless they say otherwise")
-  return usable, time, " and ".join(units)
+  kinds = kinds_of(time, is_date)
+  counts = Counter(kinds.tolist())
+  usual = usual_kind(counts)
+  seconds = seconds_of(time, kinds, usual)
+  usable = np.isfinite(seconds)
+  for place in np.flatnonzero(~usable):
+    quarantine.add(file, row[place], odd_time(usual), f"{time[place]:.15g}")
+  return usable, seconds, units_in_words(counts)

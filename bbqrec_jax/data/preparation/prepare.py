@@ -3,9 +3,9 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,12 +13,13 @@ from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.directory import load_directory
 from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.data.preparation.card import write_card
+from bbqrec_jax.data.preparation.columns import said
 from bbqrec_jax.data.preparation.filters import core, in_order, repeated, without_duplicates
-from bbqrec_jax.data.preparation.items import ItemFigures, Pictures, write_items
+from bbqrec_jax.data.preparation.items import ItemFigures, Pictures, item_columns, read_items, write_items
 from bbqrec_jax.data.preparation.logs import Log, read_log
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.data.preparation.settings import PreparationSettings
-from bbqrec_jax.data.preparation.tables import Table, open_table
+from bbqrec_jax.data.preparation.tables import open_table
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.files import check_new, local_path, unfinished
 from bbqrec_jax.utils.json_files import write_json
@@ -26,6 +27,26 @@ from bbqrec_jax.utils.messages import say
 from bbqrec_jax.utils.settings import from_config
 
 _USERS = 2**16  # Whose lines are written at once.
+
+
+class Source(NamedTuple):
+  """What a data set is made of, read when it is asked for.
+
+  Attributes:
+    log: its name.
+    read_log: (where bad rows go) -> what it holds.
+    table: the name of the item table; None without one.
+    columns: of the table, what is read as what, in words.
+    read_items: (where bad rows go) -> the table's items, each once.
+    unused: items of the table without interactions that `read_items` does not give.
+  """
+
+  log: str
+  read_log: Callable[[Quarantine], Log]
+  table: str | None = None
+  columns: str = ""
+  read_items: Callable[[Quarantine], Iterable[dict[str, Any]]] = lambda quarantine: ()
+  unused: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +87,17 @@ def prepare(
   output = local_path(output, flag="output")
   check_new(output)
   source, items = _recbole(source, items)
-  log_table = open_table(source, what="log", columns=chosen.columns)
-  item_table = None if items is None else open_table(items, what="item table")
-  pictures = None if images is None else Pictures(local_path(images, flag="images"))
-  return prepare_tables(log_table, item_table, pictures, output, chosen)
+  log = open_table(source, what="log", columns=chosen.columns)
+  tables = Source(log.name, lambda quarantine: read_log(log, chosen, quarantine))
+  if items is not None:
+    table = open_table(items, what="item table")
+    columns = item_columns(table, chosen)
+    tables = tables._replace(
+      table=table.name,
+      columns=said(columns, table.columns),
+      read_items=lambda quarantine: read_items(table, chosen, quarantine, columns),
+    )
+  return prepare_source(tables, images, output, chosen)
 
 
 def settings_of(given: dict[str, Any]) -> PreparationSettings:
@@ -103,15 +131,16 @@ def _recbole(source: Any, items: Any) -> tuple[Any, Any]:
   return found["inter"][0], items if items is not None or not found["item"] else found["item"][0]
 
 
-def prepare_tables(
-  log_table: Table, item_table: Table | None, pictures: Pictures | None, output: Path, settings: PreparationSettings
+def prepare_source(
+  source: Source, images: str | Path | None, output: Path, settings: PreparationSettings
 ) -> dict[str, Any]:
-  """`prepare` of opened tables."""
+  """`prepare` of what is read by functions."""
+  pictures = None if images is None else Pictures(local_path(images, flag="images"))
   folder = unfinished(output)
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)
   try:
-    report = _fill(folder, log_table, item_table, pictures, settings, name=output.name)
+    report = _fill(folder, source, pictures, settings, name=output.name)
     os.rename(folder, output)  # Whole or not there.
   except BaseException:
     shutil.rmtree(folder, ignore_errors=True)
@@ -120,56 +149,55 @@ def prepare_tables(
 
 
 def _fill(
-  folder: Path,
-  log_table: Table,
-  item_table: Table | None,
-  pictures: Pictures | None,
-  settings: PreparationSettings,
-  *,
-  name: str,
+  folder: Path, source: Source, pictures: Pictures | None, settings: PreparationSettings, *, name: str
 ) -> dict[str, Any]:
   quarantine = Quarantine(folder / "quarantine.jsonl")
   try:
-    log = read_log(log_table, settings, quarantine)
-    say(f"{log_table.name}: {log.rows:,} rows; {log.columns}" + (f"; times: {log.unit}" if log.unit else ""))
+    log = source.read_log(quarantine)
+    say(f"{source.log}: {log.rows:,} rows; {log.columns}" + (f"; times: {log.unit}" if log.unit else ""))
     user, item, time, place, steps, tied = select(log, settings)
     users, user = by_first_row(user, place)
     order = np.argsort(user, kind="stable")
     user, item, place, time = user[order], item[order], place[order], None if time is None else time[order]
     wanted, items = by_first_row(item, place)
     names = [log.items[one] for one in wanted.tolist()]
-    number, figures, columns = write_items(
+    number, figures = write_items(
       folder / "items.jsonl.gz",
       names,
-      table=item_table,
+      records=source.read_items(quarantine),
+      table=source.table,
       pictures=pictures,
-      settings=settings,
-      quarantine=quarantine,
+      unseen=settings.unseen_items,
     )
   finally:
     quarantine.close()
-  if item_table is not None:
-    say(f"{item_table.name}: {columns}")
+  if source.table is not None:
+    say(f"{source.table}: {source.columns}")
   write_histories(folder, [log.users[one] for one in users.tolist()], user, number[items], time)
   aside = {file: quarantine.of(file) for file in dict.fromkeys(file for file, _ in quarantine.counts)}
   if log.left_out:
     say(f"  left out for their rating or event: {log.left_out:,}")
-  for sentence in _sentences(steps, figures, pictures, aside, tied, settings):
+  unused = {
+    "items": source.unused + figures.unused,
+    "pictures": 0 if pictures is None else len(pictures) - len(figures.pictures),
+  }
+  for sentence in _sentences(steps, figures, pictures, aside, tied, unused, settings):
     say(sentence)
   dataset = load_directory(folder)
   dataset = dataclasses.replace(dataset, name=name, source=str(folder))
   split = leave_one_out(dataset.interactions)
   report: dict[str, Any] = {
-    "log": log_table.name,
-    "item_table": None if item_table is None else item_table.name,
+    "log": source.log,
+    "item_table": source.table,
     "images": None if pictures is None else str(pictures.folder.absolute()),
-    "columns": {"log": log.columns, "items": columns},
+    "columns": {"log": log.columns, "items": source.columns},
     "times": log.unit,
     "settings": {key: _plain(value) for key, value in dataclasses.asdict(settings).items()},
     "rows": log.rows,
     "left_out": log.left_out,
     "steps": [dataclasses.asdict(step) for step in steps],
     "quarantine": aside,
+    "unused": unused,
     "same_time": tied,
     "split_hash": split.split_hash,
   }
@@ -302,6 +330,7 @@ def _sentences(
   pictures: Pictures | None,
   aside: dict[str, dict[str, int]],
   tied: int,
+  unused: dict[str, int],
   settings: PreparationSettings,
 ) -> Iterable[str]:
   for step in steps:
@@ -314,5 +343,9 @@ def _sentences(
     yield f"  set aside in quarantine.jsonl: of {file} {said}"
   have = ", ".join(f"{field} {figures.have[field]:,}" for field in figures.have if figures.have[field])
   yield f"  of {figures.count:,} items have: {have or 'nothing but an id'}"
-  if pictures is not None and not figures.have["image"]:
+  if unused["items"]:
+    yield f"  items of the table without interactions: {unused['items']:,}, left out (--unseen_items keeps them)"
+  if pictures is not None and figures.pictures and unused["pictures"]:
+    yield f"  pictures of no item that is kept: {unused['pictures']:,} of {len(pictures):,}"
+  if pictures is not None and not figures.pictures:
     yield f"warning: none of the {len(pictures)} pictures is of an item; call them like the ids, or give --image=COLUMN"

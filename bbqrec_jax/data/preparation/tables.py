@@ -7,6 +7,7 @@ import codecs
 import gzip
 import io
 import itertools
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +21,15 @@ from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.data.preparation.records import LONGEST, flat_text, read_lines, read_records
 from bbqrec_jax.errors import InputError, shown
 from bbqrec_jax.utils.files import check_file
+from bbqrec_jax.utils.messages import warn
 
 _ROWS = 2**16  # Of a batch.
 _BLOCK = 2**24  # Bytes of text that are parsed at once; one row is no longer than that.
-_LOOKED_AT = 1000  # Objects whose names are the columns of a file of them.
+_LOOKED_AT = 1000  # Objects whose names are the columns of a log of them; each has what a log needs.
 _MOST_COLUMNS = 1000
+
+# A field that begins with a word in double quotes and goes on after it: the quotes are part of the text.
+_PLAIN_QUOTE = re.compile(rb'(?:^|\t)"[^"\t\r\n]+"[^"\t\r\n]')
 
 UNREADABLE = "\x1a"  # What stands for a byte that is no UTF-8; the sign that Unicode calls a substitute.
 
@@ -77,7 +82,7 @@ def open_table(source: Any, *, what: str, columns: Sequence[str] = ()) -> Table:
   if name.endswith((".parquet", ".pq")):
     return _parquet_table(path)
   if name.endswith((".jsonl", ".ndjson", ".json")):
-    return _json_table(path)
+    return _json_table(path, _LOOKED_AT if what == "log" else None)
   if name.endswith((".csv", ".tsv", ".txt", ".tab", ".inter", ".item", ".data", ".dat")):
     return _csv_table(path, tuple(columns))
   raise InputError(
@@ -111,7 +116,13 @@ def _csv_table(path: Path, given: tuple[str, ...]) -> Table:
     raise InputError(f"{path} line 1: expected the names of the columns, got {came}; save a table as UTF-8 text")
   tabs = path.name.removesuffix(".gz").endswith((".tsv", ".tab", ".inter", ".item"))
   separator = "\t" if tabs else max(",\t;|", key=header.count)
-  quoted = not path.name.removesuffix(".gz").endswith((".inter", ".item"))
+  if "::" in header and separator not in header:
+    raise InputError(
+      f"{path} line 1: expected columns between commas, tabs, semicolons or |, got {shown(header)}, with :: between"
+      f" them; write it anew, as by sed 's/::/\\t/g' {path.name} > {path.stem}.tsv"
+    )
+  atomic = path.name.removesuffix(".gz").endswith((".inter", ".item"))
+  quoted = not atomic and not (separator == "\t" and any(map(_PLAIN_QUOTE.search, read_lines(path))))
   names = given or tuple(_split(header, separator, quoted=quoted, where=f"{path} line 1"))
   found = len(_split(header, separator, quoted=quoted, where=f"{path} line 1"))
   if given and len(given) != found:
@@ -160,6 +171,8 @@ class _Counted(io.RawIOBase):
   def __init__(self, inner: Any):
     self._inner = inner
     self.quotes = self.lines = 0
+    self.unreadable = self.first_unreadable = 0  # Bytes that are no UTF-8, and the line of the first.
+    self._ends = 0  # Lines so far.
     self._length, self._last = 0, -1  # Bytes so far, and where the last line ended.
     self._open = b""  # The beginning of what may be a blank line, "" or a carriage return.
     self._held = b""  # The beginning of a character.
@@ -176,10 +189,14 @@ class _Counted(io.RawIOBase):
         return 0
       text, used = codecs.utf_8_decode(held, "bbqrec_substitute", not new)
       piece, self._held = text.encode(), held[used:]
-    count = len(piece)
+    count, substitutes = len(piece), piece.count(UNREADABLE.encode()) - held[:used].count(UNREADABLE.encode())
+    if substitutes and not self.unreadable:
+      self.first_unreadable = 1 + self._ends + piece[: piece.index(UNREADABLE.encode())].count(b"\n")
+    self.unreadable += substitutes
     memoryview(buffer)[:count] = piece
     self.quotes += piece.count(b'"')
     ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n"))
+    self._ends += len(ends)
     lengths = np.diff(ends, prepend=self._last - self._length) - 1
     blank = lengths == 0
     before = [piece[end - 1 : end] if end else self._open[-1:] for end in ends[lengths == 1].tolist()]
@@ -260,6 +277,11 @@ def _read_csv(
           yield Batch(
             {_without_type(name): part.column(name) for name in part.schema.names}, rows[first : first + _ROWS]
           )
+      if counted.unreadable:
+        warn(
+          f"{path}: expected UTF-8 text, got {counted.unreadable:,} bytes that are none, the first in line"
+          f" {counted.first_unreadable}; write it anew, as by iconv -f CP1252 -t UTF-8 {path.name}"
+        )
       swallowed = counted.total - (not headless) - good - bad_lines
       if counted.quotes % 2 and swallowed > 0:
         raise InputError(
@@ -305,9 +327,9 @@ def _parquet_table(path: Path) -> Table:
   return Table(path.name, _unique(columns, where=str(path)), batches)
 
 
-def _json_table(path: Path) -> Table:
+def _json_table(path: Path, looked_at: int | None) -> Table:
   names: dict[str, None] = {}
-  for record in itertools.islice(read_records(path), _LOOKED_AT):
+  for record in itertools.islice(read_records(path), looked_at):
     names |= dict.fromkeys(record.value or ())
   if not names:
     raise InputError(f"{path}: expected JSON objects with names, one a line, found none; give a file of them")
@@ -343,12 +365,17 @@ def _one_text(value: Any) -> str | None:
 
 def _memory_table(source: Any, what: str) -> Table:
   try:
+    source = source.collect() if hasattr(source, "collect") else source  # A LazyFrame of polars.
     if isinstance(source, pa.Table):
       table = source
     elif isinstance(source, dict):
       table = pa.table({name: _array(values) for name, values in source.items()})
     elif hasattr(source, "__arrow_c_stream__"):  # pandas, polars.
-      table = pa.table(source)
+      try:
+        table = pa.table(source)
+      except (pa.ArrowInvalid, pa.ArrowTypeError):  # pandas' objects of several kinds in one column.
+        mixed = source.select_dtypes(object)
+        table = pa.table(source.assign(**{name: mixed[name].map(_one_text, na_action="ignore") for name in mixed}))
     else:
       table = pa.Table.from_pandas(source, preserve_index=False)
   except Exception as error:  # Whatever a library makes of columns that are none.
@@ -365,8 +392,10 @@ def _memory_table(source: Any, what: str) -> Table:
 
 
 def _array(values: Any) -> pa.Array:
-  array = np.asarray(values) if isinstance(values, np.ndarray) else values
-  return pa.array(array, from_pandas=True)
+  try:
+    return pa.array(values, from_pandas=True)
+  except (pa.ArrowInvalid, pa.ArrowTypeError):  # Of several kinds.
+    return pa.array([_one_text(value) for value in values], pa.string())
 
 
 def as_text(array: pa.Array) -> tuple[pa.Array, np.ndarray]:
@@ -379,8 +408,8 @@ def as_text(array: pa.Array) -> tuple[pa.Array, np.ndarray]:
     [n] strings, "" where there is nothing; and bool [n], which hold bytes that are no UTF-8.
   """
   wrong = np.zeros(len(array), bool)
-  if pa.types.is_dictionary(array.type):
-    array = array.dictionary_decode()
+  if pa.types.is_dictionary(array.type):  # Some kinds of text cannot be decoded as they are.
+    array = pa.DictionaryArray.from_arrays(array.indices, as_text(array.dictionary)[0]).dictionary_decode()
   kind = array.type
   if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
     try:

@@ -1,6 +1,7 @@
 """Miniature dumps as the three releases lay them out become the same data set, as a folder and through TFDS."""
 
 import gzip
+import importlib.util
 import json
 import types
 
@@ -52,7 +53,7 @@ def write_dump(folder, release):
       texts[-1]["asin"] = item + "X"
   objects = []
   for number, item in enumerate(ITEMS):
-    one = {items["item_id"]: item, items["title"]: f"Drum &amp; stick {number}", items["brand"]: "Bang"}
+    one = {items["item_id"]: item, items["title"]: f"Drum &amp; stick {number}", items["brand"]: f"Bang {number % 2}"}
     one[items["category"][0]] = [["Music", "Drums"]] if release == "2014" else ["Music", "Drums"]
     one["description"] = "it's loud" if release == "2014" else ["it's", "loud"]
     one[items["price"]] = 9.5 if release != "2018" else "$9.50"
@@ -87,7 +88,7 @@ def test_each_release_becomes_the_same_data_set(tmp_path, release):
   assert not report["quarantine"]
   with gzip.open(tmp_path / "out" / "items.jsonl.gz", "rt") as file:
     first = json.loads(next(file))
-  assert first == {"id": ITEMS[0], "title": "Drum & stick 0", "description": first["description"], "brand": "Bang",
+  assert first == {"id": ITEMS[0], "title": "Drum & stick 0", "description": first["description"], "brand": "Bang 0",
                    "category": "Music > Drums", "price": 9.5}  # fmt: skip
   assert first["description"].split(" > ")[0].startswith("it's")
 
@@ -148,8 +149,16 @@ def test_the_builder_gives_what_the_folder_holds(tmp_path):
   settings.modalities = ("text",)
   assert load(settings).modalities == ("text",)
   settings.source = "tfds:amazon_reviews/2018_video_games"
-  with pytest.raises(InputError, match=r"downloads/manual.*Video_Games_5.json.gz"):
-    load(settings)
+  for folder in ("tfds", "fresh"):  # Where there are files of something else, and where there is nothing.
+    settings.path = str(tmp_path / folder)
+    with pytest.raises(InputError, match=r"downloads/manual.*http\S*Video_Games_5.json.gz"):
+      load(settings)
+
+
+def test_a_builder_that_needs_tensorflow_is_told_so(tmp_path, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=r"found none of that name.*pip install tensorflow"):
+    tfds_source.load_tfds("tfds:no_such_builder", tmp_path)
 
 
 def test_builders_of_others_give_one_interaction_an_example(monkeypatch):

@@ -145,6 +145,39 @@ def test_a_stopped_run_goes_on_where_it_was(shop, monkeypatch):
   assert not [path for path in shop.iterdir() if path.name.endswith(".unfinished")]
 
 
+def test_a_modality_that_all_items_have_the_same_of_is_left_out(shop, capsys):
+  encode.features(shop, text="none", image="none")
+  lines = (shop / "items.jsonl").read_text().splitlines()
+  records = [json.loads(line) | {"brand": "one", "category": "", "price": None} for line in lines]
+  (shop / "items.jsonl").write_text("\n".join(map(json.dumps, records)))
+  assert encode.features(shop, image="none") == {"text": ITEMS}
+  assert "attributes: all items that have it have the same" in capsys.readouterr().out
+  assert load_directory(shop).modalities == ("text",)
+  with pytest.raises(InputError, match="tell items apart, found none"):
+    encode.features(shop, text="none", image="none")
+
+
+def test_pictures_that_are_nowhere_are_left_out_and_urls_are_matched_by_name(shop, capsys):
+  records = list(map(json.loads, (shop / "items.jsonl").read_text().splitlines()))
+  for record in records:
+    if "image" in record:
+      record["image"] = f"http://shop.example/a/{record['image']}?width=9"
+  (shop / "items.jsonl").write_text("\n".join(map(json.dumps, records)))
+  assert "image" not in encode.features(shop)
+  assert "--images=FOLDER takes them in" in capsys.readouterr().out
+  assert encode.features(shop, images=str(shop.parent / "images"))["image"] == ITEMS - 3
+  assert_array_equal(np.flatnonzero(~load_directory(shop).present["image"]), [4, 7, 8])
+
+
+def test_every_item_with_words_has_text_features(tmp_path):
+  titles = ["red mug", "oak table", "blue lamp", "soft chair", "tall glass", "iron pan", "wool rug", ""]
+  (tmp_path / "items.jsonl").write_text("\n".join(json.dumps({"title": title}) for title in titles))
+  (tmp_path / "sequences.txt").write_text("0 0 1 2 3\n1 4 5 6 7\n")
+  for width in (256, 3):
+    assert encode.features(tmp_path, text_width=width) == {"text": 7}
+    assert_array_equal(load_directory(tmp_path).present["text"], np.array(titles) != "")
+
+
 def test_vectors_with_ids_are_joined(shop):
   ids = [f"SKU-{number}" for number in (5, 3, 9)] + ["other"]
   vectors = np.arange(8, dtype=np.float32).reshape(4, 2)
@@ -192,7 +225,7 @@ def test_features_of_others_are_never_replaced(shop):
     ({"text": "sentence-transformers:x"}, "bbqrec_jax.text"),
     ({"attributes": "x"}, "--attributes must be one of"),
     ({"images": "/nowhere"}, "--images=/nowhere"),
-    ({"images": ""}, "--images=FOLDER"),
+    ({"images": "", "image": "timm:resnet18"}, "--images=FOLDER"),
     ({"txt": "x"}, "--txt is unknown"),
   ],
 )

@@ -1,6 +1,7 @@
 """What Beam's direct runner prepares is what one machine prepares by itself, to the byte."""
 
 import csv
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from bbqrec_jax.data.encoding.words import HashedWords
 from bbqrec_jax.data.preparation import card
 from bbqrec_jax.data.preparation.prepare import prepare
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.utils.json_files import read_json
 
 beam = pytest.importorskip("apache_beam")
 
@@ -33,7 +35,7 @@ def shop(tmp_path):
     for _ in range(400)
   ]
   rows += [*rows[:20], ("", "SKU-1", 10**12), ("user 1", "SKU-2", "soon"), ("user 1", "SKU-2", 5)]
-  items = [(f"SKU-{n}", f"Mug {n}", "$4.50") for n in range(20)] + [("SKU-3", "again", ""), ("", "none", "")]
+  items = [(f"SKU-{n}", f"Mug &amp;amp; {n}", "$4.50") for n in range(40)] + [("SKU-3", "again", ""), ("", "none", "")]
   return rows, items
 
 
@@ -46,13 +48,31 @@ def test_the_files_are_those_of_one_machine(tmp_path, shop):
   given = {"min_per_user": 5, "min_per_item": 5, "ties": "item"}
   prepare(log, tmp_path / "one", items=table, max_bad=0.5, **given)
   parts = [write(tmp_path / f"log{n}.csv", head, rows[n * 200 : (n + 1) * 200]) for n in range(3)]
-  prepare_with_beam(parts, tmp_path / "many", items=[table], **given)
+  prepare_with_beam(parts, tmp_path / "many", items=[table], max_bad=0.5, **given)
   for name in ("sequences.txt", "timestamps.txt", "users.txt", "items.jsonl.gz"):
     assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-  reasons = [(tmp_path / name / "quarantine.jsonl").read_text() for name in ("one", "many")]
-  assert all(text.count("no user id") == text.count("magnitude") == text.count("neither") == 1 for text in reasons)
+  one, many = (read_json(tmp_path / name / "preparation.json") for name in ("one", "many"))
+  aside = many.pop("quarantine")
+  assert sum((Counter(aside.get(f"log{n}.csv", {})) for n in range(3)), Counter()) == one["quarantine"].pop("log.csv")
+  assert aside["items.csv"] == one.pop("quarantine")["items.csv"]
+  for name in ("rows", "left_out", "columns", "times", "settings", "unused", "same_time", "split_hash"):
+    assert many[name] == one[name]
+  with pytest.raises(InputError, match="of the rows to be unusable"):
+    prepare_with_beam(parts, tmp_path / "none", items=[table], max_bad=0.001, **given)
   with pytest.raises(InputError, match="duplicates exact or keep"):
     prepare_with_beam(parts, tmp_path / "none", duplicates="first")
+
+
+def test_dates_before_those_that_most_are_stay(tmp_path):
+  from bbqrec_jax.data.preparation.beam import prepare_with_beam
+
+  rows = [(f"u{n}", f"i{k}", f"20{k:02d}-01-0{n + 1}") for n in range(4) for k in range(6)]
+  rows += [("u0", "i9", "1971-05-01"), ("u0", "i8", "9999-12-31")]
+  log = write(tmp_path / "log.csv", ("user", "item", "time"), rows)
+  prepare(log, tmp_path / "one")
+  prepare_with_beam([log], tmp_path / "many")
+  for name in ("sequences.txt", "timestamps.txt", "items.jsonl.gz", "quarantine.jsonl"):
+    assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_a_core_that_takes_longer_than_was_said_is_an_error():

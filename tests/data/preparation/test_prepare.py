@@ -87,7 +87,7 @@ def test_the_same_from_a_dataframe(tmp_path):
   assert histories(data) == expected(rows)
 
 
-def test_items_get_all_that_the_table_says(tmp_path):
+def test_items_get_all_that_the_table_says(tmp_path, capsys):
   table = [
     ("SKU-1", "Red mug", 'big,\n"red"', "Kilo", "Home > Mugs", "$4.50", "one.png"),
     ("SKU-0", "Blue mug", "", "", "", "ask", "http://shop.example/pictures/two.png?width=9"),
@@ -96,7 +96,7 @@ def test_items_get_all_that_the_table_says(tmp_path):
   ]
   head = ("sku", "name", "description", "brand", "category", "price", "image")
   (tmp_path / "pictures" / "deep").mkdir(parents=True)
-  for name in ("one.png", "two.png", "deep/SKU-2.jpg", "notes.txt"):
+  for name in ("one.png", "two.png", "deep/SKU-2.jpg", "spare.png", "notes.txt"):
     (tmp_path / "pictures" / name).write_bytes(b"")
   log = write_csv(tmp_path / "log.csv", make_log(items=4))
   items = write_csv(tmp_path / "items.csv", table, head)
@@ -113,6 +113,10 @@ def test_items_get_all_that_the_table_says(tmp_path):
   assert set(by_id) == {f"SKU-{n}" for n in range(4)}
   report = read_json(tmp_path / "shop" / "preparation.json")
   assert report["quarantine"] == {"items.csv": {"an item id that came before": 1}}
+  assert report["unused"] == {"items": 1, "pictures": 1}
+  said = capsys.readouterr().out
+  assert "items of the table without interactions: 1, left out" in said
+  assert "pictures of no item that is kept: 1 of 4" in said
   prepare(log, tmp_path / "all", items=items, max_bad=0.5, unseen_items=True)
   assert "SKU-99" in load_directory(tmp_path / "all").item_ids.to_json()
   with pytest.raises(InputError, match="unusable, got 1 of 4"):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import types
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +65,45 @@ def test_tables_in_memory_give_the_same_rows(tmp_path, library):
   make = {"pyarrow": pa.table, "dict": dict}.get(library)
   table = open_table((make or pytest.importorskip(library).DataFrame)(columns), what="log")
   assert rows_of(table, Quarantine(tmp_path / "q")) == ROWS
+
+
+def test_columns_of_several_kinds_or_of_categories_are_text(tmp_path):
+  pandas = pytest.importorskip("pandas")
+  names = pa.DictionaryArray.from_arrays(pa.array([1, 0, None], pa.uint32()), pa.array(["a", "b"], pa.string_view()))
+  lazy = types.SimpleNamespace(collect=lambda: pa.table({"user": [1, 2, 3], "item": names}))
+  mixed = pandas.DataFrame({"user": [1, "x", None], "item": pandas.Categorical(["b", "a", None])})
+  expected = [[("1", "b"), ("2", "a"), ("3", "")], *[[("1", "b"), ("x", "a"), ("", "")]] * 2]
+  for source, rows in zip((lazy, mixed, {name: list(mixed[name]) for name in mixed}), expected, strict=True):
+    assert rows_of(open_table(source, what="log"), Quarantine(tmp_path / "q"), ("user", "item")) == rows
+
+
+def test_a_column_that_comes_late_is_one(tmp_path):
+  lines = [json.dumps({"id": n} | ({"price": 5} if n == 1500 else {})) for n in range(1501)]
+  (tmp_path / "items.jsonl").write_text("\n".join(lines))
+  assert open_table(tmp_path / "items.jsonl", what="item table").columns == ("id", "price")
+
+
+@pytest.mark.parametrize("title", ['"Weird Al" Yankovic', '"Heroes"', 'say "x"'])
+def test_quotes_that_are_part_of_a_text_stay(tmp_path, title):
+  (tmp_path / "items.tsv").write_text(f'id\ttitle\n1\t"Weird Al" Yankovic\n2\t{title}\n')
+  table = open_table(tmp_path / "items.tsv", what="item table")
+  assert rows_of(table, Quarantine(tmp_path / "q"), table.columns) == [("1", '"Weird Al" Yankovic'), ("2", title)]
+
+
+def test_bytes_that_are_no_utf8_are_told(tmp_path, capsys):
+  (tmp_path / "items.csv").write_bytes("id,title\n1,plain\n\n2,café\n3,crème brûlée\n".encode("latin-1"))
+  table = open_table(tmp_path / "items.csv", what="item table")
+  rows_of(table, Quarantine(tmp_path / "q"), table.columns)
+  assert "got 4 bytes that are none, the first in line 4; write it anew" in capsys.readouterr().out
+
+
+def test_what_has_another_separator_or_no_header_is_told_what_to_do(tmp_path):
+  (tmp_path / "ratings.dat").write_text("1::1193::5::978300760\n")
+  with pytest.raises(InputError, match=r"sed 's/::/\\t/g' ratings.dat > ratings.tsv"):
+    open_table(tmp_path / "ratings.dat", what="log")
+  (tmp_path / "log.csv").write_text("u1,i1,5\nu2,i2,6\n")
+  with pytest.raises(InputError, match="--columns=user,item"):
+    read_log(open_table(tmp_path / "log.csv", what="log"), PreparationSettings(), Quarantine(tmp_path / "q"))
 
 
 def test_a_file_without_a_header_is_given_names(tmp_path):
@@ -133,6 +173,8 @@ def test_numbers_that_pandas_made_fractions_are_ids_all_the_same():
   [
     (["2024-01-02", "2024-01-02 03:04:05", "2024-01-02T03:04:05.5Z", "2024-01-02T03:04:05+01:00", "2024-13-02"], "",
      [1704153600, 1704164645, 1704164645.5, 1704161045, np.nan]),
+    (["2024-01-02 03:04:05 UTC", "2024-01-02T03:04:05.250000999", "2024-01-02T03:04:05.2500000Z"], "",
+     [1704164645, 1704164645.25, 1704164645.25]),
     (["31/01/2024", "2024-01-31"], "%d/%m/%Y", [1706659200, np.nan]),
     (["20240131", "5"], "%Y%m%d", [1706659200, np.nan]),
     (["5", "nan", "inf"], "", [5, np.nan, np.inf]),
@@ -141,6 +183,22 @@ def test_numbers_that_pandas_made_fractions_are_ids_all_the_same():
 )  # fmt: skip
 def test_times_are_numbers_or_dates(texts, form, seconds):
   assert_allclose(read_times(pa.array(texts), form)[0], seconds)
+
+
+@pytest.mark.parametrize(
+  ("times", "unit", "usable"),
+  [
+    ([20240131, 20240201, 20230229, 20231231], "days written as 20240131", [1706659200, 1706745600, 1703980800]),
+    ([20240131, 5, 7, 9], "numbers, taken for seconds", [20240131, 5, 7, 9]),
+    (["2024-01-31", "9999-12-31", "0001-01-01", "1970-01-02"], "dates, UTC unless they say otherwise",
+     [1706659200, 86400]),
+  ],
+)  # fmt: skip
+def test_what_times_are_is_told_and_impossible_ones_are_set_aside(tmp_path, times, unit, usable):
+  table = open_table({"user": ["u"] * 4, "item": list("abcd"), "time": times}, what="log")
+  log = read_log(table, PreparationSettings(max_bad=0.5), Quarantine(tmp_path / "q"))
+  assert log.unit == unit
+  assert_allclose(log.time, usable)
 
 
 def test_whole_numbers_past_those_that_a_float_holds_are_the_nearest():
@@ -175,8 +233,9 @@ def test_columns_are_guessed_by_their_names():
 
 @pytest.mark.parametrize(
   ("text", "price"),
-  [("$1,299.00", 1299.0), ("12,99 €", 12.99), ("1.234,5", 1234.5), ("free", None), ("5", 5.0), ("$4.5 - $6", 4.5)],
-)
+  [("$1,299.00", 1299.0), ("12,99 €", 12.99), ("1.234,5", 1234.5), ("free", None), ("5", 5.0), ("$4.5 - $6", 4.5),
+   ("-1", None), ("$-1", None), ("2.500,-", 2500.0), ("12,-", 12.0)],
+)  # fmt: skip
 def test_prices_are_numbers(text, price):
   assert price_of(text) == price
 
