@@ -162,3 +162,28 @@ def test_the_documented_table_is_that_of_the_records(request, data):
   for row in rows:
     assert f"|{'|'.join(row)}|" in shown, row
   assert set(PARTS) <= read_json(folder / "sasrec" / "0" / "results.json").keys()
+
+
+def test_the_documented_means_are_those_of_the_records(request):
+  folder = request.config.rootpath / "experiments" / "records" / "quality"
+  shown = (request.config.rootpath / "docs" / "results" / "presets.md").read_text(encoding="utf-8")
+  names = {"amazon18_scientific": "Scientific", "amazon14_beauty": "Beauty"}
+  cells = {}
+  for path in sorted(folder.glob("*.json")):
+    record = read_json(path)
+    cells.setdefault((names[record["data"]], record["system"]), []).append(record)
+  assert {system for _, system in cells} >= {"sasrec", "sasrec_features", "dense", "hybrid"}
+
+  def mean(values, form):
+    return form.format(np.mean(values)) + (
+      f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 and "4f" in form else ""
+    )
+
+  for (data, system), records in cells.items():
+    parts = [
+      " / ".join(mean([record[part][metric] for record in records], "{:.4f}") for metric in ("recall@10", "ndcg@10"))
+      for part in ("validation", "test")
+    ]
+    minutes = [sum(record["seconds"][part] for part in ("recommender", "evaluation")) / 60 for record in records]
+    spent = mean(minutes, "{:.1f}"), mean([record["seconds"]["evaluation"] / 60 for record in records], "{:.1f}")
+    assert f"| {data} | `{system}` | {len(records)} | {' | '.join(parts)} | {', '.join(spent)} |" in shown
