@@ -1,6 +1,7 @@
 """Names of a package that are imported when they are asked for, so that importing the package costs nothing."""
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,6 @@ def lazy_names(
     return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
 
   def show() -> list[str]:
-    return [*vars(importlib.import_module(package)), *modules]
+    return [*vars(sys.modules[package]), *modules]
 
   return sorted(modules), get, show
