@@ -23,6 +23,8 @@ from bbqrec_jax.utils.json_files import write_json
 from bbqrec_jax.utils.messages import say
 from bbqrec_jax.utils.settings import flatten
 
+_OF_A_MACHINE = ("data.path", "tokenizer.artefact")  # Fields of a config that say where, not what.
+
 
 class System(NamedTuple):
   """A config under a name.
@@ -131,9 +133,6 @@ def _tokenizer(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathl
   shared = folder / hashlib.sha256(json.dumps(sorted(fields.items())).encode()).hexdigest()[:8]
   tokenize(alone, shared)
   return (shared / "tokenizer").absolute()
-
-
-_OF_A_MACHINE = ("data.path", "tokenizer.artefact")  # Fields of a config that say where, not what.
 
 
 def write_record(path: pathlib.Path, results: Mapping[str, Any], config: Any, *, system: str) -> None:

@@ -21,7 +21,7 @@ from bbqrec_jax.data.preparation.language import language_of
 from bbqrec_jax.data.preparation.logs import wrong_ids
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.data.preparation.settings import PreparationSettings
-from bbqrec_jax.data.preparation.tables import UNREADABLE, Batch, Table, as_text
+from bbqrec_jax.data.preparation.table import UNREADABLE, Batch, Table, as_text
 from bbqrec_jax.errors import InputError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

@@ -13,7 +13,7 @@ from bbqrec_jax.data.files import LONGEST_LABEL
 from bbqrec_jax.data.preparation.columns import LOG, choose, said
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.data.preparation.settings import PreparationSettings
-from bbqrec_jax.data.preparation.tables import Batch, Table, as_text
+from bbqrec_jax.data.preparation.table import Batch, Table, as_text
 from bbqrec_jax.data.times import UNITS, magnitude_counts
 from bbqrec_jax.errors import InputError
 

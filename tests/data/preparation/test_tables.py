@@ -16,7 +16,8 @@ from bbqrec_jax.data.preparation.language import language_of
 from bbqrec_jax.data.preparation.logs import read_log, read_times
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.data.preparation.settings import PreparationSettings
-from bbqrec_jax.data.preparation.tables import UNREADABLE, as_text, open_table
+from bbqrec_jax.data.preparation.table import UNREADABLE, as_text
+from bbqrec_jax.data.preparation.tables import open_table
 from bbqrec_jax.errors import InputError
 
 ROWS = [("u 1", "a,b", "3"), ("u2", 'say "x"', "4"), ("ü3", "c", "5")]
