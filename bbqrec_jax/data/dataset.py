@@ -10,7 +10,7 @@ import numpy as np
 
 from bbqrec_jax.data.feature_store import FeatureStore
 from bbqrec_jax.data.features import features_hash
-from bbqrec_jax.data.interactions import Interactions, Split
+from bbqrec_jax.data.interactions import MINIMUM_LENGTH, Interactions, Split
 from bbqrec_jax.data.item_ids import ItemIds
 
 
@@ -68,9 +68,10 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
 
   Returns:
     name, source, users, items, interactions; history_length (mean, median, min, max); density, interactions / (users x
-    items); head_share, the share of interactions that the most popular 10 % of items hold; unseen_items, how many are
-    in no training history; modalities (width and coverage of each); notes; split, its kind; split_hash, features_hash,
-    ids_hash (of the items' and the users' ids) and times_hash (None without times).
+    items); short_users, how many are not ranked as they have fewer than 3; head_share, the share of interactions that
+    the most popular 10 % of items hold; unseen_items, how many are in no training history; modalities (width and
+    coverage of each); notes; split, its kind; split_hash, features_hash, ids_hash (of the items' and the users' ids)
+    and times_hash (None without times).
   """
   interactions = dataset.interactions
   lengths = interactions.lengths
@@ -89,6 +90,7 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
       "max": int(np.max(lengths)),
     },
     "density": interactions.num_interactions / (interactions.num_users * dataset.num_items),
+    "short_users": int(np.sum(lengths < MINIMUM_LENGTH)) if split.kind == "leave-one-out" else 0,
     "head_share": float(counts[-head:].sum() / interactions.num_interactions),
     "unseen_items": int(np.sum(np.bincount(split.train.items, minlength=dataset.num_items) == 0)),
     "modalities": {
@@ -106,7 +108,7 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
 
 def format_statistics(figures: Mapping[str, Any]) -> str:
   """The figures of `statistics` as a short block of text."""
-  length = figures["history_length"]
+  length, short = figures["history_length"], figures["short_users"]
   source = "" if figures["source"] == "synthetic" else f" from {figures['source']}"
   lines = [
     f"data: {figures['name']}{source}",
@@ -116,6 +118,8 @@ def format_statistics(figures: Mapping[str, Any]) -> str:
     f"  the most popular 10 % of items hold {figures['head_share']:.1%} of the interactions;"
     f" {figures['unseen_items']:,} items are never seen in training",
   ]
+  if short:
+    lines.append(f"  {short:,} users have fewer than {MINIMUM_LENGTH} interactions: they are learned from, not ranked")
   for name, modality in figures["modalities"].items():
     lines.append(f"  {name}: width {modality['width']}, {modality['coverage']:.1%} of items have it")
   lines += [f"  {note}" for note in figures["notes"]]

@@ -12,7 +12,7 @@ from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.encoding.store import made
 from bbqrec_jax.data.features import load_modalities, unused_files
 from bbqrec_jax.data.files import check_label, read_lines, require_folder, separator_of
-from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
+from bbqrec_jax.data.interactions import Interactions, from_lengths, require_users
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.times import in_seconds, time_notes
 from bbqrec_jax.errors import InputError, shown
@@ -21,7 +21,7 @@ from bbqrec_jax.utils.files import is_given, is_whole
 _ITEM_FILES = ("items.jsonl.gz", "items.jsonl")
 
 
-def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_short_users: bool = False) -> Dataset:
+def load_directory(path: str | Path, *, modalities: Iterable[str] = ()) -> Dataset:
   """Reads and checks a folder.
 
   - `sequences.txt`: a line a user, `user item item ...`, separated by blanks; ids from 0, in time order.
@@ -36,7 +36,6 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
   Args:
     path: the folder.
     modalities: names, in order; empty for all that are found, by name.
-    drop_short_users: drop the users with fewer than 3 interactions rather than refuse them.
 
   Raises:
     InputError: if anything is missing or wrong.
@@ -55,7 +54,7 @@ def load_directory(path: str | Path, *, modalities: Iterable[str] = (), drop_sho
   users = folder / "users.txt"
   if is_given(users):
     whole = dataclasses.replace(whole, users=read_user_ids(users, count=whole.num_users))
-  interactions = check_history_lengths(whole, path=sequences, drop_short=drop_short_users)
+  interactions = require_users(whole, path=sequences)
   features, present = load_modalities(folder, modalities, num_items=len(titles))
   notes = (
     *time_notes(interactions, unit),

@@ -9,7 +9,7 @@ import numpy as np
 
 from bbqrec_jax.errors import InputError
 
-# One item to learn from, one to validate on, one to test on.
+# One item to learn from, one to validate on, one to test on: who has fewer is learned from alone.
 MINIMUM_LENGTH = 3
 
 
@@ -85,45 +85,15 @@ def drop_short_users(interactions: Interactions, minimum: int = MINIMUM_LENGTH) 
   return choose(interactions, np.repeat(keep, lengths), lengths[keep], interactions.users[keep])
 
 
-def check_history_lengths(
-  interactions: Interactions, *, path: str | Path, lines: np.ndarray | None = None, drop_short: bool = False
-) -> Interactions:
-  """Makes sure that every user's history can be split.
-
-  Args:
-    interactions: what was read.
-    path: the file it was read from, for the message.
-    lines: [U] int, the line on which each user's first interaction stands; users are lines 1..U if it is None.
-    drop_short: drop the users with too few interactions rather than refuse them.
-
-  Returns:
-    The interactions, without the short users if they were to be dropped.
+def require_users(interactions: Interactions, *, path: str | Path) -> Interactions:
+  """The interactions, if there are any users.
 
   Raises:
-    InputError: if there are users with fewer than 3 interactions, or no user is left.
+    InputError: if there is none; names the file that they were read from.
   """
   if not interactions.num_users:
     raise InputError(f"{path}: expected at least one user, found none; give a file that holds interactions")
-  short = np.flatnonzero(interactions.lengths < MINIMUM_LENGTH)
-  if not len(short):
-    return interactions
-  if len(short) == interactions.num_users:
-    raise InputError(
-      f"{path}: expected users with at least {MINIMUM_LENGTH} interactions (one each to learn from, validate on and"
-      f" test on), none of the {len(short)} users has as many; give longer histories"
-    )
-  if drop_short:
-    return drop_short_users(interactions)
-  mend = "--config.data.drop_short_users=True drops them"
-  if interactions.lengths.max() <= MINIMUM_LENGTH:
-    mend = "give longer histories: those of the others leave nothing to learn from"
-  first = int(short[0])
-  line = first + 1 if lines is None else int(lines[first])
-  raise InputError(
-    f"{path}: {len(short)} of {interactions.num_users} users have fewer than {MINIMUM_LENGTH} interactions (expected"
-    f" one each to learn from, validate on and test on), first: user {str(interactions.users[first])!r} on line {line}"
-    f" with {int(interactions.lengths[first])}; {mend}"
-  )
+  return interactions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,7 +108,7 @@ class Split:
     validation_time: [V] float64, when the validation target came; None where the source has no times.
     kind: "leave-one-out", "temporal" or "none".
     shown: the histories that a model is shown at "validation" (of V users) and "test" (of T); None for leave-one-out,
-      where they are those of all U users.
+      where they are those of all U users, unless some are too short to be ranked.
   """
 
   train: Interactions
@@ -171,34 +141,44 @@ class Split:
 def leave_one_out(interactions: Interactions) -> Split:
   """Splits each history in time order, as SASRec, TIGER and their successors do.
 
-  Args:
-    interactions: at least 3 items a user.
+  Users with fewer than 3 interactions are learned from, and never ranked: one each is needed to learn from, to validate
+  on and to test on.
 
   Returns:
     The split, with the users in the same order.
 
   Raises:
-    InputError: if a user has fewer than 3 interactions.
+    InputError: if no user has 3 interactions.
   """
   lengths = interactions.lengths
-  if np.any(lengths < MINIMUM_LENGTH):
-    user = int(np.argmax(lengths < MINIMUM_LENGTH))
+  ranked = lengths >= MINIMUM_LENGTH
+  if not ranked.any():
     raise InputError(
-      f"user {str(interactions.users[user])!r}: expected at least {MINIMUM_LENGTH} interactions, got"
-      f" {int(lengths[user])}; drop_short_users removes such users"
+      f"expected users with at least {MINIMUM_LENGTH} interactions (one each to learn from, validate on and test on),"
+      f" none of the {len(lengths)} users has as many; give longer histories"
     )
-  last = interactions.offsets[1:] - 1
-  is_train = np.ones(interactions.num_interactions, bool)
-  is_train[last] = is_train[last - 1] = False
+  last = interactions.offsets[1:][ranked] - 1
+  held = np.zeros(interactions.num_interactions, bool)
+  held[last] = held[last - 1] = True
+  train, shown = choose(interactions, ~held, lengths - 2 * ranked, interactions.users), None
+  if not ranked.all():
+    whole, users = np.repeat(ranked, lengths), interactions.users[ranked]
+    at_test = whole.copy()
+    at_test[last] = False
+    shown = {
+      "validation": choose(interactions, whole & ~held, lengths[ranked] - 2, users),
+      "test": choose(interactions, at_test, lengths[ranked] - 1, users),
+    }
   digest = hashlib.sha256(b"leave-one-out")
   digest.update(lengths.astype("<i8").tobytes())
   digest.update(interactions.items.astype("<i4").tobytes())
   return Split(
-    train=choose(interactions, is_train, lengths - 2, interactions.users),
+    train=train,
     validation_target=interactions.items[last - 1],
     test_target=interactions.items[last],
     split_hash=digest.hexdigest()[:16],
     validation_time=None if interactions.times is None else interactions.times[last - 1],
+    shown=shown,
   )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.features import LARGEST, load_modalities, spread, suits_float32, unused_files
 from bbqrec_jax.data.files import check_growth, check_label, read_lines, read_text, require_folder, separator_of
-from bbqrec_jax.data.interactions import Interactions, check_history_lengths, from_lengths
+from bbqrec_jax.data.interactions import Interactions, from_lengths, require_users
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.preparation.columns import ITEMS
 from bbqrec_jax.data.times import in_seconds, time_notes
@@ -22,7 +22,7 @@ _TELLING = {
 TITLE_COLUMNS = ("title", "item_name", "movie_title", "name")
 
 
-def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short_users: bool = False) -> Dataset:
+def load_recbole(path: str | Path, *, modalities: Iterable[str] = ()) -> Dataset:
   """Reads and checks a folder of RecBole's atomic files: tab-separated, the first line names columns as `name:type`.
 
   - `*.inter`: `user_id:token`, `item_id:token` and optionally `timestamp:float`. A user's interactions are ordered by
@@ -39,7 +39,6 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   Args:
     path: the folder.
     modalities: names, in order; empty for all that are found, by name.
-    drop_short_users: drop the users with fewer than 3 interactions rather than refuse them.
 
   Raises:
     InputError: if anything is missing or wrong.
@@ -59,8 +58,8 @@ def load_recbole(path: str | Path, *, modalities: Iterable[str] = (), drop_short
   titles: tuple[str, ...] = ()
   if item_path is not None:
     tokens, titles, tables, unread = _read_items(item_path)
-  interactions, lines, tokens, unit, warnings = _read_interactions(inter_path, tokens, item_path)
-  interactions = check_history_lengths(interactions, path=inter_path, lines=lines, drop_short=drop_short_users)
+  interactions, tokens, unit, warnings = _read_interactions(inter_path, tokens, item_path)
+  interactions = require_users(interactions, path=inter_path)
   features, present = load_modalities(folder, modalities, num_items=len(tokens), in_tables=tables)
   name = inter_path.name.removesuffix(".gz").removesuffix(".inter")
   notes = (*time_notes(interactions, unit), *warnings, *_unread(item_path, unread), *unused_files(folder, features))
@@ -114,12 +113,11 @@ def _refuse_field_count(path: Path, line: int, expected: int, got: int, text: by
 
 def _read_interactions(
   path: Path, item_tokens: list[bytes] | None, item_path: Path | None
-) -> tuple[Interactions, np.ndarray, list[bytes], str, tuple[str, ...]]:
+) -> tuple[Interactions, list[bytes], str, tuple[str, ...]]:
   """Reads `.inter`.
 
   Returns:
-    The interactions, the line that each user first stands on [U], the tokens of the N items, the unit of the times, and
-    warnings.
+    The interactions, the tokens of the N items, the unit of the times, and warnings.
   """
   content = read_text(path)
   columns = _read_header(path, content[: content.find(b"\n")], ("user_id", "item_id"))
@@ -153,10 +151,9 @@ def _read_interactions(
   order = np.lexsort(keys)  # By user, then by timestamp, then as in the file: the sort is stable.
   lengths = np.bincount(user_rows, minlength=len(users))
   labels = np.array([user.decode() for user in users], str)
-  first_lines = np.unique(user_rows, return_index=True)[1] + 2
   times = None if times is None else times[order]
   interactions = from_lengths(item_rows[order], lengths, labels, times)
-  return interactions, first_lines, item_tokens, unit, _time_warning(path, columns)
+  return interactions, item_tokens, unit, _time_warning(path, columns)
 
 
 def _time_warning(path: Path, columns: Mapping[str, str]) -> tuple[str, ...]:

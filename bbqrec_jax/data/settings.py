@@ -56,7 +56,9 @@ class DataSettings:
                                  " interactions validate; empty: that at 80 % of them.")  # fmt: skip
   test_from: str = setting("", "Of temporal: likewise, to test; empty: that at 90 %.")
   modalities: tuple[str, ...] = setting((), "Names of the modalities to use, in order; empty for all that are found.")
-  drop_short_users: bool = setting(False, "Drop users with fewer than 3 interactions instead of refusing them.")
+  drop_short_users: bool = setting(
+    False, "Drop users with fewer than 3 interactions, who are otherwise learned from, and not ranked."
+  )
   drop_incomplete_items: bool = setting(False, "Drop items that lack one of the modalities, and their interactions.")
   synthetic: SyntheticSettings = section(SyntheticSettings, "Of the synthetic source.")
 

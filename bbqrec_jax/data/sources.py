@@ -14,10 +14,10 @@ from bbqrec_jax.data.interactions import (
   MINIMUM_LENGTH,
   Interactions,
   Split,
-  check_history_lengths,
   choose,
   drop_short_users,
   leave_one_out,
+  require_users,
   temporal,
   without_split,
 )
@@ -61,15 +61,14 @@ def recognise_source(path: str | Path) -> str:
   )
 
 
-def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
+def complete_items(dataset: Dataset) -> Dataset:
   """The data set without the items that lack a modality and their interactions; the others keep their order and ids.
 
   Args:
     dataset: a data set of N items, with at least one modality.
-    drop_short: drop the users that are left with too few interactions rather than refuse them.
 
   Raises:
-    InputError: if no item has every modality, or users are left with fewer than 3 interactions.
+    InputError: if no item has every modality, or no user is left.
   """
   keep = np.logical_and.reduce(list(dataset.present.values()))
   if not keep.any():
@@ -81,19 +80,10 @@ def complete_items(dataset: Dataset, *, drop_short: bool = False) -> Dataset:
   kept = keep[old.items]
   lengths = np.add.reduceat(np.append(kept, False).astype(np.int64), old.offsets[:-1]) * (old.lengths > 0)
   renumbered = dataclasses.replace(old, items=(np.cumsum(keep) - 1)[old.items])
-  interactions = choose(renumbered, kept, lengths, old.users)
-  short = int(np.sum(lengths < MINIMUM_LENGTH))
-  if short == len(lengths) or (short and not drop_short):
-    mend = "--config.data.drop_short_users=True drops them"
-    if lengths.max() <= MINIMUM_LENGTH:  # Nothing to learn from would be left.
-      mend = "leave a modality out (data.modalities) or set data.drop_incomplete_items=False"
-    raise InputError(
-      f"{dataset.source}: without the {np.sum(~keep)} items that lack a modality, {short} of {len(lengths)} users have"
-      f" fewer than {MINIMUM_LENGTH} interactions; {mend}"
-    )
+  interactions = drop_short_users(choose(renumbered, kept, lengths, old.users), minimum=1)
   return dataclasses.replace(
     dataset,
-    interactions=drop_short_users(interactions),
+    interactions=require_users(interactions, path=f"{dataset.source} without the items that lack a modality"),
     features={name: array[keep] for name, array in dataset.features.items()},
     present={name: mask[keep] for name, mask in dataset.present.items()},
     item_ids=dataset.item_ids.keep(keep),
@@ -130,7 +120,11 @@ def load(settings: Any, given: Dataset | None = None) -> Dataset:
   """
   dataset = _load(settings, given)
   if settings.drop_incomplete_items and dataset.modalities:
-    return complete_items(dataset, drop_short=settings.drop_short_users)
+    dataset = complete_items(dataset)
+  if settings.drop_short_users:
+    kept = drop_short_users(dataset.interactions)
+    path = f"{dataset.source} without the users that have fewer than {MINIMUM_LENGTH} interactions"
+    dataset = dataclasses.replace(dataset, interactions=require_users(kept, path=path))
   return dataset
 
 
@@ -138,13 +132,11 @@ def _load(settings: Any, given: Dataset | None) -> Dataset:
   """All of what `config.data` names."""
   folder_sources = {"directory": load_directory, "recbole": load_recbole}
   if settings.source in folder_sources:
-    return folder_sources[settings.source](
-      settings.path, modalities=settings.modalities, drop_short_users=settings.drop_short_users
-    )
+    return folder_sources[settings.source](settings.path, modalities=settings.modalities)
   if settings.source.startswith("tfds:"):
     from bbqrec_jax.data.tfds_source import load_tfds  # Imports TensorFlow Datasets, which takes seconds.
 
-    dataset = load_tfds(settings.source, settings.path, drop_short_users=settings.drop_short_users)
+    dataset = load_tfds(settings.source, settings.path)
     return _chosen(dataset, settings.modalities)
   if settings.source == MEMORY:
     if given is None:
@@ -152,9 +144,8 @@ def _load(settings: Any, given: Dataset | None) -> Dataset:
         "this run's data was given by a program (data.source = 'memory'), and is in no folder: call bbqrec_jax.run or"
         " bbqrec_jax.load_run with data=..., or name a folder with --data"
       )
-    short = settings.drop_short_users
-    histories = check_history_lengths(given.interactions, path="interactions", drop_short=short)
-    return _chosen(dataclasses.replace(given, interactions=histories), settings.modalities)
+    require_users(given.interactions, path="interactions")
+    return _chosen(given, settings.modalities)
   if settings.source != "synthetic":
     raise InputError(
       f"--config.data.source: expected one of synthetic, {', '.join(folder_sources)}, got {settings.source!r}"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset
-from bbqrec_jax.data.interactions import check_history_lengths, from_lengths, order_note
+from bbqrec_jax.data.interactions import from_lengths, order_note, require_users
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.preparation.columns import LOG, choose
 from bbqrec_jax.data.tables import load_data
@@ -18,13 +18,12 @@ PREFIX = "tfds:"
 _TITLES = ("movie_title", "title", "item_title", "product_title", "name")
 
 
-def load_tfds(source: str, path: str | Path = "", *, drop_short_users: bool = False) -> Dataset:
+def load_tfds(source: str, path: str | Path = "") -> Dataset:
   """Reads a data set, and makes it first if it is not there.
 
   Args:
     source: "tfds:NAME", such as "tfds:amazon_reviews/2014_beauty" or "tfds:movielens/100k-ratings".
     path: where TFDS keeps its data; "" is its usual place.
-    drop_short_users: drop the users with fewer than 3 interactions rather than refuse them.
 
   Raises:
     InputError: if there is none of that name, it cannot be made here, or has no users and items.
@@ -33,7 +32,7 @@ def load_tfds(source: str, path: str | Path = "", *, drop_short_users: bool = Fa
   builder = _builder(name, path)
   ours = {"number", "id", "items", "fields"} <= set(builder.info.features)
   dataset = _ours(builder, source) if ours else _ratings(builder, source)
-  kept = check_history_lengths(dataset.interactions, path=source, drop_short=drop_short_users)
+  kept = require_users(dataset.interactions, path=source)
   return Dataset(**{**vars(dataset), "interactions": kept, "name": name})
 
 

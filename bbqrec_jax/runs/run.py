@@ -62,13 +62,14 @@ def read_data(
       config reads.
   """
   dataset = load(config.data, given)
-  if dataset.interactions.lengths.max() <= MINIMUM_LENGTH:
+  held_out = 2 if config.data.split == "leave_one_out" else 0
+  if dataset.interactions.lengths.max() < held_out + 2:
     file = {"directory": "sequences.txt", "recbole": f"{dataset.name}.inter"}.get(config.data.source, "")
     left = ", without the incomplete items," if config.data.drop_incomplete_items else ""
     raise InputError(
       f"{pathlib.Path(dataset.source, file)}: the histories{left} are too short to learn from: none has more than"
-      f" {MINIMUM_LENGTH} items, two of which are to validate and to test on, and nothing follows a single one; give"
-      f" some users {MINIMUM_LENGTH + 1} or more"
+      f" {held_out + 1} items,{' two of which are to validate and to test on,' if held_out else ''} and nothing follows"
+      f" a single one; give some users {held_out + 2} or more"
     )
   if (for_tokenizer or needs_features(config)) and not dataset.modalities:
     without = "" if for_tokenizer else ", or take --config=sasrec, which needs none"

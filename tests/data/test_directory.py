@@ -187,8 +187,6 @@ def test_bad_ids_of_users_are_refused(folder, users, parts):
       ["line 3 field 1", "each user on one line", "'ann' again", "first on line 1"],
     ),
     ("", ["expected at least one user", "found none"]),
-    ("ann 0 1 2 3\nbob 1\ncy 0 1\n", ["2 of 3 users", "'bob' on line 2 with 1", "--config.data.drop_short_users=Tr"]),
-    ("ann 0 1 2\nbob 1\ncy 0 1\n", ["2 of 3 users", "'bob' on line 2 with 1", "give longer histories"]),
     ("ann,0,1,2\n", ["line 1", "expected 'user item item ...'", "separate them by blanks instead of commas"]),
     ("ann;0;1;2\n", ["line 1", "separate them by blanks instead of semicolons"]),
     ("ann\t\n", ["line 1", "give the user items or remove the line"]),
@@ -197,11 +195,6 @@ def test_bad_ids_of_users_are_refused(folder, users, parts):
 def test_bad_histories_are_refused(folder, sequences, parts):
   (folder / "sequences.txt").write_text(sequences)
   refusal(folder, str(folder / "sequences.txt"), *parts)
-
-
-def test_short_users_are_dropped_on_request(folder):
-  (folder / "sequences.txt").write_text("ann 0 1 2\nbob 1\ncy 0 1 3 2\n")
-  assert histories(load_directory(folder, drop_short_users=True)) == {"ann": [0, 1, 2], "cy": [0, 1, 3, 2]}
 
 
 @pytest.mark.parametrize(
@@ -308,14 +301,20 @@ def test_blank_lines_at_the_end_are_none(folder):
   assert found.titles == expected.titles
 
 
-def test_load_passes_the_settings_on(folder):
+def test_load_does_what_the_settings_say(folder):
   (folder / "sequences.txt").write_text(SEQUENCES + "dee 1\n")
   settings = SimpleNamespace(
     source="directory", path=str(folder), modalities=("text",), drop_short_users=True, drop_incomplete_items=False
   )
   dataset = load(settings)
   assert dataset.modalities == ("text",)
-  assert dataset.interactions.num_users == 3
+  assert dataset.interactions.users.tolist() == ["ann", "bob", "cy"]
+  settings.drop_short_users = False
+  assert load(settings).interactions.users.tolist() == ["ann", "bob", "cy", "dee"]
+  (folder / "sequences.txt").write_text("dee 1\n")
+  settings.drop_short_users = True
+  with pytest.raises(InputError, match="without the users that have fewer than 3 interactions: expected at least one"):
+    load(settings)
 
 
 def test_incomplete_items_and_what_was_done_with_them_are_dropped(folder):
@@ -332,16 +331,15 @@ def test_incomplete_items_and_what_was_done_with_them_are_dropped(folder):
   assert all(mask.all() for mask in dataset.present.values())
 
 
-def test_users_left_short_without_incomplete_items_are_refused(folder):
+def test_users_that_incomplete_items_leave_nothing_of_are_gone(folder):
   settings = SimpleNamespace(
     source="directory", path=str(folder), modalities=(), drop_short_users=False, drop_incomplete_items=True
   )
-  (folder / "sequences.txt").write_text(SEQUENCES + "dee 0 2 3 0\n")
-  with pytest.raises(InputError, match=r"without the 1 items .* 1 of 4 users .*drop_short_users=True drops them"):
+  (folder / "sequences.txt").write_text("ann 1\nbob 0 2 3 0\ncy 1 2\n")  # Item 1 has no image.
+  assert histories(load(settings)) == {"bob": [0, 1, 2, 0], "cy": [1]}
+  (folder / "sequences.txt").write_text("ann 1\n")
+  with pytest.raises(InputError, match="without the items that lack a modality: expected at least one user"):
     load(settings)
-  (folder / "sequences.txt").write_text(SEQUENCES)
-  with pytest.raises(InputError, match=r"1 of 3 users have fewer than 3 interactions; leave a modality out"):
-    load(settings)  # To drop them would leave nothing to learn from.
 
 
 def test_a_catalogue_without_a_complete_item_is_refused(folder):
@@ -367,6 +365,7 @@ def test_statistics_against_counts_by_hand(folder):
     "interactions": 10,
     "history_length": {"mean": pytest.approx(10 / 3), "median": 3.0, "min": 3, "max": 4},
     "density": pytest.approx(10 / 12),
+    "short_users": 0,
     "head_share": 0.4,  # Item 2, of 4 items, holds 4 of 10 interactions.
     "unseen_items": 1,  # Training is ann 0, bob 3 2, cy 2.
     "modalities": {"image": {"width": 3, "coverage": 0.75}, "text": {"width": 2, "coverage": 1.0}},

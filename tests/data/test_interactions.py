@@ -1,4 +1,4 @@
-"""Histories, the check of their lengths, and the leave-one-out split, against histories written out by hand."""
+"""Histories, and the leave-one-out split, against histories written out by hand."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ import pytest
 
 from bbqrec_jax.data import interactions as interactions_module
 from bbqrec_jax.data.interactions import (
-  check_history_lengths,
   distinct_items,
   drop_short_users,
   from_lengths,
   hold_out_last,
   leave_one_out,
+  require_users,
   user_blocks,
 )
 from bbqrec_jax.errors import InputError
@@ -50,34 +50,10 @@ def test_drop_short_users_keeps_the_others_in_order():
   assert as_lists(drop_short_users(kept, minimum=4)) == {"d": [4, 5, 6, 7]}
 
 
-def test_short_users_are_counted_and_the_first_is_named():
-  with pytest.raises(InputError) as error:
-    check_history_lengths(make(HISTORIES | {"dee": [1, 2], "eve": [1]}), path="sequences.txt")
-  assert str(error.value) == (
-    "sequences.txt: 2 of 5 users have fewer than 3 interactions (expected one each to learn from, validate on and test"
-    " on), first: user 'dee' on line 4 with 2; --config.data.drop_short_users=True drops them"
-  )
-
-
-def test_short_users_are_named_by_the_line_the_source_gives():
-  with pytest.raises(InputError, match="'dee' on line 90 with 2"):
-    check_history_lengths(make(HISTORIES | {"dee": [1, 2]}), path="x.inter", lines=np.array([2, 5, 7, 90]))
-
-
-def test_short_users_are_dropped_on_request():
-  checked = check_history_lengths(make(HISTORIES | {"dee": [1, 2]}), path="sequences.txt", drop_short=True)
-  assert as_lists(checked) == HISTORIES
-
-
-@pytest.mark.parametrize("drop_short", [False, True])
-@pytest.mark.parametrize(("histories", "came"), [({}, "found none"), ({"a": [1], "b": [2, 3]}, "none of the 2 users")])
-def test_no_usable_user_is_refused(histories, came, drop_short):
-  with pytest.raises(InputError) as error:
-    check_history_lengths(make(histories), path="sequences.txt", drop_short=drop_short)
-  message = str(error.value)
-  assert message.startswith("sequences.txt: expected")
-  assert came in message
-  assert "\n" not in message
+def test_a_file_without_users_is_refused():
+  with pytest.raises(InputError, match=r"^sequences.txt: expected at least one user, found none; give"):
+    require_users(make({}), path="sequences.txt")
+  assert as_lists(require_users(make(HISTORIES), path="sequences.txt")) == HISTORIES
 
 
 def test_leave_one_out_splits_each_history():
@@ -100,9 +76,27 @@ def test_an_unknown_stage_is_refused():
     leave_one_out(make(HISTORIES)).history("train")
 
 
-def test_a_history_too_short_to_split_is_refused():
-  with pytest.raises(InputError, match="user 'dee': expected at least 3 interactions, got 2"):
-    leave_one_out(make(HISTORIES | {"dee": [1, 2]}))
+def test_users_with_fewer_than_3_interactions_are_learned_from_and_not_ranked():
+  histories = make({"one": [3]} | HISTORIES | {"two": [1, 2]})
+  timed = dataclasses.replace(histories, times=np.arange(histories.num_interactions, dtype=float))
+  split, without = leave_one_out(timed), leave_one_out(make(HISTORIES))
+  assert as_lists(split.train) == {"one": [3]} | as_lists(without.train) | {"two": [1, 2]}
+  for stage in ("validation", "test"):
+    assert as_lists(split.history(stage)) == as_lists(without.history(stage))
+    mine = split.history(stage)
+    assert [timed.items[int(time)] for time in mine.times] == mine.items.tolist()
+  assert split.validation_target.tolist() == without.validation_target.tolist()
+  assert split.test_target.tolist() == without.test_target.tolist()
+  assert [timed.items[int(time)] for time in split.validation_time] == split.validation_target.tolist()
+  assert split.split_hash != without.split_hash
+  held, users = hold_out_last(split, count=9, seed=0)
+  assert as_lists(held.train)["two"] == [1]
+  assert held.train.users[users].tolist() == ["bob", "cy", "two"]
+
+
+def test_where_nobody_can_be_ranked_is_refused():
+  with pytest.raises(InputError, match=r"at least 3 interactions .* none of the 2 users has as many"):
+    leave_one_out(make({"a": [1], "b": [2, 3]}))
 
 
 def test_split_hash_is_fixed_for_ever():

@@ -207,18 +207,12 @@ def test_many_interactions_against_a_plain_python_oracle(folder, monkeypatch):
     ("rating:float", "item_id:token", ["line 1 field 3", "expected each column once", "'item_id' again"]),
     (INTER, "", ["line 1", "header of name:type", "got ''"]),
     (INTER, INTER.splitlines()[0], ["expected at least one user", "found none"]),
-    ("u2\ta\t1\t10\n", "", ["1 of 2 users", "'u2' on line 2 with 2", "--config.data.drop_short_users=True"]),
   ],
 )
 def test_bad_interactions_are_refused(folder, old, new, parts):
   assert old in INTER
   (folder / "tiny.inter").write_text(INTER.replace(old, new))
   refusal(folder, str(folder / "tiny.inter"), *parts)
-
-
-def test_short_users_are_dropped_on_request(folder):
-  (folder / "tiny.inter").write_text(INTER.replace("u2\ta\t1\t10\n", ""))
-  assert histories(load_recbole(folder, drop_short_users=True)) == {"u1": [1, 2, 0, 1]}
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_the_run_is_as_whole_as_any(folders, capsys):
   finished = load_run(folders / "after")
   best = finished.recommend([["sku-20", "sku-21"]], k=3)[0]
   assert {one.item for one in best} <= set(load_directory(folders / "today").item_ids.to_json())
-  dataset = load_directory(folders / "today", drop_short_users=True)
+  dataset = load_directory(folders / "today")
   words = nightly.describe(nightly.read_earlier(folders / "before", dataset), dataset)
   assert f"{ITEMS - 1} items are known, {NEW} new, 1 gone" in words
   assert "25 users are known" in words
@@ -112,7 +112,7 @@ def test_a_run_begins_half_way_between_fresh_parameters_and_the_earlier_ones(fol
   config = make_config(folders / "today", init_from=str(folders / "before"))
   made, fresh = first_parameters(config, tmp_path / "run", monkeypatch)
   before = best_parameters(folders / "before")
-  earlier = nightly.read_earlier(folders / "before", load_directory(folders / "today", drop_short_users=True))
+  earlier = nightly.read_earlier(folders / "before", load_directory(folders / "today"))
   known, of_items = earlier.rows >= 0, fresh["item_embedding"]
   half = 0.5 * (before["item_embedding"][earlier.rows[known]] + of_items[known])
   assert_allclose(made["item_embedding"][known], half, rtol=1e-5)
@@ -143,7 +143,7 @@ def test_tables_are_fitted_anew_where_enough_users_have_something_new(folders, c
   monkeypatch.setattr(train, "_FEWEST_USERS", 2 if enough else 10**6)
   # User 9 has nothing new: what is its last training transition today was learned from yesterday.
   noted = read_json(compared / "ids.json")
-  today = load_directory(folders / "today", drop_short_users=True).interactions
+  today = load_directory(folders / "today").interactions
   counts = dict(zip(today.users.tolist(), (today.lengths - 2).tolist(), strict=True))
   yesterday = {user: counts[user] - (user != "U9") if user in counts else 0 for user in noted["users"]}
   changed = copied(compared, tmp_path / "compared", learned_from=list(yesterday.values()))
@@ -197,7 +197,7 @@ def copied(workdir, to, **changes):
 
 def test_a_run_that_does_not_say_what_it_learned_from_keeps_its_tables(folders, compared, tmp_path):
   old = copied(compared, tmp_path / "old", learned_from=[])
-  dataset = load_directory(folders / "today", drop_short_users=True)
+  dataset = load_directory(folders / "today")
   start = nightly.warm_start(None, nightly.read_earlier(old, dataset), dataset.interactions)
   new = ~np.isin(dataset.interactions.users, read_json(old / "ids.json")["users"])
   assert 0 < new.sum() < len(new)

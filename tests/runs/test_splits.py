@@ -11,12 +11,12 @@ from bbqrec_jax.runs.run import run
 from bbqrec_jax.serving.run import load_run
 
 
-def write_data(folder):
+def write_data(folder, *, shortest=3):
   folder.mkdir()
   rng = np.random.default_rng(0)
   lines, times = [], []
   for user in range(40):
-    length, first = rng.integers(3, 8), rng.integers(60)
+    length, first = rng.integers(shortest, 8), rng.integers(60)
     lines.append(f"{user} {' '.join(map(str, (user + np.arange(length)) % 12))}")
     times.append(f"{user} {' '.join(map(str, first + 6 * np.arange(length)))}")
   (folder / "sequences.txt").write_text("\n".join(lines))
@@ -30,8 +30,7 @@ def data(tmp_path_factory):
   return write_data(tmp_path_factory.mktemp("splits") / "data")
 
 
-@pytest.mark.parametrize("split", ["temporal", "none"])
-def test_a_run_of_another_split_is_whole(data, tmp_path, split, capsys):
+def make_config(data, split):
   config = default_config()
   config.update_from_flattened_dict({
     "data.path": str(data), "data.split": split, "recommender.head": "dense", "recommender.similarity": (),
@@ -39,6 +38,12 @@ def test_a_run_of_another_split_is_whole(data, tmp_path, split, capsys):
     "recommender.num_layers": 1, "recommender.num_heads": 1, "recommender.steps": 4, "recommender.evaluate_every": 2,
     "recommender.max_length": 8, "evaluation.batch_size": 16,
   })  # fmt: skip
+  return config
+
+
+@pytest.mark.parametrize("split", ["temporal", "none"])
+def test_a_run_of_another_split_is_whole(data, tmp_path, split, capsys):
+  config = make_config(data, split)
   results = run(config, tmp_path / "run")
   out = capsys.readouterr().out
   assert results["data"]["split"] == split
@@ -56,3 +61,22 @@ def test_a_run_of_another_split_is_whole(data, tmp_path, split, capsys):
   config.data.split = "leave_one_out"
   with pytest.raises(InputError, match=r"data\.split"):
     run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("split", ["leave_one_out", "none"])
+def test_users_with_one_interaction_are_learned_from_and_asked_for(tmp_path, split, capsys):
+  data = write_data(tmp_path / "data", shortest=1)
+  lines = (data / "sequences.txt").read_text().splitlines()
+  lengths = {line.split()[0]: len(line.split()) - 1 for line in lines}
+  results = run(make_config(data, split), tmp_path / "run")
+  ranked = [user for user, length in lengths.items() if length >= (3 if split == "leave_one_out" else 2)]
+  short = sum(length < 3 for length in lengths.values())
+  assert (f"  {short} users have fewer than 3 interactions" in capsys.readouterr().out) == (split == "leave_one_out")
+  assert results["data"]["users"] == 40
+  assert len(np.load(tmp_path / "run" / "ranks.npz")["test"]) == len(ranked) < 40
+  finished = load_run(tmp_path / "run")
+  assert finished.evaluate()["test"]["ndcg@10"] == pytest.approx(results["test"]["ndcg@10"], abs=1e-6)
+  alone = min(lengths, key=lengths.get)
+  assert lengths[alone] == 1
+  assert len(finished.recommend(users=[alone], k=2)[0]) == 2
+  assert gather(tmp_path / "run", restore(tmp_path / "run"))["extremes"]

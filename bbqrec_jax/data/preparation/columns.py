@@ -10,7 +10,7 @@ from bbqrec_jax.errors import InputError, printable, shown
 LOG = {
   "user": "user userid customer customerid reviewerid visitorid memberid clientid shopper uid account accountid buyer"
   " buyerid person personid profileid subscriber session sessionid",
-  "item": "item itemid product productid sku asin parentasin article articleid movie movieid filmid book bookid isbn"
+  "item": "item itemid product productid sku parentasin asin article articleid movie movieid filmid book bookid isbn"
   " track trackid song songid video videoid game gameid content contentid news newsid business businessid iid",
   "time": "timestamp time datetime date ts eventtime unixreviewtime reviewtime createdat created orderdate orderedat"
   " purchasedate purchasedat when unixtime epoch eventdate viewedat",

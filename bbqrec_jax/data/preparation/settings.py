@@ -38,7 +38,7 @@ class PreparationSettings:
     " or the last, those that follow one another directly (consecutive), none (keep).", choices=DUPLICATES,
   )  # fmt: skip
   min_per_user: int = setting(3, "Leave out users with fewer interactions, and items of min_per_item, until nothing"
-                              " changes: 5 and 5 is the 5-core.", least=3)  # fmt: skip
+                              " changes: 5 and 5 is the 5-core; of 1 or 2 nothing is held out.")  # fmt: skip
   min_per_item: int = setting(1, "Leave out items with fewer interactions, likewise.")
   ties: str = setting("file", "The order of a user's interactions of the same time: as in the file, by the item's id,"
                       " or shuffled by the seed.", choices=TIES)  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+import bbqrec_jax
 from bbqrec_jax.config import default_config
 from bbqrec_jax.data import tfds_source
 from bbqrec_jax.data.amazon_reviews.image_features import read_image_features
@@ -91,6 +92,25 @@ def test_each_release_becomes_the_same_data_set(tmp_path, release):
   assert first == {"id": ITEMS[0], "title": "Drum & stick 0", "description": first["description"], "brand": "Bang 0",
                    "category": "Music > Drums", "price": 9.5}  # fmt: skip
   assert first["description"].split(" > ")[0].startswith("it's")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_each_release_becomes_a_trained_model(tmp_path, release):
+  raw = write_dump(tmp_path / "raw", release)
+  files = RELEASES[release].reviews, RELEASES[release].meta
+  log, meta = (next(raw.glob(names[0].format(CATEGORY) + "*")) for names in files)
+  bbqrec_jax.prepare(log, tmp_path / "data", items=meta, min_per_user=5, min_per_item=5)
+  bbqrec_jax.features(tmp_path / "data", text_width=4, attribute_width=2)
+  config = bbqrec_jax.preset("dense")
+  config.update_from_flattened_dict({
+    "partitioner": "single", "tokenizer.quantizer": "rq_kmeans", "tokenizer.num_levels": 2, "tokenizer.num_codes": 4,
+    "recommender.width": 32, "recommender.mlp_width": 32, "recommender.num_layers": 1, "recommender.dropout": 0.0,
+    "recommender.similarity": (), "recommender.candidate_similarity.streams": (), "recommender.steps": 120,
+    "recommender.evaluate_every": 120, "recommender.max_length": 8, "recommender.optimizer.learning_rate": 1e-2,
+  })  # fmt: skip
+  run = bbqrec_jax.run(config, tmp_path / "run", data=tmp_path / "data")
+  # Everybody goes through the items in turn.
+  assert [one.item for one in run.recommend([[ITEMS[2], ITEMS[3], ITEMS[4]]], k=1)[0]] == [ITEMS[5]]
 
 
 def test_what_is_missing_is_told_with_its_place(tmp_path):

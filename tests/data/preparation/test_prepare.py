@@ -171,7 +171,7 @@ def test_ratings_events_and_the_core_leave_out_what_they_say(tmp_path):
 
 @pytest.mark.parametrize(
   ("settings", "says"),
-  [({"user": "nobody"}, "--user"), ({"ties": "any"}, "--ties must be one of"), ({"min_per_user": 2}, "--min_per_user"),
+  [({"user": "nobody"}, "--user"), ({"ties": "any"}, "--ties must be one of"), ({"min_per_user": 0}, "--min_per_user"),
    ({"usr": "x"}, "--usr is unknown"), ({"min_rating": 3, "rating": "none"}, "--rating"), ({"max_bad": 2.0}, "bad")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(tmp_path, settings, says):
