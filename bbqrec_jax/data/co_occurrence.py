@@ -1,5 +1,6 @@
 """Which items stand near each other in training histories, as lists of neighbours in bounded memory."""
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -69,14 +70,18 @@ def co_occurrence(
     table = scipy.sparse.coo_matrix(
       (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=(stop - start, num_items)
     ).tocsr()
-    for row in range(stop - start):
-      own = slice(table.indptr[row], table.indptr[row + 1])
-      items = table.indices[own]
-      strength = table.data[own] * scale[0, start + row] * scale[1, items]
-      order = np.lexsort((items, -strength))[:count]
-      neighbours[start + row, : len(order)] = items[order]
-      strengths[start + row, : len(order)] = strength[order]
+    table.data *= np.repeat(scale[0, start:stop], np.diff(table.indptr)) * scale[1, table.indices]
+    keep_strongest(table, neighbours[start:stop], strengths[start:stop])
   return neighbours, strengths
+
+
+def keep_strongest(table: scipy.sparse.csr_matrix, neighbours: np.ndarray, strengths: np.ndarray) -> None:
+  """Writes the largest numbers of each row [n, N] and their columns into arrays [n, K], ties by the lower column."""
+  for row, (start, stop) in enumerate(itertools.pairwise(table.indptr)):
+    items, strength = table.indices[start:stop], table.data[start:stop]
+    order = np.lexsort((items, -strength))[: neighbours.shape[1]]
+    neighbours[row, : len(order)] = items[order]
+    strengths[row, : len(order)] = strength[order]
 
 
 def _pairs(histories: Interactions, owner: np.ndarray, pairs: Pairs) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:

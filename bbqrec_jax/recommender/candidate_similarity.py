@@ -9,6 +9,8 @@ base, on transitions that it was not trained on: of others the base knows by hea
 small network on top of them weighs them against other signals, see `signals`.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -157,6 +159,7 @@ def build_streams(
   *,
   num_items: int,
   seed: int,
+  titles: Sequence[str] = (),
 ) -> CandidateStreams:
   """What candidates are compared by.
 
@@ -167,6 +170,7 @@ def build_streams(
     histories: of training; items that are not there, which came later, have no part in the edges.
     num_items: N.
     seed: of the pairs that edges are fitted on.
+    titles: of the items, [N]; () where there are none.
   """
   known = np.unique(histories.items)
   vectors = stream_vectors(settings, ids, features)
@@ -175,7 +179,7 @@ def build_streams(
   edges = [tail_edges(rows[known], settings.num_buckets, seed=seed) for rows in vectors.values()]
   neighbours = buckets = sources = None
   if has_network(settings):
-    sources = build_sources(histories, num_items=num_items, count=_RELATED)
+    sources = build_sources(histories, num_items=num_items, count=_RELATED, titles=titles)
   if "behaviour" in settings.streams:
     near, strengths = co_occurrence(histories, num_items=num_items, count=min(settings.neighbours, num_items))
     neighbours, buckets = jnp.asarray(near), jnp.asarray(strength_buckets(strengths, settings.num_buckets))

@@ -221,6 +221,7 @@ def build_catalogue(
   *,
   num_items: int,
   features: dict[str, np.ndarray] | None = None,
+  titles: Sequence[str] = (),
 ) -> tuple[Catalogue, RecommenderSettings]:
   """What the model is told about items, and the shapes that follow from it.
 
@@ -230,6 +231,7 @@ def build_catalogue(
     histories: the training histories, for the bucket edges and for what stands near what.
     num_items: N.
     features: of all items, as `item_features` gives them.
+    titles: of all items; () where there are none.
   """
   r, features = config.recommender, features or {}
   settings = recommender_settings(
@@ -257,7 +259,7 @@ def build_catalogue(
   trie = build_trie(semantic_ids) if any(head.reads_codes for head in parts_of(r)[1]) else None
   compare, candidates = r.candidate_similarity, None
   if compare.streams:
-    candidates = build_streams(compare, ids, features, histories, num_items=num_items, seed=config.seed)
+    candidates = build_streams(compare, ids, features, histories, num_items=num_items, seed=config.seed, titles=titles)
   read = settings.feature_width > 0
   catalogue = Catalogue(
     semantic_ids=jnp.asarray(semantic_ids),

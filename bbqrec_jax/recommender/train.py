@@ -3,7 +3,7 @@
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,9 +85,10 @@ def build_recommender(
   *,
   num_items: int,
   features: dict[str, np.ndarray] | None = None,
+  titles: Sequence[str] = (),
 ) -> tuple[SequenceModel, Catalogue]:
   """The model, and the catalogue it reads; the arguments are those of `build_catalogue`."""
-  catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items, features=features)
+  catalogue, settings = build_catalogue(config, ids, histories, num_items=num_items, features=features, titles=titles)
   return make_recommender(settings), catalogue
 
 
@@ -206,7 +207,9 @@ def _stage(
   """Makes the model and what it is told of the items."""
   with made_on_host():
     features = item_features(config, dataset.store)
-    catalogue, settings = build_catalogue(config, ids, split.train, num_items=dataset.num_items, features=features)
+    catalogue, settings = build_catalogue(
+      config, ids, split.train, num_items=dataset.num_items, features=features, titles=dataset.titles
+    )
   model, step, ranker = work.programs(settings)
   shared = work.partitioner.place(catalogue)
   common = {"num_items": catalogue.num_items, **ranking_shapes(config, work.whole, exact=model.exact)}

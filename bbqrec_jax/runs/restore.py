@@ -1,6 +1,7 @@
 """Restores a finished run for ranking: its best model, with its own items or with new ones added."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Collection
@@ -104,13 +105,14 @@ def restore(
     check_fingerprint(workdir, ids, trained=True)
   known = dataset.store
   rows = item_features(config, known)
-  model, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=rows)
+  build = functools.partial(build_recommender, config, histories=split.train)
+  model, catalogue = build(ids, num_items=dataset.num_items, features=rows, titles=dataset.titles)
   like = _like(config, model, catalogue)
   if tokenizer is not None or features is not None:
     ids, new, dataset = _extended(workdir, config, dataset, ids, tokenizer, features)
     more = {} if new is None else item_features(config, new)
     rows = {name: np.concatenate([known_rows, more[name]]) for name, known_rows in rows.items()}
-    _, catalogue = build_recommender(config, ids, split.train, num_items=dataset.num_items, features=rows)
+    _, catalogue = build(ids, num_items=dataset.num_items, features=rows, titles=dataset.titles)
   state = restore_state(workdir / "checkpoints" / "recommender", best, like, strict=not config.shard_rows)
   return Restored(dataset, ids, model, state.params, catalogue, config, split)
 

@@ -7,6 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from bbqrec_jax.data.interactions import from_lengths
+from bbqrec_jax.data.title_words import similar_titles
 from bbqrec_jax.recommender.signals import (
   SIGNALS,
   build_sources,
@@ -23,7 +24,9 @@ ITEMS = 6
 @pytest.fixture
 def sources():
   histories = from_lengths(np.array([0, 1, 2, 0, 1, 3, 4, 1]), np.array([3, 3, 2]), np.array(["a", "b", "c"]))
-  return build_sources(histories, num_items=ITEMS, count=5)
+  return build_sources(
+    histories, num_items=ITEMS, count=5, titles=("red mug", "Red Pan", "", "blue mug", "bowl", "red")
+  )
 
 
 def by_name(values):
@@ -37,6 +40,7 @@ def test_signals_say_what_stands_with_follows_and_precedes(sources):
   assert_allclose(found["scores"], 2 * base)
   assert_allclose(found["base"], base)
   assert_allclose(found["popularity"], np.tile(np.log1p([2, 3, 1, 1, 1, 0]), (2, 1)), rtol=1e-6)
+  assert_allclose(found["endings"], np.tile(np.log1p([0, 1, 1, 1, 0, 0]), (2, 1)), rtol=1e-6)  # Ends: 2, 3 and 1.
   assert found["seen"].tolist() == [[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]]
   # 1 is followed once each by 2 and 3, and preceded twice by 0 and once by 4.
   assert_allclose(found["next"][0], np.sqrt([0, 0, 1 / np.sqrt(4 * 3), 1 / np.sqrt(4 * 3), 0, 0]), rtol=1e-6)
@@ -46,6 +50,10 @@ def test_signals_say_what_stands_with_follows_and_precedes(sources):
   counts = np.array([[0, 2, 1, 1, 0, 0], [2, 0, 1, 1, 1, 0]])
   strengths = counts / np.sqrt(totals[:2, None] * totals)
   assert_allclose(found["together"][0], strengths[1] + 0.8 * strengths[0], rtol=1e-6)
+  # The last item shares "red" with 0 and 5, the one before it also "mug" with 3.
+  _, likeness = similar_titles(("red mug", "Red Pan", "", "blue mug", "bowl", "red"), count=5)
+  assert_allclose(found["titles"][0, [5, 3]], [likeness[1, 0] + 0.8 * likeness[0, 0], 0.8 * likeness[0, 1]], rtol=1e-6)
+  assert not found["titles"][0, [2, 4]].any()
   for name in ("together", "next", "previous"):
     assert not found[name][1].any(), "nothing is known of an item that is in no history"
 

@@ -11,7 +11,7 @@ import numpy as np
 
 _HASHED = 2**16  # Columns before the projection: words that share one are rare.
 _FITTED = 50_000  # Texts that the projection is fitted on, spread over the catalogue.
-_WORD = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"  # Signs of Chinese and Japanese are words.
+WORD = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"  # Signs of Chinese and Japanese are words.
 
 
 class HashedWords:
@@ -28,7 +28,7 @@ class HashedWords:
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
     self.width, self._seed = width, seed
-    how: dict[str, Any] = {"analyzer": _as_it_is} if tokens else {"token_pattern": _WORD, "ngram_range": (1, 2)}
+    how: dict[str, Any] = {"analyzer": _as_it_is} if tokens else {"token_pattern": WORD, "ngram_range": (1, 2)}
     self._hash = HashingVectorizer(n_features=_HASHED, norm=None, dtype=np.float32, alternate_sign=False, **how)
     self._weigh = TfidfTransformer(sublinear_tf=not tokens)
     self._columns, self._directions = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
