@@ -25,6 +25,7 @@ from bbqrec_jax.command_line import define_path, quiet_flags, show, start
 from bbqrec_jax.data.interactions import Split
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply
+from bbqrec_jax.ops.ranking import user_ndcg
 from bbqrec_jax.recommender.candidate_similarity import stream_vectors
 from bbqrec_jax.recommender.evaluate import evaluate, make_ranker, rank_scores
 from bbqrec_jax.recommender.fit_similarity import collect_candidates, fit_added, fit_similarity
@@ -116,7 +117,7 @@ def report(run: Restored) -> str:
       ranker, run.params | {"candidate_similarity": tables}, catalogue, split.history("test"), split.test_target,
       batch_size=config.evaluation.batch_size, max_length=r.max_length, num_items=catalogue.num_items, bounds=bounds,
     )  # fmt: skip
-    return ranking.metrics, np.where(ranking.ranks < 10, 1 / np.log2(ranking.ranks.astype(np.float64) + 2), 0.0)
+    return ranking.metrics, user_ndcg(ranking.ranks)
 
   own = jax.device_get(run.params["candidate_similarity"])
   nothing = jax.tree.map(np.zeros_like, own) | {"scale": np.ones_like(own["scale"])}

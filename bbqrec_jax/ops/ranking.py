@@ -97,6 +97,11 @@ def ndcg_at(ranks: jax.Array, valid: jax.Array, k: int) -> Metric:
   return jnp.sum(jnp.where(valid & (ranks < k), gain, 0.0)), jnp.sum(valid.astype(jnp.float32))
 
 
+def user_ndcg(ranks: np.ndarray, k: int = 10) -> np.ndarray:
+  """The same of each user: ranks of any shape -> float64, on the host, to compare user by user."""
+  return np.where(ranks < k, 1.0 / np.log2(np.minimum(ranks, k).astype(np.float64) + 2.0), 0.0)
+
+
 def reciprocal_rank(ranks: jax.Array, valid: jax.Array) -> Metric:
   """Mean reciprocal rank, 1 / (rank + 1); a miss (see `ranks_in_list`) counts 0."""
   gain = jnp.where(ranks < MISS, 1.0 / (ranks.astype(jnp.float32) + 1.0), 0.0)

@@ -179,7 +179,8 @@ def build_streams(
   edges = [tail_edges(rows[known], settings.num_buckets, seed=seed) for rows in vectors.values()]
   neighbours = buckets = sources = None
   if has_network(settings):
-    sources = build_sources(histories, num_items=num_items, count=_RELATED, titles=titles)
+    read = titles if settings.titles else ()
+    sources = build_sources(histories, num_items=num_items, count=_RELATED, titles=read)
   if "behaviour" in settings.streams:
     near, strengths = co_occurrence(histories, num_items=num_items, count=min(settings.neighbours, num_items))
     neighbours, buckets = jnp.asarray(near), jnp.asarray(strength_buckets(strengths, settings.num_buckets))

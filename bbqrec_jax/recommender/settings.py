@@ -93,6 +93,7 @@ class CandidateSimilaritySettings:
     16, "Hidden units of the network on top of the tables and other signals of a candidate, where behaviour is a"
     " stream; 0: no network.", least=0, most=256,
   )  # fmt: skip
+  titles: bool = setting(True, "Whether the network reads which rare words the titles of two items share.")
   network_passes: int = setting(24, "Passes over these users in fitting the network, at half of that learning rate.")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from bbqrec_jax.data.interactions import Split, distinct_items, select_users
 from bbqrec_jax.ops.candidate_similarity import principal_axes
-from bbqrec_jax.ops.ranking import MISS
+from bbqrec_jax.ops.ranking import MISS, user_ndcg
 from bbqrec_jax.recommender.items import similarity_streams
 from bbqrec_jax.runs.restore import Restored
 from bbqrec_jax.runs.tracking import read_records
@@ -191,7 +191,6 @@ def by_group(ranks: np.ndarray, values: np.ndarray, *, groups: int = 5) -> Rows:
   """
   edges = np.unique(np.quantile(values, np.linspace(0, 1, groups + 1)[1:-1], method="lower"))
   place = np.searchsorted(edges, values, side="left")
-  gain = np.where(ranks < 10, 1 / np.log2(np.minimum(ranks, 10) + 2.0), 0.0)
   rows: Rows = []
   for group in range(len(edges) + 1):
     own = place == group
@@ -206,7 +205,7 @@ def by_group(ranks: np.ndarray, values: np.ndarray, *, groups: int = 5) -> Rows:
         "value": float(of[own].mean()),
         "error": float(1.96 * of[own].std() / np.sqrt(own.sum())),
       }
-      for metric, of in (("Recall@10", (ranks < 10).astype(float)), ("NDCG@10", gain))
+      for metric, of in (("Recall@10", (ranks < 10).astype(float)), ("NDCG@10", user_ndcg(ranks)))
     ]
   return rows
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from bbqrec_jax.config import CHANGEABLE
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.ops.ranking import user_ndcg
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY
 from bbqrec_jax.runs.workdir import load_results
 from bbqrec_jax.utils.files import is_given, read_archive
@@ -80,8 +81,8 @@ def systems_of(workdirs: Sequence[pathlib.Path]) -> dict[str, list[pathlib.Path]
 
 def gains(folders: Sequence[pathlib.Path]) -> np.ndarray:
   """Test NDCG@10 of each user, the mean over the seeds: [U]."""
-  ranks = np.stack([read_archive(folder / "ranks.npz")["test"] for folder in folders]).astype(np.float64)
-  return np.mean(np.where(ranks < 10, 1 / np.log2(ranks + 2), 0.0), axis=0)
+  ranks = np.stack([read_archive(folder / "ranks.npz")["test"] for folder in folders])
+  return np.mean(user_ndcg(ranks), axis=0)
 
 
 def compare(systems: Mapping[str, Sequence[pathlib.Path]], *, reference: str) -> tuple[dict[str, Any], list[Row]]:

@@ -242,5 +242,10 @@ def test_streams_are_what_the_settings_name():
   alone = dataclasses.replace(COMPARE, streams=("features",))
   without = build_streams(alone, None, features, histories, num_items=ITEMS, seed=0)
   assert without.neighbours is without.signals is None
+  titles = [f"number {item // 2}" for item in range(ITEMS)]
+  for read in (True, False):
+    settings = dataclasses.replace(COMPARE, titles=read)
+    named = build_streams(settings, None, features, histories, num_items=ITEMS, seed=0, titles=titles)
+    assert (named.signals.neighbours["titles"][:2, 0].tolist() == [1, 0]) == read
   none = dataclasses.replace(COMPARE, network_units=0)
   assert build_streams(none, None, features, histories, num_items=ITEMS, seed=0).signals is None
