@@ -13,7 +13,7 @@ from bbqrec_jax.tokenizer.settings import TokenizerSettings
 from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.utils.settings import from_config, section, setting, to_config
 
-_FEWEST_ROWS = 64  # That are worth spreading: a stack of codebooks may have fewer, and stays whole.
+_FEWEST_ROWS = 64  # Arrays with fewer rows, such as a stack of codebooks, are not spread over devices.
 
 # What may change between two starts of one run: no number depends on it while nothing goes wrong.
 CHANGEABLE = {"data.path", *(field.name for field in dataclasses.fields(Safeguards))}

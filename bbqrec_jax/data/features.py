@@ -1,4 +1,4 @@
-"""Item features: one array a modality, memory-mapped, checked and summarised a block of rows at a time."""
+"""Item features: one array per modality, memory-mapped, checked and summarised a block of rows at a time."""
 
 import hashlib
 import mmap
@@ -22,7 +22,7 @@ BLOCK = 2**22
 # Of a column's mean, the least share that its spread has where float32 resolves it; and the largest spread there.
 _NARROW, _FAR = 1e-4, 1e30
 
-# Files that a note names.
+# Files that a note names at most.
 _MOST_NAMES = 10
 
 

@@ -1,4 +1,4 @@
-"""Padded histories, one a row, in batches that a model ranks the catalogue for."""
+"""Padded histories, one per row, in batches that a model ranks the catalogue for."""
 
 from collections.abc import Iterator
 

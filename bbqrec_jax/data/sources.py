@@ -1,4 +1,4 @@
-"""The data that a configuration names: synthetic, a folder of the project's own format, or RecBole's atomic files."""
+"""The data that a config names: a folder (own format or RecBole's), a TFDS builder, memory, or synthetic data."""
 
 import dataclasses
 from pathlib import Path
@@ -111,7 +111,7 @@ def load(settings: Any, given: Dataset | None = None) -> Dataset:
   """Loads what `config.data` names; there may be no features.
 
   Args:
-    settings: has `source` ("synthetic", "directory", "recbole" or "tfds:NAME"), `path`, `modalities`,
+    settings: has `source` ("synthetic", "directory", "recbole", "memory" or "tfds:NAME"), `path`, `modalities`,
       `drop_short_users`, `drop_incomplete_items`, and `synthetic` with `num_users`, `num_items` and `seed`.
     given: the data itself, where the source is "memory".
 
@@ -147,9 +147,8 @@ def _load(settings: Any, given: Dataset | None) -> Dataset:
     require_users(given.interactions, path="interactions")
     return _chosen(given, settings.modalities)
   if settings.source != "synthetic":
-    raise InputError(
-      f"--config.data.source: expected one of synthetic, {', '.join(folder_sources)}, got {settings.source!r}"
-    )
+    known = ", ".join(("synthetic", *folder_sources, MEMORY))
+    raise InputError(f"--config.data.source: expected one of {known} or tfds:NAME, got {settings.source!r}")
   if settings.path:
     # Whoever names a folder and forgets the source must not be given results on invented data.
     raise InputError(

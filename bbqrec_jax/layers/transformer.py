@@ -1,4 +1,4 @@
-"""Sequence backbones. Each takes the similarity bias as one optional argument and is otherwise what it was."""
+"""Transformers over sequences, with the similarity bias as one optional argument; without it they are plain ones."""
 
 import functools
 

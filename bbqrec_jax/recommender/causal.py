@@ -1,4 +1,4 @@
-"""The causal backbone: one position an item, histories packed into rows."""
+"""The causal backbone: one position per item, histories packed into rows."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Full-catalogue ranking of held-out items, for both heads and for popularity."""
+"""Full-catalogue ranking of held-out items, by any head and by popularity."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -22,7 +22,7 @@ from bbqrec_jax.training.partitioning import Partitioner
 _NEAR = 50  # Candidates that are near the history, and as many of each base.
 _RELATED = 30  # Candidates of each relation of the last item.
 _RANDOM = 100  # Candidates that stand for all others.
-_LEAST_SPREAD = 1e-3  # Standard deviation of a signal among candidates, from which on it is read.
+_LEAST_SPREAD = 1e-3  # A signal whose standard deviation among candidates is smaller is not read.
 _FEWEST_USERS = 768  # That the network is fitted on: of fewer it learns more by heart than of what comes next.
 
 

@@ -1,7 +1,7 @@
 """What a recommender is made of: a backbone turns histories into states, a head ranks items by these.
 
 Both are flax modules that are made of the recommender's settings, and declare as class attributes what they need.
-A config names one of this project's, or a class of your own as "module:Class".
+A config names one of this project's, or a custom class as "module:Class".
 """
 
 import dataclasses
@@ -194,7 +194,7 @@ def ranked(scores: jax.Array, *, width: int, exclude: jax.Array | None = None) -
 
 @functools.cache
 def check_parts(settings: RecommenderSettings) -> None:
-  """Makes the backbone and the head that the settings name, and tries out those that are somebody's own.
+  """Makes the backbone and the head that the settings name, and tries out custom ones.
 
   Raises:
     InputError: if one is none or cannot be made, they do not fit each other, one gives another shape than it says, or

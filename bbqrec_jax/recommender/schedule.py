@@ -11,9 +11,9 @@ from bbqrec_jax.data.pipeline import PackedHistories, PrefixHistories, recommend
 from bbqrec_jax.data.ranking import ordinary_width
 from bbqrec_jax.recommender.settings import is_packed, row_length
 
-_FEWEST_STEPS = 100  # Of an epoch, which batches are small enough for, and that validations count for one at least.
-_FEWEST_POSITIONS, _MOST_POSITIONS = 256, 1024  # Of a batch, where a config leaves it to the data's size.
-_FEWEST_BATCHES = 16  # Of an epoch, for which a length bucket is worth programs of its own.
+_FEWEST_STEPS = 100  # Batches are made so small that an epoch has as many; validations are at least as far apart.
+_FEWEST_POSITIONS, _MOST_POSITIONS = 256, 1024  # Bounds of a batch's size, where the config leaves it to the data.
+_FEWEST_BATCHES = 16  # A length bucket with fewer batches per epoch is not worth compiling programs for.
 
 
 def batch_rows(recommender: Any, histories: Interactions) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.ops.similarity import stream_pairs
 from bbqrec_jax.training.settings import OptimizerSettings
-from bbqrec_jax.utils.named import named
+from bbqrec_jax.utils.named import named, part
 from bbqrec_jax.utils.settings import derived, section, setting
 
 # Parts by name: what makes one of the settings.
@@ -25,33 +25,16 @@ HEADS = {
 TOWERS = {"hybrid": ("generative", "dense")}
 
 
-def part(kind: str, name: str) -> Any:
-  """The class that a config names as its "head" or "backbone", see `bbqrec_jax.recommender.parts`.
-
-  Raises:
-    InputError: if it is not there, or is no such class.
-  """
-  try:
-    found = named(name, {"head": HEADS, "backbone": BACKBONES}[kind])
-  except ValueError as error:
-    raise InputError(f"config field recommender.{kind}: {error}") from error
-  base = named(f"bbqrec_jax.recommender.parts:{kind.capitalize()}", {})
-  if not (isinstance(found, type) and issubclass(found, base)):
-    raise InputError(
-      f"config field recommender.{kind} = {name!r}: expected a subclass of {base.__module__}.{base.__name__}, got"
-      f" {found!r}"
-    )
-  return found
-
-
 def parts_of(recommender: Any) -> tuple[Any, tuple[Any, ...]]:
   """The backbone that a recommender's config or settings name, and its head, or that of each tower.
 
   Raises:
-    InputError: as `part`.
+    InputError: if one is not there, or is no such class, see `bbqrec_jax.recommender.parts`.
   """
-  backbone = part("backbone", recommender.backbone)
-  heads = [part("head", name) for name in TOWERS.get(recommender.head, (recommender.head,))]
+  head_base, backbone_base = (named(f"bbqrec_jax.recommender.parts:{kind}", {}) for kind in ("Head", "Backbone"))
+  backbone = part("recommender.backbone", recommender.backbone, BACKBONES, base=backbone_base)
+  towers = TOWERS.get(recommender.head, (recommender.head,))
+  heads = [part("recommender.head", name, HEADS, base=head_base) for name in towers]
   return backbone, tuple((head.memory_head or head) if backbone.makes_memory else head for head in heads)
 
 
@@ -271,12 +254,12 @@ class RecommenderSettings:
       raise InputError(f"{field}item_inputs is empty: name some of fused, modalities, features, item")
     if backbone.reads_codes and ("fused" not in self.item_inputs or self.head in TOWERS):
       raise InputError(
-        f"{field}backbone = {self.backbone!r} reads items by their IDs' codes, and works with any head but hybrid: put"
-        f" fused into {prefix}item_inputs, or choose another head"
+        f"{field}backbone = {self.backbone!r} reads items by their IDs' codes, and works with any head but"
+        f" {', '.join(TOWERS)}: put fused into {prefix}item_inputs, or choose another head"
       )
     if self.head in TOWERS and not {"item", "features"} & set(self.item_inputs):
       raise InputError(
-        f"{field}head = 'hybrid' has a dense tower, which reads no codes: put features or item into"
+        f"{field}head = {self.head!r} has a dense tower, which reads no codes: put features or item into"
         f" {prefix}item_inputs, or choose another head"
       )
     if self.item_dropout and not {"item"} < set(self.item_inputs):

@@ -44,8 +44,8 @@ from bbqrec_jax.utils.files import is_given
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.messages import say, warn
 
-# Shares of what was learned before in the parameters that training begins with. The more, the sooner that ends; with
-# half of the held-out base it ended lower, too.
+# Training begins with this share of earlier parameters, the rest are fresh ones. With more it ends sooner; with half of
+# the held-out base the result was worse, too.
 _KEPT_OF_EARLIER_RUN, _KEPT_OF_HELD_OUT = 0.5, 0.2
 _FEWEST_USERS = 2048  # With a new transition, for which tables are fitted anew: fewer tell less than the earlier ones.
 

@@ -1,1 +1,1 @@
-"""Figures of what a run learned."""
+"""The report of a run: its figures, their charts, and the page that shows them."""

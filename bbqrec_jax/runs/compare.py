@@ -172,7 +172,8 @@ def to_latex(rows: Sequence[Row], *, reference: str) -> str:
   """The table for LaTeX with booktabs."""
 
   def escaped(cell: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", cell).replace("±", r"$\pm$")
+    words = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$"}
+    return re.sub(r"[&%$#_{}\\^~±]", lambda found: words.get(found[0], f"\\{found[0]}"), cell)
 
   head, *body = [" & ".join(map(escaped, cells)) + r" \\" for cells in _cells(rows, reference=reference)]
   columns = "lr" + "r" * (len(_cells(rows, reference=reference)[0]) - 2)

@@ -7,7 +7,7 @@ from bbqrec_jax.errors import InputError
 from bbqrec_jax.training.settings import OptimizerSettings
 from bbqrec_jax.utils.settings import derived, from_config, section, setting
 
-_LARGEST = 2**31 - 1  # Of what an array is as long as.
+_LARGEST = 2**31 - 1  # The longest that an axis of an array may be.
 
 # Parts by name: classes, and of the contrast a function.
 QUANTIZERS = {

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 from bbqrec_jax.errors import InputError
 
-# What a launcher tells each of the processes that it started, by the variable that has their number.
+# Variables in which launchers say how many processes they have started.
 _LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 
 

@@ -58,6 +58,8 @@ def test_differences_are_of_the_same_users(tmp_path):
   assert shown.replace("±", r"$\pm$") in latex
   assert r"over b\_1" in latex
   assert latex.count(r" \\") == 3
+  odd = [row._replace(name="a^b~c" + "\\d{") for row in rows]
+  assert r"a\textasciicircum{}b\textasciitilde{}c\textbackslash{}d\{ &" in to_latex(odd, reference="b_1")
   (panel,) = figure(rows, reference="b").axes
   assert [label.get_text() for label in panel.get_yticklabels()] == ["a"]
 

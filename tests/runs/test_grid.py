@@ -167,7 +167,8 @@ def test_the_documented_table_is_that_of_the_records(request, data):
 def test_the_documented_means_are_those_of_the_records(request):
   folder = request.config.rootpath / "experiments" / "records" / "quality"
   shown = (request.config.rootpath / "docs" / "results" / "presets.md").read_text(encoding="utf-8")
-  names = {"amazon18_scientific": "Scientific", "amazon14_beauty": "Beauty"}
+  names = {"amazon18_scientific": "Scientific", "amazon14_beauty": "Beauty", "amazon14_sports": "Sports"}
+  names["ml100k_posters"] = "MovieLens with posters"
   cells = {}
   for path in sorted(folder.glob("*.json")):
     record = read_json(path)
