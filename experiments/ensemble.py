@@ -18,7 +18,6 @@ import numpy as np
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, quiet_flags, show, start
-from bbqrec_jax.data.interactions import leave_one_out
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.evaluate import evaluate, rank_held_out, rank_scores, with_and_without
@@ -51,7 +50,7 @@ def judge(
     if result["data"]["split_hash"] != results[0]["data"]["split_hash"]:
       raise InputError(f"{workdir} is a run of other data than {workdirs[0]}")
   models = [run.model for run in runs]
-  config, split = runs[0].config, leave_one_out(runs[0].dataset.interactions)
+  config, split = runs[0].config, runs[0].split
 
   @jax.jit
   def ranker(params: Any, catalogues: Any, batch: Any) -> dict[str, jax.Array]:

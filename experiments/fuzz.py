@@ -763,7 +763,13 @@ def folder_of(save: Callable[[pathlib.Path], None]) -> Files:
     return {path.name: path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir())}
 
 
-FIGURES = {"split_hash": "0123abcd", "features_hash": "4567cdef", "ids_hash": "89ab", "times_hash": None}
+FIGURES = {
+  "split_hash": "0123abcd",
+  "features_hash": "4567cdef",
+  "ids_hash": "89ab",
+  "times_hash": None,
+  "titles_hash": None,
+}
 RESULTS: dict[str, Any] = {
   "model": "dense head",
   "data": {

@@ -70,8 +70,8 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
     name, source, users, items, interactions; history_length (mean, median, min, max); density, interactions / (users x
     items); short_users, how many are not ranked as they have fewer than 3; head_share, the share of interactions that
     the most popular 10 % of items hold; unseen_items, how many are in no training history; modalities (width and
-    coverage of each); notes; split, its kind; split_hash, features_hash, ids_hash (of the items' and the users' ids)
-    and times_hash (None without times).
+    coverage of each); notes; split, its kind; split_hash, features_hash, ids_hash (of the items' and the users' ids),
+    times_hash (None without times) and titles_hash (None without titles).
   """
   interactions = dataset.interactions
   lengths = interactions.lengths
@@ -103,6 +103,7 @@ def statistics(dataset: Dataset, split: Split) -> dict[str, Any]:
     "features_hash": features_hash(dataset.features, dataset.present),
     "ids_hash": hashlib.sha256("\n".join([dataset.item_ids.digest, *interactions.users]).encode()).hexdigest()[:16],
     "times_hash": None if interactions.times is None else hashlib.sha256(interactions.times.tobytes()).hexdigest()[:16],
+    "titles_hash": hashlib.sha256(repr(dataset.titles).encode()).hexdigest()[:16] if any(dataset.titles) else None,
   }
 
 

@@ -21,7 +21,13 @@ from bbqrec_jax.data.interactions import Interactions
 from bbqrec_jax.ops.candidate_similarity import neighbour_scores, principal_axes, tail_edges, unit_rows, vector_scores
 from bbqrec_jax.ops.ranking import without
 from bbqrec_jax.recommender.catalogue import CandidateStreams
-from bbqrec_jax.recommender.settings import CandidateSimilaritySettings, RecommenderSettings, has_network, parts_of
+from bbqrec_jax.recommender.settings import (
+  CandidateSimilaritySettings,
+  RecommenderSettings,
+  has_network,
+  parts_of,
+  reads_titles,
+)
 from bbqrec_jax.recommender.signals import build_sources, is_fitted, network, network_shapes, signals
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.semantic_ids.beam import BeamResult
@@ -179,7 +185,7 @@ def build_streams(
   edges = [tail_edges(rows[known], settings.num_buckets, seed=seed) for rows in vectors.values()]
   neighbours = buckets = sources = None
   if has_network(settings):
-    read = titles if settings.titles else ()
+    read = titles if reads_titles(settings) else ()
     sources = build_sources(histories, num_items=num_items, count=_RELATED, titles=read)
   if "behaviour" in settings.streams:
     near, strengths = co_occurrence(histories, num_items=num_items, count=min(settings.neighbours, num_items))

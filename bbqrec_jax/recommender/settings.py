@@ -299,6 +299,11 @@ class EvaluationSettings:
   validation_users: int = setting(0, "Users of a validation while training, drawn once; 0: all.", least=0)
 
 
+def reads_titles(candidate_similarity: Any) -> bool:
+  """Whether titles are among the signals, by the config or the settings of candidate similarity."""
+  return has_network(candidate_similarity) and candidate_similarity.titles
+
+
 def has_network(candidate_similarity: Any) -> bool:
   """Whether a network weighs the signals of a candidate, by the config or the settings of candidate similarity."""
   return candidate_similarity.network_units > 0 and "behaviour" in candidate_similarity.streams

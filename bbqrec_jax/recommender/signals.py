@@ -9,6 +9,7 @@ one signal counts for less where another is strong; this can. Like the tables th
 the base has not seen, and adds nothing before that.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import flax.struct
@@ -50,7 +51,7 @@ def build_sources(histories: Interactions, *, num_items: int, count: int, titles
     # Counts of what follows directly are small, and of very different items.
     neighbours[name] = jnp.asarray(near)
     strengths[name] = jnp.asarray(strength if name == "together" else np.sqrt(strength))
-  near, likeness = similar_titles(titles or ("",) * num_items, count=min(count, num_items))
+  near, likeness = _similar_titles(tuple(titles) or ("",) * num_items, min(count, num_items))
   neighbours["titles"], strengths["titles"] = jnp.asarray(near), jnp.asarray(likeness)
   last = histories.items[histories.offsets[1:][histories.lengths > 0] - 1]
   popularity, endings = (
@@ -58,6 +59,12 @@ def build_sources(histories: Interactions, *, num_items: int, count: int, titles
     for items in (histories.items, last)
   )
   return SignalSources(neighbours, strengths, popularity, endings)
+
+
+@functools.lru_cache(maxsize=1)
+def _similar_titles(titles: tuple[str, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
+  """`similar_titles`, once for both models of a run: a million titles take minutes."""
+  return similar_titles(titles, count=count)
 
 
 def signals(

@@ -86,6 +86,12 @@ def describe(earlier: Earlier, dataset: Dataset) -> str:
   )
 
 
+def learned_before(earlier: Earlier, train: Interactions) -> int:
+  """How many users the earlier run learned more interactions of than are to be learned from now."""
+  known = [earlier.learned_from.get(user) or 0 for user in train.users.tolist()]
+  return int(np.sum(np.array(known, np.int64) > train.lengths))
+
+
 def grow_ids(ids: SemanticIds, earlier: Earlier, dataset: Dataset, *, data_hash: str) -> SemanticIds:
   """The semantic IDs of an earlier run for the items of new data, in their order.
 

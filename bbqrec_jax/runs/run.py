@@ -18,7 +18,7 @@ from bbqrec_jax.data.sources import load, split_of
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY, popularity_metrics
 from bbqrec_jax.recommender.items import check_compared, id_length, recommender_settings
-from bbqrec_jax.recommender.settings import needs_features, needs_semantic_ids, trains_tokenizer
+from bbqrec_jax.recommender.settings import needs_features, needs_semantic_ids, reads_titles, trains_tokenizer
 from bbqrec_jax.recommender.train import check_fingerprint, held_out, run_recommender, tokenizer_folder
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.runs import nightly
@@ -66,10 +66,10 @@ def read_data(
   if dataset.interactions.lengths.max() < held_out + 2:
     file = {"directory": "sequences.txt", "recbole": f"{dataset.name}.inter"}.get(config.data.source, "")
     left = ", without the incomplete items," if config.data.drop_incomplete_items else ""
+    held = ", of which two are to validate and to test on," if held_out else ""
     raise InputError(
-      f"{pathlib.Path(dataset.source, file)}: the histories{left} are too short to learn from: none has more than"
-      f" {held_out + 1} items,{' two of which are to validate and to test on,' if held_out else ''} and nothing follows"
-      f" a single one; give some users {held_out + 2} or more"
+      f"{pathlib.Path(dataset.source, file)}: the histories{left} are too short to learn from: expected some of"
+      f" {held_out + 2} or more items{held} as nothing follows a single one, found none; give longer histories"
     )
   if (for_tokenizer or needs_features(config)) and not dataset.modalities:
     without = "" if for_tokenizer else ", or take --config=sasrec, which needs none"
@@ -87,7 +87,10 @@ def read_data(
   if not config.recommender.time_buckets:
     dataset = dataclasses.replace(dataset, interactions=dataclasses.replace(dataset.interactions, times=None))
     split = without_times(split)
-  return dataset, split, statistics(dataset, split)
+  figures = statistics(dataset, split)
+  if not reads_titles(config.recommender.candidate_similarity):
+    figures["titles_hash"] = None  # They are shown, and change no number.
+  return dataset, split, figures
 
 
 def _check_stages(
@@ -219,6 +222,11 @@ def _begun(
         warn(sentence)
     if earlier is not None:
       say(nightly.describe(earlier, dataset))
+      if learned := nightly.learned_before(earlier, split.train):
+        warn(
+          f"{earlier.workdir} has learned more interactions of {learned:,} users than are learned from now: what is"
+          " held out of them may be among these, and figures then say too much"
+        )
     yield _Run(config, workdir, partitioner, dataset, split, figures, ids, earlier)
 
 

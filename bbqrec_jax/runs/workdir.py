@@ -25,7 +25,7 @@ from bbqrec_jax.utils.settings import flatten, foreign_code, from_config, to_con
 
 PATHS = ("data.path", "tokenizer.artefact", "init_from")  # Fields that name a folder.
 # Of the figures of `statistics`: what tells one data set from another.
-HASHES = ("split_hash", "features_hash", "ids_hash", "times_hash")
+HASHES = ("split_hash", "features_hash", "ids_hash", "times_hash", "titles_hash")
 _LARGEST = 2**63  # Of numbers in the files of a workdir; JSON itself knows no bounds.
 REMAKE = "delete its folder, and the run's own command makes it again from the checkpoint"
 PARTS = tuple(part + suffix for suffix in ("", WITHOUT_HISTORY) for part in ("popularity", "validation", "test"))

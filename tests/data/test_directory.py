@@ -355,6 +355,7 @@ def test_statistics_against_counts_by_hand(folder):
   assert figures["split_hash"] == split.split_hash
   assert len(figures.pop("features_hash")) == 16
   assert len(figures.pop("ids_hash")) == 16
+  assert len(figures.pop("titles_hash")) == 16
   assert figures.pop("split") == "leave-one-out"
   del figures["split_hash"]
   assert figures == {

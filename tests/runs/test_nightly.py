@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bbqrec_jax.config import default_config, read_config
 from bbqrec_jax.data.directory import load_directory
+from bbqrec_jax.data.interactions import from_lengths
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender import train
 from bbqrec_jax.runs import nightly
@@ -106,6 +107,14 @@ def first_parameters(config, workdir, monkeypatch):
 
 def best_parameters(workdir):
   return read_params(workdir / "checkpoints" / "recommender", load_run(workdir).results["best_step"])
+
+
+def test_users_of_whom_more_was_learned_than_is_now_are_counted(folders):
+  dataset = load_directory(folders / "today")
+  earlier = nightly.read_earlier(folders / "before", dataset)
+  histories = from_lengths(np.zeros(9, np.int64), np.array([2, 3, 4]), np.array(["U7", "U8", "new"]))
+  for counts, expected in (({"U7": 2, "U8": 3}, 0), ({"U7": 3, "U8": 3}, 1), ({"U7": 3, "U8": None, "gone": 9}, 1)):
+    assert nightly.learned_before(earlier._replace(learned_from=counts), histories) == expected
 
 
 def test_a_run_begins_half_way_between_fresh_parameters_and_the_earlier_ones(folders, tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ def test_a_finished_tokenizer_needs_no_lock(artefact):
 
 
 def test_what_is_finished_may_lie_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
-  figures = {"split_hash": "", "features_hash": "", "ids_hash": "", "times_hash": ""}
+  figures = {"split_hash": "", "features_hash": "", "ids_hash": "", "times_hash": "", "titles_hash": ""}
   dataset = make_synthetic(num_users=3, num_items=10)
   data = figures, dataset, dataset.interactions
   with claimed(tmp_path / "run", make_config(), *data, done=False):
@@ -301,7 +301,11 @@ def test_an_artefact_serves_from_any_folder_whoever_claims_the_workdir(artefact,
   monkeypatch.chdir(tmp_path)
   assert load_config(workdir).tokenizer.artefact == str(artefact[0])
   with pytest.raises(InputError, match=r"holds another run, which differs in .*tokenizer\.artefact"):
-    claim(workdir, make_config(), {"split_hash": "", "features_hash": "", "ids_hash": "", "times_hash": ""})
+    claim(
+      workdir,
+      make_config(),
+      {"split_hash": "", "features_hash": "", "ids_hash": "", "times_hash": "", "titles_hash": ""},
+    )
 
 
 def test_a_run_lives_in_folders_of_any_name_whoever_starts_it(tmp_path, monkeypatch):
@@ -384,7 +388,11 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
 
   monkeypatch.setattr(pathlib.Path, "mkdir", fail)
   with pytest.raises(InputError, match=r"--workdir=.*/run cannot be made: No such file or directory; use another"):
-    claim(tmp_path / "run", make_config(), {"split_hash": "", "features_hash": "", "ids_hash": "", "times_hash": ""})
+    claim(
+      tmp_path / "run",
+      make_config(),
+      {"split_hash": "", "features_hash": "", "ids_hash": "", "times_hash": "", "titles_hash": ""},
+    )
 
 
 def test_paths_of_a_config_are_made_absolute_and_empty_ones_are_left(monkeypatch, tmp_path):

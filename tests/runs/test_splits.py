@@ -7,7 +7,7 @@ from bbqrec_jax.config import default_config
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.reporting.report import gather
 from bbqrec_jax.runs.restore import restore
-from bbqrec_jax.runs.run import run
+from bbqrec_jax.runs.run import read_data, run
 from bbqrec_jax.serving.run import load_run
 
 
@@ -79,4 +79,19 @@ def test_users_with_one_interaction_are_learned_from_and_asked_for(tmp_path, spl
   alone = min(lengths, key=lengths.get)
   assert lengths[alone] == 1
   assert len(finished.recommend(users=[alone], k=2)[0]) == 2
-  assert gather(tmp_path / "run", restore(tmp_path / "run"))["extremes"]
+  extremes = gather(tmp_path / "run", restore(tmp_path / "run"))["extremes"]
+  assert {row["user"] for rows in extremes.values() for row in rows} <= set(ranked)
+  assert all(extremes.values())
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_titles_that_a_model_reads_tell_its_data_from_others(tmp_path, reads):
+  data = write_data(tmp_path / "data")
+  config = make_config(data, "leave_one_out")
+  config.recommender.candidate_similarity.update({"streams": ("behaviour",), "titles": reads})
+  hashes = []
+  for title in ("red mug", "blue mug"):
+    (data / "items.jsonl").write_text(f'{{"title": "{title}"}}\n' * 12)
+    hashes.append(read_data(config)[2]["titles_hash"])
+  assert (hashes[0] != hashes[1]) == reads
+  assert (None in hashes) != reads

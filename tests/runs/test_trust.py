@@ -119,7 +119,7 @@ def test_a_pickle_in_place_of_any_file_of_a_checkpoint_is_not_run(tmp_path):
   assert exploded()
 
 
-FIGURES = {"split_hash": "1", "features_hash": "2", "ids_hash": "89ab", "times_hash": None}
+FIGURES = {"split_hash": "1", "features_hash": "2", "ids_hash": "89ab", "times_hash": None, "titles_hash": None}
 
 
 def start(workdir, **changes):

@@ -260,11 +260,11 @@ class _Job:
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
       def batches(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        if not first:
-          quarantine.path.unlink(missing_ok=True)
+        quarantine.reopen(before=first)
         for start in range(first, self._count, s.batch_size):
-          mine = pictures[start : start + s.batch_size]
-          yield encode_pictures(encoder, root, mine, start, quarantine, pool)
+          made = encode_pictures(encoder, root, pictures[start : start + s.batch_size], start, quarantine, pool)
+          quarantine.flush()  # Before these pictures are noted as done.
+          yield made
 
       try:
         held = fill(self.folder, "image", count=self._count, width=encoder.width, batches=batches, note=note, mask=True)

@@ -46,6 +46,14 @@ def is_made(folder: Path, name: str, fingerprint: str) -> bool:
   )  # fmt: skip
 
 
+def _is_array(path: Path, shape: tuple[int, ...]) -> bool:
+  """Whether a file holds an array of a shape, whole."""
+  try:
+    return np.load(path, mmap_mode="r").shape == shape
+  except (OSError, ValueError, EOFError):
+    return False
+
+
 def fill(
   folder: Path,
   name: str,
@@ -79,7 +87,7 @@ def fill(
   if is_given(progress) and is_given(part) and is_given(part_here):
     begun = read_json(progress, mend="delete it, and the features are made from the beginning")
     fits = begun.get("fingerprint") == note["fingerprint"] and begun.get("shape") == [count, width]
-    done = int(begun["done"]) if fits else 0
+    done = int(begun["done"]) if fits and _is_array(part, (count, width)) and _is_array(part_here, (count,)) else 0
   mode = "r+" if done else "w+"
   features = np.lib.format.open_memmap(part, mode=mode, dtype=np.float16, shape=None if done else (count, width))
   present = np.lib.format.open_memmap(part_here, mode=mode, dtype=bool, shape=None if done else (count,))

@@ -125,6 +125,8 @@ class ItemFigures:
 
 def price_of(text: str) -> float | None:
   """The number in a price such as "$1,299.00", "12,99 EUR" or "2.500,-"; None if there is none, or it is negative."""
+  if re.fullmatch(r"\s*\d+(\.\d*)?[eE][-+]?\d+\s*", text):  # As programs write 1200000.0.
+    text = f"{float(text):f}"
   found = re.search(r"\d[\d.,' ]*", text)
   if not found or re.search(r"^\s*[-\u2212]|[-\u2212]$", text[: found.start()]):
     return None

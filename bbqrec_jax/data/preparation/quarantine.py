@@ -1,5 +1,6 @@
 """Rows that cannot be used: set aside in a file with the reason, counted, and too many of them refused."""
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -68,6 +69,23 @@ class Quarantine:
       f"{file}: expected at most {most:.3g} of the rows to be unusable, got {bad} of {rows} ({'; '.join(reasons)});"
       " correct them, say what the columns are (--help), or allow more with --max_bad"
     )
+
+  def flush(self) -> None:
+    """Sees to it that what was set aside so far is in the file."""
+    if self._file is not None:
+      self._file.flush()
+
+  def reopen(self, *, before: int) -> None:
+    """Goes on with a file that is there, as far as it tells of rows before one; a line cut short is none of it."""
+    kept = []
+    for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
+      with contextlib.suppress(ValueError, TypeError, KeyError):
+        record = json.loads(line)
+        if int(record["row"]) < before:
+          kept.append(record)
+    self.path.unlink(missing_ok=True)
+    for record in kept:
+      self.add(record["file"], record["row"], record["reason"], record["text"])
 
   def close(self) -> None:
     """Ends the file."""

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import subprocess
 import sys
 import types
 import warnings
@@ -118,7 +119,8 @@ def test_features_are_made_as_those_of_another_data_set(shop):
     encode.features(more, image="none", like=str(shop))
 
 
-def test_a_stopped_run_goes_on_where_it_was(shop, monkeypatch):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_stopped_run_goes_on_where_it_was(shop, monkeypatch, damaged):
   whole = shop.parent / "whole"
   whole.mkdir()
   for name in ("items.jsonl", "sequences.txt"):
@@ -138,11 +140,36 @@ def test_a_stopped_run_goes_on_where_it_was(shop, monkeypatch):
   with pytest.raises(KeyboardInterrupt):
     encode.features(shop, **given)
   assert not (shop / "image_features.npy").exists()
+  if damaged:
+    half = unfinished(shop / "image_features.npy")
+    half.write_bytes(half.read_bytes()[:-1])
   encode.features(shop, **given)
-  assert len(calls) == 3 + 3, "two batches of five were there"
+  assert len(calls) == 3 + (5 if damaged else 3), "two batches of five were there"
   for name in ("image_features.npy", "has_image.npy", "broken_pictures.jsonl"):
     assert (shop / name).read_bytes() == (whole / name).read_bytes()
   assert not [path for path in shop.iterdir() if path.name.endswith(".unfinished")]
+
+
+def test_a_killed_run_has_lost_no_broken_picture(shop):
+  given = {"images": str(shop.parent / "images"), "batch_size": 5, "text": "none", "attributes": "none"}
+  program = f"""
+import os
+from bbqrec_jax.data.encoding import encode, store
+write = store.write_json
+def kill(path, value):
+  write(path, value)
+  if value.get("done") == 10:
+    os.kill(os.getpid(), 9)
+store.write_json = kill
+encode.features({str(shop)!r}, **{given!r})
+"""
+  ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+  assert ended.returncode == -9, ended.stderr
+  with (shop / "broken_pictures.jsonl").open("a") as file:
+    file.write('{"file": "of what was not noted as done", "row": 10, "reason": "broken", "text": ""}\n{"file": "cut sh')
+  encode.features(shop, **given)
+  broken = [json.loads(line) for line in (shop / "broken_pictures.jsonl").read_text().splitlines()]
+  assert [(one["file"], one["reason"]) for one in broken] == [("7.png", "broken"), ("8.png", "not there")]
 
 
 def test_a_modality_that_all_items_have_the_same_of_is_left_out(shop, capsys):

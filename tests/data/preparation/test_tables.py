@@ -235,7 +235,8 @@ def test_columns_are_guessed_by_their_names():
 @pytest.mark.parametrize(
   ("text", "price"),
   [("$1,299.00", 1299.0), ("12,99 €", 12.99), ("1.234,5", 1234.5), ("free", None), ("5", 5.0), ("$4.5 - $6", 4.5),
-   ("-1", None), ("$-1", None), ("2.500,-", 2500.0), ("12,-", 12.0)],
+   ("-1", None), ("$-1", None), ("2.500,-", 2500.0), ("12,-", 12.0), ("1e3", 1000.0), ("1.5E+6", 1.5e6),
+   ("1e400", None)],
 )  # fmt: skip
 def test_prices_are_numbers(text, price):
   assert price_of(text) == price
