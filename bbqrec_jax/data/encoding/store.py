@@ -49,7 +49,7 @@ def is_made(folder: Path, name: str, fingerprint: str) -> bool:
 def _is_array(path: Path, shape: tuple[int, ...]) -> bool:
   """Whether a file holds an array of a shape, whole."""
   try:
-    return np.load(path, mmap_mode="r").shape == shape
+    return np.load(path, mmap_mode="r", allow_pickle=False).shape == shape
   except (OSError, ValueError, EOFError):
     return False
 
