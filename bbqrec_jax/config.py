@@ -16,7 +16,7 @@ from bbqrec_jax.utils.settings import from_config, section, setting, to_config
 _FEWEST_ROWS = 64  # Arrays with fewer rows, such as a stack of codebooks, are not spread over devices.
 
 # What may change between two starts of one run: no number depends on it while nothing goes wrong.
-CHANGEABLE = {"data.path", *(field.name for field in dataclasses.fields(Safeguards))}
+CHANGEABLE = {"data.path", "steps_per_call", *(field.name for field in dataclasses.fields(Safeguards))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,9 @@ class RunSettings(Safeguards):
     " devices; 0: each device has all.", least=0,
   )  # fmt: skip
   log_every: int = setting(50, "Steps between two lines of training metrics.")
+  steps_per_call: int = setting(
+    1, "Training steps that one call of the devices does, where nothing is due between them."
+  )
   init_from: str = setting("", "The workdir of a finished run on earlier data, whose semantic IDs and parameters this"
                            " one begins with.")  # fmt: skip
   data: DataSettings = section(DataSettings, "The data.")

@@ -24,6 +24,7 @@ from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.tokenizer.train import tokenizer_settings, tokenizer_training
 from bbqrec_jax.training.optimizer import make_optimizer
 from bbqrec_jax.training.partitioning import StepFunction, make_partitioner
+from bbqrec_jax.training.step import in_turn, side_by_side
 
 _TOKENIZED = 2048  # Items in a call of tokenization, as many as a run encodes of a catalogue at once.
 
@@ -61,14 +62,15 @@ def random_ids(config: Any, modalities: tuple[str, ...]) -> SemanticIds:
 
 def _step_case(
   name: str, work: float, partitioner: Any, step: StepFunction, state: Callable[[], Any], shared: Any, batch: Any,
-  dtype: str = "float32",
+  dtype: str = "float32", steps: int = 1,
 ) -> Case:  # fmt: skip
-  """A training step of `work` items, the state donated from call to call; `state` makes the first."""
+  """So many training steps of `work` items in a call, the state donated from call to call; `state` makes the first."""
+  if steps > 1:
+    step, batch, work = in_turn(step), side_by_side([batch] * steps), work * steps
 
   def make():
     compiled, constant = partitioner.compile_step(step), partitioner.place(shared)
-    # A copy of its own: the first call gives its buffers away.
-    current = partitioner.place(jax.tree.map(jnp.copy, state()))
+    current = partitioner.place(state())
 
     def call():
       nonlocal current
@@ -115,9 +117,10 @@ def tokenizer_cases(config: Any, dataset: Dataset) -> Iterator[Case]:
   work = settings.batch_items + settings.batch_rows * settings.row_length
   # Past the warm-up, so that everything of a step is done.
   step = jnp.asarray(settings.warmup_steps, jnp.int32)
-  state = functools.cache(jax.jit(lambda: training.initial_state().replace(step=step)))
+  state = jax.jit(lambda: training.initial_state().replace(step=step))
   batch = next(iter(training.batches))
-  yield _step_case("tokenizer", work, partitioner, training.step, state, training.shared(), batch)
+  yield _step_case("tokenizer", work, partitioner, training.step, state, training.shared(), batch,
+                   steps=config.run.steps_per_call)  # fmt: skip
 
   def encode(params, shared, batch):
     del shared
@@ -138,12 +141,12 @@ def recommender_cases(config: Any, dataset: Dataset, ids: SemanticIds, names: li
     run.recommender.update(config.recommenders[name])
     partitioner, dtype = make_partitioner(run), run.recommender.dtype
     model, catalogue = build_recommender(run, ids, dataset.interactions, num_items=config.num_items)
-    state = functools.cache(jax.jit(functools.partial(initial_state, run, model, catalogue, total_steps=1)))
+    state = jax.jit(functools.partial(initial_state, run, model, catalogue, total_steps=1))
     step = make_recommender_step(model, make_optimizer(run.recommender.optimizer, total_steps=run.recommender.steps))
     make_batches = functools.partial(training_batches, run, dataset.interactions)
     batch = next(iter(make_batches()))
     work = int(np.sum(batch["segments"] > 0))
-    yield _step_case(name, work, partitioner, step, state, catalogue, batch, dtype)
+    yield _step_case(name, work, partitioner, step, state, catalogue, batch, dtype, run.steps_per_call)
     targets, users = dataset.interactions.items[dataset.interactions.offsets[1:] - 1], run.evaluation.batch_size
     asked = next(evaluation_batches(dataset.interactions, targets, batch_size=users,
                                     max_length=run.recommender.max_length))  # fmt: skip

@@ -248,6 +248,7 @@ def _trained(
     name=stage.name,
     steps=steps,
     log_every=config.log_every,
+    steps_per_call=config.steps_per_call,
     evaluate_every=evaluate_every,
     evaluate=lambda state: stage.rank(state.params, shown, split.validation_target, users=users).metrics,
     select="ndcg@10",

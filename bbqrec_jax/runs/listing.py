@@ -12,7 +12,7 @@ from bbqrec_jax.utils.json_files import read_json
 from bbqrec_jax.utils.settings import flatten
 
 _DEEPEST = 6  # Folders below a given one that are looked into.
-_UNTOLD = {"data.path", "keep_checkpoints", "log_every"}  # Fields that make no other run.
+_UNTOLD = {"data.path", "keep_checkpoints", "log_every", "steps_per_call"}  # Fields that make no other run.
 METRICS = ("recall@10", "ndcg@10")
 
 

@@ -212,9 +212,7 @@ def run_tokenizer(
   contrast_recall = ContrastRecall(model, split, partitioner=partitioner)
   inspect = Inspection(model, store, seed=config.seed, partitioner=partitioner)
 
-  def before_step(step: int, state: TrainState) -> TrainState:
-    if step != settings.warmup_steps or quantizer.fixed() is not None:
-      return state
+  def fit_codebooks(state: TrainState) -> TrainState:
     latents, present, _ = encode(state.params)
     codebooks = processes.of_the_first(quantizer.fit(latents, present, seed=config.seed))
     params = state.params | {"codebooks": partitioner.place(codebooks)}
@@ -251,7 +249,8 @@ def run_tokenizer(
     log_every=config.log_every,
     evaluate_every=settings.evaluate_every,
     evaluate=evaluate,
-    before_step=before_step,
+    before={settings.warmup_steps: fit_codebooks} if quantizer.fixed() is None else {},
+    steps_per_call=config.steps_per_call,
     item_ids=dataset.item_ids,
     safeguards=Safeguards.of(config),
   )

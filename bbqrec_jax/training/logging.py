@@ -127,11 +127,11 @@ class Progress:
         total=total, initial=done, desc=name, unit="step", file=sys.stdout, ncols=size.columns, nrows=size.lines
       )
 
-  def advance(self) -> None:
-    """One step is done."""
-    self._done += 1
+  def advance(self, steps: int) -> None:
+    """So many steps more are done."""
+    self._done += steps
     if self._bar is not None:
-      self._bar.update()
+      self._bar.update(steps)
 
   def report(self, values: Mapping[str, float]) -> None:
     """Shows the latest metrics."""

@@ -6,7 +6,7 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -18,7 +18,7 @@ from bbqrec_jax.training.monitor import Monitor, items_of, require_finite
 from bbqrec_jax.training.partitioning import Partitioner, StepFunction
 from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.training.state import TrainState
-from bbqrec_jax.training.step import skip_nonfinite
+from bbqrec_jax.training.step import in_turn, side_by_side, skip_nonfinite
 from bbqrec_jax.utils import processes
 from bbqrec_jax.utils.messages import say
 from bbqrec_jax.utils.signals import Interrupted, deferred_signals, immediate_signals
@@ -36,7 +36,8 @@ class Plan:
     evaluate: state -> metrics.
     select: the metric whose highest value is the best model; None takes the last state.
     patience: evaluations without a better one after which training stops.
-    before_step: (step, state) -> state, run before that step; for what happens once, on the host.
+    before: step -> (state -> state), run before that step, on the host.
+    steps_per_call: how many steps one call of the devices does, where nothing is due between them.
     item_ids: what messages call the items of a batch; their rows, if it is None.
     safeguards: against what may befall the run.
   """
@@ -48,13 +49,26 @@ class Plan:
   evaluate: Callable[[TrainState], dict[str, float]]
   select: str | None = None
   patience: int = 0
-  before_step: Callable[[int, TrainState], TrainState] = lambda step, state: state
+  before: Mapping[int, Callable[[TrainState], TrainState]] = dataclasses.field(default_factory=dict)
+  steps_per_call: int = 1
   item_ids: ItemIds | None = None
   safeguards: Safeguards = dataclasses.field(default_factory=Safeguards)
 
   def due(self, step: int) -> bool:
     """Whether an evaluation follows this step."""
     return step % self.evaluate_every == 0 or step >= self.steps
+
+  def looks(self, step: int) -> bool:
+    """Whether the training metrics are looked at after this step."""
+    return step % self.log_every == 0 or self.due(step)
+
+  def at_once(self, step: int) -> int:
+    """How many steps the call after this step does: `steps_per_call`, or 1 where something is due before they end.
+
+    No other number: each would be a program to compile.
+    """
+    within = range(step + 1, step + self.steps_per_call)
+    return 1 if any(self.looks(inner) or inner in self.before for inner in within) else self.steps_per_call
 
 
 def compiled_step(step: StepFunction, safeguards: Safeguards, partitioner: Partitioner) -> StepFunction:
@@ -64,8 +78,20 @@ def compiled_step(step: StepFunction, safeguards: Safeguards, partitioner: Parti
     step: see `training.partitioning`.
     safeguards: what it does about an update that is not finite.
     partitioner: how it meets devices.
+
+  Returns:
+    (state, shared, batches) -> (the state after a step with each batch, the metrics: of one batch as the step gives
+    them, of several [len(batches)] arrays). Each number of batches is a program of its own.
   """
-  return partitioner.compile_step(skip_nonfinite(step) if safeguards.on_nonfinite == "skip" else step)
+  step = skip_nonfinite(step) if safeguards.on_nonfinite == "skip" else step
+  one, several = partitioner.compile_step(step), partitioner.compile_step(in_turn(step))
+
+  def run(state: Any, shared: Any, batches: Sequence[Any]) -> tuple[Any, Any]:
+    if len(batches) == 1:
+      return one(state, shared, batches[0])
+    return several(state, shared, side_by_side(batches))
+
+  return run
 
 
 def fit(
@@ -84,8 +110,8 @@ def fit(
   The order of a turn is: step, training metrics, evaluation, checkpoint. A checkpoint so holds all that came of its
   step, and the run goes on from it with the next batch as if it had never stopped.
 
-  A signal stops the run after the step that is underway. What happens between steps, `before_step` and `evaluate`, is
-  given up at once and done again by the run that goes on.
+  A signal stops the run after the call that is underway. What happens between steps, `before` and `evaluate`, is given
+  up at once and done again by the run that goes on.
 
   Args:
     plan: the stage.
@@ -124,8 +150,8 @@ def fit(
         say(f"{plan.name}: going on from step {progress['step']}")
     log.resume(plan.name, progress["step"], evaluated_step=progress["evaluated_step"])
     monitor = Monitor(plan.name, plan.safeguards, log, plan.item_ids)
-    compiled = progress["finished"]
-    recent: list[Any] = []  # Metrics of the steps since they were last looked at, and what their batches held.
+    compiled: set[int] = set()  # Steps per call.
+    recent: list[Any] = []  # Of the calls since they were last looked at: metrics, and what each batch held.
     bar = Progress(plan.name, total=plan.steps, done=progress["step"])
     stack.callback(bar.close)
     clock = time.monotonic()
@@ -154,22 +180,23 @@ def fit(
       try:
         # A run that was stopped amid an evaluation goes on with it.
         if not plan.due(progress["step"]) or progress["evaluated_step"] == progress["step"]:
-          with immediate_signals():
-            state = plan.before_step(progress["step"], state)
-          batch = next(data)
-          if not compiled:
+          if progress["step"] in plan.before:
+            with immediate_signals():
+              state = plan.before[progress["step"]](state)
+          taken = [next(data) for _ in range(plan.at_once(progress["step"]))]
+          new, started = len(taken) not in compiled, time.monotonic()
+          if new:
             say(f"{plan.name}: compiling ...")
-          started = time.monotonic()
-          state, metrics = step(state, shared, batch)
-          if not compiled:
+          state, metrics = step(state, shared, taken)
+          if new:
             say(f"{plan.name}: compiled in {time.monotonic() - started:.0f} s")
-            compiled = True
-          progress["step"] += 1
-          recent.append((metrics, items_of(batch)))
-          bar.advance()
+            compiled.add(len(taken))
+          progress["step"] += len(taken)
+          recent.append((metrics, [items_of(batch) for batch in taken]))
+          bar.advance(len(taken))
           if processes.told_to_stop():
             caught.append(signal.SIGTERM)
-          if progress["step"] % plan.log_every == 0 or plan.due(progress["step"]):
+          if plan.looks(progress["step"]):
             look(logging=True)
         if plan.due(progress["step"]):
           spent("training")

@@ -56,13 +56,14 @@ class Monitor:
     return {"skipped": 0, "skipped_in_a_row": 0, "losses": []}
 
   def look(
-    self, step: int, recent: list[tuple[dict[str, Any], dict[str, np.ndarray]]], memory: Mapping[str, Any]
+    self, step: int, recent: list[tuple[dict[str, Any], list[dict[str, np.ndarray]]]], memory: Mapping[str, Any]
   ) -> tuple[dict[str, Any], tuple[int, dict[str, float]] | None]:
     """Judges the steps up to `step`.
 
     Args:
       step: the last step of `recent`.
-      recent: (metrics on the devices, `items_of` its batch) of each step since the last look.
+      recent: of each call since the last look: metrics on the devices, scalars or [steps], and `items_of` the batch of
+        each of its steps.
       memory: what the last look returned, or `fresh`.
 
     Returns:
@@ -76,8 +77,13 @@ class Monitor:
     losses, spikes = list(memory["losses"]), []
     latest = None
     fetched = jax.device_get([metrics for metrics, _ in recent])
-    for number, (metrics, (_, parts)) in enumerate(zip(fetched, recent, strict=True), start=step - len(recent) + 1):
-      values = {name: float(value) for name, value in metrics.items()}
+    columns = [{name: np.ravel(value).tolist() for name, value in metrics.items()} for metrics in fetched]
+    steps = [
+      ({name: column[index] for name, column in call.items()}, parts)
+      for call, (_, batches) in zip(columns, recent, strict=True)
+      for index, parts in enumerate(batches)
+    ]
+    for number, (values, parts) in enumerate(steps, start=step - len(steps) + 1):
       broken = [name for name, value in values.items() if not math.isfinite(value)]
       if broken:
         memory["skipped"] += 1

@@ -49,6 +49,16 @@ def test_every_case_has_a_name_of_its_own_and_is_counted(config):
   assert hybrid[1] > dense[1] > 0
 
 
+def test_steps_of_one_call_are_counted_each(config):
+  cases = []
+  for config.run.steps_per_call in (1, 3):
+    cases.append({case.name: case for case in all_cases(config, ("tokenizer/train", "causal/dense/train"))})
+  for name, case in cases[0].items():
+    assert cases[1][name].work == 3 * case.work
+    assert cases[1][name].cost()[0] == 3 * case.cost()[0] > 0
+    jax.block_until_ready(cases[1][name].make()())
+
+
 def test_some_names_make_no_other_cases(config):
   everything = [case.name for case in all_cases(config)]
   for only in (("tokenizer/tok",), ("causal/input",), ("causal/dense",), ("encoder_decoder",)):

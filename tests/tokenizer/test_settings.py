@@ -136,12 +136,11 @@ def test_when_the_warm_up_ends_the_codebooks_are_fitted_to_the_latents_once(prep
 
   monkeypatch.setattr(Quantizer, "fit", fit)
   plan, state = prepare(config, SingleDevice())
-  for step in (0, 7, 9, 16):
-    assert plan.before_step(step, state) is state
+  assert list(plan.before) == [8]
   assert not calls
   # Not as they were made: codes have been in use.
   used = state.replace(usage=state.usage + 0.5)
-  fitted = plan.before_step(8, used)
+  fitted = plan.before[8](used)
   ((of_settings, latents, present, options),) = calls
   assert of_settings == settings
   assert options == {"seed": 3}

@@ -1,6 +1,7 @@
 """The training loop on a toy problem whose every parameter can be written down."""
 
 import asyncio
+import functools
 import gc
 import itertools
 import json
@@ -88,10 +89,10 @@ class Toy:
     self.hook("evaluate", step)
     return {"score": self.values.get(step, 0.0)}
 
-  def before_step(self, step, state):
+  def before(self, step, state):
     assert step == int(state.step)
     self.prepared.append(step)
-    self.hook("before_step", step)
+    self.hook("before", step)
     return state
 
   def first_state(self):
@@ -100,7 +101,7 @@ class Toy:
   def fit(self):
     fields = {
       "name": "toy", "steps": 10, "log_every": 3, "evaluate_every": 4, "evaluate": self.evaluate,
-      "before_step": self.before_step,
+      "before": {step: functools.partial(self.before, step) for step in range(10)},
     }  # fmt: skip
     self.folder.mkdir(parents=True, exist_ok=True)
     log, partitioner, plan = MetricsLog(self.folder), Hooked(self.hook), Plan(**(fields | self.changes))
@@ -197,17 +198,70 @@ def test_no_patience_never_stops(tmp_path):
   assert progress["best_step"] == 1
 
 
-def test_before_step_may_change_the_state(tmp_path):
+def test_the_state_may_be_changed_before_a_step(tmp_path):
   toy = Toy(tmp_path)
 
-  def add_thousand(step, state):
-    toy.prepared.append(step)
-    return state.replace(params={"w": state.params["w"] + 1000.0}) if step == 5 else state
+  def add_thousand(state):
+    toy.prepared.append(int(state.step))
+    return state.replace(params={"w": state.params["w"] + 1000.0})
 
-  toy.changes = {"before_step": add_thousand}
+  toy.changes = {"before": {5: add_thousand}}
   state, _ = toy.fit()
-  assert toy.prepared == list(range(10))
+  assert toy.prepared == [5]
   assert float(state.params["w"]) == 1000.0 + total(10)
+
+
+@pytest.mark.parametrize("steps_per_call", [2, 3, 4, 50])
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_steps_of_one_call_are_the_same_steps(tmp_path, steps_per_call, on_nonfinite):
+  changes = {
+    "step": noisy_step, "select": "score", "steps": 23, "log_every": 7, "evaluate_every": 12,
+    "safeguards": Safeguards(on_nonfinite=on_nonfinite),
+  }  # fmt: skip
+  results = []
+  for name, count in (("one", 1), ("several", steps_per_call)):
+    toy, calls = Toy(tmp_path / name, steps_per_call=count, **changes), []
+    toy.changes["before"] = {10: lambda state: state.replace(params={"w": state.params["w"] + 100.0})}
+    toy.values = {12: 0.3, 23: 0.9}
+    toy.hook = lambda event, step, calls=calls: calls.append(step) if event == "step" else None
+    state, progress = toy.fit()
+    plan = {"step": progress["step"], "losses": progress["losses"], "best_step": progress["best_step"]}
+    results.append((without_times(toy.records()), plan, state.replace(key=jax.random.key_data(state.key))))
+  (records, plan, state), (others, other_plan, other) = results
+  assert others == records
+  assert other_plan == plan
+  for leaf, same in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+    np.testing.assert_array_equal(leaf, same)
+  # What is due at 7, 10, 12, 14, 21 and 23 ends a call; what is left before it goes step by step.
+  starts = {
+    2: [0, 2, 4, 6, 7, 9, 10, 12, 14, 16, 18, 20, 21],
+    3: [0, 3, 6, 7, 10, 11, 12, 13, 14, 17, 20, 21, 22],
+    4: [0, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 18, 19, 20, 21, 22],
+    50: list(range(23)),
+  }
+  assert calls == starts[steps_per_call]
+
+
+def test_a_signal_amid_a_call_stops_after_it_and_the_run_goes_on_to_the_same(tmp_path):
+  changes = {"step": noisy_step, "select": "score", "before": {}}
+  expected, _ = Toy(tmp_path / "straight", **changes).fit()
+  cut = Toy(tmp_path / "cut", steps_per_call=2, log_every=10, **changes)
+  cut.hook = interrupt_at("step", 2)
+  with pytest.raises(Interrupted):
+    cut.fit()
+  assert checkpoints(tmp_path / "cut") == {"4"}
+  state, _ = Toy(tmp_path / "cut", steps_per_call=3, log_every=10, **changes).fit()
+  np.testing.assert_array_equal(state.params["w"], expected.params["w"])
+
+
+def test_the_step_of_a_call_that_is_not_finite_is_named(tmp_path):
+  def breaks(state, shared, batch, *, axis_name):
+    state, metrics = counting_step(state, shared, batch, axis_name=axis_name)
+    return state, metrics | {"half": jnp.where(state.step == 5, jnp.nan, metrics["half"])}
+
+  toy = Toy(tmp_path, step=breaks, steps_per_call=4, log_every=8, evaluate_every=8, before={})
+  with pytest.raises(Diverged, match=r"^toy: half is nan at step 5, whose batch \(number 4\) holds items 4; "):
+    toy.fit()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -257,7 +311,7 @@ def interrupt_at(event, step, signum=signal.SIGTERM):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
   ("event", "at", "saved"),
-  [("before_step", 0, 0), ("step", 0, 1), ("before_step", 5, 5), ("step", 5, 6), ("evaluate", 4, 4), ("step", 7, 8)],
+  [("before", 0, 0), ("step", 0, 1), ("before", 5, 5), ("step", 5, 6), ("evaluate", 4, 4), ("step", 7, 8)],
 )
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, event, at, saved, signum):
   settings = {"step": noisy_step, "select": "score"}
@@ -427,7 +481,7 @@ def test_a_checkpoint_whose_best_is_damaged_is_passed_over_too(tmp_path, capsys)
 def test_the_best_of_the_checkpoint_before_the_last_is_kept_for_it(tmp_path):
   toy = Toy(tmp_path, step=noisy_step, select="score", evaluate_every=2)
   toy.values = {2: 0.5, 4: 0.1, 6: 0.9}
-  toy.hook = interrupt_at("before_step", 6)
+  toy.hook = interrupt_at("before", 6)
   with pytest.raises(Interrupted):
     toy.fit()
   assert checkpoints(tmp_path) == {"2", "4", "6"}

@@ -34,6 +34,7 @@ from bbqrec_jax.tokenizer.step import CodebookUpkeep, make_tokenizer_step
 from bbqrec_jax.training.checkpointing import Checkpointer
 from bbqrec_jax.training.partitioning import MeshJit, Pmap, SingleDevice, make_partitioner
 from bbqrec_jax.training.state import TrainState, step_key
+from bbqrec_jax.training.step import in_turn, side_by_side
 
 # No number of devices divides the items: rows of tables are filled up where they are spread.
 NUM_ITEMS, LEVELS, CODES = 41, 3, 4
@@ -225,6 +226,25 @@ def test_devices_train_as_one(kind, count, name):
   if count > jax.device_count():
     pytest.skip(f"needs {count} devices")
   compare(kind, count, name)
+
+
+@pytest.mark.parametrize(
+  ("kind", "count", "name"), [("single", 1, "dense"), ("single", 1, "revival"), ("pmap", 4, "tokenizer"),
+                              ("mesh", 1, "generative"), ("sharded", 4, "drawn")]
+)  # fmt: skip
+def test_steps_in_one_call_are_the_steps_one_by_one(kind, count, name):
+  if count > jax.device_count():
+    pytest.skip(f"needs {count} devices")
+  _, _, params, metrics = train(kind, count, name)
+  state, step, shared, batches = PROBLEMS[name]()
+  partitioner, together = PARTITIONERS[kind](count), 3
+  taken = side_by_side(list(itertools.islice(batches, together)))
+  state = partitioner.place(jax.tree.map(fresh, state))
+  state, values = partitioner.compile_step(in_turn(step))(state, partitioner.place(shared), taken)
+  assert int(state.step) == together
+  expected = jax.tree.map(lambda *leaves: np.stack(leaves), *metrics[:together])
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(values), expected)
+  jax.tree.map(np.testing.assert_array_equal, partitioner.fetch(state.params), params[together])
 
 
 # Eight parts are rows one by one, of which some have nothing to learn from.
