@@ -4,20 +4,25 @@
     python experiments/accelerator.py --output=accelerator --only=agreement --only=compile --limit=120
     JAX_PLATFORMS=cpu python experiments/accelerator.py --output=trial --only=agreement --size=small   # a trial
 
-- `agreement`: the loss, its gradient and the ranking of every head on the device, in float32 and bfloat16, beside those
-  of the CPU in float32, from the same parameters and batch.
+- `agreement`: the loss and its gradient of the tokenizer, and the loss, its gradient and the ranking of every head and
+  of the encoder-decoder on the device, in float32 and bfloat16, beside those of the CPU in float32, from the same
+  parameters and batch.
+- `attention`: attention with the similarity bias as the program writes it and as `jax.nn.dot_product_attention` has it,
+  by XLA and, on NVIDIA, by cuDNN: milliseconds with gradients, and how far apart the outcomes are.
 - `compile`: `first_call_s` of a step of each stage, each in a process of its own, without a cache, with an empty one,
   with the one that this filled, and with XLA's own part of the cache switched off; on NVIDIA also with the autotuner of
   fusions switched off.
 - `benchmark`: `bbqrec benchmark`, small, paper and large.
 - `rows`: a step of 32 to 4,096 histories, of the dense and the hybrid head.
+- `calls`: 1, 8 and 32 steps in one call (`steps_per_call`), of the tokenizer and of the dense and the hybrid head.
 - `recipe`: `bbqrec train --config=hybrid` on `--data`, twice, the second time with a warm cache.
 - `profile`: a trace of twenty steps for TensorBoard or Perfetto.
 
 `OUTPUT/steps.json` has of each step its command, seconds, status and result; the same command again does what is
-missing. A step that takes more than `--limit` seconds is stopped, and is a row that says so.
+missing and what has failed. A step that takes more than `--limit` seconds is stopped, and is a row that says so.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -25,16 +30,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, quiet_flags, start
 
-PARTS = ("agreement", "compile", "benchmark", "rows", "recipe", "profile")
-HEADS = ("generative", "parallel", "dense", "hybrid")
+PARTS = ("agreement", "attention", "compile", "benchmark", "rows", "calls", "recipe", "profile")
+PATHS = ("tokenizer", "generative", "parallel", "dense", "hybrid", "encoder_decoder")
 ROWS = (32, 128, 512, 1024, 4096)
+CALLS = (1, 8, 32)
 NO_FUSION_AUTOTUNER = "--xla_gpu_experimental_enable_fusion_autotuner=false"
 _BBQREC = (sys.executable, "-m", "bbqrec_jax")
 _THIS = (sys.executable, os.path.abspath(__file__))
@@ -59,8 +65,11 @@ class Step(NamedTuple):
 def steps(part: str, folder: pathlib.Path, *, size: str, data: pathlib.Path | None, nvidia: bool) -> Iterator[Step]:
   """The steps of a part, in an order in which each cache is filled before it is read."""
   if part == "agreement":
-    for head in HEADS:
-      yield Step(f"agreement/{head}", (*_THIS, f"--work=agreement:{head}"), {"JAX_PLATFORMS": ""})
+    for name in PATHS:
+      yield Step(f"agreement/{name}", (*_THIS, f"--work=agreement:{name}"), {"JAX_PLATFORMS": ""})
+  elif part == "attention":
+    for dtype in ("float32", "bfloat16"):
+      yield Step(f"attention/{dtype}", (*_THIS, f"--work=attention:{dtype}:{size}"), {})
   elif part == "compile":
     for case in ("tokenizer", "causal/dense", "causal/hybrid"):
       for flag in ("", NO_FUSION_AUTOTUNER) if nvidia else ("",):
@@ -86,6 +95,11 @@ def steps(part: str, folder: pathlib.Path, *, size: str, data: pathlib.Path | No
       for rows in ROWS if size != "small" else ROWS[:1]:
         changes = (f"--config.run.recommender.batch_rows={rows}",)
         yield _timed(f"rows/{head}/{rows}", f"causal/{head}/train step", folder, size, *changes)
+  elif part == "calls":
+    for case in ("tokenizer", "causal/dense", "causal/hybrid"):
+      for calls in CALLS:
+        changes = (f"--config.run.steps_per_call={calls}",)
+        yield _timed(f"calls/{case}/{calls}", f"{case}/train step", folder, size, *changes)
   elif part == "recipe" and data is not None:
     for name in ("cold", "warm"):
       workdir = folder / f"recipe_{name}"
@@ -123,53 +137,124 @@ def do(step: Step, *, limit: float) -> dict[str, Any]:
   return record | {"result": json.loads(found)}
 
 
-def agreement(head: str) -> dict[str, Any]:
+def agreement(path: str) -> dict[str, Any]:
   """How far the device is from the CPU in float32, for each dtype: of loss, gradient and first ten items."""
   import jax
-  import jax.numpy as jnp
   import numpy as np
 
-  from bbqrec_jax.benchmarks.cases import random_dataset, random_ids
-  from bbqrec_jax.data.ranking import evaluation_batches
-  from bbqrec_jax.layers.apply import apply
+  from bbqrec_jax.benchmarks.cases import random_dataset
   from bbqrec_jax.presets import benchmark_config
-  from bbqrec_jax.recommender.evaluate import make_ranker
-  from bbqrec_jax.recommender.schedule import training_batches
-  from bbqrec_jax.recommender.train import build_recommender, initial_state
 
   config = benchmark_config("small")
   dataset, device, host = random_dataset(config), jax.devices()[0], jax.devices("cpu")[0]
-  config.run.recommender.head, histories = head, dataset.interactions
-  found: dict[str, Any] = {}
+  found: dict[str, Any] = {"device": str(device.device_kind)}
+  for dtype in ("float32", "bfloat16") if path != "tokenizer" else ("float32",):
+    results = []
+    for place, kind in ((host, "float32"), (device, dtype)):
+      with jax.default_device(host):
+        loss, ranker, params, shared, batch, asked = _problem(path, config, dataset, kind)
+      held = jax.device_put((params, shared, batch), place)
+      value, gradient = jax.device_get(jax.jit(jax.value_and_grad(loss))(*held))
+      flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+      top = None if ranker is None else np.asarray(jax.jit(ranker)(*held[:2], jax.device_put(asked, place))["top"])
+      results.append((float(value), flat, top))
+    (loss_there, gradient_there, top_there), (loss_here, gradient_here, top_here) = results
+    found[dtype] = {
+      "loss": abs(loss_here - loss_there) / abs(loss_there),
+      "gradient": float(np.linalg.norm(gradient_here - gradient_there) / np.linalg.norm(gradient_there)),
+    }
+    if top_there is not None:
+      same = [len(set(a) & set(b)) / len(a) for a, b in zip(top_there.tolist(), top_here.tolist(), strict=True)]
+      found[dtype]["same_of_ten"] = float(np.mean(same))
+  return found
+
+
+def _problem(path: str, config: Any, dataset: Any, dtype: str) -> tuple[Any, ...]:
+  """Of a path: (loss of (parameters, shared, batch), ranker or None, parameters, shared, batch, what is ranked)."""
+  import jax
+  import jax.numpy as jnp
+
+  from bbqrec_jax.benchmarks.cases import random_ids
+  from bbqrec_jax.data.pipeline import features_of
+  from bbqrec_jax.data.ranking import evaluation_batches
+  from bbqrec_jax.layers.apply import apply
+  from bbqrec_jax.recommender.evaluate import make_ranker
+  from bbqrec_jax.recommender.schedule import training_batches
+  from bbqrec_jax.recommender.train import build_recommender, initial_state
+  from bbqrec_jax.tokenizer.club import make_disentangling
+  from bbqrec_jax.tokenizer.losses import tokenizer_loss
+  from bbqrec_jax.tokenizer.train import tokenizer_settings, tokenizer_training
+
+  if path == "tokenizer":
+    settings = tokenizer_settings(config.run, dataset)
+    training = tokenizer_training(settings, dataset.interactions, dataset.store, seed=config.run.seed)
+    state, disentangling = jax.jit(training.initial_state)(), make_disentangling(settings)
+
+    def tokenizer(params: Any, shared: Any, batch: Any) -> Any:
+      table, club = shared
+      batch = batch | features_of(batch, lambda items: jax.tree.map(lambda array: array[items], table))
+      bound = None if disentangling is None else disentangling.bound(club, axis_name=None)
+      return tokenizer_loss(
+        training.model, params, batch, quantized=jnp.bool_(True), temperature=settings.temperature, bound=bound,
+        key=jax.random.key(0), axis_name=None,
+      )[0]  # fmt: skip
+
+    return tokenizer, None, state.params, (training.shared(), state.club), next(iter(training.batches)), None
+  name = "encoder_decoder/generative" if path == "encoder_decoder" else f"causal/{path}"
+  run, histories = config.run.copy_and_resolve_references(), dataset.interactions
+  run.recommender.update(config.recommenders[name])
+  run.recommender.dtype = dtype
+  model, catalogue = build_recommender(
+    run, random_ids(config, dataset.modalities), histories, num_items=config.num_items
+  )
+  params = jax.jit(lambda: initial_state(run, model, catalogue, total_steps=1))().params
+  batch = next(iter(training_batches(run, histories)))
   asked = next(
     evaluation_batches(histories, histories.items[histories.offsets[1:] - 1], batch_size=64, max_length=50)
   )  # fmt: skip
   del asked["valid"]
-  for dtype in ("float32", "bfloat16"):
-    results = []
-    for place, kind in ((host, "float32"), (device, dtype)):
-      config.run.recommender.dtype = kind
-      with jax.default_device(host):
-        model, catalogue = build_recommender(
-          config.run, random_ids(config, dataset.modalities), histories, num_items=config.num_items
-        )
-        params = jax.jit(lambda m=model, c=catalogue: initial_state(config.run, m, c, total_steps=1))().params
-      batch = next(iter(training_batches(config.run, histories)))
-      held = jax.device_put((params, catalogue, batch), place)
-      loss = jax.jit(jax.value_and_grad(lambda p, c, b, m=model: apply(m, p, "loss", c, b, deterministic=True)[0]))
-      value, gradient = jax.device_get(loss(*held))
-      flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
-      top = jax.jit(make_ranker(model, beam_width=50))(*held[:2], jax.device_put(asked, place))["top"]
-      results.append((float(value), flat, np.asarray(top)))
-    (loss_there, gradient_there, top_there), (loss_here, gradient_here, top_here) = results
-    same = [len(set(a) & set(b)) / len(a) for a, b in zip(top_there.tolist(), top_here.tolist(), strict=True)]
-    norms = float(np.linalg.norm(gradient_there))
-    found[dtype] = {
-      "loss": abs(loss_here - loss_there) / abs(loss_there),
-      "gradient": float(np.linalg.norm(gradient_here - gradient_there)) / norms,
-      "same_of_ten": float(jnp.mean(jnp.asarray(same))),
-      "device": str(device.device_kind),
-    }
+
+  def loss(params: Any, shared: Any, batch: Any) -> Any:
+    return apply(model, params, "loss", shared, batch, deterministic=True)[0]
+
+  return loss, make_ranker(model, beam_width=50), params, catalogue, batch, asked
+
+
+def attention_ways(dtype: str, size: str) -> dict[str, Any]:
+  """Attention with a bias in three ways: of each milliseconds with gradients, and its distance from the first."""
+  import jax
+  import jax.numpy as jnp
+
+  from bbqrec_jax.ops.attention import attention, history_mask
+
+  rows, length, heads, width = (4, 32, 2, 16) if size == "small" else (64, 256, 8, 64)
+  keys = jax.random.split(jax.random.key(0), 4)
+  query, key, value = (jax.random.normal(k, (rows, length, heads, width), dtype) for k in keys[:3])
+  bias = jax.random.normal(keys[3], (rows, heads, length, length), dtype)
+  mask = history_mask(jnp.ones((rows, length), jnp.int32))
+  library = functools.partial(jax.nn.dot_product_attention, mask=mask)
+  ways: dict[str, Callable[..., Any]] = {
+    "ours": lambda q, k, v, b: attention(q, k, v, mask=mask, bias=b),
+    "jax.nn, XLA": lambda q, k, v, b: library(q, k, v, b, implementation="xla"),
+    "jax.nn, cuDNN": lambda q, k, v, b: library(q, k, v, b, implementation="cudnn"),
+  }
+  found: dict[str, Any] = {"device": str(jax.devices()[0].device_kind), "shape": [rows, length, heads, width]}
+  first = None
+  for name, way in ways.items():
+    total = jax.jit(
+      jax.value_and_grad(lambda *given, w=way: jnp.sum(jnp.sin(w(*given).astype(jnp.float32))), (0, 1, 2, 3))
+    )
+    try:
+      results = jax.block_until_ready(total(query, key, value, bias))
+      begin = time.perf_counter()
+      jax.block_until_ready([total(query, key, value, bias) for _ in range(20)])
+      row: dict[str, Any] = {"milliseconds": 50 * (time.perf_counter() - begin)}
+    except Exception as error:  # What a device or a library has no way for: of any kind.
+      found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+      continue
+    flat = jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in results[1]])
+    first = flat if first is None else first
+    found[name] = row | {"gradient": float(jnp.linalg.norm(flat - first) / jnp.linalg.norm(first))}
   return found
 
 
@@ -193,12 +278,14 @@ def main(argv: list[str]) -> None:
   options = quiet_flags()
   if options.work:
     kind, _, rest = options.work.partition(":")
-    print(json.dumps({"agreement": agreement, "profile": profile}[kind](rest)))
+    work = {"agreement": agreement, "attention": attention_ways, "profile": profile}
+    print(json.dumps(work[kind](*rest.split(":", maxsplit=kind == "attention"))))
     return
   folder = pathlib.Path(options.output).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / "steps.json"
   records = json.loads(path.read_text()) if path.exists() else []
+  records = [record for record in records if record["status"] == 0]  # What failed is tried again.
   known = {record["name"] for record in records}
   nvidia = shutil.which("nvidia-smi") is not None
   for part in options.only:

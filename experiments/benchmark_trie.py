@@ -1,17 +1,20 @@
 """Size and speed of the trie of semantic IDs, from ten thousand to ten million items.
 
-    python experiments/benchmark_trie.py --items=10000,1000000,10000000
+    python experiments/benchmark_trie.py --items=10000,1000000,10000000 --beam_width=20,50,200
 
 For each number of items, distinct random IDs of four levels of 256 codes: how long the trie takes to build, what it
-holds, the peak memory on the way, and how long a beam search over it takes for a batch, beside the same search with
-nothing to constrain it (every code of every level is allowed), whose decoder costs nothing: what is left is the search.
+holds, the peak memory on the way, and for each width how long a beam search over it takes for a batch, beside the same
+search with nothing to constrain it (every code of every level is allowed), in turns. The decoder costs nothing: what is
+left is the search.
 """
 
+import functools
 import json
 import pathlib
 import resource
 import statistics
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -58,50 +61,55 @@ def unconstrained(tables: jax.Array, width: int) -> jax.Array:
   return chosen
 
 
-def milliseconds(function, *args) -> float:
-  """Median over windows, after the first call has compiled."""
-  jax.block_until_ready(function(*args))
-  times = []
-  for _ in range(15):
-    start = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    times.append(time.perf_counter() - start)
-  return 1000 * statistics.median(times)
+def milliseconds(calls: dict[str, Callable[[], jax.Array]]) -> dict[str, float]:
+  """The median of each over rounds in which they take turns, after first calls that compile."""
+  times: dict[str, list[float]] = {name: [] for name in calls}
+  for turn in range(16):
+    for name, call in calls.items():
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      if turn:
+        times[name].append(time.perf_counter() - start)
+  return {name: 1000 * statistics.median(took) for name, took in times.items()}
+
+
+def records(items: int, widths: list[int], *, batch: int) -> Iterator[dict[str, object]]:
+  """A record for the trie of so many items, then one for each width of the search."""
+  ids = random_ids(items)
+  floor, start = resident(), time.perf_counter()
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  trie = build_trie(ids)
+  seconds = time.perf_counter() - start
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(trie))
+  yield {
+    "items": len(ids),
+    "build seconds": round(seconds, 2),
+    "trie MiB": round(size / 2**20, 1),
+    "bytes per item": round(size / len(ids), 1),
+    # A peak that an earlier record set says nothing of this one.
+    "peak MiB above the IDs": round((peak - floor) / 2**20) if peak > before else None,
+    "widest node": list(trie.fanouts),
+  }
+  tables = jnp.asarray(np.random.default_rng(1).normal(size=(LEVELS, batch, CODES)), jnp.float32)
+  for width in widths:
+    constrained = jax.jit(functools.partial(search, width=width))
+    free = jax.jit(functools.partial(unconstrained, width=width))
+    took = milliseconds({"a search": lambda f=constrained: f(trie, tables), "without a trie": lambda f=free: f(tables)})
+    yield {"items": len(ids), "beam width": width} | {f"ms {name}": round(value, 3) for name, value in took.items()}
 
 
 def main(argv: list[str]) -> None:
-  """Prints a record for each number of items."""
+  """Prints the records of each number of items."""
   del argv
   options = flags.FLAGS
-  rng = np.random.default_rng(1)
-  tables = jnp.asarray(rng.normal(size=(LEVELS, options.batch, CODES)), jnp.float32)
-  plain = milliseconds(jax.jit(lambda tables: unconstrained(tables, options.beam_width)), tables)
-  for text in options.items:
-    ids = random_ids(int(text))
-    floor, start = resident(), time.perf_counter()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    trie = build_trie(ids)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(trie))
-    run = jax.jit(lambda trie, tables: search(trie, tables, options.beam_width))
-    constrained = milliseconds(run, trie, tables)
-    record = {
-      "items": len(ids),
-      "build seconds": round(seconds, 2),
-      "trie MiB": round(size / 2**20, 1),
-      "bytes an item": round(size / len(ids), 1),
-      # A peak that an earlier record set says nothing of this one.
-      "peak MiB above the IDs": round((peak - floor) / 2**20) if peak > before else None,
-      "widest node": list(trie.fanouts),
-      "ms a search": round(constrained, 3),
-      "ms without a trie": round(plain, 3),
-    }
-    print(json.dumps(record), flush=True)
+  for items in options.items:
+    for record in records(int(items), [int(width) for width in options.beam_width], batch=options.batch):
+      print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
   flags.DEFINE_list("items", ["10000", "1000000", "10000000"], "Numbers of items.")
   flags.DEFINE_integer("batch", 16, "Users at once.")
-  flags.DEFINE_integer("beam_width", 20, "Beams of each.")
+  flags.DEFINE_list("beam_width", ["20"], "Beams of each user; several are measured one after the other.")
   start(main)

@@ -2,9 +2,13 @@
 
     python experiments/compile_time.py --config_file=hybrid --path=DIR
 
-A run of a few steps a stage goes twice, each time in a process and a workdir of its own: first with an empty cache,
-then with what the first has left there. For each place in the program that had something compiled: how many programs,
-and the seconds of tracing and lowering them to StableHLO, and of XLA (from the cache: of reading them).
+A run of a few steps a stage on one device goes twice, each time in a process and a workdir of its own: first with an
+empty cache, then with what the first has left there. For each place in the program that had something compiled: how
+many programs, and the seconds of tracing and lowering them to StableHLO, and of XLA (from the cache: of reading them).
+
+Of the steps and the rankings, which are the large ones, a second table has the sizes: equations of the jaxpr, those of
+loops and branches counted once, operations of StableHLO, and instructions after XLA's passes. `--change` shows what a
+layer or a level adds, for instance `--change=recommender.num_layers=4`.
 """
 
 import collections
@@ -16,13 +20,16 @@ import sys
 import tempfile
 import time
 import traceback
+from unittest import mock
 
 import jax
 from absl import flags
+from jax.extend import core
 
 from bbqrec_jax.command_line import start
 from bbqrec_jax.presets import load_config
 from bbqrec_jax.runs.run import run
+from bbqrec_jax.training import partitioning
 
 _PACKAGE = str(pathlib.Path(__file__).parents[1] / "bbqrec_jax")
 # What JAX tells of each program: Python to a jaxpr, a jaxpr to StableHLO, and XLA's part.
@@ -32,12 +39,64 @@ _STEPS = 3
 
 def place() -> str:
   """The file and function of the package that is being worked on, the innermost two."""
-  frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(_PACKAGE)]
+  frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(_PACKAGE) and frame.name != "run"]
   return " < ".join(f"{pathlib.Path(frame.filename).stem}.{frame.name}" for frame in reversed(frames[-2:]))
 
 
+def equations(jaxpr: core.Jaxpr) -> int:
+  """How many equations a program has, with those of its loops, branches and functions."""
+  inner = [
+    part for equation in jaxpr.eqns for part in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+  ]
+  bodies = [part.jaxpr if isinstance(part, core.ClosedJaxpr) else part for part in inner if _is_jaxpr(part)]
+  return len(jaxpr.eqns) + sum(map(equations, bodies))
+
+
+def _is_jaxpr(part: object) -> bool:
+  return isinstance(part, core.Jaxpr | core.ClosedJaxpr)
+
+
+class Sized(partitioning.SingleDevice):
+  """A device that notes the sizes of what it compiles as steps and as maps: {place: [equations, operations, ...]}."""
+
+  def __init__(self) -> None:
+    """With nothing noted."""
+    self.sizes: dict[str, list[int]] = {}
+
+  def _noted(self, jitted):
+    compiled: dict[object, jax.stages.Compiled] = {}
+
+    def call(*arguments):
+      # Not one of another shape: each is a program of its own.
+      shapes = jax.tree.map(lambda leaf: (getattr(leaf, "shape", ()), str(getattr(leaf, "dtype", ""))), arguments)
+      key = str(shapes)
+      if key not in compiled:
+        traced = jitted.trace(*arguments)
+        lowered = traced.lower()
+        compiled[key] = lowered.compile()
+        operations = [line for line in lowered.as_text().splitlines() if " = " in line]
+        instructions = [line for line in compiled[key].as_text().splitlines() if " = " in line]
+        row = [equations(traced.jaxpr.jaxpr), len(operations), len(instructions)]
+        self.sizes[place()] = max(row, self.sizes.get(place(), row))
+      return compiled[key](*arguments)
+
+    return call
+
+  def compile_step(self, step):
+    """As that of a single device."""
+    return self._noted(super().compile_step(step))
+
+  def compile_map(self, function):
+    """As that of a single device."""
+    return self._noted(super().compile_map(function))
+
+
 def measure(config_file: str, path: str, changes: list[str]) -> dict:
-  """Runs a few steps of each stage in this process: {place: [programs, trace, lower, xla]}, and the seconds in all."""
+  """Runs a few steps of each stage in this process.
+
+  Returns:
+    `places`: {place: [programs, and seconds of trace, lower, xla]}; `sizes`: see `Sized`; `seconds` in all.
+  """
   found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
 
   def count(event: str, seconds: float, **_: object) -> None:
@@ -50,8 +109,9 @@ def measure(config_file: str, path: str, changes: list[str]) -> dict:
   config = load_config(config_file)
   if path:
     config.data.source, config.data.path = "directory", path
+  device = Sized()
   config.update_from_flattened_dict({
-    "tokenizer.steps": _STEPS, "tokenizer.warmup_steps": 1, "tokenizer.evaluate_every": _STEPS,
+    "partitioner": "single", "tokenizer.steps": _STEPS, "tokenizer.warmup_steps": 1, "tokenizer.evaluate_every": _STEPS,
     "recommender.steps": _STEPS, "recommender.evaluate_every": _STEPS, "evaluation.validation_users": 64,
     "recommender.candidate_similarity.users": 64,
   })  # fmt: skip
@@ -59,8 +119,9 @@ def measure(config_file: str, path: str, changes: list[str]) -> dict:
   jax.monitoring.register_event_duration_secs_listener(count)
   with tempfile.TemporaryDirectory() as folder:
     begun = time.monotonic()
-    run(config, pathlib.Path(folder) / "run")
-    return {"places": found, "seconds": time.monotonic() - begun}
+    with mock.patch.dict(partitioning.PARTITIONERS, single=lambda: device):
+      run(config, pathlib.Path(folder) / "run")
+    return {"places": found, "sizes": device.sizes, "seconds": time.monotonic() - begun}
 
 
 def main(_) -> None:
@@ -86,6 +147,10 @@ def main(_) -> None:
     if trace + lower + xla >= values.least:
       again = warm["places"].get(name, nothing)[3]
       print(f"| `{name}` | {count} | {trace + lower:.1f} s | {xla:.1f} s | {again:.1f} s |")
+  print("\n| program | equations | StableHLO | after XLA's passes |\n|---|---|---|---|")
+  for name, sizes in sorted(cold["sizes"].items(), key=lambda row: -row[1][2]):
+    print(f"| `{name}` | " + " | ".join(f"{size:,}" for size in sizes) + " |")
+  print()
   for title, result in (("cold", cold), ("from the cache", warm)):
     rows = result["places"].values()
     print(
