@@ -20,8 +20,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from bbqrec_jax.errors import STORAGE_ERRORS, Diverged, InputError, StorageError, refuse
-from bbqrec_jax.utils.files import check_file, local_path
+from bbqrec_jax.errors import STORAGE_ERRORS, Diverged, InputError, StorageError, as_given, refuse
+from bbqrec_jax.utils.files import Use, check_file, is_url, local_path
 from bbqrec_jax.utils.standard_streams import lasting_streams
 
 # The flags that functions here define belong to the programs that call them, whose --help shows them.
@@ -163,22 +163,32 @@ def training(workdir: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(output: pathlib.Path) -> Iterator[None]:
-  """For programs that do not train: a place that cannot be written to ends them with one line and status 1."""
+  """For programs that do not train: a place that cannot be written to ends them with one line and status 1.
+
+  An output that was given as a URL is sent there at the end.
+  """
   try:
     yield
+    if is_url(as_given(str(output))):
+      from bbqrec_jax.utils.remote import deliver
+
+      deliver(output)
   except OSError as error:
     refuse(StorageError(f"{output} could not be written: {error.strerror}"), status=1)
+  except StorageError as error:
+    refuse(error, status=1)
 
 
-def define_path(name: str, help_text: str, *, check: Callable[..., None] | None = None) -> None:
+def define_path(name: str, help_text: str, *, check: Callable[..., None] | None = None, use: Use = "folders") -> None:
   """Defines a flag whose value is a path; "~" is the home folder, as shells leave it alone after "=".
 
   Args:
     name: of the flag.
     help_text: of the flag.
     check: called with the path and flag=name; refuses, with an `InputError`, what the program could not use.
+    use: what a URL is for, see `local_path`.
   """
-  flags.DEFINE(_PathParser(name, check), name, None, help_text, serializer=flags.ArgumentSerializer())
+  flags.DEFINE(_PathParser(name, check, use), name, None, help_text, serializer=flags.ArgumentSerializer())
 
 
 def define_settings(settings: Any) -> None:
@@ -214,8 +224,8 @@ def given_settings(kind: Any) -> dict[str, Any]:
 
 def define_run_flags() -> None:
   """Defines the flags of a program that restores a finished run."""
-  define_path("workdir", "The workdir of a finished run.")
-  define_path("data", "The folder of the run's data, where that has moved since.")
+  define_path("workdir", "The workdir of a finished run.", use="read")
+  define_path("data", "The folder of the run's data, where that has moved since.", use="read")
   flags.DEFINE_list("trust", [], "Python modules of yours that the run's config may name its parts from.")
   flags.mark_flag_as_required("workdir")
 
@@ -225,13 +235,13 @@ class _PathParser(flags.ArgumentParser):
 
   syntactic_help = "a path"
 
-  def __init__(self, name: str, check: Callable[..., None] | None):
+  def __init__(self, name: str, check: Callable[..., None] | None, use: Use):
     """See `define_path`."""
-    self._name, self._check = name, check
+    self._name, self._check, self._use = name, check, use
 
   def parse(self, argument: Any) -> pathlib.Path:
     """The path with its "~" expanded."""
-    path = local_path(argument, flag=self._name)
+    path = local_path(argument, flag=self._name, use=self._use)
     if self._check is not None:
       self._check(path, flag=self._name)
     return path

@@ -6,8 +6,18 @@ from typing import NoReturn
 
 LONGEST_MESSAGE = 1000
 
+# Local copies of what URLs name, by their paths: people are told of the URLs.
+LOCAL_COPIES: dict[str, str] = {}
+
 # Errors of a disk that is full, read-only, failing, or not ours to write to.
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def as_given(text: str) -> str:
+  """The text with URLs in place of the paths of their local copies (see `utils.remote`)."""
+  for path, url in LOCAL_COPIES.items():
+    text = text.replace(path, url)
+  return text
 
 
 def printable(text: str) -> str:
@@ -36,7 +46,7 @@ class InputError(ValueError):
   """
 
   def __init__(self, message: str):
-    line = printable(message)
+    line = printable(as_given(message))
     super().__init__(line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "...")
 
 

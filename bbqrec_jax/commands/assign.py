@@ -10,7 +10,7 @@ import os
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, quiet_flags, start, writing
-from bbqrec_jax.errors import InputError, printable, refuse
+from bbqrec_jax.errors import InputError, as_given, printable, refuse
 from bbqrec_jax.utils.files import check_new, unfinished
 
 
@@ -51,15 +51,20 @@ def main(argv: list[str]) -> None:
     warn(warning)
   known, new = len(ids.codes), len(extended.codes) - len(ids.codes)
   called = printable(f"{item_ids[known]} to {item_ids[known + new - 1]}")
-  print(f"{new} new items after {known} known ones, {called}, in {output}, fingerprint {extended.fingerprint}")
+  where = as_given(str(output))
+  print(f"{new} new items after {known} known ones, {called}, in {where}, fingerprint {extended.fingerprint}")
   print(f"collisions of the new items after repair: {collision_rate(extended.codes[known:]):.1%}")
 
 
 def program() -> None:
   """Defines the flags and runs the program."""
-  define_path("tokenizer", "The tokenizer/ folder of a run.")
-  define_path("features", "Folder with <modality>_features.npy, a row for each new item, and items.jsonl, their ids.")
+  define_path("tokenizer", "The tokenizer/ folder of a run.", use="read")
+  define_path(
+    "features",
+    "Folder with <modality>_features.npy, a row for each new item, and items.jsonl, their ids.",
+    use="read",
+  )
   flags.DEFINE_list("trust", [], "Python modules of yours that the tokenizer's parts may be imported from.")
-  define_path("output", "Folder for the IDs of the known and the new items together.")
+  define_path("output", "Folder for the IDs of the known and the new items together.", use="write")
   flags.mark_flags_as_required(["tokenizer", "features", "output"])
   start(main)

@@ -29,7 +29,8 @@ def main(argv: list[str]) -> None:
   try:
     if output is not None:
       check_new(output)
-    systems = systems_of([local_path(word, flag="workdir") for word in argv[1:]])
+    # Checkpoints are not looked into.
+    systems = systems_of([local_path(word, flag="workdir", use="read", without="checkpoints/") for word in argv[1:]])
     reference = options.reference or next(iter(systems))
     if reference not in systems:
       raise InputError(f"--reference: expected one of {', '.join(systems)}, got {reference!r}")
@@ -54,6 +55,6 @@ def main(argv: list[str]) -> None:
 
 def program() -> None:
   """Defines the flags and runs the program."""
-  define_path("output", "The folder that is made, of the table and a picture.")
+  define_path("output", "The folder that is made, of the table and a picture.", use="write")
   flags.DEFINE_string("reference", None, "The system that the others are compared with.")
   start(main, flags_parser=functools.partial(parse_flags, words=True))

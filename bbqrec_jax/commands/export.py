@@ -11,7 +11,7 @@ bundle if they do not answer alike.
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, quiet_flags, start, writing
-from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.errors import InputError, as_given, refuse
 from bbqrec_jax.utils.files import check_new, local_path
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     )
     results = load_results(options.workdir)
     source = restored.config.data
-    folders = [local_path(source.path, flag="data")] if source.source == "directory" else []
+    folders = [local_path(source.path, flag="data", use="read")] if source.source == "directory" else []
     folders += [options.features] if options.features else []
     with writing(output):
       note, compared = write_bundle(
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     refuse(error)
   size = sum(path.stat().st_size for path in output.iterdir()) / 2**20
   print(
-    f"{output}: {note['num_items']} items, lists of up to {note['limits']['top']}, {size:.1f} MiB,"
+    f"{as_given(str(output))}: {note['num_items']} items, lists of up to {note['limits']['top']}, {size:.1f} MiB,"
     f" for {', '.join(note['platforms'])}"
   )
   if compared is not None:
@@ -94,13 +94,13 @@ def main(argv: list[str]) -> None:
 def program() -> None:
   """Defines the flags and runs the program."""
   define_run_flags()
-  define_path("output", "The folder that is made.")
+  define_path("output", "The folder that is made.", use="write")
   flags.DEFINE_integer("top", 30, "How many items an answer may have.")
   flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], f"Kinds of devices that it is to run on, of {PLATFORMS}.")
   flags.DEFINE_list("batch_sizes", ["1", "4", "8", "16"], "How many histories are answered at once; each is compiled.")
   flags.DEFINE_list("widths", ["32", "256"], "How many items an answer may leave out; each is compiled.")
   flags.DEFINE_integer("check", 0, "About how many users the bundle is asked beside the live model.")
-  define_path("tokenizer", "Semantic IDs that `bbqrec assign` extended by new items.")
-  define_path("features", "The new items' features, for a recommender that reads features.")
+  define_path("tokenizer", "Semantic IDs that `bbqrec assign` extended by new items.", use="read")
+  define_path("features", "The new items' features, for a recommender that reads features.", use="read")
   flags.mark_flag_as_required("output")
   start(main)

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
   ready_to_train()
   with training(options.workdir):
     systems = [parse_system(text) for text in options.system]
-    folders = [local_path(word, flag="data") for word in options.data]
+    folders = [local_path(word, flag="data", use="read") for word in options.data]
     data = {folder.resolve().name: folder for folder in folders}
     if len(data) < len(folders):
       raise InputError(f"--data: expected folders of different names, got {', '.join(map(str, folders))}")

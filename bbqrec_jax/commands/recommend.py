@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, quiet_flags, start, writing
-from bbqrec_jax.errors import InputError, printable, refuse
+from bbqrec_jax.errors import InputError, as_given, printable, refuse
 from bbqrec_jax.utils.files import check_new
 
 
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> None:
   if many:
     with writing(options.output):
       count = write_recommendations(found, options.output, dataset.item_ids)
-    print(f"recommendations for {count} users, in {options.output}")
+    print(f"recommendations for {count} users, in {as_given(str(options.output))}")
     return
   ((_, items, scores),) = found
 
@@ -161,11 +161,13 @@ def program() -> None:
   flags.DEFINE_string("allow", None, "Recommend these items alone: ids separated by commas, or @FILE, an id a line.")
   flags.DEFINE_string("deny", None, "Never recommend these items, likewise.")
   flags.DEFINE_string("times", None, "When each interaction was, in the unit of the data, for one with time buckets.")
-  define_path("histories", "A file in place of --history: a line per user, 'user item item ...', .jsonl or .parquet.")
-  define_path("timestamps", "A file with the time of each interaction in place of its item, in the unit of the data.")
-  define_path("output", "The file for what is recommended for --histories: one JSON object per line, or .parquet.")
-  define_path("tokenizer", "Semantic IDs that `bbqrec assign` extended by new items.")
-  define_path("features", "The new items' features, for a recommender that reads features.")
+  lines, times = "a line per user, 'user item item ...', .jsonl or .parquet", "in the unit of the data"
+  define_path("histories", f"A file in place of --history: {lines}.", use="read")
+  define_path("timestamps", f"A file with the time of each interaction in place of its item, {times}.", use="read")
+  recommended = "The file for what is recommended for --histories: one JSON object per line, or .parquet."
+  define_path("output", recommended, use="write")
+  define_path("tokenizer", "Semantic IDs that `bbqrec assign` extended by new items.", use="read")
+  define_path("features", "The new items' features, for a recommender that reads features.", use="read")
   flags.DEFINE_integer("top", 10, "How many items to recommend.")
   flags.DEFINE_bool("repeat", False, "Whether items of the history may be recommended again.")
   start(main)

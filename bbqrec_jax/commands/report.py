@@ -11,7 +11,7 @@ and versions. Needs `pip install 'bbqrec_jax[report]'`.
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, define_run_flags, quiet_flags, start, writing
-from bbqrec_jax.errors import InputError, refuse
+from bbqrec_jax.errors import InputError, as_given, refuse
 from bbqrec_jax.utils.files import check_place
 
 
@@ -38,12 +38,16 @@ def main(argv: list[str]) -> None:
     refuse(error)
   with writing(output):
     written = write_report(output, told, pictures=options.pictures)
-  print(f"{written[0]}: the page{f', and {len(written) - 1} pictures beside it' if options.pictures else ''}")
+  print(
+    f"{as_given(str(written[0]))}: the page{f', and {len(written) - 1} pictures beside it' if options.pictures else ''}"
+  )
 
 
 def program() -> None:
   """Defines the flags and runs the program."""
   define_run_flags()
-  define_path("output", "The folder of the page and the pictures; report/ in the workdir if it is not given.")
+  define_path(
+    "output", "The folder of the page and the pictures; report/ in the workdir if it is not given.", use="write"
+  )
   flags.DEFINE_bool("pictures", True, "Whether the charts are written as PNGs, too.")
   start(main)

@@ -12,12 +12,13 @@ import contextlib
 import functools
 import os
 import pathlib
+from typing import Any
 
 from absl import flags
 
 from bbqrec_jax.command_line import define_path, parse_flags, quiet_flags, start
-from bbqrec_jax.errors import InputError, refuse
-from bbqrec_jax.utils.files import check_file, local_path
+from bbqrec_jax.errors import InputError, as_given, refuse
+from bbqrec_jax.utils.files import check_file, is_url, local_path
 
 
 def read_token(path: pathlib.Path | None) -> str:
@@ -33,6 +34,13 @@ def read_token(path: pathlib.Path | None) -> str:
   if (path is not None and not token) or not all("!" <= character <= "~" for character in token):
     raise InputError(f"{where}: expected a token of printable ASCII characters without blanks; write another")
   return token
+
+
+def load_again(given: str, folder: pathlib.Path) -> Any:
+  """The bundle of a folder; one that was given as a URL is copied anew, as far as it has changed."""
+  from bbqrec_jax.serving.bundle import Bundle
+
+  return Bundle(local_path(given, flag="bundle", use="read") if is_url(given) else folder)
 
 
 def main(argv: list[str]) -> None:
@@ -60,7 +68,7 @@ def main(argv: list[str]) -> None:
     for name in ("queue", "timeout", "head_seconds", "body_kib"):
       if getattr(options, name) <= 0:
         raise InputError(f"--{name}: expected a number above 0, got {getattr(options, name)}")
-    folder, token = local_path(argv[1], flag="bundle"), read_token(options.token_file)
+    folder, token = local_path(argv[1], flag="bundle", use="read"), read_token(options.token_file)
     start_devices()
     if (folder / "bundle.json").is_file():
       say(event="loading", note="its programs are compiled, which takes a minute or two the first time, and is kept")
@@ -76,12 +84,16 @@ def main(argv: list[str]) -> None:
         token=token,
         access_log=options.access_log,
       ),
+      load=lambda folder: load_again(argv[1], folder),
     )
   except InputError as error:
     refuse(error)
   set_aside()
   say(event="loaded", bundle=serving.engine.bundle.version, items=serving.engine.bundle.num_items)
-  print(f"http://{options.host}:{options.port}/  {serving.engine.bundle.num_items} items, {folder}", flush=True)
+  print(
+    f"http://{options.host}:{options.port}/  {serving.engine.bundle.num_items} items, {as_given(str(folder))}",
+    flush=True,
+  )
   config = listening(make_app(serving), serving.options, host=options.host, port=options.port)
 
   async def serve() -> None:

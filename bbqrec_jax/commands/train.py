@@ -3,6 +3,7 @@
     bbqrec train --config=quickstart --workdir=runs/quickstart
     bbqrec train --config=hybrid --data=DIR --workdir=runs/mine --config.recommender.steps=500
     bbqrec train --config=hybrid --data=TODAY --init_from=runs/yesterday --workdir=runs/today
+    bbqrec train --config=hybrid --data=gs://bucket/data --workdir=gs://bucket/runs/mine
     bbqrec train --help-config
 
 `--config` is the name of a preset or a file with a `get_config`, as FILE or FILE:CHOICE. Any of its fields can be set
@@ -16,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from bbqrec_jax.command_line import define_path, parse_flags, ready_to_train, start, training
+from bbqrec_jax.errors import as_given
 
 
 def format_fields(settings: Any) -> str:
@@ -52,7 +54,8 @@ def main(argv: list[str]) -> None:
   ready_to_train()
   with training(options.workdir):
     if options.data is not None:
-      options.config.data.path, options.config.data.source = str(options.data), recognise_source(options.data)
+      options.config.data.source = recognise_source(options.data)
+      options.config.data.path = as_given(str(options.data))
     processes.join(
       options.distributed,
       coordinator=options.coordinator,
@@ -60,16 +63,22 @@ def main(argv: list[str]) -> None:
       process_id=options.process_id,
     )
     if options.init_from is not None:
-      options.config.init_from = str(options.init_from)
+      options.config.init_from = as_given(str(options.init_from))
     run(options.config, options.workdir)
 
 
 def program() -> None:
   """Defines the flags and runs the program."""
   config_flags.DEFINE_config_file("config", None, "A preset or a config file; --config.field=value sets a field.")
-  define_path("data", "The folder of the data, in the project's own format or in RecBole's: sets data.path and source.")
-  define_path("init_from", "The workdir of a finished run on earlier data, to begin with what it learned.")
-  define_path("workdir", "Where everything is written; the same one again goes on with the run.")
+  define_path(
+    "data",
+    "The folder of the data, in the project's own format or in RecBole's: sets data.path and source.",
+    use="read",
+  )
+  define_path("init_from", "The workdir of a finished run on earlier data, to begin with what it learned.", use="read")
+  define_path(
+    "workdir", "Where everything is written, a folder or a URL; the same one again goes on with it.", use="run"
+  )
   flags.DEFINE_enum(
     "distributed",
     "auto",

@@ -32,7 +32,7 @@ def require_folder(path: str | Path) -> Path:
     raise InputError(
       "no data folder was given: give --data=DIR (--config.data.path=DIR), or use --config.data.source=synthetic"
     )
-  folder = local_path(path, flag="config.data.path")
+  folder = local_path(path, flag="config.data.path", use="read")
   if not os.path.isdir(folder):
     came = "a file" if os.path.exists(folder) else "nothing"
     mend = "bbqrec prepare makes one of a log" if came == "a file" else "give --data=DIR (--config.data.path=DIR)"

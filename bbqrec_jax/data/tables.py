@@ -36,7 +36,7 @@ def load_data(
   lists. Ids are strings or whole numbers, and stay what they are.
 
   Args:
-    path: a folder in the project's own format or RecBole's, in place of all the others.
+    path: a folder, or the URL of one, in the project's own format or RecBole's, in place of all the others.
     interactions: columns `user`, `item` and optionally `time` (seconds, or dates). A user's interactions are ordered by
       time, equal ones as in the table; without times, as in the table.
     items: columns `id` and optionally `title`, a row an item. Without it the items are those of the interactions.

@@ -13,6 +13,7 @@ from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.preparation.columns import LOG, choose
 from bbqrec_jax.data.tables import load_data
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.utils.files import local_path
 
 PREFIX = "tfds:"
 _TITLES = ("movie_title", "title", "item_title", "product_title", "name")
@@ -47,7 +48,9 @@ def _builder(name: str, path: str | Path) -> Any:
   from bbqrec_jax.data.amazon_reviews.builder import AmazonReviews  # Registers itself.
   from bbqrec_jax.data.amazon_reviews.releases import find_files
 
-  folder = Path(path).expanduser() if path else Path(tfds.core.constants.DATA_DIR)
+  folder = Path(tfds.core.constants.DATA_DIR)
+  if path:
+    folder = local_path(path, flag="config.data.path", use="read")
   try:
     builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
     if not builder.is_prepared():

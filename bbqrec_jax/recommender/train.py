@@ -40,7 +40,7 @@ from bbqrec_jax.training.partitioning import Partitioner, StepFunction, made_on_
 from bbqrec_jax.training.settings import Safeguards
 from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.utils import processes
-from bbqrec_jax.utils.files import is_given
+from bbqrec_jax.utils.files import is_given, is_url, local_path
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.messages import say, warn
 
@@ -52,7 +52,10 @@ _FEWEST_USERS = 2048  # With a new transition, for which tables are fitted anew:
 
 def tokenizer_folder(config: Any, workdir: pathlib.Path) -> pathlib.Path:
   """Where a run's semantic IDs are: its own, or those that its config names."""
-  return pathlib.Path(config.tokenizer.artefact) if config.tokenizer.artefact else workdir / "tokenizer"
+  artefact = config.tokenizer.artefact
+  if artefact and is_url(artefact):
+    return local_path(artefact, flag="config.tokenizer.artefact", use="read")
+  return pathlib.Path(artefact) if artefact else workdir / "tokenizer"
 
 
 def check_fingerprint(workdir: pathlib.Path, ids: SemanticIds, *, trained: bool = False) -> None:

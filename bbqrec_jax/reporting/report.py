@@ -12,11 +12,13 @@ import numpy as np
 
 import bbqrec_jax
 from bbqrec_jax.data.dataset import statistics
+from bbqrec_jax.errors import as_given
 from bbqrec_jax.layers.apply import apply
 from bbqrec_jax.recommender.candidate_similarity import stream_vectors
 from bbqrec_jax.recommender.items import item_features
 from bbqrec_jax.recommender.settings import has_network
 from bbqrec_jax.recommender.signals import is_fitted
+from bbqrec_jax.recommender.train import tokenizer_folder
 from bbqrec_jax.reporting import figures
 from bbqrec_jax.runs.restore import Restored
 from bbqrec_jax.runs.workdir import SHOWN, load_results
@@ -116,7 +118,7 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
     text = "How many items have each code of a level: a flat line is a codebook that is used evenly."
     coded.append(Chart("code_use", "Codebook use per level", text, charts.code_use(rows)))
     groups_of_items = figures.prefixes(ids.codes, names, counts)
-    folder = pathlib.Path(restored.config.tokenizer.artefact or workdir / "tokenizer")
+    folder = tokenizer_folder(restored.config, workdir)
     health = read_json(folder / "health.json") if is_given(folder / "health.json") else None
   similarity: list[Chart] = []
   special: figures.Rows = []
@@ -168,7 +170,7 @@ def gather(workdir: pathlib.Path, restored: Restored) -> dict[str, Any]:
     "extremes": figures.extremes(restored, split, ranks, names),
     "config": flatten(restored.config),
     "semantic_ids": None if ids is None else ids.fingerprint,
-    "workdir": str(workdir),
+    "workdir": as_given(str(workdir)),
     "versions": {
       "bbqrec_jax": bbqrec_jax.__version__,
       "jax": jax.__version__,

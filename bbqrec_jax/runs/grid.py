@@ -14,7 +14,7 @@ import ml_collections
 
 from bbqrec_jax.config import CHANGEABLE
 from bbqrec_jax.data.sources import recognise_source
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.errors import InputError, as_given
 from bbqrec_jax.presets import load_config
 from bbqrec_jax.recommender.settings import needs_semantic_ids
 from bbqrec_jax.runs.compare import compare, to_markdown
@@ -74,7 +74,8 @@ def _value(text: str) -> Any:
 def cell_config(system: System, data: pathlib.Path, seed: int) -> ml_collections.ConfigDict:
   """The config of one run of the grid."""
   config = copy.deepcopy(system.config)
-  config.data.path, config.data.source, config.seed = str(data), recognise_source(data), seed
+  config.data.path, config.data.source = as_given(str(data)), recognise_source(data)
+  config.seed = seed
   return config
 
 

@@ -29,7 +29,7 @@ from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.training.checkpointing import restore_state
 from bbqrec_jax.training.state import TrainState
 from bbqrec_jax.utils.environment import start_devices
-from bbqrec_jax.utils.files import check_links, is_given, local_path
+from bbqrec_jax.utils.files import check_links, is_given, is_url, local_path
 from bbqrec_jax.utils.json_files import read_json
 from bbqrec_jax.utils.messages import warn
 
@@ -68,7 +68,7 @@ def restore(
   """The best model of a finished workdir, of the items it was trained on or of more; none of its files is run.
 
   Args:
-    workdir: of the run.
+    workdir: of the run; it may be a URL, as may the other folders.
     data: the folder of its data, where that has moved since.
     given: the data itself, of a run whose data was in memory.
     tokenizer: semantic IDs that `bbqrec assign` extended by new items, for a recommender that reads IDs.
@@ -79,9 +79,9 @@ def restore(
     InputError: if the run is not finished or its files do not fit one another, the data is not what it was trained on,
       the new items do not fit, the config names code that is not trusted, or JAX cannot start (see `start_devices`).
   """
-  workdir = local_path(workdir, flag="workdir")
+  workdir = local_path(workdir, flag="workdir", use="read")
   data, tokenizer, features = (
-    None if path is None else local_path(path, flag=flag)
+    None if path is None else local_path(path, flag=flag, use="read")
     for flag, path in (("data", data), ("tokenizer", tokenizer), ("features", features))
   )
   start_devices()
@@ -185,7 +185,7 @@ def _point_to_data(config: ml_collections.ConfigDict, workdir: pathlib.Path, dat
     config.data.path = str(data)
   if config.data.source.startswith("tfds:") and not config.data.path:
     return
-  if not os.path.isdir(config.data.path):
+  if not is_url(config.data.path) and not os.path.isdir(config.data.path):
     raise InputError(
       f"{config.data.path}: expected the data of the run in {workdir}, found no such folder; say where it is now with"
       " --data=DIR"

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ from bbqrec_jax.tokenizer.quantizers import make_quantizer
 from bbqrec_jax.tokenizer.train import run_tokenizer, tokenizer_settings
 from bbqrec_jax.training.logging import MetricsLog
 from bbqrec_jax.training.partitioning import Partitioner, make_partitioner
-from bbqrec_jax.utils import processes
+from bbqrec_jax.utils import processes, remote
 from bbqrec_jax.utils.files import is_given, local_path
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.messages import say, warn
@@ -67,8 +68,9 @@ def read_data(
     file = {"directory": "sequences.txt", "recbole": f"{dataset.name}.inter"}.get(config.data.source, "")
     left = ", without the incomplete items," if config.data.drop_incomplete_items else ""
     held = ", of which two are to validate and to test on," if held_out else ""
+    where = os.path.join(dataset.source, file).rstrip("/")
     raise InputError(
-      f"{pathlib.Path(dataset.source, file)}: the histories{left} are too short to learn from: expected some of"
+      f"{where}: the histories{left} are too short to learn from: expected some of"
       f" {held_out + 2} or more items{held} as nothing follows a single one, found none; give longer histories"
     )
   if (for_tokenizer or needs_features(config)) and not dataset.modalities:
@@ -188,46 +190,48 @@ def _begun(
     config.tokenizer.evaluate_every = config.tokenizer.steps
     warn("data.split = 'none': figures are of what was learned from; take the steps of a run that was validated")
   read_config(config, tokenizer_alone=tokenizer_alone)
-  workdir = local_path(workdir, flag="workdir")
-  check_workdir(workdir, config)
-  partitioner = make_partitioner(config)
-  dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone, given=given)
-  if not tokenizer_alone:
-    _without_candidate_similarity(config, split)
-  if own_tokenizer:
-    _fewer_codes(config, dataset.num_items)
-  ids, earlier = None, None
-  done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
-  if not done:  # What is done needs none of it any more.
-    _check_stages(config, dataset, num_devices=partitioner.num_devices, tokenizer_alone=tokenizer_alone)
-    if config.init_from:
-      earlier = nightly.read_earlier(pathlib.Path(config.init_from), dataset)
-    if config.tokenizer.artefact:
-      ids = load_ids(config, workdir, dataset, figures)
+  workdir = local_path(workdir, flag="workdir", use="run")
+  with remote.mirrored(workdir):
+    check_workdir(workdir, config)
+    partitioner = make_partitioner(config)
+    dataset, split, figures = read_data(config, for_tokenizer=tokenizer_alone, given=given)
     if not tokenizer_alone:
-      settings = recommender_settings(
-        config,
-        ids,
-        num_items=dataset.num_items,
-        num_modalities=len(dataset.modalities),
-        feature_widths=list(feature_widths(dataset.features).values()),
-      )
-      make_recommender(settings)
-      if needs_semantic_ids(config):
-        check_compared(config, ids, dataset.present, split.train)
-  with claimed(workdir, config, figures, dataset, split.train, done=done):
-    say(format_statistics(figures))
-    if not done and (tokenizer_alone or needs_features(config)):
-      for sentence in squeezed_columns(dataset.store):
-        warn(sentence)
-    if earlier is not None:
-      say(nightly.describe(earlier, dataset))
-      if learned := nightly.learned_before(earlier, split.train):
-        warn(
-          f"{earlier.workdir} has learned more interactions of {learned:,} users than are learned from now: what is"
-          " held out of them may be among these, and figures then say too much"
+      _without_candidate_similarity(config, split)
+    if own_tokenizer:
+      _fewer_codes(config, dataset.num_items)
+    ids, earlier = None, None
+    done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
+    if not done:  # What is done needs none of it any more.
+      _check_stages(config, dataset, num_devices=partitioner.num_devices, tokenizer_alone=tokenizer_alone)
+      if config.init_from:
+        earlier = nightly.read_earlier(local_path(config.init_from, flag="config.init_from", use="read"), dataset)
+      if config.tokenizer.artefact:
+        ids = load_ids(config, workdir, dataset, figures)
+      if not tokenizer_alone:
+        settings = recommender_settings(
+          config,
+          ids,
+          num_items=dataset.num_items,
+          num_modalities=len(dataset.modalities),
+          feature_widths=list(feature_widths(dataset.features).values()),
         )
-    yield _Run(config, workdir, partitioner, dataset, split, figures, ids, earlier)
+        make_recommender(settings)
+        if needs_semantic_ids(config):
+          check_compared(config, ids, dataset.present, split.train)
+    with claimed(workdir, config, figures, dataset, split.train, done=done):
+      remote.keep(workdir, optional=done)
+      say(format_statistics(figures))
+      if not done and (tokenizer_alone or needs_features(config)):
+        for sentence in squeezed_columns(dataset.store):
+          warn(sentence)
+      if earlier is not None:
+        say(nightly.describe(earlier, dataset))
+        if learned := nightly.learned_before(earlier, split.train):
+          warn(
+            f"{earlier.workdir} has learned more interactions of {learned:,} users than are learned from now: what is"
+            " held out of them may be among these, and figures then say too much"
+          )
+      yield _Run(config, workdir, partitioner, dataset, split, figures, ids, earlier)
 
 
 def _data_hash(figures: dict[str, Any]) -> str:
@@ -313,7 +317,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, given: D
 
   Args:
     config: a `default_config` with fields set.
-    workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer/` and `results.json`.
+    workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer/` and `results.json`; a
+      folder or a URL.
     given: the data itself, where the config's source is "memory".
 
   Returns:
@@ -344,6 +349,7 @@ def _train(run: _Run) -> dict[str, Any]:
   if needs_semantic_ids(config):
     ids = _semantic_ids(run)
     check_fingerprint(workdir, ids)
+    remote.keep(workdir)
     if not config.tokenizer.artefact:
       seconds, skipped = (tokenizer_figure(workdir / "tokenizer", name) for name in ("seconds", "skipped_steps"))
   with contextlib.closing(MetricsLog(workdir)) as log:

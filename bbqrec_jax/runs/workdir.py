@@ -13,11 +13,11 @@ import ml_collections
 from bbqrec_jax.config import CHANGEABLE, RunSettings, default_config, read_config
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.interactions import Interactions
-from bbqrec_jax.errors import STORAGE_ERRORS, InputError
+from bbqrec_jax.errors import STORAGE_ERRORS, InputError, as_given
 from bbqrec_jax.recommender.evaluate import WITHOUT_HISTORY
 from bbqrec_jax.recommender.settings import RecommenderSettings
 from bbqrec_jax.tokenizer.settings import TokenizerSettings
-from bbqrec_jax.utils.files import check_links, check_place, is_given, local_path, plain_path
+from bbqrec_jax.utils.files import check_links, check_place, is_given, is_url, local_path, plain_path
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.lock import locked
 from bbqrec_jax.utils.messages import warn
@@ -35,11 +35,15 @@ SHOWN = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", 
 def with_absolute_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """A copy of a config whose folders are the same from whatever folder it is used; "~" is the home folder.
 
+  URLs are what they are.
+
   Raises:
     InputError: if one is no path (see `local_path`).
   """
   placed = copy.deepcopy(config)
-  given = {name: path for name, path in flatten(config).items() if name in PATHS and path}
+  given = {
+    name: path for name, path in flatten(config).items() if name in PATHS and path and not is_url(os.fsdecode(path))
+  }
   found = {name: local_path(path, flag=f"config.{name}").absolute() for name, path in given.items()}
   placed.update_from_flattened_dict({name: str(path) for name, path in found.items()})
   return placed
@@ -58,7 +62,8 @@ def check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
   with plain_path(workdir.absolute()):
     pass  # If checkpoints cannot be kept there, that comes to light now.
   for name, path in flatten(config).items():
-    if name in PATHS and path and os.path.realpath(path) == os.path.realpath(workdir):
+    there = as_given(str(workdir)), os.path.realpath(workdir)
+    if name in PATHS and path and (path == there[0] or os.path.realpath(path) == there[1]):
       raise InputError(f"--workdir={workdir} is the folder of config field {name}, which a run only reads; use another")
 
 
@@ -67,7 +72,7 @@ def _identity(fields: dict[str, Any]) -> dict[str, Any]:
   # Where the data lies may change between two starts of one run; what it holds may not.
   fields = {name: value for name, value in fields.items() if name not in CHANGEABLE}
   artefact = fields.get("tokenizer.artefact")
-  if artefact and isinstance(artefact, str):
+  if artefact and isinstance(artefact, str) and not is_url(artefact):
     fields["tokenizer.artefact"] = str(pathlib.Path(artefact).absolute())  # It was not always written so.
   return json.loads(json.dumps(fields))
 

@@ -242,8 +242,8 @@ def run(
 
   Args:
     config: of `preset`, with fields set.
-    workdir: gets all that the run leaves; the same one again goes on with it.
-    data: what `load_data` gives, or a folder; None takes what the config names.
+    workdir: a folder or a URL, gets all that the run leaves; the same one again goes on with it.
+    data: what `load_data` gives, or a folder or a URL; None takes what the config names.
 
   Raises:
     InputError: for anything wrong with the config, the data or the workdir, before anything is computed.
@@ -286,7 +286,7 @@ def load_run(
   """A finished run of a workdir; none of its files is run.
 
   Args:
-    workdir: of the run.
+    workdir: of the run, a folder or a URL.
     data: its data, where that was in memory; or the folder of it, where that has moved since.
     tokenizer: semantic IDs that `bbqrec assign` extended by new items.
     features: the folder of the new items' features.
@@ -305,4 +305,4 @@ def load_run(
     features=features,
     trusted=trusted,
   )
-  return Run(local_path(workdir, flag="workdir"), restored)
+  return Run(local_path(workdir, flag="workdir", use="read"), restored)

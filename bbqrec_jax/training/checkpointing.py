@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from bbqrec_jax.errors import STORAGE_ERRORS, InputError, StorageError
-from bbqrec_jax.utils import processes
+from bbqrec_jax.utils import processes, remote
 from bbqrec_jax.utils.files import plain_path
 from bbqrec_jax.utils.json_files import read_json, write_json
 from bbqrec_jax.utils.messages import warn
@@ -221,6 +221,8 @@ class Checkpointer:
   def save(self, step: int, state: Any, data: grain.DatasetIterator, progress: dict[str, Any]) -> None:
     """Saves in the background, all but the first time; does nothing if this step is saved already.
 
+    Of a workdir that is kept at a URL, the checkpoint is there at the end.
+
     Args:
       step: steps taken.
       state: of the training.
@@ -246,8 +248,9 @@ class Checkpointer:
           progress=ocp.args.JsonSave(dict(progress)),
         ),
       )
-    if first:
+    if first or remote.is_mirrored(self._directory):
       self.wait()  # What is written here and cannot be read is to be found out now, and not hours later.
+    remote.keep(self._directory)
 
   def restore_latest(self, like: Any, data: grain.DatasetIterator) -> tuple[Any, dict[str, Any]] | None:
     """(state, progress) of the latest whole checkpoint, `data` being moved to its place; None if there is none.

@@ -15,10 +15,11 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.errors import InputError, as_given
 
 # numpy reads no longer header than 10,000 characters; no more is ever read in search of one.
 _LONGEST_HEADER = 2**14
@@ -29,23 +30,37 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4096 - 256
 # A path may hold these too, if it is absolute; at its beginning they are meant for a URL, or for another machine.
 _REMOTE = re.compile(r"(file|gs|hdfs|https?|s3):|[^/]*:(?:/|$)", re.IGNORECASE)
 
+# URLs that can be read and written, where that is asked for.
+_URL = re.compile(r"(?!(?:file|local|https?):)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+# What a path is for, as far as URLs can be meant (see `local_path`).
+Use = Literal["folders", "read", "write", "run"]
+
 # Absolute paths that orbax and tensorstore take as they are. They read [ ] * ? as patterns, "gs:/" anywhere and a first
 # folder gs, s3, az or hf as a bucket, a backslash as a slash, and fail at two slashes first and at bytes of no UTF-8.
 _PLAIN = re.compile(r"(?!//|/(az|gs|hf|s3)(/|$))[\w/ .,=+@~-]*", re.ASCII)
 
 
-def local_path(path: str | Path, *, flag: str) -> Path:
+def is_url(text: str) -> bool:
+  """Whether a text names something in an object store, or wherever else fsspec can read and write."""
+  return _URL.match(text) is not None
+
+
+def local_path(path: str | Path, *, flag: str, use: Use = "folders", without: str = "") -> Path:
   """The path that a flag, a config field or a caller gives, a "~" at its beginning being the home folder.
 
-  As shells do, a "~" of nobody's stays what it is.
+  As shells do, a "~" of nobody's stays what it is. A URL has a local copy (see `utils.remote`), whose path this is.
 
   Args:
     path: as it was given.
     flag: that gives it, for the message.
+    use: what a URL is for: "read" copies what is there, "write" is for an output that is sent by `remote.deliver`,
+      "run" for a workdir in `remote.mirrored`; "folders" takes none.
+    without: of a URL, the beginning of names that need not be copied.
 
   Raises:
-    InputError: if it is empty or a URL, or no file system could have it: it holds a zero byte or half of a character,
-      is too long, or begins in a current folder that is gone.
+    InputError: if it is empty or a URL that cannot be used so, or no file system could have it: it holds a zero byte or
+      half of a character, is too long, or begins in a current folder that is gone.
   """
   text = os.fsdecode(path)
   given = f"--{flag}={text if len(text) <= 200 else text[:200] + '...'}"
@@ -57,6 +72,13 @@ def local_path(path: str | Path, *, flag: str) -> Path:
     held = False
   if not held:
     raise InputError(f"{given}: expected a path, got a character that none can hold; rename it, or use another")
+  if use != "folders" and is_url(text) and len(text) <= _LONGEST_PATH:
+    from bbqrec_jax.utils.remote import local_copy
+
+    try:
+      return local_copy(text, use=use, without=without)
+    except InputError as error:
+      raise InputError(f"{given}: {str(error).removeprefix(f'{text}: ')}") from error
   local = Path(os.path.expanduser(text))
   remote = _REMOTE.match(str(local))
   if remote and (remote[1] or "").lower() == "file":
@@ -64,9 +86,9 @@ def local_path(path: str | Path, *, flag: str) -> Path:
     raise InputError(f"{given}: expected a path, got a URL; give the path alone, --{flag}={plain}")
   if remote:
     raise InputError(
-      f"{given}: expected a path, got a URL, and only mounted file systems are read and written; mount the bucket, as"
-      " bbqrec launch does at /mnt/bbqrec, and give the folder there. If there really is a"
-      " folder of such a name, give its absolute path"
+      f"{given}: expected a path, got a URL, and only mounted file systems are read and written here; mount the bucket,"
+      " as bbqrec launch does at /mnt/bbqrec, and give the folder there. If there really is a folder of such a name,"
+      " give its absolute path"
     )
   try:
     absolute = os.fsencode(local.absolute())
@@ -186,9 +208,15 @@ def check_new(output: Path) -> None:
   Raises:
     InputError: if that is so.
   """
-  if is_given(output):
+  if is_given(output) or (is_url(as_given(str(output))) and _is_there(output)):
     raise InputError(f"{output} exists already: choose another --output")
   check_output(output)
+
+
+def _is_there(output: Path) -> bool:
+  from bbqrec_jax.utils.remote import exists
+
+  return exists(output)
 
 
 def check_output(output: Path, *, flag: str = "output") -> None:

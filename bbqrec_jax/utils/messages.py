@@ -5,6 +5,7 @@ import sys
 
 import tqdm
 
+from bbqrec_jax.errors import as_given
 from bbqrec_jax.utils import processes
 
 
@@ -17,7 +18,7 @@ def say(message: str) -> None:
     return
   encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
   with contextlib.suppress(OSError):
-    tqdm.tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+    tqdm.tqdm.write(as_given(message).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -324,8 +324,8 @@ def test_a_run_lives_in_folders_of_any_name_whoever_starts_it(tmp_path, monkeypa
   assert sorted(os.listdir(folder)) == sorted(["run", "sequences.txt", "items.jsonl", "text_features.npy"])
 
 
-@pytest.mark.parametrize("url", ["gs://b/x", "s3:/b/x", "file:///x"])
-def test_a_url_is_refused_whoever_gives_it(tmp_path, monkeypatch, url):
+@pytest.mark.parametrize("url", ["gs:/b/x", "s3:b", "me@host:/x", "https://b/x", "file:///x"])
+def test_what_is_no_url_of_files_is_refused_whoever_gives_it(tmp_path, monkeypatch, url):
   monkeypatch.chdir(tmp_path)
   config = make_config(**{"data.source": "synthetic"})
   with pytest.raises(InputError, match=f"--workdir={url}: expected a path, got a URL"):
