@@ -38,6 +38,8 @@ class RunSettings(Safeguards):
   )
   init_from: str = setting("", "The workdir of a finished run on earlier data, whose semantic IDs and parameters this"
                            " one begins with.")  # fmt: skip
+  steps_of: str = setting("", "Of data.split = 'none': the workdir of a validated run of the same recipe, whose best"
+                          " step is how long the recommender trains, in place of recommender.steps.")  # fmt: skip
   data: DataSettings = section(DataSettings, "The data.")
   tokenizer: TokenizerSettings = section(TokenizerSettings, "Stage 1.")
   recommender: RecommenderSettings = section(RecommenderSettings, "Stage 2.")
@@ -52,6 +54,8 @@ class RunSettings(Safeguards):
     field = f"config field {prefix}"
     if 0 < self.shard_rows < _FEWEST_ROWS:
       raise InputError(f"{field}shard_rows must be 0 or at least {_FEWEST_ROWS}, got {self.shard_rows}")
+    if self.steps_of and self.data.split != "none":
+      raise InputError(f"{field}steps_of is of {prefix}data.split = 'none', got {self.data.split!r}")
     if self.shard_rows and self.init_from:
       raise InputError(f"{field}init_from works with {prefix}shard_rows = 0, got {self.shard_rows}")
     if self.init_from and self.tokenizer.artefact:

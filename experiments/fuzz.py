@@ -32,6 +32,7 @@ import pathlib
 import pickle
 import re
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -56,6 +57,7 @@ from bbqrec_jax.data.amazon_reviews.prepare import prepare_category
 from bbqrec_jax.data.amazon_reviews.releases import RELEASES
 from bbqrec_jax.data.dataset import Dataset
 from bbqrec_jax.data.directory import load_directory
+from bbqrec_jax.data.encoding.encode import features
 from bbqrec_jax.data.encoding.pictures import ColoursAndEdges
 from bbqrec_jax.data.features import load_new_items
 from bbqrec_jax.data.histories import read_histories
@@ -63,6 +65,7 @@ from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.preparation import card
 from bbqrec_jax.data.preparation.prepare import prepare
 from bbqrec_jax.data.recbole import load_recbole
+from bbqrec_jax.data.titles import listed_items
 from bbqrec_jax.errors import InputError, refuse
 from bbqrec_jax.recommender.settings import BACKBONES, HEADS
 from bbqrec_jax.recommender.train import check_fingerprint
@@ -689,6 +692,14 @@ def saved(array: np.ndarray) -> bytes:
   return buffer.getvalue()
 
 
+def archive(**arrays: np.ndarray) -> bytes:
+  """The arrays as an `.npz` file."""
+  buffer = io.BytesIO()
+  np.savez(buffer, allow_pickle=False, **arrays)
+  return buffer.getvalue()
+
+
+WORDS = (b"red", b"blue", b"oak", b"tin")
 ITEMS = "".join(json.dumps({"id": k, "title": title}) + "\n" for k, title in enumerate(["A", "", "\u0106", "D"]))
 NEW_WIDTHS = {"image": 3, "text": 2}
 IMAGE = np.array([[1, 2, 3], [0, 0, 0], [4, 5, 6], [7, 8, 9]], np.float16)
@@ -1124,6 +1135,133 @@ def read_vectors(folder: pathlib.Path) -> dict[str, bytes]:
   return {name: vector.tobytes() for name, vector in zip(ids, found, strict=True)}
 
 
+LISTS: Files = {"allow.txt": "sku-1\n 7\n\na b\n\u0416\n".encode(), "deny.txt": b"7\nsku-1\n"}
+
+
+def read_lists(folder: pathlib.Path) -> list[list[int]]:
+  """The items that alone may be recommended, and those that may not."""
+  ids = ItemIds(ASKED_IDS)
+  return [listed_items(f"@{folder / name}.txt", ids, flag=f"--{name}").tolist() for name in ("allow", "deny")]
+
+
+def expect_lists(files: Files) -> list[list[int]]:
+  """The same, by the independent reader."""
+  known = {own: row for row, own in enumerate(ASKED_IDS)}
+  allow, deny = ([known[line.strip()] for line in text_lines(files, name) if line.strip()] for name in LISTS)
+  if not allow:
+    raise Bad
+  return [allow, deny]
+
+
+MADE: Files = {
+  "items.jsonl": b"".join(
+    b'{"id": "%d", "title": "%s mug", "brand": "%s", "price": "ask"}\n' % (10 + k, word, word)
+    for k, word in enumerate(WORDS)
+  ),
+  "sequences.txt": b"ann 0 1 2\nbob 3 2 1 0\n",
+}
+JOINED: Files = {"audio.npz": archive(ids=np.arange(13, 9, -1), vectors=IMAGE.astype(np.float32))}
+# What `bbqrec features` learned of words: all 65,536 columns, two directions.
+LEARNED: Files = {
+  "text_words.npz": archive(
+    prices=np.zeros(0),
+    columns=np.arange(2**16),
+    directions=np.stack([np.ones(2**16, np.float32), np.arange(2**16, dtype=np.float32) / 2**16]),
+    rarity=np.ones(2**16),
+  )
+}
+
+
+def make_features(folder: pathlib.Path, **given: Any) -> Dataset:
+  """The data set of a folder with the features that are made of it, elsewhere."""
+  chosen = {"text": "none", "image": "none", "attributes": "none"} | given
+  with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+    copied = pathlib.Path(name, "made")
+    copied.mkdir()
+    for file in (*MADE, "features.json", "text_features.npy", "attributes_features.npy", "has_attributes.npy"):
+      if (folder / file).is_file():
+        shutil.copyfile(folder / file, copied / file)
+    features(copied, **chosen)
+    data = load_directory(copied)
+    return dataclasses.replace(data, features={kind: np.array(array) for kind, array in data.features.items()})
+
+
+def read_joined(folder: pathlib.Path) -> Any:
+  """The vectors that are joined by ids: bytes and presence."""
+  data = make_features(folder, join={"audio": folder / "audio.npz"})
+  return plain(data.features["audio"]), data.present["audio"].tolist()
+
+
+def expect_joined(files: Files) -> Any:
+  """The same, by the independent reader."""
+  with zipfile.ZipFile(io.BytesIO(files["audio.npz"])) as packed:
+    (_, ids), (_, vectors) = sorted((info.filename, whole_array(packed.read(info))) for info in packed.infolist())
+    if sorted(packed.namelist()) != ["ids.npy", "vectors.npy"] or ids.ndim != 1 or vectors.ndim != 2:
+      raise Bad
+  rows = [int(own) - 10 if own in ("10", "11", "12", "13") else -1 for own in map(str, ids.tolist())]
+  known = [row for row in rows if row >= 0]
+  if len(rows) != len(vectors) or len(set(known)) < len(known) or vectors.dtype.kind == "b":
+    raise Bad
+  found, present = np.zeros((4, vectors.shape[1]), np.float16), [row in known for row in range(4)]
+  for row, vector in zip(rows, vectors, strict=True):
+    if row >= 0:
+      if not np.all(np.abs(vector.astype(np.float64)) <= 65504):
+        raise Bad
+      found[row] = vector.astype(np.float32)
+  if len(np.unique(found[present], axis=0)) < 2:
+    raise Bad  # All items that have it have the same.
+  return plain(found), present
+
+
+def read_sound(**given: Any) -> Callable[[pathlib.Path], str]:
+  """A reader that makes features of a folder, which must be finite and of its items; {0} in a value is the folder."""
+
+  def read(folder: pathlib.Path) -> str:
+    chosen = {name: value.format(folder) for name, value in given.items() if name != "join"}
+    join = {name: value.format(folder) for name, value in given.get("join", {}).items()}
+    data = make_features(folder, join=join, **chosen)
+    for name, array in data.features.items():
+      there = data.present[name]
+      if len(array) != 4 or not np.isfinite(array[there]).all() or array.dtype != np.float16 or not there.any():
+        raise AssertionError(f"{name}: features that are none")
+    return "sound"
+
+  return read
+
+
+def read_notes(folder: pathlib.Path) -> list[str]:
+  """How the features of a folder were made; and making them again goes well, or is refused."""
+  notes = [note for note in load_directory(folder).notes if " features by " in note]
+  if not all(note.isprintable() for note in notes):
+    raise AssertionError(f"signs that would change a terminal: {notes}")
+  with contextlib.suppress(InputError):
+    make_features(folder, text="tfidf", attributes="tfidf")
+  return notes
+
+
+def expect_notes(files: Files) -> list[str]:
+  """The same, by the independent reader."""
+  if files["features.json"] == MISSING:
+    return []
+  found = []
+  for name in ("attributes", "text"):
+    note = document(files, "features.json").get(name)
+    if not isinstance(note, dict):
+      continue
+    told = f"{name} features by {note.get('made_by')}, fingerprint {note.get('fingerprint')}"
+    found.append("".join(sign if sign.isprintable() else " " if sign.isspace() else ascii(sign)[1:-1] for sign in told))
+  return found
+
+
+def features_of_words() -> Files:
+  """A small data set with features of its titles and brands, and the note of how they were made."""
+  with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+    folder = pathlib.Path(name)
+    write(folder, MADE)
+    features(folder, image="none")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".npz")}
+
+
 def in_files(names: tuple[str, ...], changes: tuple[Change, ...], others: tuple[str, ...] = ()) -> tuple[Damage, ...]:
   """Damages of one file: each change of its content about as often as all that may stand in its place together."""
 
@@ -1237,6 +1375,42 @@ def readers() -> dict[str, Reader]:
     "pictures' features": Reader(
       {"x.b": b"".join(b"B%09d" % item + np.full(4096, item, "<f4").tobytes() for item in range(1, 4))},
       in_files(("x.b",), (damage_bytes,), NO_FILE), read_vectors, vectors,
+    ),
+    "item tables, Parquet": Reader(
+      RAW | {"items.parquet": _parquet(_catalogue())}, in_files(("items.parquet",), (damage_bytes,), NO_FILE),
+      read_prepared("log.csv", "items.parquet"), always("sound"), True,
+    ),
+    "item tables, JSON": Reader(
+      RAW | {"items.jsonl": _lines(_catalogue())},
+      in_files(("items.jsonl",), (damage_bytes, damage_fields, damage_json_line), NO_FILE),
+      read_prepared("log.csv", "items.jsonl"), always("sound"), True,
+    ),
+    **{
+      f"RecBole prepared, .{kind}": Reader(
+        RECBOLE, in_files((f"tiny.{kind}",), (damage_bytes, damage_fields), NO_FILE),
+        prepared(lambda folder, output: prepare(folder, output, max_bad=1.0), "tiny.inter"), always("sound"), True,
+      )
+      for kind in ("inter", "item")
+    },
+    "allow and deny files": Reader(
+      LISTS, in_files(tuple(LISTS), (damage_bytes, damage_fields), NO_FILE), read_lists, expect_lists
+    ),
+    "vectors to join": Reader(
+      MADE | JOINED, in_files(("audio.npz",), (damage_bytes, damage_archive, damage_archive, pickled), NO_FILE),
+      read_joined, expect_joined, True,
+    ),
+    "vectors to join, Parquet": Reader(
+      MADE | {"audio.parquet": _parquet([{"id": f"{10 + k}", "vector": [k, 2.0, -k]} for k in range(4)])},
+      in_files(("audio.parquet",), (damage_bytes,), NO_FILE), read_sound(join={"audio": "{0}/audio.parquet"}),
+      always("sound"), True,
+    ),
+    "words to be like": Reader(
+      MADE | LEARNED, in_files(("text_words.npz",), (damage_bytes, damage_archive, damage_archive, pickled), NO_FILE),
+      read_sound(text="tfidf", like="{0}"), always("sound"), True,
+    ),
+    "features.json": Reader(
+      features_of_words(), in_files(("features.json",), (damage_bytes, damage_json, pickled), NO_FILE), read_notes,
+      expect_notes, True,
     ),
     "artefact arrays": Reader(
       ids,

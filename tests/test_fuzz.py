@@ -21,6 +21,8 @@ READERS = (
   "logs, CSV", "logs, TSV", "logs, Parquet", "logs, JSON", "item tables, CSV", "item tables, literals",
   "dump of 2014", "dump of 2018", "dump of 2023", "asked histories, Parquet",
   "pictures", "pictures' features",
+  "item tables, Parquet", "item tables, JSON", "RecBole prepared, .inter", "RecBole prepared, .item",
+  "allow and deny files", "vectors to join", "vectors to join, Parquet", "words to be like", "features.json",
   "artefact arrays", "artefact encoder.npz", "artefact semantic_ids.json", "artefact item_ids.json",
   "artefact forged", "tokenizer settings", "run.json", "config.json", "config.json forged", "results.json",
   "recommender.json", "health.json",

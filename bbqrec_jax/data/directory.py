@@ -15,7 +15,7 @@ from bbqrec_jax.data.files import check_label, read_lines, require_folder, separ
 from bbqrec_jax.data.interactions import Interactions, from_lengths, require_users
 from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.times import in_seconds, time_notes
-from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.errors import InputError, printable, shown
 from bbqrec_jax.utils.files import is_given, is_whole
 
 _ITEM_FILES = ("items.jsonl.gz", "items.jsonl")
@@ -71,7 +71,7 @@ def _origins(folder: Path, modalities: Iterable[str]) -> Iterator[str]:
   for name in modalities:
     note = noted.get(name)
     if isinstance(note, dict):
-      yield f"{name} features by {note.get('made_by')}, fingerprint {note.get('fingerprint')}"
+      yield printable(f"{name} features by {note.get('made_by')}, fingerprint {note.get('fingerprint')}")
 
 
 def has_items(folder: Path) -> bool:

@@ -1,7 +1,7 @@
 """RecBole's atomic files: a folder of one `.inter` table and, optionally, one `.item` table."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -289,24 +289,44 @@ def _read_items(path: Path) -> tuple[list[bytes], tuple[str, ...], dict[str, np.
   tables: dict[str, np.ndarray] = {}
   for place, name in enumerate(names):
     if columns[name] == "float_seq":
-      modality = next((name[: -len(end)] for end in ("_features", "_feature", "_emb") if name.endswith(end)), name)
+      modality = modality_of(name)
       if modality in tables or not modality:
         raise InputError(f"{path} line 1: expected different modalities, got {shown(name)} for {modality!r}; rename it")
-      tables[modality] = _parse_features(path, name, [row[place] for row in rows])
+      tables[modality] = parse_vectors(path, name, [row[place] for row in rows], range(2, len(rows) + 2))
+      if not tables[modality].any():
+        raise InputError(
+          f"{path} field '{name}': expected numbers for some items, got none or zeros; remove the column"
+        )
   used = {"item_id", names[title] if title is not None else ""}
   unread = [name for name in names if columns[name] != "float_seq" and name not in used and name.lower() in _TELLING]
   return tokens, titles, tables, unread
 
 
-def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
-  """The vectors of a `float_seq` column, [N, D]; an empty cell is a row of zeros. float32, where that suits them."""
-  width = next((len(cell.split()) for cell in cells if cell.split()), 0)
+def modality_of(column: str) -> str:
+  """What the modality of a `float_seq` column is called: without a trailing `_features`, `_feature` or `_emb`."""
+  return next((column[: -len(end)] for end in ("_features", "_feature", "_emb") if column.endswith(end)), column)
+
+
+def parse_vectors(path: Path, name: str, cells: Sequence[bytes], lines: Sequence[int]) -> np.ndarray:
+  """The vectors of a `float_seq` column, [N, D]; an empty cell is a row of zeros. float32, where that suits them.
+
+  Args:
+    path: of the table, for messages.
+    name: of the column, likewise.
+    cells: of the N items.
+    lines: on which each stands.
+
+  Raises:
+    InputError: if one is not finite, or they are not all as many.
+  """
+  filled = [row for row, cell in enumerate(cells) if cell.split()]
+  width = len(cells[filled[0]].split()) if filled else 0
   check_growth(path, sum(map(len, cells)), 8 * len(cells) * width)
   features = np.zeros((len(cells), width), np.float64)
-  for row, cell in enumerate(cells):
-    numbers = cell.split()
-    place = f"{path} line {row + 2} field '{name}'"
-    if len(numbers) not in (0, width):
+  for row in filled:
+    numbers = cells[row].split()
+    place = f"{path} line {lines[row]} field '{name}'"
+    if len(numbers) != width:
       raise InputError(f"{place}: expected {width} numbers as in the first row, got {len(numbers)}; correct the line")
     values = np.array([_number_or_nan(number) for number in numbers])
     fits = np.abs(values) <= LARGEST
@@ -317,8 +337,6 @@ def _parse_features(path: Path, name: str, cells: list[bytes]) -> np.ndarray:
         f"{place}: expected finite float32 numbers, got {shown(numbers[worst])}; {mend}, and leave the field empty for"
         " an item without"
       )
-    if numbers:
-      features[row] = values
-  if not features.any():
-    raise InputError(f"{path} field '{name}': expected numbers for some items, got none or zeros; remove the column")
-  return features.astype(np.float32) if suits_float32(*spread(features, np.any(features, axis=1))) else features
+    features[row] = values
+  there = np.any(features, axis=1)
+  return features.astype(np.float32) if not there.any() or suits_float32(*spread(features, there)) else features

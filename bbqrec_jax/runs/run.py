@@ -23,6 +23,7 @@ from bbqrec_jax.recommender.settings import needs_features, needs_semantic_ids, 
 from bbqrec_jax.recommender.train import check_fingerprint, held_out, run_recommender, tokenizer_folder
 from bbqrec_jax.recommender.two_towers import make_recommender
 from bbqrec_jax.runs import nightly
+from bbqrec_jax.runs.steps import check_recipe, take_steps
 from bbqrec_jax.runs.tracking import write_board
 from bbqrec_jax.runs.workdir import (
   REMAKE,
@@ -180,15 +181,17 @@ def _begun(
   if own_tokenizer:
     _shorten_warmup(config)
   if config.data.split == "none":
+    if config.steps_of:
+      take_steps(config)
     if not config.recommender.steps:
       raise InputError(
-        "config field data.split = 'none' leaves nothing to stop by: set recommender.steps to the best_step of a"
-        " validated run, in its results.json"
+        "config field data.split = 'none' leaves nothing to stop by: set steps_of to the workdir of a validated run, or"
+        " recommender.steps"
       )
     # The last step is the best one: what is ranked was learned from, and tells no better.
     config.recommender.evaluate_every = config.recommender.steps
     config.tokenizer.evaluate_every = config.tokenizer.steps
-    warn("data.split = 'none': figures are of what was learned from; take the steps of a run that was validated")
+    warn("data.split = 'none': figures are of what was learned from")
   read_config(config, tokenizer_alone=tokenizer_alone)
   workdir = local_path(workdir, flag="workdir", use="run")
   with remote.mirrored(workdir):
@@ -202,6 +205,8 @@ def _begun(
     ids, earlier = None, None
     done = is_given(workdir / "results.json") or (tokenizer_alone and SemanticIds.exists(workdir / "tokenizer"))
     if not done:  # What is done needs none of it any more.
+      if config.steps_of:
+        check_recipe(config)
       _check_stages(config, dataset, num_devices=partitioner.num_devices, tokenizer_alone=tokenizer_alone)
       if config.init_from:
         earlier = nightly.read_earlier(local_path(config.init_from, flag="config.init_from", use="read"), dataset)

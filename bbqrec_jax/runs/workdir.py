@@ -23,7 +23,7 @@ from bbqrec_jax.utils.lock import locked
 from bbqrec_jax.utils.messages import warn
 from bbqrec_jax.utils.settings import flatten, foreign_code, from_config, to_config
 
-PATHS = ("data.path", "tokenizer.artefact", "init_from")  # Fields that name a folder.
+PATHS = ("data.path", "tokenizer.artefact", "init_from", "steps_of")  # Fields that name a folder.
 # Of the figures of `statistics`: what tells one data set from another.
 HASHES = ("split_hash", "features_hash", "ids_hash", "times_hash", "titles_hash")
 _LARGEST = 2**63  # Of numbers in the files of a workdir; JSON itself knows no bounds.

@@ -156,6 +156,8 @@ def make_app(serving: Serving) -> fastapi.FastAPI:
       return refused(400, f"body: not JSON (position {path[0]})")
     if kind == "extra_forbidden":
       said = "no such field; /openapi.json names those there are"
+      if path == ["user"]:
+        said = "a server keeps no users; send what this one has had as history"
     if path[-1:] == ["str"]:  # One of the two kinds of ids, the first to be tried.
       path.pop()
       said = "Input should be a valid string or integer" if kind == "string_type" else said

@@ -63,6 +63,33 @@ def test_a_run_of_another_split_is_whole(data, tmp_path, split, capsys):
     run(config, tmp_path / "run")
 
 
+def test_a_run_on_everything_trains_as_long_as_the_validated_one(data, tmp_path, capsys):
+  results = run(make_config(data, "leave_one_out"), tmp_path / "validated")
+
+  def ask(**fields):
+    config = make_config(data, "none")
+    config.recommender.steps = 0
+    config.update_from_flattened_dict({"steps_of": str(tmp_path / "validated"), **fields})
+    return config
+
+  found = run(ask(seed=3), tmp_path / "all")
+  assert found["steps"] == found["best_step"] == results["best_step"]
+  assert f"{results['best_step']}, where it was best of 4" in capsys.readouterr().out
+  assert run(ask(seed=3), tmp_path / "all") == found, "the same command again"
+  load_run(tmp_path / "all")
+  for fields, says in (
+    ({"recommender.width": 16}, r"same recipe, which differs in recommender\.width \(there 8, now 16\)"),
+    ({"recommender.steps": 7}, r"recommender\.steps = 7 both say how long"),
+    ({"steps_of": str(tmp_path / "all")}, "one of data.split = 'none'"),
+    ({"steps_of": str(tmp_path)}, "found no results.json"),
+    ({"data.split": "temporal"}, "steps_of is of data.split = 'none', got 'temporal'"),
+    ({"steps_of": ""}, "set steps_of to the workdir"),
+  ):
+    with pytest.raises(InputError, match=says):
+      run(ask(**fields), tmp_path / "other")
+  assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("split", ["leave_one_out", "none"])
 def test_users_with_one_interaction_are_learned_from_and_asked_for(tmp_path, split, capsys):
   data = write_data(tmp_path / "data", shortest=1)

@@ -200,6 +200,7 @@ def test_what_may_come_back_can_be_chosen(serve, asked, items):
     ({"history": "T1"}, 422, "history: "),
     ({"history": ["T1", True]}, 422, "history.1: Input should be a valid string or integer"),
     ({"history": ["T1"], "more": 1}, 422, "more: "),
+    ({"user": "U17"}, 422, "user: a server keeps no users; send"),
     ({"history": ["T1"] * 10_001}, 422, "history: "),
   ],
 )

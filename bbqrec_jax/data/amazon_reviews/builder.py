@@ -48,7 +48,7 @@ def _configs() -> list[AmazonReviewsConfig]:
 class AmazonReviews(tfds.core.GeneratorBasedBuilder):
   """5-cores of Amazon's reviews: histories of users, and items with features of their texts and attributes."""
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("1.1.0")
   BUILDER_CONFIGS = _configs()
   MANUAL_DOWNLOAD_INSTRUCTIONS = "Put the files of the category there, as the publisher calls them."
 
@@ -74,7 +74,7 @@ class AmazonReviews(tfds.core.GeneratorBasedBuilder):
       prepare_recipe(folder, output, name=config.recipe)
     else:
       prepare_category(folder, output, release=config.release, category=config.category)
-    pictures = find_files(folder, config.release, config.category).pictures
+    pictures = find_files(folder, config.release, config.category, ratings=bool(config.recipe)).pictures
     features(output, image="none", join={} if pictures is None else {"image": pictures})
     return {"users": self._users(output), "items": self._items(output)}
 

@@ -11,7 +11,14 @@ from bbqrec_jax.utils.messages import warn
 
 
 def prepare_category(
-  folder: str | Path, output: str | Path, *, release: str, category: str, **settings: Any
+  folder: str | Path,
+  output: str | Path,
+  *,
+  release: str,
+  category: str,
+  ratings: bool = False,
+  images: str | Path | None = None,
+  **settings: Any,
 ) -> dict[str, Any]:
   """Prepares a category; the 5-core unless the settings say otherwise.
 
@@ -22,6 +29,8 @@ def prepare_category(
     output: the folder to make.
     release: "2014", "2018" or "2023".
     category: as the files are called, such as "Musical_Instruments".
+    ratings: whether the log is the table of all ratings (of 2018), in place of the reviews.
+    images: as for `prepare`.
     **settings: fields of `PreparationSettings`.
 
   Returns:
@@ -30,23 +39,27 @@ def prepare_category(
   Raises:
     InputError: as `prepare`, or if there is no such category, or its files are not there.
   """
-  files = find_files(Path(folder), release, category)
+  files = find_files(Path(folder), release, category, ratings=ratings)
   of = RELEASES[release]
   there = open_table(files.meta, what="item table").columns  # No category has all that the release may have.
   items = {
     kind: name if (name if isinstance(name, str) else name[0]) in there else "none" for kind, name in of.items.items()
   }
-  given = {**of.log, **items, "min_per_user": 5, "min_per_item": 5} | settings
-  return prepare(files.reviews, output, items=files.meta, **given)
+  log = {"columns": of.ratings} if ratings else of.log
+  given = {**log, **items, "min_per_user": 5, "min_per_item": 5} | settings
+  return prepare(files.reviews, output, items=files.meta, images=images, **given)
 
 
-def prepare_recipe(folder: str | Path, output: str | Path, *, name: str) -> dict[str, Any]:
+def prepare_recipe(
+  folder: str | Path, output: str | Path, *, name: str, images: str | Path | None = None
+) -> dict[str, Any]:
   """Prepares a data set that published results stand on, and says where its counts are not the published ones.
 
   Args:
     folder: as for `prepare_category`.
     output: see there.
     name: of `RECIPES`.
+    images: the pictures as they were downloaded; without them an item has a picture if its metadata names one.
 
   Returns:
     As `prepare`.
@@ -57,7 +70,16 @@ def prepare_recipe(folder: str | Path, output: str | Path, *, name: str) -> dict
   if name not in RECIPES:
     raise InputError(f"expected a recipe of {', '.join(RECIPES)}, got {name!r}")
   recipe = RECIPES[name]
-  report = prepare_category(folder, output, release=recipe.release, category=recipe.category)
+  report = prepare_category(
+    folder,
+    output,
+    release=recipe.release,
+    category=recipe.category,
+    ratings=True,
+    images=images,
+    require=("metadata", "picture"),
+    duplicates="first",
+  )
   for sentence in differences(recipe, report):
     warn(f"{name}: {sentence}")
   return report

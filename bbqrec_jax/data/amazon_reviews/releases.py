@@ -30,6 +30,7 @@ class Release(NamedTuple):
     log: fields of a review, by what they are in `PreparationSettings`.
     items: fields of an item, likewise.
     reviews: names that a category's reviews have, {0} being the category; the 5-core first, where there is one.
+    ratings: columns of the table of all ratings, `{0}.csv`, which has no header; none where no recipe reads it.
     meta: names that its items have.
     pictures: the name of its pictures' features; "" where the release has none.
     place: where the publisher offers each of the names.
@@ -39,6 +40,7 @@ class Release(NamedTuple):
   log: Mapping[str, str]
   items: Mapping[str, str | tuple[str, ...]]
   reviews: tuple[str, ...]
+  ratings: tuple[str, ...]
   meta: tuple[str, ...]
   pictures: str
   place: Mapping[str, str]
@@ -56,6 +58,7 @@ RELEASES = {
     items={"item_id": "asin", "title": "title", "description": ("description",), "brand": "brand",
            "category": ("categories",), "price": "price", "image": "imUrl"},
     reviews=("reviews_{0}_5.json", "reviews_{0}.json"),
+    ratings=(),
     meta=("meta_{0}.json",),
     pictures="image_features_{0}.b",
     place={"reviews": f"{_SNAP}/categoryFiles", "meta": f"{_SNAP}/categoryFiles",
@@ -67,9 +70,11 @@ RELEASES = {
     items={"item_id": "asin", "title": "title", "description": ("description",), "brand": "brand",
            "category": ("category",), "price": "price", "image": "imageURL"},
     reviews=("{0}_5.json", "{0}.json"),
+    ratings=("item", "user", "rating", "time"),
     meta=("meta_{0}.json",),
     pictures="",
-    place={"reviews": f"{_UCSD}/amazon_v2/categoryFilesSmall", "meta": f"{_UCSD}/amazon_v2/metaFiles2"},
+    place={"reviews": f"{_UCSD}/amazon_v2/categoryFilesSmall", "ratings": f"{_UCSD}/amazon_v2/categoryFilesSmall",
+           "meta": f"{_UCSD}/amazon_v2/metaFiles2"},
   ),
   "2023": Release(
     categories=(*_EACH.split(), *_LATER.split(), "Amazon_Fashion", "Baby_Products", "Beauty_and_Personal_Care",
@@ -79,6 +84,7 @@ RELEASES = {
     items={"item_id": "parent_asin", "title": "title", "description": ("description",), "brand": "store",
            "category": ("categories",), "price": "price", "image": "images"},
     reviews=("{0}.jsonl",),
+    ratings=(),
     meta=("meta_{0}.jsonl",),
     pictures="",
     place={"reviews": f"{_UCSD}/amazon_2023/raw/review_categories", "meta": f"{_UCSD}/amazon_2023/raw/meta_categories"},
@@ -88,6 +94,9 @@ RELEASES = {
 
 class Recipe(NamedTuple):
   """A data set as published results stand on it.
+
+  All are made as the script of MQL4GRec (Zhai et al., 2025) makes them: of the table of all ratings, items without
+  metadata or a picture are left out, and of a user and an item all but the first rating; then comes the 5-core.
 
   Attributes:
     release: of `RELEASES`.
@@ -102,7 +111,7 @@ class Recipe(NamedTuple):
   items: int
 
 
-# Users and items as MQL4GRec (Zhai et al., 2025) prints them of its three, and those of the usual Scientific.
+# Users and items as MQL4GRec prints them of its three, and those of the Scientific of the same kind.
 RECIPES = {
   "instruments": Recipe("2018", "Musical_Instruments", 17112, 6250),
   "arts": Recipe("2018", "Arts_Crafts_and_Sewing", 22171, 9416),
@@ -112,7 +121,7 @@ RECIPES = {
 
 
 class Files(NamedTuple):
-  """The files of a category; `pictures` is None where there are none."""
+  """The files of a category; `pictures` is None where there are none, and `reviews` may be the table of ratings."""
 
   reviews: Path
   meta: Path
@@ -136,13 +145,14 @@ def check_category(release: str, category: str) -> None:
     )
 
 
-def find_files(folder: Path, release: str, category: str) -> Files:
+def find_files(folder: Path, release: str, category: str, *, ratings: bool = False) -> Files:
   """The files of a category in a folder, as the publisher calls them, packed or unpacked.
 
   Args:
     folder: where they are.
     release: of `RELEASES`.
     category: of the release.
+    ratings: whether the table of all ratings is wanted, in place of the reviews.
 
   Raises:
     InputError: if some are not there; says which, and where the publisher offers them.
@@ -151,8 +161,10 @@ def find_files(folder: Path, release: str, category: str) -> Files:
   of = RELEASES[release]
   found: dict[str, Path | None] = {}
   missing = []
-  for kind, names in (("reviews", of.reviews), ("meta", of.meta)):
-    wanted = [name.format(category) + packed for name in names for packed in (".gz", "")]
+  log = ("ratings", ("{0}.csv",)) if ratings else ("reviews", of.reviews)
+  for kind, names in (log, ("meta", of.meta)):
+    endings = ("", ".gz") if kind == "ratings" else (".gz", "")  # As it is published first.
+    wanted = [name.format(category) + packed for name in names for packed in endings]
     found[kind] = next((folder / name for name in wanted if (folder / name).is_file()), None)
     if found[kind] is None:
       missing.append(f"{of.place[kind]}/{wanted[0]}")
@@ -162,7 +174,7 @@ def find_files(folder: Path, release: str, category: str) -> Files:
       " put them there"
     )
   pictures = folder / of.pictures.format(category) if of.pictures else None
-  reviews, meta = found["reviews"], found["meta"]
+  reviews, meta = found[log[0]], found["meta"]
   assert reviews is not None
   assert meta is not None
   return Files(reviews, meta, pictures if pictures is not None and pictures.is_file() else None)

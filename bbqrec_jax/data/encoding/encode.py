@@ -19,14 +19,15 @@ from bbqrec_jax.data.encoding.catalogue import attributes_of, items_file, read_i
 from bbqrec_jax.data.encoding.pictures import encode_pictures, picture_encoder
 from bbqrec_jax.data.encoding.sentences import Sentences
 from bbqrec_jax.data.encoding.settings import FeatureSettings
-from bbqrec_jax.data.encoding.store import check_ours, fill, is_made
+from bbqrec_jax.data.encoding.store import check_ours, fill, is_made, made
 from bbqrec_jax.data.encoding.words import HashedWords
 from bbqrec_jax.data.features import LARGEST, check_name
 from bbqrec_jax.data.files import require_folder
 from bbqrec_jax.data.item_ids import ItemIds
+from bbqrec_jax.data.preparation.card import note_features
 from bbqrec_jax.data.preparation.items import Pictures
 from bbqrec_jax.data.preparation.quarantine import Quarantine
-from bbqrec_jax.errors import InputError, shown
+from bbqrec_jax.errors import InputError, printable, shown
 from bbqrec_jax.utils.files import is_given, local_path, read_archive, unfinished
 from bbqrec_jax.utils.json_files import read_json
 from bbqrec_jax.utils.messages import say, warn
@@ -79,6 +80,13 @@ def features(folder: str | Path, *, join: Mapping[str, Any] | None = None, **set
       continue
     found[name] = make()
   found = {name: count for name, count in found.items() if count}
+  noted = made(folder)
+  note_features(
+    folder,
+    [
+      (name, printable(str(noted[name].get("made_by"))), count, _left_out(noted[name])) for name, count in found.items()
+    ],
+  )
   if not found:
     raise InputError(
       f"{job.source}: expected titles, descriptions, brands, categories, prices or images that tell items apart, found"
@@ -109,6 +117,7 @@ class _Job:
     self._source_hash = _hash_file(source)
     self._prices: list[float] = []
     self._bounds = np.zeros(0)  # Of the bins of prices.
+    self._no_prices = 0  # Items with a price that is none.
 
   def survey(self) -> dict[str, int]:
     """How many items have something for each modality."""
@@ -120,6 +129,7 @@ class _Job:
       have["attributes"] += bool(tokens) or price is not None
       if price is not None:
         self._prices.append(price)
+      self._no_prices += price is None and record.get("price") not in (None, "")
     return have
 
   def _note(self, name: str, made_by: str, **more: Any) -> dict[str, Any]:
@@ -132,10 +142,17 @@ class _Job:
     check_ours(self.folder, name)
     if is_made(self.folder, name, note["fingerprint"]):
       say(f"{name}: is there already, fingerprint {note['fingerprint']}")
+      self._warn(name, made(self.folder)[name])
       return True
     return False
 
+  def _warn(self, name: str, note: dict[str, Any]) -> None:
+    """Says what was left out of a modality."""
+    for what, count in _left_out(note).items():
+      warn(f"{name}: {count:,} {what}")
+
   def _said(self, name: str, held: np.ndarray, note: dict[str, Any], width: int) -> int:
+    self._warn(name, note)
     if not held.any():
       warn(f"{name}: all items that have it have the same, which tells nothing of them; it is left out")
       return 0
@@ -163,10 +180,12 @@ class _Job:
     note = self._note("text", encoder.name, model=_hash_model(model))
     if self._stands("text", note):
       return self._present("text")
+    cut = sum(map(encoder.cut, _batched(self._texts(), s.batch_size))) if encoder.limit else 0
+    if cut:
+      note["left_out"] = {f"texts are read no further than {encoder.limit} tokens": cut}
 
     def batches(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-      texts = itertools.islice(self._texts(), first, None)
-      while batch := list(itertools.islice(texts, s.batch_size)):
+      for batch in _batched(itertools.islice(self._texts(), first, None), s.batch_size):
         yield encoder.encode(batch), np.array(list(map(bool, batch)))
 
     held = fill(self.folder, "text", count=self._count, width=encoder.width, batches=batches, note=note)
@@ -204,16 +223,18 @@ class _Job:
 
   def _words(self, name: str, words: HashedWords, texts: Any, width: int) -> int:
     like = self._like(name)
+    arrays = {} if like is None else read_archive(like)
     told = {} if like is None else {"like": _hash_file(like)}
     note = self._note(name, "hashed TF-IDF and SVD, version 2", width=width, seed=self.settings.seed, **told)
     if self._stands(name, note):
       return self._present(name)
+    if name == "attributes" and self._no_prices:
+      note["left_out"] = {"prices are no numbers": self._no_prices}
     if like is None:
       if self._prices:
         self._bounds = np.quantile(self._prices, np.linspace(0, 1, _PRICES + 1)[1:-1])
       words.fit(texts, self._count)
     else:
-      arrays = read_archive(like)
       try:
         self._bounds = np.sort(arrays.pop("prices")).astype(np.float64)
         words.restore(arrays)
@@ -226,8 +247,7 @@ class _Job:
     os.replace(unfinished(self.folder / f"{name}_words.npz"), self.folder / f"{name}_words.npz")
 
     def batches(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-      stream = itertools.islice(texts(), first, None)
-      while batch := list(itertools.islice(stream, 8192)):
+      for batch in _batched(itertools.islice(texts(), first, None), 8192):
         yield words.encode_known(batch)
 
     held = fill(self.folder, name, count=self._count, width=words.width, batches=batches, note=note, mask=True)
@@ -262,20 +282,16 @@ class _Job:
       def batches(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         quarantine.reopen(before=first)
         for start in range(first, self._count, s.batch_size):
-          made = encode_pictures(encoder, root, pictures[start : start + s.batch_size], start, quarantine, pool)
+          encoded = encode_pictures(encoder, root, pictures[start : start + s.batch_size], start, quarantine, pool)
           quarantine.flush()  # Before these pictures are noted as done.
-          yield made
+          yield encoded
+        if counts := _by_reason(quarantine):
+          note["left_out"] = {f"pictures are {reason}, see {BROKEN}": count for reason, count in counts.items()}
 
       try:
         held = fill(self.folder, "image", count=self._count, width=encoder.width, batches=batches, note=note, mask=True)
       finally:
         quarantine.close()
-    counts: Counter[str] = Counter()
-    for (_, reason), count in quarantine.counts.items():
-      counts[reason] += count
-    if counts:
-      reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-      warn(f"pictures that could not be used, so that their items have none: {reasons}; see {self.folder / BROKEN}")
     return self._said("image", held, note, encoder.width)
 
   def _read_vectors(self, given: Any) -> tuple[list[Any], np.ndarray]:
@@ -349,18 +365,44 @@ def _read_vectors(path: Path) -> tuple[list[Any], np.ndarray]:
 
     try:
       table = pyarrow.parquet.read_table(path)
+      columns = [column.to_pylist() for column in table.columns]
     except (pa.ArrowException, OSError, ValueError) as error:
       raise InputError(f"{path}: expected a Parquet file, could not read one ({error})") from None
     lists = [field.name for field in table.schema if pa.types.is_list(field.type) or _is_fixed(field.type)]
     others = [field.name for field in table.schema if field.name not in lists]
     if len(lists) != 1 or len(others) != 1:
-      raise InputError(f"{path}: expected a column of ids and one of lists, got {', '.join(table.column_names)}")
-    rows = table[lists[0]].to_pylist()
+      raise InputError(
+        f"{path}: expected a column of ids and one of lists, got {printable(', '.join(table.column_names))}"
+      )
+    held = dict(zip(table.column_names, columns, strict=True))
+    rows = held[lists[0]]
     widths = {len(row or ()) for row in rows}
     if len(widths) != 1:
       raise InputError(f"{path} column {lists[0]!r}: expected lists of one length, got {sorted(widths)[:5]}")
-    return table[others[0]].to_pylist(), np.array(rows, np.float32)
+    with np.errstate(over="ignore"):  # What is too large is infinite then, and refused.
+      return held[others[0]], np.array(rows, np.float32)
   raise InputError(f"{path}: expected vectors with ids as .npz (ids, vectors), .parquet or .b, got another ending")
+
+
+def _by_reason(quarantine: Quarantine) -> dict[str, int]:
+  """How many pictures could not be used, by why."""
+  counts: Counter[str] = Counter()
+  for (_, reason), count in quarantine.counts.items():
+    counts[reason] += count
+  return dict(sorted(counts.items()))
+
+
+def _left_out(note: dict[str, Any]) -> dict[str, int]:
+  """What a note of `features.json` says was left out, by what it is."""
+  told = note.get("left_out")
+  if not isinstance(told, dict):
+    return {}
+  return {printable(what): count for what, count in told.items() if type(count) is int}
+
+
+def _batched(values: Iterator[Any], size: int) -> Iterator[list[Any]]:
+  while batch := list(itertools.islice(values, size)):
+    yield batch
 
 
 def _picture_named(record: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ class Sentences:
   Attributes:
     name: the encoder, for the fingerprint.
     width: of the vectors.
+    limit: tokens of a text that it reads; 0 where it does not say.
   """
 
   def __init__(self, model: str, *, batch_size: int):
@@ -41,6 +42,8 @@ class Sentences:
       ) from None
     self.name = f"sentence-transformers {sentence_transformers.__version__} {model}"
     self.width = int(self._encode(["width"]).shape[1])
+    told = callable(getattr(self._model, "tokenizer", None))
+    self.limit = int(getattr(self._model, "max_seq_length", None) or 0) if told else 0
 
   def encode(self, texts: Sequence[str]) -> np.ndarray:
     """The vectors [n, width] of texts; zero for empty ones."""
@@ -49,6 +52,13 @@ class Sentences:
     if here:
       vectors[here] = self._encode([texts[place] for place in here])
     return vectors
+
+  def cut(self, texts: Sequence[str]) -> int:
+    """How many of the texts are longer than the network reads, which is `limit` tokens."""
+    if not self.limit or not texts:
+      return 0
+    tokens = self._model.tokenizer(list(texts), truncation=True, max_length=self.limit + 1)["input_ids"]
+    return sum(len(one) > self.limit for one in tokens)
 
   def _encode(self, texts: Sequence[str]) -> np.ndarray:
     return self._model.encode(

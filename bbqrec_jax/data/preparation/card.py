@@ -12,10 +12,14 @@ import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset, statistics
 from bbqrec_jax.data.interactions import Split
+from bbqrec_jax.data.preparation.alike import alike
 from bbqrec_jax.data.preparation.items import FIELDS, ItemFigures
-from bbqrec_jax.utils.json_files import write_json
+from bbqrec_jax.utils.files import is_given
+from bbqrec_jax.utils.json_files import read_json, write_json
 
 _BARS = 24  # Of a histogram of times or prices.
+_FEATURES = "<!--features-->", "<!--end of features-->"  # Around what `note_features` writes.
+_EXAMPLES = 10  # Of items like another.
 _FIRST, _LAST = -62_000_000_000, 250_000_000_000  # Seconds of the years that a calendar has.
 
 
@@ -114,16 +118,21 @@ def findings(dataset: Dataset, split: Split, report: dict[str, Any], figures: It
   held_out = np.zeros(dataset.num_items, bool)
   held_out[split.test_target] = held_out[split.validation_target] = True
   user = np.repeat(np.arange(interactions.num_users), interactions.lengths)
-  pairs = len(np.unique(user * dataset.num_items + interactions.items))
+  pairs = alike(dataset.titles, np.array(figures.brand_numbers))
+  seen = len(np.unique(user * dataset.num_items + interactions.items))
   return {
     "items_only_held_out": int(np.sum(held_out & ~trained)),
     "items_without_interactions": int(np.sum(np.bincount(interactions.items, minlength=dataset.num_items) == 0)),
     "test_targets_unseen_in_training": float(np.mean(~trained[split.test_target])),
-    "repeated_interactions": interactions.num_interactions - pairs,
+    "repeated_interactions": interactions.num_interactions - seen,
     "same_time_as_the_one_before": report["same_time"],
-    "items_like_another": figures.alike,
-    "items_like_another_examples": [list(example) for example in figures.alike_examples],
+    "items_like_another": len(pairs),
+    "items_like_another_examples": [
+      [f(item) for item in pair for f in (lambda item: str(dataset.item_ids[item]), dataset.titles.__getitem__)]
+      for pair in pairs[:_EXAMPLES]
+    ],
     "items_that_have": {field: figures.have[field] for field in FIELDS},
+    "not_taken_over": dict(figures.unread),
     "languages": dict(figures.languages.most_common()),
     "rows_set_aside": {file: sum(reasons.values()) for file, reasons in report["quarantine"].items()},
   }
@@ -151,6 +160,28 @@ def write_card(folder: Path, dataset: Dataset, split: Split, report: dict[str, A
   (folder / "card.html").write_text(_page(about, odd, report, shown, figures.count), encoding="utf-8")
   with contextlib.suppress(ImportError):  # The page has the same pictures.
     _draw(folder / "card", shown)
+
+
+def note_features(folder: Path, made: Sequence[tuple[str, str, int, dict[str, int]]]) -> None:
+  """Adds to the card of a data set what features were made of its items; does nothing where there is no card.
+
+  Args:
+    folder: of the data set.
+    made: name, how it was made, how many items have it, and how much was left out, of each modality.
+  """
+  page, facts = folder / "card.html", folder / "card.json"
+  if not (is_given(page) and is_given(facts)):
+    return
+  rows = [
+    (html.escape(name), html.escape(by), count, html.escape("; ".join(f"{n:,} {what}" for what, n in out.items())))
+    for name, by, count, out in made
+  ]
+  begin, end = _FEATURES
+  before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+  table = f"<h2>Features</h2>{_table(('Modality', 'Made by', 'Items', 'Left out'), rows)}"
+  page.write_text(f"{before}{begin}{table}{end}{rest.partition(end)[2]}", encoding="utf-8")
+  told = {name: {"made_by": by, "items": count, "left_out": out} for name, by, count, out in made}
+  write_json(facts, read_json(facts, mend="prepare the data set again") | {"features": told})
 
 
 def _draw(folder: Path, shown: Sequence[Histogram]) -> None:
@@ -265,8 +296,14 @@ def _checks(odd: dict[str, Any], interactions: int, items: int) -> Iterator[tupl
   if odd["items_like_another"]:
     yield (
       odd["items_like_another"] > 0.01 * items,
-      f"{odd['items_like_another']:,} items have the title and brand of another, but for the order of words",
+      f"{odd['items_like_another']:,} items have nearly the title of another, with the same numbers and no other brand",
       "they split what is known of one thing; join their ids if they are one",
+    )
+  for what, count in odd["not_taken_over"].items():
+    yield (
+      True,
+      f"{count:,} {what} are not taken over",
+      "the items stay, without them; correct the table if it means them",
     )
   for file, count in odd["rows_set_aside"].items():
     yield True, f"{count:,} rows of {file} could not be used", "see quarantine.jsonl: row, reason and text of each"
@@ -303,7 +340,8 @@ def _page(
   ]
   checks = _table(("", "What was found", "What it means"), found) if found else "<p>Nothing odd was found.</p>"
   alike = _table(
-    ("Item", "Title", "Another like it"), [tuple(map(html.escape, row)) for row in odd["items_like_another_examples"]]
+    ("Item", "Title", "Another like it", "Title"),
+    [tuple(map(html.escape, row)) for row in odd["items_like_another_examples"]],
   )
   aside = [
     (html.escape(file), html.escape(reason), count)
@@ -333,6 +371,7 @@ def _page(
     parts += ["<h2>Items like another</h2>", alike]
   if aside:
     parts += ["<h2>Rows set aside</h2>", _table(("File", "Reason", "Rows"), aside)]
+  parts += _FEATURES
   return (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     f"<title>{html.escape(about['name'])}: data card</title><style>{_STYLE}</style>"

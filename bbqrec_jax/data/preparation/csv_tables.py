@@ -60,7 +60,12 @@ def csv_table(path: Path, given: tuple[str, ...]) -> Table:
   def batches(chosen: Sequence[str], quarantine: Quarantine) -> Iterator[Batch]:
     yield from _read_csv(path, names, [columns[name] for name in chosen], separator, quoted, bool(given), quarantine)
 
-  return Table(path.name, tuple(columns), batches)
+  kinds = {_without_type(name): name.rpartition(":")[2] for name in names}
+  sequences, vectors = (
+    tuple(name for name, kind in kinds.items() if kind == wanted and columns[name] != name)
+    for wanted in ("token_seq", "float_seq")
+  )
+  return Table(path.name, tuple(columns), batches, path, sequences, vectors)
 
 
 def _split(header: str, separator: str, *, quoted: bool, where: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import hashlib
 import html
 import io
 import json
@@ -16,13 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from bbqrec_jax.data.features import check_name
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.preparation.columns import ITEMS, choose
 from bbqrec_jax.data.preparation.language import language_of
 from bbqrec_jax.data.preparation.logs import wrong_ids
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.data.preparation.settings import PreparationSettings
 from bbqrec_jax.data.preparation.table import UNREADABLE, Batch, Table, as_text
-from bbqrec_jax.errors import InputError
+from bbqrec_jax.data.recbole import modality_of, parse_vectors
+from bbqrec_jax.errors import InputError, shown
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FIELDS = ("title", "description", "brand", "category", "price", "image")
@@ -30,7 +32,6 @@ FIELDS = ("title", "description", "brand", "category", "price", "image")
 KNOWN = "an item id that came before"  # Why a row cannot be used.
 
 _LONGEST_TEXT = 20_000  # Characters of a description that are kept; no encoder reads as far.
-_EXAMPLES = 10
 _EACH_LANGUAGE = 20_000  # Titles that languages are told of, at most.
 
 
@@ -79,6 +80,18 @@ class Pictures:
     return self._stems.get(item, self._names.get(item, ""))
 
 
+def has_required(record: dict[str, Any], pictures: Pictures | None, require: Sequence[str]) -> bool:
+  """Whether an item that the table has has what is required of it, too.
+
+  Args:
+    record: of the item.
+    pictures: that there are; None where no folder of them was given, and a name or URL in the table is enough.
+    require: some of `settings.REQUIRED`.
+  """
+  given = record.get("image", "")
+  return "picture" not in require or bool(given if pictures is None else pictures.of(record["id"], given))
+
+
 class ItemFigures:
   """What is said of the items on the data card, gathered one by one."""
 
@@ -88,14 +101,26 @@ class ItemFigures:
     self.unused = 0  # Items that are left out, as nobody has interacted with them.
     self.pictures: set[str] = set()
     self.have: Counter[str] = Counter()
+    self.unread: Counter[str] = Counter()  # What the table says and is not in the data set, by what it is.
+    self.unread_example: dict[str, str] = {}
     self.lengths: dict[str, list[int]] = {"title": [], "description": []}  # Words.
     self.prices: list[float] = []
     self.languages: Counter[str] = Counter()
     self.brands: Counter[str] = Counter()
     self.categories: Counter[str] = Counter()
-    self.alike = 0
-    self.alike_examples: list[tuple[str, str, str]] = []
-    self._known: dict[bytes, tuple[str, str]] = {}
+    self.brand_numbers: list[int] = []  # 0 for none.
+    self._brands: dict[str, int] = {"": 0}
+
+  def leave_out(self, item: str, what: str, text: str) -> None:
+    """Counts what is not taken over of an item.
+
+    Args:
+      item: its id.
+      what: it is, in the plural; the same words for all of one kind.
+      text: what the table says.
+    """
+    self.unread[what] += 1
+    self.unread_example.setdefault(what, f"{shown(text)} of {shown(item)}")
 
   def add(self, record: dict[str, Any]) -> None:
     """Counts an item in."""
@@ -113,14 +138,8 @@ class ItemFigures:
     title = record.get("title", "")
     if title and self.languages.total() < _EACH_LANGUAGE:
       self.languages[language_of(f"{title} {record.get('description', '')[:300]}")] += 1
-    words = "".join(sorted(set(re.findall(r"\w+", title.lower()))))
-    if words:
-      key = hashlib.blake2b(f"{words}\0{record.get('brand', '').lower()}".encode(), digest_size=8).digest()
-      first = self._known.setdefault(key, (record["id"], title))
-      if first[0] != record["id"]:
-        self.alike += 1
-        if len(self.alike_examples) < _EXAMPLES:
-          self.alike_examples.append((*first, record["id"]))
+    brand = record.get("brand", "").lower()
+    self.brand_numbers.append(self._brands.setdefault(brand, len(self._brands)))
 
 
 def price_of(text: str) -> float | None:
@@ -150,6 +169,8 @@ def read_items(
 ) -> Iterator[dict[str, Any]]:
   """The items of a table, each once, as the objects that `items.jsonl` holds.
 
+  A price that is none is text, and a text that is too long is whole: `write_items` leaves them out, and says so.
+
   Args:
     table: of the items.
     settings: how many rows may be unusable.
@@ -161,7 +182,7 @@ def read_items(
   """
   known: set[str] = set()
   for batch in table.batches(wanted_columns(chosen), quarantine):
-    for row, record in read_item(table.name, batch, chosen, quarantine):
+    for row, record in read_item(table, batch, chosen, quarantine):
       if record["id"] in known:
         quarantine.add(table.name, row, KNOWN, record["id"])
         continue
@@ -177,12 +198,12 @@ def wanted_columns(chosen: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def read_item(
-  file: str, batch: Batch, chosen: dict[str, tuple[str, ...]], quarantine: Quarantine
+  table: Table, batch: Batch, chosen: dict[str, tuple[str, ...]], quarantine: Quarantine
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """The row and the object of each item of a batch that has a usable id.
 
   Args:
-    file: the name of the table.
+    table: of the items.
     batch: some of its rows.
     chosen: which columns are what.
     quarantine: gets the other rows.
@@ -192,13 +213,58 @@ def read_item(
   usable = np.ones(len(batch.rows), bool)
   for faulty, reason in wrong_ids(ids, bad, "item id"):
     for place in np.flatnonzero(faulty & usable).tolist():
-      quarantine.add(file, batch.rows[place], reason, ids[place].as_py())
+      quarantine.add(table.name, batch.rows[place], reason, ids[place].as_py())
     usable[faulty] = False
   columns = {kind: [texts[name][0].to_pylist() for name in names] for kind, names in chosen.items()}
+  for place, name in enumerate(chosen.get("category", ())):
+    if name in table.sequences:
+      columns["category"][place] = list(map(_levels, columns["category"][place]))
   for place, item in enumerate(columns["item_id"][0]):
     if usable[place]:
       fields = {kind: [values[place] for values in parts] for kind, parts in columns.items()}
       yield int(batch.rows[place]), _item(item, fields)
+
+
+def _levels(tokens: str) -> str:
+  """A cell of several tokens as levels: between commas where there are any, else between blanks."""
+  if ">" in tokens:
+    return tokens
+  parts = tokens.split(",") if "," in tokens else tokens.split()
+  return " > ".join(filter(None, (part.strip(" '\"[]") for part in parts)))
+
+
+def read_vectors(table: Table, item_column: str, item_ids: ItemIds) -> dict[str, np.ndarray]:
+  """The vectors [N, D] of a table's `float_seq` columns, by modality, those that any of the items has.
+
+  Args:
+    table: of the items.
+    item_column: which has their ids.
+    item_ids: of the N items.
+
+  Raises:
+    InputError: if one is not finite, they are not all as many, or two columns are one modality.
+  """
+  found: dict[str, np.ndarray] = {}
+  cells = {name: [b""] * len(item_ids) for name in table.vectors}
+  lines = [0] * len(item_ids)
+  for batch in table.batches((item_column, *table.vectors), Quarantine(Path(os.devnull))):
+    texts = {name: as_text(batch.columns[name])[0].to_pylist() for name in (item_column, *table.vectors)}
+    for place, row in enumerate(item_ids.rows(texts[item_column]).tolist()):
+      if row >= 0 and not lines[row]:  # The first that there is of an item.
+        lines[row] = int(batch.rows[place])
+        for name in table.vectors:
+          cells[name][row] = texts[name][place].encode()
+  for name in table.vectors:
+    modality = modality_of(name)
+    check_name(modality, where=f"{table.name} line 1")
+    if modality in found:
+      raise InputError(
+        f"{table.name} line 1: expected different modalities, got {shown(name)} for {modality}; rename it"
+      )
+    vectors = parse_vectors(table.path or Path(table.name), name, cells[name], lines)
+    if vectors.any():
+      found[modality] = vectors
+  return found
 
 
 def item_columns(table: Table, settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
@@ -208,7 +274,8 @@ def item_columns(table: Table, settings: PreparationSettings) -> dict[str, tuple
     InputError: if one that was named is not there, or the id's cannot be guessed.
   """
   asked = {kind: getattr(settings, kind) for kind in ITEMS}
-  return choose(table.columns, ITEMS, asked, ("item_id",), where=table.name)
+  texts = tuple(name for name in table.columns if name not in table.vectors)
+  return choose(texts, ITEMS, asked, ("item_id",), where=table.name)
 
 
 def _item(item: str, fields: dict[str, list[str]]) -> dict[str, Any]:
@@ -219,10 +286,9 @@ def _item(item: str, fields: dict[str, list[str]]) -> dict[str, Any]:
       continue
     if kind == "price":
       price = price_of(values[0])
-      if price is not None:
-        record[kind] = price
+      record[kind] = values[0] if price is None else price
     else:
-      text = (" > " if kind == "category" else " ").join(dict.fromkeys(values))[:_LONGEST_TEXT]
+      text = (" > " if kind == "category" else " ").join(dict.fromkeys(values))
       text = text.replace(UNREADABLE, "\N{REPLACEMENT CHARACTER}")
       if kind == "image":  # Of several the first, by its URL where it has one.
         parts = text.split(" > ")
@@ -274,8 +340,19 @@ def write_items(
   with compressed_text(path) as file:
 
     def write(record: dict[str, Any]) -> None:
+      item = record["id"]
+      if isinstance(record.get("price"), str):
+        figures.leave_out(item, "prices that are no numbers", record["price"])
+        record = {name: value for name, value in record.items() if name != "price"}
+      for name, value in record.items():
+        if isinstance(value, str) and len(value) > _LONGEST_TEXT:
+          figures.leave_out(item, f"texts beyond {_LONGEST_TEXT:,} characters", value)
+          record = record | {name: value[:_LONGEST_TEXT].rstrip()}
       if pictures is not None:
-        picture = pictures.of(record["id"], record.get("image", ""))
+        named = record.get("image", "")
+        picture = pictures.of(item, named)
+        if named and not picture:
+          figures.leave_out(item, "pictures that are not in the folder", named)
         record = {name: value for name, value in record.items() if name != "image"}
         record |= {"image": picture} if picture else {}
       figures.add(record)

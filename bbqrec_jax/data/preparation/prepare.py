@@ -11,11 +11,21 @@ import numpy as np
 
 from bbqrec_jax.data.dataset import Dataset, format_statistics, statistics
 from bbqrec_jax.data.directory import load_directory
+from bbqrec_jax.data.directory import read_items as read_written
 from bbqrec_jax.data.interactions import leave_one_out
+from bbqrec_jax.data.item_ids import ItemIds
 from bbqrec_jax.data.preparation.card import write_card
 from bbqrec_jax.data.preparation.columns import said
 from bbqrec_jax.data.preparation.filters import core, in_order, repeated, without_duplicates
-from bbqrec_jax.data.preparation.items import ItemFigures, Pictures, item_columns, read_items, write_items
+from bbqrec_jax.data.preparation.items import (
+  ItemFigures,
+  Pictures,
+  has_required,
+  item_columns,
+  read_items,
+  read_vectors,
+  write_items,
+)
 from bbqrec_jax.data.preparation.logs import Log, read_log
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.data.preparation.settings import PreparationSettings
@@ -38,6 +48,7 @@ class Source(NamedTuple):
     table: the name of the item table; None without one.
     columns: of the table, what is read as what, in words.
     read_items: (where bad rows go) -> the table's items, each once.
+    read_vectors: (ids of the N items) -> the table's vectors [N, D] by modality; None where it has none.
     unused: items of the table without interactions that `read_items` does not give.
   """
 
@@ -46,6 +57,7 @@ class Source(NamedTuple):
   table: str | None = None
   columns: str = ""
   read_items: Callable[[Quarantine], Iterable[dict[str, Any]]] = lambda quarantine: ()
+  read_vectors: Callable[[ItemIds], dict[str, np.ndarray]] | None = None
   unused: int = 0
 
 
@@ -94,9 +106,11 @@ def prepare(
     columns = item_columns(table, chosen)
     tables = tables._replace(
       table=table.name,
-      columns=said(columns, table.columns),
+      columns=said(columns | {"vectors": table.vectors} if table.vectors else columns, table.columns),
       read_items=lambda quarantine: read_items(table, chosen, quarantine, columns),
     )
+    if table.vectors:
+      tables = tables._replace(read_vectors=lambda item_ids: read_vectors(table, columns["item_id"][0], item_ids))
   return prepare_source(tables, images, output, chosen)
 
 
@@ -155,7 +169,8 @@ def _fill(
   try:
     log = source.read_log(quarantine)
     say(f"{source.log}: {log.rows:,} rows; {log.columns}" + (f"; times: {log.unit}" if log.unit else ""))
-    user, item, time, place, steps, tied = select(log, settings)
+    usable = _usable_items(log, source, pictures, settings.require) if settings.require else None
+    user, item, time, place, steps, tied = select(log, settings, usable)
     users, user = by_first_row(user, place)
     order = np.argsort(user, kind="stable")
     user, item, place, time = user[order], item[order], place[order], None if time is None else time[order]
@@ -174,6 +189,11 @@ def _fill(
   if source.table is not None:
     say(f"{source.table}: {source.columns}")
   write_histories(folder, [log.users[one] for one in users.tolist()], user, number[items], time)
+  if source.read_vectors is not None:
+    item_ids, _ = read_written(folder)
+    assert item_ids is not None
+    for modality, vectors in source.read_vectors(item_ids).items():
+      np.save(folder / f"{modality}_features.npy", vectors)
   aside = {file: quarantine.of(file) for file in dict.fromkeys(file for file, _ in quarantine.counts)}
   if log.left_out:
     say(f"  left out for their rating or event: {log.left_out:,}")
@@ -198,6 +218,7 @@ def _fill(
     "steps": [dataclasses.asdict(step) for step in steps],
     "quarantine": aside,
     "unused": unused,
+    "unread": dict(figures.unread),
     "same_time": tied,
     "split_hash": split.split_hash,
   }
@@ -205,6 +226,33 @@ def _fill(
   write_card(folder, dataset, split, report, figures)
   _show(dataset, statistics(dataset, split))
   return report
+
+
+def _usable_items(log: Log, source: Source, pictures: Pictures | None, require: Sequence[str]) -> np.ndarray:
+  """Which items of a log have what is required of them, bool [I]; the item table is read for that alone.
+
+  Raises:
+    InputError: if nothing says it, or no item has it.
+  """
+  if source.table is None and ("metadata" in require or pictures is None):
+    needed = "--items" if "metadata" in require else "--items or --images"
+    raise InputError(f"--require={','.join(require)}: expected {needed}, which says what items have; give it")
+  places = {item: place for place, item in enumerate(log.items)}
+  usable = np.zeros(len(places), bool)
+  known = np.zeros(len(places), bool)
+  for record in source.read_items(Quarantine(Path(os.devnull))):  # What is set aside is told when all of it is read.
+    place = places.get(record["id"], -1)
+    if place >= 0:
+      known[place], usable[place] = True, has_required(record, pictures, require)
+  if "metadata" not in require:
+    usable[~known] = [has_required({"id": log.items[place]}, pictures, require) for place in np.flatnonzero(~known)]
+  if not usable.any():
+    mend = "call pictures like the ids" if source.table is None else "say which column has their ids with --item_id"
+    raise InputError(
+      f"{source.log}: expected items with {' and '.join(require)} (--require), such as {log.items[0]!r} might be, found"
+      f" none; {mend}, or leave --require out"
+    )
+  return usable
 
 
 def _show(dataset: Dataset, figures: dict[str, Any]) -> None:
@@ -217,13 +265,14 @@ def _plain(value: Any) -> Any:
 
 
 def select(
-  log: Log, settings: PreparationSettings
+  log: Log, settings: PreparationSettings, usable: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray, list[Step], int]:
   """What of a log stays, user by user in time order.
 
   Args:
     log: that was read.
     settings: what is left out, and the rule for ties.
+    usable: [I] bool, the items that have what is required; None where nothing is.
 
   Returns:
     Users, items, times and places in the log [n], users ascending; what was left after each step; and how many came at
@@ -249,6 +298,8 @@ def select(
       time = None if time is None else time[chosen]
       steps.append(_step(name, user, item))
 
+  if usable is not None:
+    keep(usable[item], f"items with {' and '.join(settings.require)}")
   keep(repeated(user, item, least=settings.min_repeats), f"user and item at least {settings.min_repeats} times")
   keep(without_duplicates(user, item, time, rule=settings.duplicates), f"without duplicates ({settings.duplicates})")
   chosen, rounds = core(user, item, per_user=settings.min_per_user, per_item=settings.min_per_item)
@@ -308,7 +359,7 @@ def write_histories(
     file.writelines(f"{name}\n" for name in names)
   _write_lines(folder / "sequences.txt", starts, item)
   if time is not None:
-    whole = bool(np.all(time == np.round(time)))
+    whole = bool(np.all((time == np.round(time)) & (np.abs(time) < 2**53)))  # Others are no integers of 64 bits.
     _write_lines(folder / "timestamps.txt", starts, time.astype(np.int64) if whole else time)
 
 
@@ -343,6 +394,8 @@ def _sentences(
     yield f"  set aside in quarantine.jsonl: of {file} {said}"
   have = ", ".join(f"{field} {figures.have[field]:,}" for field in figures.have if figures.have[field])
   yield f"  of {figures.count:,} items have: {have or 'nothing but an id'}"
+  for what, count in figures.unread.items():
+    yield f"  not taken over: {count:,} {what}, such as {figures.unread_example[what]}"
   if unused["items"]:
     yield f"  items of the table without interactions: {unused['items']:,}, left out (--unseen_items keeps them)"
   if pictures is not None and figures.pictures and unused["pictures"]:

@@ -7,6 +7,7 @@ from bbqrec_jax.utils.settings import setting
 
 DUPLICATES = ("exact", "first", "last", "consecutive", "keep")
 TIES = ("file", "item", "shuffle")
+REQUIRED = ("metadata", "picture")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,11 @@ class PreparationSettings:
   image: str = setting("", "The column of the item table with the picture's file name, or the URL that it was"
                        " downloaded from; guessed. Without one, a picture is called like its item's id.")  # fmt: skip
   min_rating: float = setting(float("-inf"), "Leave out interactions with a lower rating or amount.", least=None)
+  require: tuple[str, ...] = setting(
+    (), "Leave out items that lack these, before duplicates and least numbers are looked at: metadata (a row of the"
+    " item table), picture (a file in the folder of pictures; without a folder, a name or URL in the table).",
+    subset=REQUIRED,
+  )  # fmt: skip
   min_repeats: int = setting(1, "Leave out what a user did with an item fewer times than this.")
   duplicates: str = setting(
     "exact", "Of a user's interactions with one item, leave out: those of the very same time (exact), all but the first"

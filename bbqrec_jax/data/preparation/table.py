@@ -1,6 +1,7 @@
 """What a table is, a batch of rows at a time, and the texts of its columns."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,11 +36,17 @@ class Table(NamedTuple):
     name: what to call it in messages.
     columns: all of them.
     batches: (some of the columns, where bad rows go) -> their rows, in order.
+    path: of the file; None in memory.
+    sequences: columns of several tokens a cell, RecBole's `token_seq`.
+    vectors: columns of numbers separated by blanks, RecBole's `float_seq`.
   """
 
   name: str
   columns: tuple[str, ...]
   batches: Callable[[Sequence[str], Quarantine], Iterator[Batch]]
+  path: Path | None = None
+  sequences: tuple[str, ...] = ()
+  vectors: tuple[str, ...] = ()
 
 
 def unique_columns(columns: Sequence[str], *, where: str) -> tuple[str, ...]:

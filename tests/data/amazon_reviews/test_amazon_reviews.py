@@ -57,6 +57,7 @@ def write_dump(folder, release):
     one = {items["item_id"]: item, items["title"]: f"Drum &amp; stick {number}", items["brand"]: f"Bang {number % 2}"}
     one[items["category"][0]] = [["Music", "Drums"]] if release == "2014" else ["Music", "Drums"]
     one["description"] = "it's loud" if release == "2014" else ["it's", "loud"]
+    one[items["image"]] = f"http://x/{item}.jpg"
     one[items["price"]] = 9.5 if release != "2018" else "$9.50"
     objects.append(one)
   packed = release != "2018"
@@ -90,7 +91,7 @@ def test_each_release_becomes_the_same_data_set(tmp_path, release):
   with gzip.open(tmp_path / "out" / "items.jsonl.gz", "rt") as file:
     first = json.loads(next(file))
   assert first == {"id": ITEMS[0], "title": "Drum & stick 0", "description": first["description"], "brand": "Bang 0",
-                   "category": "Music > Drums", "price": 9.5}  # fmt: skip
+                   "category": "Music > Drums", "price": 9.5, "image": f"http://x/{ITEMS[0]}.jpg"}  # fmt: skip
   assert first["description"].split(" > ")[0].startswith("it's")
 
 
@@ -124,9 +125,63 @@ def test_what_is_missing_is_told_with_its_place(tmp_path):
     prepare_recipe(tmp_path, tmp_path / "out", name="drums")
 
 
+def write_ratings(folder, rows):
+  """The table of all ratings of 2018, which has no header."""
+  lines = (f"{item},{user},{stars},{second}\n" for user, item, second, stars in rows)
+  (folder / f"{CATEGORY}.csv").write_text("".join(lines))
+
+
+def test_a_recipe_takes_first_ratings_of_items_with_a_picture_and_then_the_core(tmp_path):
+  # Five users rate A..E, in turn, which is a 5-core. What else there is would be one, too, in another order of steps:
+  # - "late" has five ratings, but two of them of A: the first of these counts, and four are left.
+  # - F has five ratings and no metadata, G five and no picture: the 5-core of all ratings would hold both.
+  # - "leans" has rated A..D and F: without F it has four.
+  folder = tmp_path / "raw"
+  folder.mkdir()
+  users = [f"u{n}" for n in range(5)]
+  rows = [(user, "ABCDE"[(n + step) % 5], 100 * n + step, 5.0) for n, user in enumerate(users) for step in range(5)]
+  rows += [(user, item, 1000 + n, 4.0) for n, user in enumerate(users) for item in "FG"]
+  rows += [("late", item, 2000 + n, 3.0) for n, item in enumerate("ABCDA")]
+  rows += [("leans", item, 3000 + n, 3.0) for n, item in enumerate("ABCDF")]
+  rows += [("u0", "A", 4000, 1.0)]  # u0 rated A at 0 already.
+  write_ratings(folder, rows)
+  meta = [{"asin": item, "title": f"Drum {item}", "imageURL": [] if item == "G" else [f"http://x/{item}.jpg"]}
+          for item in "ABCDEG"]  # fmt: skip
+  (folder / f"meta_{CATEGORY}.json").write_text("".join(json.dumps(one) + "\n" for one in meta))
+  report = prepare_recipe(folder, tmp_path / "out", name="instruments")
+  data = load_directory(tmp_path / "out")
+  found = {
+    str(user): "".join(data.item_ids[item] for item in data.interactions.history(row))
+    for row, user in enumerate(data.interactions.users)
+  }
+  assert found == {"u0": "ABCDE", "u1": "BCDEA", "u2": "CDEAB", "u3": "DEABC", "u4": "EABCD"}
+  assert [(step["interactions"], step["users"], step["items"]) for step in report["steps"]] == [
+    (46, 7, 7), (35, 7, 5), (33, 7, 5), (25, 5, 5),
+  ]  # fmt: skip
+  pictures = tmp_path / "pictures"
+  pictures.mkdir()
+  for item in "ABCD":
+    (pictures / f"{item}.jpg").write_bytes(b"")
+  with pytest.raises(InputError, match=r"got none .*items with metadata and picture: 30 of 7 users, 4 items"):
+    prepare_recipe(folder, tmp_path / "other", name="instruments", images=pictures)
+  for wrong in ({"require": ("metadata",)}, {"require": ("picture",)}):
+    with pytest.raises(InputError, match=r"--require=.*expected --items"):
+      bbqrec_jax.prepare(
+        folder / f"{CATEGORY}.csv", tmp_path / "other", columns=("item", "user", "stars", "time"), **wrong
+      )
+  with pytest.raises(InputError, match="expected items with picture"):
+    bbqrec_jax.prepare(
+      folder / f"{CATEGORY}.csv", tmp_path / "other", columns=("item", "user", "stars", "time"),
+      items={"id": ["A"], "title": ["Drum"]}, require="picture",
+    )  # fmt: skip
+
+
 def test_a_recipe_says_where_its_counts_are_others(tmp_path, capsys):
-  write_dump(tmp_path / "raw", "2018")
-  report = prepare_recipe(tmp_path / "raw", tmp_path / "out", name="instruments")
+  folder = write_dump(tmp_path / "raw", "2018")
+  with pytest.raises(InputError, match=r"download http\S*/Musical_Instruments\.csv, and"):
+    prepare_recipe(folder, tmp_path / "out", name="instruments")
+  write_ratings(folder, reviews())
+  report = prepare_recipe(folder, tmp_path / "out", name="instruments")
   assert len(differences(RECIPES["instruments"], report)) == 2
   assert "12 users, where 17112 are published" in capsys.readouterr().out
   report["steps"].append({"users": 17112, "items": 6250})
@@ -168,6 +223,9 @@ def test_the_builder_gives_what_the_folder_holds(tmp_path):
     assert_array_equal(made.features[name], data.features[name])
   settings.modalities = ("text",)
   assert load(settings).modalities == ("text",)
+  write_ratings(write_dump(raw, "2018"), reviews())
+  settings.source, settings.modalities = "tfds:amazon_reviews/instruments", ()
+  assert sorted(load(settings).interactions.users) == sorted(f"A{user}" for user in range(12))
   settings.source = "tfds:amazon_reviews/2018_video_games"
   for folder in ("tfds", "fresh"):  # Where there are files of something else, and where there is nothing.
     settings.path = str(tmp_path / folder)

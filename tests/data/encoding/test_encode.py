@@ -24,7 +24,7 @@ from bbqrec_jax.data.encoding.words import HashedWords
 from bbqrec_jax.data.preparation.quarantine import Quarantine
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.utils.files import unfinished
-from bbqrec_jax.utils.json_files import read_json
+from bbqrec_jax.utils.json_files import read_json, write_json
 
 COLOURS = ("red", "green", "blue")
 ITEMS = 24
@@ -79,7 +79,13 @@ def test_features_are_made_of_all_that_is_there(shop, capsys):
   assert all(alike(texts, n) % 2 == n % 2 or alike(texts, n) % 3 == n % 3 for n in range(ITEMS) if n != 4)
   broken = [json.loads(line) for line in (shop / "broken_pictures.jsonl").read_text().splitlines()]
   assert [(one["file"], one["reason"]) for one in broken] == [("7.png", "broken"), ("8.png", "not there")]
-  assert ": 1 broken, 1 not there; see" in "".join(capsys.readouterr())
+  said = "".join(capsys.readouterr())
+  assert "image: 1 pictures are broken, see broken_pictures.jsonl" in said
+  assert "image: 1 pictures are not there, see" in said
+  bbqrec_jax.features(shop, images=str(shop.parent / "images"))
+  assert "image: 1 pictures are not there, see" in "".join(capsys.readouterr()), (
+    "and again where they are there already"
+  )
   assert any("text features by hashed TF-IDF" in note for note in data.notes)
 
 
@@ -292,6 +298,45 @@ def test_a_network_reads_texts_and_only_those_that_are_there(shop, monkeypatch):
   assert "a-network" in read_json(shop / "features.json")["text"]["made_by"]
 
 
+def test_what_a_network_does_not_read_of_texts_is_counted_and_on_the_card(shop, monkeypatch, capsys):
+  class Network:
+    max_seq_length = 8
+
+    def __init__(self, name):
+      pass
+
+    def tokenizer(self, texts, *, truncation, max_length):
+      assert truncation
+      return {"input_ids": [text.split()[:max_length] for text in texts]}
+
+    def encode(self, texts, **given):
+      return np.array([[len(text), 1.0] for text in texts], np.float32)
+
+  module = types.SimpleNamespace(SentenceTransformer=Network, __version__="9")
+  monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+  records = list(map(json.loads, (shop / "items.jsonl").read_text().splitlines()))
+  for row in (3, 9, 20):
+    records[row]["description"] = "long"  # Eight words and signs without it.
+  records[5]["price"] = "ask"
+  (shop / "items.jsonl").write_text("\n".join(map(json.dumps, records)))
+  (shop / "card.html").write_text("<body>before<!--features--><!--end of features-->after")
+  write_json(shop / "card.json", {"statistics": {}})
+  given = {"text": "sentence-transformers:a-network", "image": "none"}
+  for _ in range(2):  # Made, and there already.
+    encode.features(shop, **given)
+    said = "".join(capsys.readouterr())
+    assert "text: 3 texts are read no further than 8 tokens" in said
+    assert "attributes: 1 prices are no numbers" in said
+    page = (shop / "card.html").read_text()
+    assert page.startswith("<body>before<!--features--><h2>Features</h2>")
+    assert page.endswith("<!--end of features-->after")
+    assert page.count("3 texts are read no further than 8 tokens") == 1
+  told = read_json(shop / "card.json")["features"]
+  assert told["text"] == {"made_by": "sentence-transformers 9 a-network", "items": ITEMS - 1,
+                          "left_out": {"texts are read no further than 8 tokens": 3}}  # fmt: skip
+  assert told["attributes"]["left_out"] == {"prices are no numbers": 1}
+
+
 def test_texts_about_the_same_are_near_whatever_their_language():
   texts = [
     f"{a} {b}" for a in ("red mug", "blue lamp", "赤い皿", "large oak table") for b in ("one", "two", "drei", "")
@@ -367,3 +412,19 @@ def test_a_half_of_something_else_is_begun_anew(shop):
   (shop / "features.json").unlink()
   encode.features(shop, image="none", attributes="none")
   assert (shop / "text_features.npy").read_bytes() == expected
+
+
+def test_a_note_of_features_cannot_move_a_terminals_cursor(shop):
+  encode.features(shop, image="none", attributes="none")
+  note = read_json(shop / "features.json")["text"]
+  write_json(shop / "features.json", {"text": note | {"made_by": "\x1b[2J"}})
+  assert any(r"text features by \x1b[2J, fingerprint" in sentence for sentence in load_directory(shop).notes)
+  write_json(shop / "features.json", {"text": note | {"left_out": {"\x1b[2J": 3, "x": "many"}}})
+  assert encode.features(shop, image="none", attributes="none") == {"text": ITEMS - 1}
+
+
+def test_ids_to_join_that_are_no_text_are_refused(shop):
+  ids = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xf6"], pa.binary()).buffers())
+  pyarrow.parquet.write_table(pa.table({"id": ids, "vector": [[1.0, 2.0]]}), shop.parent / "x.parquet")
+  with pytest.raises(InputError, match="could not read one"):
+    encode.features(shop, join={"audio": shop.parent / "x.parquet"}, text="none", image="none", attributes="none")

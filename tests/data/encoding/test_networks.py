@@ -57,6 +57,9 @@ def test_sentence_transformers_reads_texts_from_a_folder(shop):
   expected[1] = 0
   assert len(np.unique(expected, axis=0)) == 4
   assert_allclose(vectors, expected, atol=1e-3)
+  encoder = Sentences(str(shop / "network"), batch_size=2)
+  encoder.limit = 4  # [CLS], two words and [SEP].
+  assert encoder.cut(["red mug", "", "blue lamp red", "red mug lamp blue red"]) == 2
   with pytest.raises(InputError, match=r"sentence-transformers:.*nowhere.* could not be loaded.* folder that holds it"):
     Sentences(str(shop / "nowhere"), batch_size=2)
 

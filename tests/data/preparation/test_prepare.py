@@ -91,7 +91,8 @@ def test_items_get_all_that_the_table_says(tmp_path, capsys):
   table = [
     ("SKU-1", "Red mug", 'big,\n"red"', "Kilo", "Home > Mugs", "$4.50", "one.png"),
     ("SKU-0", "Blue mug", "", "", "", "ask", "http://shop.example/pictures/two.png?width=9"),
-    ("SKU-99", "nobody's", "", "", "", "", ""),
+    ("SKU-3", "Long " + "x" * 20_000, "", "", "", "-3", "three.png"),
+    ("SKU-99", "nobody's", "", "", "", "free", "none.png"),
     ("SKU-0", "again", "", "", "", "", ""),
   ]
   head = ("sku", "name", "description", "brand", "category", "price", "image")
@@ -111,15 +112,27 @@ def test_items_get_all_that_the_table_says(tmp_path, capsys):
   by_id = {record["id"]: record for record in records}
   assert by_id["SKU-2"] == {"id": "SKU-2", "image": "deep/SKU-2.jpg"}
   assert set(by_id) == {f"SKU-{n}" for n in range(4)}
+  assert set(by_id["SKU-3"]) == {"id", "title"}
+  assert len(by_id["SKU-3"]["title"]) == 20_000
   report = read_json(tmp_path / "shop" / "preparation.json")
   assert report["quarantine"] == {"items.csv": {"an item id that came before": 1}}
   assert report["unused"] == {"items": 1, "pictures": 1}
+  unread = {
+    "prices that are no numbers": 2,
+    "texts beyond 20,000 characters": 1,
+    "pictures that are not in the folder": 1,
+  }
+  assert report["unread"] == unread, "of the items that are kept"
+  assert read_json(tmp_path / "shop" / "card.json")["findings"]["not_taken_over"] == unread
+  assert "2 prices that are no numbers are not taken over" in (tmp_path / "shop" / "card.html").read_text("utf-8")
   said = capsys.readouterr().out
   assert "items of the table without interactions: 1, left out" in said
   assert "pictures of no item that is kept: 1 of 4" in said
+  assert "not taken over: 2 prices that are no numbers, such as 'ask' of 'SKU-0'" in said
+  assert "not taken over: 1 pictures that are not in the folder, such as 'three.png' of 'SKU-3'" in said
   prepare(log, tmp_path / "all", items=items, max_bad=0.5, unseen_items=True)
   assert "SKU-99" in load_directory(tmp_path / "all").item_ids.to_json()
-  with pytest.raises(InputError, match="unusable, got 1 of 4"):
+  with pytest.raises(InputError, match="unusable, got 1 of 5"):
     prepare(log, tmp_path / "none", items=items, max_bad=0.1)
   assert not (tmp_path / "none").exists()
 
@@ -196,6 +209,7 @@ def test_the_card_says_what_is_odd(tmp_path):
     unseen | (set(split.validation_target.tolist()) - set(split.train.items.tolist()))
   )
   assert odd["items_like_another"] == 2
+  assert odd["items_like_another_examples"][0] == ["SKU-0", "The lamp 0", "SKU-2", "The lamp 0"]
   assert odd["items_that_have"]["price"] == 12
   times = [
     data.interactions.times[a:b] for a, b in zip(data.interactions.offsets, data.interactions.offsets[1:], strict=False)
@@ -224,6 +238,14 @@ def test_histograms_count_every_value():
   assert sum(card.evenly("x", "x", np.array([1.0, 1.0]), str).counts) == 2
 
 
+def test_times_past_what_integers_hold_stay_what_they_are(tmp_path):
+  rows = [(f"u{n}", f"i{k}", f"{k + 1}e30", 1) for n in range(3) for k in range(4)]
+  prepare(write_csv(tmp_path / "log.csv", rows), tmp_path / "shop")
+  data = load_directory(tmp_path / "shop")
+  assert data.interactions.times.tolist() == 3 * [1e30, 2e30, 3e30, 4e30]
+  assert histories(data) == {f"u{n}": [f"i{k}" for k in range(4)] for n in range(3)}
+
+
 def test_ids_with_blanks_come_back(tmp_path):
   rows = [(f"Ann & {n}  Bob", f"red mug, {k}", 1e9 + k, 1) for n in range(3) for k in range(4)]
   prepare(write_csv(tmp_path / "log.csv", rows), tmp_path / "shop")
@@ -241,6 +263,47 @@ def test_a_folder_of_atomic_files_is_prepared(tmp_path):
   data = load_directory(tmp_path / "out")
   assert data.item_ids.to_json() == ["i1", "i0", "i2", "i3"]
   assert data.titles[:2] == ("One", "Nil")
+
+
+def atomic(
+  folder, *, head="item_id:token\tmovie_title:token_seq\tclass:token_seq\ttext_emb:float_seq\tfeatures:float_seq"
+):
+  """A folder of RecBole's whose items have vectors and categories; i9 has nobody, i3 no row."""
+  folder.mkdir()
+  lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+  lines += [f"u{n}\ti{k}\t{k}" for n in range(3) for k in range(4)]
+  (folder / "x.inter").write_text("\n".join(lines))
+  rows = [
+    "i1\tOne Film\tAction Sci-Fi\t1 2\t",
+    "i9\tNobody\tDrama\t9 9\t1e9",
+    "i0\tNil\t'Home', 'Red mugs'\t\t7",
+    "i2\t\t\t3 -.5\t",
+  ]
+  (folder / "x.item").write_text("\n".join([head, *rows]) + "\n")
+  return folder
+
+
+def test_vectors_and_categories_of_atomic_files_are_kept(tmp_path, capsys):
+  prepare(atomic(tmp_path / "atomic"), tmp_path / "out")
+  assert "vectors = text_emb + features" in capsys.readouterr().out
+  data = load_directory(tmp_path / "out")
+  assert data.item_ids.to_json() == ["i1", "i0", "i2", "i3"]
+  assert_array_equal(data.features["text"], np.array([[1, 2], [0, 0], [3, -0.5], [0, 0]], np.float32))
+  assert_array_equal(data.present["text"], [True, False, True, False])
+  assert_array_equal(data.features["features"], np.array([[0], [7], [0], [0]], np.float32))
+  with gzip.open(tmp_path / "out" / "items.jsonl.gz", "rt") as file:
+    records = [json.loads(line) for line in file]
+  assert records[:2] == [
+    {"id": "i1", "title": "One Film", "category": "Action > Sci-Fi"},
+    {"id": "i0", "title": "Nil", "category": "Home > Red mugs"},
+  ]
+  kinds = "item_id:token\tmovie_title:token_seq\tclass:token_seq\ttext_emb:float_seq\t"
+  with pytest.raises(InputError, match="line 1: expected different modalities"):
+    prepare(atomic(tmp_path / "twice", head=f"{kinds}text:float_seq"), tmp_path / "none")
+  (tmp_path / "atomic" / "x.item").write_text("item_id:token\temb:float_seq\ni0\t1 2\ni1\t1 2 3\ni9\tnone\n")
+  with pytest.raises(InputError, match=r"x\.item line 3 field 'emb': expected 2 numbers"):
+    prepare(tmp_path / "atomic", tmp_path / "none")
+  assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.skipif(not (SHARED / "amazon18_scientific").exists(), reason="the real data is not here")
