@@ -32,8 +32,8 @@ def load_data(
       data = bbqrec_jax.load_data("DIR")
       data = bbqrec_jax.load_data(interactions=df, items=items, features={"text": vectors})
 
-  A table is whatever gives its columns by name: a DataFrame of pandas or polars, a table of pyarrow, a dictionary of
-  lists. Ids are strings or whole numbers, and stay what they are.
+  A table is whatever gives its columns by name: a DataFrame of pandas or polars, a LazyFrame, a table of pyarrow, a
+  dictionary of lists. Ids are strings or whole numbers, and stay what they are.
 
   Args:
     path: a folder, or the URL of one, in the project's own format or RecBole's, in place of all the others.
@@ -53,6 +53,8 @@ def load_data(
     return {"directory": load_directory, "recbole": load_recbole}[recognise_source(path)](path)
   if interactions is None:
     raise InputError("load_data: expected a folder or interactions, got neither")
+  # LazyFrames of polars.
+  interactions, items = (table.collect() if hasattr(table, "collect") else table for table in (interactions, items))
   if features and items is None:
     raise InputError("load_data: expected items (a table with a column id) beside features, to say whose the rows are")
   ids = _ids(interactions, "item", table_name="interactions")

@@ -23,9 +23,11 @@ def history(data, user):
   return [data.item_ids[item] for item in data.interactions.history(row)]
 
 
-@pytest.mark.parametrize("kind", ["dictionary", "pyarrow", "pandas", "polars"])
+@pytest.mark.parametrize("kind", ["dictionary", "pyarrow", "pandas", "polars", "LazyFrame"])
 def test_tables_of_any_library_are_read(kind):
   make = {"dictionary": dict, "pyarrow": pyarrow.table}.get(kind)
+  if kind == "LazyFrame":
+    make = pytest.importorskip("polars").LazyFrame
   make = make or pytest.importorskip(kind).DataFrame
   data = load_data(interactions=make(table()), items=make({"id": ["x", "y", "z"], "title": ["X", None, "Z"]}))
   assert data.interactions.users.tolist() == ["b", "a"]
