@@ -130,6 +130,7 @@ def training(workdir: pathlib.Path) -> Iterator[None]:
   Args:
     workdir: where the program writes.
   """
+  from bbqrec_jax.utils import processes
   from bbqrec_jax.utils.signals import Interrupted, exit_on_second_interrupt, immediate_signals
 
   if not flags.FLAGS["verbosity"].present:
@@ -137,7 +138,7 @@ def training(workdir: pathlib.Path) -> Iterator[None]:
     logging.set_verbosity(logging.FATAL)
   sys.unraisablehook = _drop_echoes
   try:
-    with exit_on_second_interrupt(), immediate_signals():
+    with exit_on_second_interrupt(), immediate_signals(), processes.ended_together():
       yield
   except InputError as error:
     refuse(error)

@@ -1,6 +1,7 @@
 """Breaks a real run in every way it can think of, and looks whether the same command still ends with the same numbers.
 
     python experiments/faults.py --output=faults.json [--short]
+    python experiments/faults.py --processes=4 --output=processes.json [--short]
 
 One small run of both stages, on data in files, is done in peace. Then it is started again and again as a process of its
 own, and
@@ -12,6 +13,10 @@ own, and
 - given checkpoints, semantic IDs, notes and data with a flipped bit, cut off or missing,
 - started a second time while it runs, in folders of odd names, with settings of JAX, Python and the locale that a shell
   may carry, and without standard streams, or with full or unread ones.
+
+With `--processes=4` the run is one of four processes, of which one is killed, stopped, slowed (stopped for 8 s) or cut
+off from the others (as root alone: each process then has a network of its own), the first or another, amid a step, a
+save and an evaluation. The others must go on where it is slowed; else they must end, each with one line.
 
 After each, the same command is given once more, with what was taken away given back. It *survived* if it ends with the
 metrics, parameters and semantic IDs of the run in peace, bit for bit; it was *refused* if it ends with one line on
@@ -29,22 +34,24 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import flags, logging
 
 from bbqrec_jax.command_line import define_path, start
 from bbqrec_jax.data.synthetic import make_synthetic
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
-from bbqrec_jax.utils.files import check_output, plain_path
+from bbqrec_jax.training.checkpointing import read_params
+from bbqrec_jax.utils import processes
+from bbqrec_jax.utils.files import check_output
 from bbqrec_jax.utils.json_files import read_json, write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -59,7 +66,7 @@ SETTINGS = {
   "recommender.evaluate_every": EVALUATE_EVERY, "recommender.num_buckets": 4, "evaluation.batch_size": 150,
 }  # fmt: skip
 SHORT = {"tokenizer.quantizer": "rq_kmeans", "recommender.similarity": ()}  # One stage less to compile.
-PATIENCE = 300  # Seconds after which a run hangs.
+PATIENCE = 900  # Seconds after which a run hangs.
 # Names that orbax and tensorstore would take for patterns, URLs or other separators, or cannot hold.
 NAMES = ("a[b] *?", "gs:", "back\\slash", "line\nfeed", "п\u0440огон e\u0301", "byte \udcff", "-x", "%20#$|'\" .")
 # Settings that a shell may carry: what must change no number, and what must be refused in one line.
@@ -73,6 +80,8 @@ ENVIRONMENTS = (
 )  # fmt: skip
 REDIRECTIONS = (">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "| true")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+SLOWED = 8  # Seconds that a process is stopped for, and then goes on.
+ENDED_WITHIN = 1.5 * processes.LOST_AFTER  # Seconds in which the others of a lost process must end.
 
 
 class Unfit(Exception):
@@ -102,6 +111,10 @@ class Process:
     """Sends it a signal."""
     self._process.send_signal(signum)
 
+  def ended(self) -> bool:
+    """Whether it has ended."""
+    return self._process.poll() is not None
+
   def wait_for(self, happened: Callable[[], Any]) -> None:
     """Returns at once when it has happened.
 
@@ -109,7 +122,7 @@ class Process:
       Unfit: if the program ends first.
     """
     while not happened():
-      if self._process.poll() is not None:
+      if self.ended():
         raise Unfit
       time.sleep(0.001)
 
@@ -134,24 +147,47 @@ class Run:
   environment: dict[str, str]
   output: pathlib.Path
 
-  def start(self, *, fresh_cache: bool = False, limit: str = "unlimited", redirection: str = "") -> Process:
+  def start(
+    self,
+    *,
+    fresh_cache: bool = False,
+    limit: str = "unlimited",
+    redirection: str = "",
+    within: Sequence[str] = (),
+    more: Sequence[str] = (),
+  ) -> Process:
     """Starts the program.
 
     Args:
       fresh_cache: whether it compiles everything.
       limit: of the size of its files, in blocks of `ulimit -f`.
       redirection: of its standard streams, as a shell takes it; the status is the program's.
+      within: a command that runs the one that follows it.
+      more: flags.
     """
     fields = [f"--config.{name}={value}" for name, value in (self.settings | {"data.path": self.data}).items()]
     environment, run = dict(self.environment), '"$@"' if "|" in redirection else 'exec "$@"'
     if fresh_cache:
       environment["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(dir=self.output.parent)
     command = [
-      "bash", "-c", f'set -o pipefail; ulimit -f {limit}; {run} {redirection}', "bash",
+      *within, "bash", "-c", f'set -o pipefail; ulimit -f {limit}; {run} {redirection}', "bash",
       sys.executable, "-m", "bbqrec_jax.main",
-      f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={self.workdir}", *fields,
+      f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={self.workdir}", *fields, *more,
     ]  # fmt: skip
     return Process(command, environment, self.output)
+
+  def start_together(self, count: int, hosts: "Hosts | None" = None) -> list[Process]:
+    """Starts the program as several processes that train together, each on a host of its own if there are any."""
+    with socket.socket() as probe:
+      probe.bind(("localhost", 0))
+      port = probe.getsockname()[1]
+    together = [f"--coordinator={hosts.addresses[0] if hosts else 'localhost'}:{port}", f"--num_processes={count}"]
+    return [
+      dataclasses.replace(self, output=self.output.with_suffix(f".out{index}")).start(
+        within=hosts.inside(index) if hosts else (), more=["--distributed=on", *together, f"--process_id={index}"]
+      )
+      for index in range(count)
+    ]
 
   def records(self) -> list[dict[str, Any]]:
     """What it has logged, without times."""
@@ -162,9 +198,7 @@ class Run:
 def numbers(workdir: pathlib.Path) -> dict[str, Any]:
   """All that a finished run must agree in with another: metrics, parameters and semantic IDs."""
   results = read_json(workdir / "results.json")
-  best = workdir / "checkpoints" / "recommender" / str(results["best_step"]) / "state"
-  with plain_path(best.absolute()) as plain, ocp.StandardCheckpointer() as checkpointer:
-    params = checkpointer.restore(plain)["params"]
+  params = read_params(workdir / "checkpoints" / "recommender", results["best_step"])
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
@@ -175,9 +209,9 @@ def numbers(workdir: pathlib.Path) -> dict[str, Any]:
 class Bench:
   """The run in peace, copies of it, and the book of what became of each fault."""
 
-  def __init__(self, folder: pathlib.Path, *, short: bool, seed: int):
-    """Makes the data, and runs in peace."""
-    self.folder, self.rng, self._made = folder, np.random.default_rng(seed), 0
+  def __init__(self, folder: pathlib.Path, *, short: bool, seed: int, count: int = 1):
+    """Makes the data, and runs in peace, in one process or several."""
+    self.folder, self.rng, self.count, self._made = folder, np.random.default_rng(seed), count, 0
     self.rows: dict[str, dict[str, Any]] = {}
     self.wrong: list[str] = []
     self.seconds = 0.0  # Of a run.
@@ -191,16 +225,18 @@ class Bench:
     (data / "sequences.txt").write_text("".join(f"{u} {' '.join(map(str, h))}\n" for u, h in histories))
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
-    if short:
+    if short or count > 1:
       environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    settings = SETTINGS | (SHORT if short else {})
+    settings = SETTINGS | (SHORT if short or count > 1 else {}) | ({"partitioner": "pmap"} if count > 1 else {})
     self.peace = Run(folder / "peace", data, settings, environment, folder / "peace.out")
-    process = self.peace.start()
+    process, *others = self.start(self.peace)
     status, out, err = process.end()
+    for other in others:
+      other.end()
     if status or err:
       raise RuntimeError(f"the run in peace ended with status {status}\n{out}\n{err}")
     self.numbers, self.logs = numbers(self.peace.workdir), process.logged()
-    if short:
+    if short or count > 1:
       return
     # Once more, as all that come find their programs compiled: they must be the same, and take as long.
     again = self.fresh()
@@ -209,6 +245,10 @@ class Bench:
     self.seconds = time.monotonic() - started
     if status or err or numbers(again.workdir) != self.numbers or again.records() != self.peace.records():
       raise RuntimeError(f"two runs in peace differ\n{out}\n{err}")
+
+  def start(self, run: Run, hosts: "Hosts | None" = None) -> list[Process]:
+    """Starts a run, in as many processes as all; the first speaks."""
+    return run.start_together(self.count, hosts) if self.count > 1 else [run.start()]
 
   def fresh(self, like: Run | None = None, *, folder: pathlib.Path | None = None) -> Run:
     """A run in a workdir of its own, a copy of another's or empty."""
@@ -226,7 +266,8 @@ class Bench:
       run: the run.
       log: whether `metrics.jsonl` must be the same too.
     """
-    status, out, err = run.start().end()
+    ends = [process.end() for process in self.start(run)]
+    status, out, err = max(end[0] for end in ends), ends[0][1], "".join(end[2] for end in ends)
     lines = err.splitlines()
     if status == 0 and not lines:
       found = numbers(run.workdir)
@@ -237,9 +278,13 @@ class Bench:
     clear = status in (1, 2) and len(lines) == 1 and lines[0].startswith("error: ")
     return self.note(fault, "refused" if clear else "wrong", f"status {status}\n{out}\n{err}")
 
+  def row(self, fault: str) -> dict[str, Any]:
+    """Where a fault is counted."""
+    return self.rows.setdefault(fault, {"fault": fault, "injected": 0, "survived": 0, "refused": 0, "wrong": 0})
+
   def note(self, fault: str, verdict: str, what: str) -> str:
     """Counts one fault."""
-    row = self.rows.setdefault(fault, {"fault": fault, "injected": 0, "survived": 0, "refused": 0, "wrong": 0})
+    row = self.row(fault)
     row["injected"] += 1
     row[verdict] += 1
     if verdict == "wrong":
@@ -610,12 +655,163 @@ def short(bench: Bench) -> None:
     bench.note(fault, verdict, f"see the last\n{out}\n{err}")
 
 
+class Hosts:
+  """Networks of their own, joined by a bridge: to a process, each is another host. For root alone."""
+
+  def __init__(self, folder: pathlib.Path, count: int):
+    """Makes them.
+
+    Raises:
+      OSError, subprocess.CalledProcessError: where that is not allowed.
+    """
+    name = f"f{os.getpid()}"
+    self._bridge, self._names = f"{name}br", [f"{name}h{index}" for index in range(count)]
+    self.addresses = [f"10.213.0.{index + 1}" for index in range(count)]
+    self._known = folder / "hosts"
+    self._known.write_text("".join(f"{a} {n}\n" for a, n in zip(self.addresses, self._names, strict=True)))
+    try:
+      self._ip(f"link add {self._bridge} type bridge", f"link set {self._bridge} up")
+      for host, address in zip(self._names, self.addresses, strict=True):
+        self._ip(
+          f"netns add {host}", f"link add {host} type veth peer name eth0 netns {host}",
+          f"link set {host} master {self._bridge} up", f"-n {host} addr add {address}/24 dev eth0",
+          f"-n {host} link set lo up", f"-n {host} link set eth0 up",
+        )  # fmt: skip
+    except BaseException:
+      self.close()
+      raise
+
+  def _ip(self, *commands: str) -> None:
+    for command in commands:
+      subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+  def inside(self, index: int) -> list[str]:
+    """A command that runs another on a host, which knows itself and the others by name."""
+    script = f'mount --bind {self._known} /etc/hosts && hostname {self._names[index]} && exec "$@"'
+    return ["ip", "netns", "exec", self._names[index], "unshare", "--uts", "bash", "-c", script, "bash"]
+
+  def cut_off(self, index: int) -> None:
+    """Takes a host's cable out."""
+    self._ip(f"link set {self._names[index]} down")
+
+  def close(self) -> None:
+    """Removes them."""
+    # What belongs to a network is otherwise removed some time after it.
+    links = [f"link del {name}" for name in (*self._names, self._bridge)]
+    for command in (*links, *(f"netns del {host}" for host in self._names)):
+      with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        self._ip(command)
+
+
+def one_of_several(bench: Bench, run: Run, how: str, part: str, victim: int) -> tuple[str, dict[str, Any]]:
+  """Lets something befall one of the processes of a run, and sees what becomes of the others.
+
+  Args:
+    bench: of that many processes.
+    run: goes on.
+    how: "killed", "stopped", "slowed" or "cut off".
+    part: see `moments`.
+    victim: which of them.
+
+  Returns:
+    What was wrong, "" if nothing was, and figures for the table.
+
+  Raises:
+    Unfit: if the run was over before the moment came.
+  """
+  with contextlib.ExitStack() as stack:
+    hosts = Hosts(bench.folder, bench.count) if how == "cut off" else None
+    if hosts:
+      stack.callback(hosts.close)
+    together = bench.start(run, hosts)
+    stack.callback(lambda: [process.send(signal.SIGKILL) for process in together])
+    others = [process for index, process in enumerate(together) if index != victim]
+    moments(bench, run, together[0], early=True)[part]()
+    if hosts:
+      hosts.cut_off(victim)
+    else:
+      together[victim].send(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    since = time.monotonic()
+    if how == "slowed":
+      time.sleep(SLOWED)
+      together[victim].send(signal.SIGCONT)
+    while not all(process.ended() for process in others) and (how == "slowed" or time.monotonic() - since < PATIENCE):
+      time.sleep(0.05)
+    seconds = time.monotonic() - since
+    if how == "stopped":
+      together[victim].send(signal.SIGCONT)
+    ends = {index: process.end() for index, process in enumerate(together)}
+  finished = (run.workdir / "results.json").exists()
+  if finished and how != "slowed":
+    raise Unfit
+  figures = {
+    "seconds_of_the_others": round(seconds, 1),
+    "statuses": [status for status, _, _ in ends.values()],
+    "standard_error": [err.splitlines() for _, _, err in ends.values()],
+  }
+  if how == "slowed":
+    clear = finished and all(status == 0 and not err for status, _, err in ends.values())
+  else:
+    told = {index: err.splitlines() for index, (_, _, err) in ends.items() if (index, how) != (victim, "killed")}
+    clear = seconds < ENDED_WITHIN and all(
+      ends[index][0] not in (0, 2) and len(lines) == 1 and re.match("error: process(es)? [0-9]", lines[0])
+      for index, lines in told.items()
+    )
+  return "" if clear else f"the others ended after {seconds:.0f} s\n{ends}", figures
+
+
+def several(bench: Bench, *, short: bool) -> None:
+  """One of several processes is killed, stopped, cut off or slowed, the first and another, in every part of a run.
+
+  Four such things befall one run after the other, and its end tells of them all.
+  """
+  try:
+    Hosts(bench.folder, bench.count).close()
+    networks = True
+  except (OSError, subprocess.CalledProcessError):
+    networks = False
+  other, run, endured = bench.count - 1, None, list[str]()
+  kinds, parts = ("killed", "stopped", "cut off", "slowed"), ("step", "save", "evaluation")
+  faults = [(how, part, victim) for victim in (other, 0) for part in parts for how in kinds]
+  for how, part, victim in [("killed", "step", other), ("slowed", "save", 0)] if short else faults:
+    fault = f"process {victim} {how} during {part}"
+    if how == "cut off" and not networks:
+      bench.not_run(fault, "no leave to make networks")
+      continue
+    for _ in range(4):
+      if run is None:
+        run = bench.fresh(bench.peace)
+        (run.workdir / "results.json").unlink()
+        shutil.rmtree(run.workdir / "checkpoints" / "recommender")  # The tokenizer is there already.
+      try:
+        problem, figures = one_of_several(bench, run, how, part, victim)
+        print(f"{fault}: the others ended after {figures['seconds_of_the_others']} s", flush=True)
+        bench.row(fault).update(figures)
+        if problem:
+          bench.note(fault, "wrong", problem)
+        else:
+          endured.append(fault)
+      except Unfit:
+        problem = None
+      if (run.workdir / "results.json").exists():
+        if endured:
+          verdict = bench.judge(endured.pop(), run, log=True)
+        while endured:
+          bench.note(endured.pop(), verdict, "see the one before")
+        run = None
+      if problem is not None:
+        break
+
+
 def table(rows: list[dict[str, Any]]) -> str:
   """The rows in Markdown."""
-  columns = ("injected", "survived", "refused", "wrong")
-  lines = ["| fault | injected | survived | refused | wrong |", "|---|---|---|---|---|"]
+  columns = ["injected", "survived", "refused", "wrong"]
+  columns += ["seconds_of_the_others"] if any("seconds_of_the_others" in row for row in rows) else []
+  lines = [f"| fault | {' | '.join(columns)} |".replace("_", " "), "|---" * (1 + len(columns)) + "|"]
   for row in rows:
-    figures = [f"not run: {row['not_run']}", "", "", ""] if "not_run" in row else [str(row[name]) for name in columns]
+    figures = [str(row.get(name, "")) for name in columns]
+    if "not_run" in row:
+      figures[0] = f"not run: {row['not_run']}"
     lines.append(f"| {row['fault']} | {' | '.join(figures)} |")
   return "\n".join(lines)
 
@@ -628,8 +824,10 @@ def main(argv: list[str]) -> None:
   options = flags.FLAGS
   started = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
-    bench = Bench(pathlib.Path(folder), short=options.short, seed=options.seed)
-    if options.short:
+    bench = Bench(pathlib.Path(folder), short=options.short, seed=options.seed, count=options.processes)
+    if options.processes > 1:
+      several(bench, short=options.short)
+    elif options.short:
       short(bench)
     elif options.circumstances:
       circumstances(bench, options.count)
@@ -652,6 +850,7 @@ if __name__ == "__main__":
   flags.DEFINE_bool("short", False, "A few faults on one run.")
   flags.DEFINE_bool("circumstances", False, "Only second starts, odd names, a shell's settings and standard streams.")
   flags.DEFINE_integer("count", 50, "Kills of the long form; the other faults are in proportion.")
+  flags.DEFINE_integer("processes", 1, "Of the run; more than one: only what may befall one of several.", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "Of the moments and places.")
   flags.mark_flags_as_required(["output"])
   start(main)

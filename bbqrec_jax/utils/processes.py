@@ -1,16 +1,29 @@
 """Runs of several processes, each with its own devices: how they join, and values that they agree on."""
 
+import contextlib
 import itertools
 import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from bbqrec_jax.errors import InputError
+from bbqrec_jax.utils import last_words
 
 # Variables in which launchers say how many processes they have started.
 _LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+
+# Seconds without a sign of life after which a process is lost, and JAX ends the others. Its own threads give the signs,
+# two in that time: neither compilation nor anything else that Python waits for holds them up.
+LOST_AFTER = 40
+# What JAX's libraries raise where a process is lost, and seldom else: the name of a status before the message.
+_OF_OTHERS = re.compile(r"\b(?:ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 
 
 def join(
@@ -39,7 +52,7 @@ def join(
   if mode == "off" or (mode == "auto" and not given and _alone()):
     return
   try:
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=LOST_AFTER)
   except Exception as error:  # A cluster's own client raises what it likes.
     nothing_found = isinstance(error, ValueError) and not given and "JAX_COORDINATOR_ADDRESS" not in os.environ
     if nothing_found and mode == "auto":
@@ -53,6 +66,49 @@ def join(
       f"this process cannot join the others of its run ({error}): mend the cluster's settings, or run alone with"
       " --distributed=off"
     ) from error
+  if jax.distributed.is_initialized():
+    _tell_in_one_line()
+
+
+def _tell_in_one_line() -> None:
+  """Lets another process write what this one writes to standard error, see `last_words`, if one can be started."""
+  reader, writer = os.pipe()
+  with contextlib.suppress(OSError):
+    os.posix_spawn(
+      sys.executable,
+      [sys.executable, "-I", "-S", last_words.__file__, str(LOST_AFTER)],
+      os.environ,
+      file_actions=[(os.POSIX_SPAWN_DUP2, reader, 0), (os.POSIX_SPAWN_DUP2, 2, 1)],
+      setsigmask=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP],  # It ends when this process has ended.
+    )
+    os.dup2(writer, 2)
+  os.close(reader)
+  os.close(writer)
+
+
+@contextlib.contextmanager
+def ended_together() -> Iterator[None]:
+  """Keeps a process from telling of what failed because another is lost: JAX ends it, and `last_words` tells.
+
+  What fails so waits for that end, one and a half times `LOST_AFTER` at most; then it is raised after all.
+  """
+  try:
+    yield
+  except Exception as error:
+    if jax.distributed.is_initialized() and of_others(error):
+      time.sleep(1.5 * LOST_AFTER)
+    raise
+
+
+def of_others(error: BaseException | None) -> bool:
+  """Whether an error, or one that it was made of, may be due to the loss of another process."""
+  seen: set[int] = set()
+  while error is not None and id(error) not in seen:
+    if _OF_OTHERS.search(str(error)):
+      return True
+    seen.add(id(error))
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def _alone() -> bool:

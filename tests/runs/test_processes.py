@@ -171,12 +171,60 @@ def test_two_processes_are_stopped_go_on_and_equal_one(load_file, tmp_path, monk
   np.testing.assert_allclose(ids.codebooks, expected.codebooks, rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_of_pmap_equal_one(load_file, tmp_path, monkeypatch):
-  together, alone = tmp_path / "together", tmp_path / "alone"
-  finish(start_both(together, SASREC))
+@pytest.fixture(scope="module")
+def sasrec(tmp_path_factory):
+  """The workdir of two processes that nothing befell."""
+  workdir = tmp_path_factory.mktemp("sasrec") / "together"
+  finish(start_both(workdir, SASREC))
+  return workdir
+
+
+def test_two_processes_of_pmap_equal_one(sasrec, load_file, tmp_path, monkeypatch):
+  together, alone = sasrec, tmp_path / "alone"
   run_alone(load_file, alone, SASREC, Pmap(devices=jax.devices()[:2]), monkeypatch)
   monkeypatch.undo()
   assert_same_run(together, alone)
+
+
+# Who gives no sign of life for so many seconds is lost.
+IMPATIENT = """
+import runpy
+from bbqrec_jax.utils import processes
+processes.LOST_AFTER = 8
+runpy.run_module("bbqrec_jax.main", run_name="__main__")
+"""
+
+
+def test_when_one_is_killed_the_other_says_so_in_one_line_and_both_go_on(sasrec, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  (tmp_path / "impatient.py").write_text(IMPATIENT, encoding="utf-8")
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+  told = {
+    1: "process 1 of this run gave no sign of life for 8 s",
+    0: "process 0 of this run cannot be reached any more (it is given 8 s to answer)",
+  }
+  for victim, place in ((1, "recommender 5/20 "), (0, "recommender 15/20 ")):
+    both = start_both(workdir, SASREC, command=("impatient",))
+    assert any(line.startswith(place) for line in both[0].stdout), both[0].stderr.read()
+    both[victim].kill()
+    killed = time.monotonic()
+    _, errors = both[1 - victim].communicate(timeout=60)
+    assert time.monotonic() - killed < 1.5 * 8
+    assert errors == (
+      f"error: {told[victim]}; start all processes again, and the same command goes on from the last checkpoint\n"
+    )
+    assert both[1 - victim].returncode == -signal.SIGABRT
+    both[victim].communicate()
+    assert not (workdir / "results.json").exists()
+  printed = finish(start_both(workdir, SASREC))
+  assert "recommender: going on from step 10" in printed[0]
+  results, expected = read_json(workdir / "results.json"), read_json(sasrec / "results.json")
+  assert all(results[name] == expected[name] for name in ("best_step", "steps", *PARTS))
+  assert [line | {"time": 0} for line in records(workdir).values()] == [
+    line | {"time": 0} for line in records(sasrec).values()
+  ]
+  params, expected_params = (restore(one).params for one in (workdir, sasrec))
+  jax.tree.map(np.testing.assert_array_equal, params, expected_params)
 
 
 def test_an_unknown_way_is_refused_before_anything_runs(tmp_path):
@@ -190,7 +238,7 @@ def test_an_unknown_way_is_refused_before_anything_runs(tmp_path):
 def joined(monkeypatch):
   """What `jax.distributed.initialize` is given; none of a cluster's variables are set."""
   given = []
-  monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: given.append(arguments))
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **options: given.append(arguments))
   for name in list(os.environ):
     if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "KUBERNETES_")):
       monkeypatch.delenv(name)
@@ -214,7 +262,7 @@ def test_auto_joins_what_is_found_and_is_off_on_a_lone_host(joined, monkeypatch)
 
 
 def refuse_to_join(error):
-  def initialize(*arguments):
+  def initialize(*arguments, **options):
     raise error
 
   return initialize
@@ -255,6 +303,31 @@ def test_flags_that_do_not_fit_together_are_refused(joined, mode, given, named):
   with pytest.raises(InputError, match=named):
     processes.join(mode, **given)
   assert joined == []
+
+
+def test_only_errors_that_may_be_of_others_wait_for_the_end_of_all(monkeypatch):
+  naps = []
+  monkeypatch.setattr(time, "sleep", naps.append)
+
+  def fail(error, cause=None):
+    with pytest.raises(type(error)) as raised, processes.ended_together():
+      raise error from cause
+    assert raised.value is error
+
+  gloo = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+  fail(gloo)
+  assert naps == []  # Alone.
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  fail(InputError("--config: expected a number"))
+  fail(InputError("data: a file is missing"), FileNotFoundError("INTERNAL"))
+  fail(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+  assert naps == []
+  fail(gloo)
+  fail(InputError("this checkpoint cannot be used"), gloo)
+  fail(RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"))
+  assert naps == [1.5 * processes.LOST_AFTER] * 3
+  with processes.ended_together():
+    pass
 
 
 def test_a_lone_process_waits_for_nobody_and_speaks_for_itself():
