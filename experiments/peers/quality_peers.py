@@ -183,7 +183,7 @@ def cornac_tiger(curve: Curve, data: str, folder: pathlib.Path, changes: dict[st
   from cornac.models import TIGER
   from cornac.models.tiger import GRID_CONFIG
 
-  features = np.load(pathlib.Path(data, "text_features.npy")).astype(np.float32)
+  features = np.load(pathlib.Path(data, "text_features.npy"), allow_pickle=False).astype(np.float32)
   content = FeatureModality(features=features, ids=[str(item) for item in range(len(features))])
   method = cornac_data(data, item_feature=content)
   settings = {**GRID_CONFIG, "seed": 0} | changes
