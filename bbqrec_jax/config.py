@@ -52,6 +52,11 @@ class RunSettings(Safeguards):
       InputError: if some do not.
     """
     field = f"config field {prefix}"
+    if self.steps_per_call > self.log_every:
+      raise InputError(
+        f"{field}steps_per_call must be at most {prefix}log_every = {self.log_every}, as a call ends where metrics are"
+        f" logged, got {self.steps_per_call}"
+      )
     if 0 < self.shard_rows < _FEWEST_ROWS:
       raise InputError(f"{field}shard_rows must be 0 or at least {_FEWEST_ROWS}, got {self.shard_rows}")
     if self.steps_of and self.data.split != "none":

@@ -220,13 +220,18 @@ def _problem(path: str, config: Any, dataset: Any, dtype: str) -> tuple[Any, ...
   return loss, make_ranker(model, beam_width=50), params, catalogue, batch, asked
 
 
-def attention_ways(dtype: str, size: str) -> dict[str, Any]:
-  """Attention with a bias in three ways: of each milliseconds with gradients, and its distance from the first."""
+def attention_ways(case: str) -> dict[str, Any]:
+  """Attention with a bias in three ways: of each milliseconds with gradients, and its distance from the first.
+
+  Args:
+    case: DTYPE:SIZE.
+  """
   import jax
   import jax.numpy as jnp
 
   from bbqrec_jax.ops.attention import attention, history_mask
 
+  dtype, _, size = case.partition(":")
   rows, length, heads, width = (4, 32, 2, 16) if size == "small" else (64, 256, 8, 64)
   keys = jax.random.split(jax.random.key(0), 4)
   query, key, value = (jax.random.normal(k, (rows, length, heads, width), dtype) for k in keys[:3])
@@ -279,7 +284,7 @@ def main(argv: list[str]) -> None:
   if options.work:
     kind, _, rest = options.work.partition(":")
     work = {"agreement": agreement, "attention": attention_ways, "profile": profile}
-    print(json.dumps(work[kind](*rest.split(":", maxsplit=kind == "attention"))))
+    print(json.dumps(work[kind](rest)))
     return
   folder = pathlib.Path(options.output).absolute()
   folder.mkdir(parents=True, exist_ok=True)

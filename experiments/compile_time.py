@@ -39,6 +39,7 @@ _STEPS = 3
 
 def place() -> str:
   """The file and function of the package that is being worked on, the innermost two."""
+  # Without the wrappers that are called "run", of steps and maps, which tell no place from another.
   frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(_PACKAGE) and frame.name != "run"]
   return " < ".join(f"{pathlib.Path(frame.filename).stem}.{frame.name}" for frame in reversed(frames[-2:]))
 

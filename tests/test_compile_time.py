@@ -24,3 +24,32 @@ def test_programs_are_counted_at_the_place_that_compiles_them(load_file, monkeyp
   assert programs >= 2, "one for each width"
   assert min(traced, lowered, compiled) > 0
   assert traced + lowered + compiled < measured["seconds"]
+
+
+def test_large_programs_are_sized_with_what_their_loops_hold(load_file, monkeypatch):
+  script = load_file("experiments/compile_time.py")
+
+  def body(carry, row):
+    return carry + jnp.sin(row), carry * row
+
+  def step(state, shared, batch, *, axis_name):
+    assert axis_name is None
+    return jax.lax.scan(body, state + shared, batch)
+
+  # Of the function one addition and the scan, of its body sine, sum and product.
+  assert (
+    script.equations(
+      jax.make_jaxpr(lambda *given: step(*given, axis_name=None))(jnp.float32(1), jnp.float32(2), jnp.ones(3)).jaxpr
+    )
+    == 5
+  )
+  device = script.Sized()
+  monkeypatch.setattr(script, "place", lambda: "here")
+  compiled = device.compile_step(step)
+  total, _ = compiled(jnp.float32(1), jnp.float32(2), jnp.zeros(3))
+  assert float(total) == 3.0
+  (equations, operations, instructions) = device.sizes["here"]
+  assert equations >= 5
+  assert min(operations, instructions) > 0
+  compiled(jnp.float32(1), jnp.float32(2), jnp.zeros((3, 2))[:, 0])
+  assert list(device.sizes) == ["here"]

@@ -329,6 +329,7 @@ def test_empty_subsets():
     ),
     ({"tokenizer.row_length": 19}, ("tokenizer.row_length = 19", "tokenizer.max_length = 20")),
     ({"tokenizer.warmup_steps": 2000}, ("tokenizer.warmup_steps = 2000", "tokenizer.steps = 2000")),
+    ({"steps_per_call": 8, "log_every": 7}, ("steps_per_call must be at most log_every = 7", "got 8")),
     ({"shard_rows": 1000}, ("shard_rows = 1000", "partitioner = 'mesh'")),
     ({"shard_rows": 63, "partitioner": "mesh"}, ("shard_rows must be 0 or at least 64, got 63",)),
     (

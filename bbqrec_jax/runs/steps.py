@@ -9,7 +9,7 @@ from bbqrec_jax.config import CHANGEABLE
 from bbqrec_jax.errors import InputError
 from bbqrec_jax.recommender.settings import trains_tokenizer
 from bbqrec_jax.runs.workdir import PATHS, differences, load_results
-from bbqrec_jax.utils.files import is_given
+from bbqrec_jax.utils.files import is_given, local_path
 from bbqrec_jax.utils.json_files import read_json
 from bbqrec_jax.utils.messages import say
 from bbqrec_jax.utils.settings import flatten
@@ -22,6 +22,11 @@ _OTHER = (
 )  # fmt: skip
 
 
+def _validated(config: ml_collections.ConfigDict) -> pathlib.Path:
+  """The workdir of the validated run; of a URL a copy without the checkpoints."""
+  return local_path(config.steps_of, flag="config.steps_of", use="read", without="checkpoints/")
+
+
 def take_steps(config: ml_collections.ConfigDict) -> None:
   """Sets `recommender.steps` to the best step of the validated run that `steps_of` names.
 
@@ -31,7 +36,7 @@ def take_steps(config: ml_collections.ConfigDict) -> None:
   Raises:
     InputError: if it is no finished run, was not validated, or `recommender.steps` says otherwise.
   """
-  workdir = pathlib.Path(config.steps_of)
+  workdir = _validated(config)
   given = f"config field steps_of = {str(workdir)!r}"
   if not is_given(workdir / "results.json"):
     raise InputError(f"{given}: expected the workdir of a finished run, found no results.json there; give one")
@@ -55,7 +60,7 @@ def check_recipe(config: ml_collections.ConfigDict) -> None:
   Raises:
     InputError: if so; names the fields that differ.
   """
-  theirs = flatten(read_json(pathlib.Path(config.steps_of) / "config.json"))
+  theirs = flatten(read_json(_validated(config) / "config.json"))
   mine = flatten(json.loads(json.dumps(config.to_dict())))
   own = trains_tokenizer(config)
   differing = [
