@@ -8,8 +8,6 @@ makes local paths of URLs, which is all that most of the package knows of them.
 A folder that was sent holds `mirror.json`, which names the files that count. It is written last and in one piece, so
 what is sent counts altogether or not at all; where there is none, as in a folder that was put there by other means,
 everything counts. It also says who writes there.
-
-The file systems are fsspec's, for the schemes of `etils.epath` the very ones that epath gives to orbax and TFDS.
 """
 
 import concurrent.futures
@@ -30,234 +28,20 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from bbqrec_jax.errors import LOCAL_COPIES, Diverged, InputError, StorageError, as_given
-from bbqrec_jax.utils import processes
-from bbqrec_jax.utils.files import Use, is_plain_name, is_url, unfinished
-from bbqrec_jax.utils.json_files import checksum
+from bbqrec_jax.utils import object_store, processes
+from bbqrec_jax.utils.files import Use, is_url, unfinished
 from bbqrec_jax.utils.lock import locked
 from bbqrec_jax.utils.messages import say, warn
+from bbqrec_jax.utils.object_store import MANIFEST, Object, ObjectStore
 from bbqrec_jax.utils.signals import Interrupted
 
-MANIFEST = "mirror.json"
-ATTEMPTS, WAIT = 4, 1.0  # How often a request is made, and the seconds before the second time, doubled every time.
 _AT_ONCE = 8  # Requests.
 _WORTH_TELLING = 2**26  # Bytes that take a while.
-_EPATH = ("gs", "s3", "az")
 # What stands in a workdir for a moment, or means something on this machine alone.
 _PASSING = re.compile(r"(?:^|/)[^/]*(?:\.unfinished|\.orbax-checkpoint-tmp[^/]*)(?:/|$)|^lock$|^mirror\.json$")
 _OWN = ("checkpoints/", "tensorboard/", "tokenizer/")  # What of a workdir is a run's own, whoever put it there.
 
 _Signature = tuple[int, int]  # Size and time of a local file.
-
-
-class _Object(NamedTuple):
-  """Bytes of an object, and digits that change with whatever its store says of it."""
-
-  size: int
-  stamp: str
-
-
-class _Manifest(NamedTuple):
-  """What is sent with a folder.
-
-  Attributes:
-    text: as it stands there; "" where there is none.
-    files: that count; None where there is none.
-    writer: who sent the folder the last time.
-    works: whether the writer means to go on.
-    turn: how often it was sent.
-  """
-
-  text: str = ""
-  files: tuple[str, ...] | None = None
-  writer: str = ""
-  works: bool = False
-  turn: int = 0
-
-
-class _Store:
-  """What lies below one URL."""
-
-  def __init__(self, url: str):
-    """Checks that there is a way to it; nothing is asked of it yet.
-
-    Raises:
-      InputError: if the URL is none, its scheme is unknown, or the package for it is missing.
-    """
-    scheme, _, rest = url.rstrip("/").partition("://")
-    self.url = f"{scheme.lower()}://{rest}"
-    if any(part in ("", ".", "..") or not is_plain_name(f"x{part}") for part in rest.split("/")):
-      raise InputError(
-        f"{url}: expected a URL such as gs://bucket/folder, got one with an empty, odd or long part; correct it"
-      )
-    self._fs = _filesystem(self.url)
-    self._root = self._fs._strip_protocol(self.url)
-    self.error: type[Exception] = InputError  # What a failure is.
-    self.mend = "mend that, and give the same command again"
-
-  @property
-  def parts(self) -> list[str]:
-    """Bucket and folders."""
-    return self.url.partition("://")[2].split("/")
-
-  def _persist(self, doing: str, name: str, call: Callable[[], Any]) -> Any:
-    """What a request answers, which is made again a few times if it fails.
-
-    Raises:
-      FileNotFoundError: if there is no such object.
-      InputError, StorageError: if it fails again and again, or nothing speaks for trying again.
-    """
-    for attempt in range(ATTEMPTS):
-      try:
-        return call()
-      except FileNotFoundError:
-        raise
-      except Exception as error:  # Every kind of store has errors of its own.
-        if attempt + 1 < ATTEMPTS and not isinstance(error, PermissionError):
-          time.sleep(WAIT * 2**attempt)
-          continue
-        raise self._failed(doing, name, error) from error
-
-  def _failed(self, doing: str, name: str, error: Exception) -> Exception:
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-    return self.error(f"{self._path(name, self.url)} could not be {doing}: {reason}; {self.mend}")
-
-  def _path(self, name: str, root: str | None = None) -> str:
-    root = self._root if root is None else root
-    return f"{root}/{name}" if name else root
-
-  def objects(self) -> dict[str, _Object]:
-    """What there is, by name below the URL; "" if the URL itself is a file.
-
-    Raises:
-      InputError, StorageError: if it cannot be listed, or a name would lead out of a folder.
-    """
-
-    def find() -> dict[str, dict[str, Any]]:
-      self._fs.invalidate_cache()
-      return self._fs.find(self._root, detail=True)
-
-    try:
-      found = self._persist("listed", "", find)
-    except FileNotFoundError:
-      return {}
-    listed = {}
-    for path, about in found.items():
-      name = path[len(self._root) :].removeprefix("/")
-      if name and any(part in ("", ".", "..") or "\0" in part for part in name.split("/")):
-        raise self.error(f"{self.url}: expected names that a folder can have, found {name!r}; rename that")
-      stamp = hashlib.sha256(repr(sorted(about.items(), key=str)).encode()).hexdigest()[:16]
-      listed[name] = _Object(about["size"], stamp)
-    return listed
-
-  def manifest(self) -> _Manifest:
-    """What `mirror.json` says.
-
-    Raises:
-      InputError, StorageError: if it cannot be read, or is damaged.
-    """
-    try:
-      text = self._persist("read", MANIFEST, lambda: self._fs.cat_file(self._path(MANIFEST))).decode(errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
-      return _Manifest()
-    try:
-      value = json.loads(text)
-      if value.pop("checksum") != checksum(value):
-        raise ValueError("its checksum is another")
-      return _Manifest(
-        text, tuple(map(str, value["files"])), str(value["writer"]), bool(value["works"]), int(value["turn"])
-      )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise self.error(
-        f"{self.url}/{MANIFEST}: expected the names of the files there, got a damaged file ({error}); delete it, and"
-        " every file there counts"
-      ) from None
-
-  def write_manifest(self, files: Iterable[str], *, writer: str, works: bool, turn: int) -> _Manifest:
-    """Makes these files count."""
-    names = tuple(sorted(files))
-    value = {"files": list(names), "writer": writer, "works": works, "turn": turn}
-    text = json.dumps(value | {"checksum": checksum(value)}, indent=1)
-    self.put_bytes(MANIFEST, text.encode())
-    return _Manifest(text, names, writer, works, turn)
-
-  def get(self, name: str, path: pathlib.Path, *, size: int) -> None:
-    """Copies an object to a file, which gets its name when it is whole.
-
-    Raises:
-      FileNotFoundError: if it is gone.
-      InputError, StorageError: as `objects`.
-    """
-    partial = unfinished(path)
-
-    def fetch() -> None:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      self._fs.get_file(self._path(name), str(partial))
-      if partial.stat().st_size != size:
-        raise OSError(f"expected {size} bytes, got {partial.stat().st_size}")
-      os.replace(partial, path)
-
-    self._persist("copied to this machine", name, fetch)
-
-  def put(self, path: pathlib.Path, name: str) -> None:
-    """Sends a file."""
-    self._sent(name, lambda: self._fs.put_file(str(path), self._path(name)))
-
-  def put_bytes(self, name: str, content: bytes) -> None:
-    """Sends a few bytes."""
-    self._sent(name, lambda: self._fs.pipe_file(self._path(name), content))
-
-  def _sent(self, name: str, call: Callable[[], Any]) -> None:
-    try:
-      self._persist("written", name, call)
-    except FileNotFoundError as error:  # There is no such bucket.
-      raise self._failed("written", name, error) from error
-
-  def remove(self, name: str) -> None:
-    """Removes an object; that it cannot be removed harms nobody."""
-    with contextlib.suppress(Exception):
-      self._fs.rm_file(self._path(name))
-
-  def holds(self) -> bool:
-    """Whether there is anything that counts."""
-    manifest = self.manifest()
-    return bool(self.objects() if manifest.files is None else manifest.files)
-
-  def try_to_write(self) -> None:
-    """Makes an empty object beside the URL and removes it.
-
-    Raises:
-      InputError: if it cannot be made.
-    """
-    probe = f"{self._root}.unfinished"
-    self._sent("", lambda: self._fs.pipe_file(probe, b""))
-    with contextlib.suppress(Exception):
-      self._fs.rm_file(probe)
-
-
-def _filesystem(url: str) -> Any:
-  """The file system of a URL.
-
-  Raises:
-    InputError: if the scheme is unknown, the package for it is missing, or it cannot be made.
-  """
-  import fsspec
-  from etils.epath import backend
-
-  scheme = url.partition("://")[0]
-  try:
-    fsspec.get_filesystem_class(scheme)
-    return backend.fsspec_backend.fs(url) if scheme in _EPATH else fsspec.filesystem(scheme)
-  except ImportError as error:
-    extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(scheme)
-    mend = f"pip install 'bbqrec_jax[{extra}]'" if extra else "install it"
-    raise InputError(f"{url}: a package is missing: {error}; {mend}") from None
-  except ValueError:
-    raise InputError(
-      f"{url}: expected a path, or a URL of a kind that fsspec knows (gs, s3, abfs, hdfs and others), got {scheme}://;"
-      " correct it"
-    ) from None
-  except Exception as error:
-    raise InputError(f"{url}: there is no way to it ({type(error).__name__}: {error}); check the account") from None
 
 
 _made: list[tempfile.TemporaryDirectory[str]] = []  # Each is gone when the program ends.
@@ -279,14 +63,14 @@ def _root() -> pathlib.Path:
   return pathlib.Path(home, "bbqrec_jax", "urls").absolute()
 
 
-def _place(store: _Store) -> pathlib.Path:
+def _place(store: ObjectStore) -> pathlib.Path:
   """The folder for all copies of a URL, of a short and plain name."""
   digest = hashlib.sha256(store.url.encode()).hexdigest()[:10]
   words = re.sub("[^A-Za-z0-9]+", "-", store.url)[:80]
   return _root() / f"{words}-{digest}"
 
 
-def _of_url(folder: pathlib.Path, store: _Store) -> pathlib.Path:
+def _of_url(folder: pathlib.Path, store: ObjectStore) -> pathlib.Path:
   """A local copy's path, which ends as the URL does: runs and data sets are called by the last names of theirs."""
   path = folder.joinpath(*store.parts[-2:])
   LOCAL_COPIES[str(path)] = store.url
@@ -306,7 +90,7 @@ def local_copy(url: str, *, use: Use, without: str = "") -> pathlib.Path:
     InputError: if the URL or its scheme is none, a package is missing, there is nothing, or it cannot be read; or
       nothing can be written there, if that is its use.
   """
-  store = _Store(url)
+  store = ObjectStore(url)
   place = _place(store)
   try:
     place.mkdir(parents=True, exist_ok=True)
@@ -382,13 +166,13 @@ class _Note(NamedTuple):
     os.replace(partial, path)
 
 
-def _fetch(store: _Store, into: pathlib.Path, note: pathlib.Path, *, without: str = "") -> None:
+def _fetch(store: ObjectStore, into: pathlib.Path, note: pathlib.Path, *, without: str = "") -> None:
   """Makes a local path hold what is at a URL; what it holds already stays.
 
   Raises:
     InputError: if there is nothing, or it cannot be read.
   """
-  for _ in range(ATTEMPTS):
+  for _ in range(object_store.ATTEMPTS):
     manifest, objects = store.manifest(), store.objects()
     objects.pop(MANIFEST, None)
     if manifest.files is not None:
@@ -401,13 +185,13 @@ def _fetch(store: _Store, into: pathlib.Path, note: pathlib.Path, *, without: st
       _update(store, objects, into, note, manifest=manifest.text, without=without)
       return
     except FileNotFoundError:  # Somebody has written there meanwhile.
-      time.sleep(WAIT)
+      time.sleep(object_store.WAIT)
   raise InputError(f"{store.url}: its files change while they are read; wait until whoever writes there is done")
 
 
 def _update(
-  store: _Store,
-  objects: dict[str, _Object],
+  store: ObjectStore,
+  objects: dict[str, Object],
   into: pathlib.Path,
   note: pathlib.Path,
   *,
@@ -445,7 +229,7 @@ def exists(path: pathlib.Path) -> bool:
     InputError: if that cannot be found out.
   """
   url = as_given(str(path))
-  return is_url(url) and _Store(url).holds()
+  return is_url(url) and ObjectStore(url).holds()
 
 
 def deliver(path: pathlib.Path) -> None:
@@ -457,7 +241,7 @@ def deliver(path: pathlib.Path) -> None:
   url = as_given(str(path))
   if not is_url(url) or not path.exists():
     return
-  store, files = _Store(url), _files(path)
+  store, files = ObjectStore(url), _files(path)
   store.error = StorageError
   if "" in files:
     store.put(path, "")
@@ -478,7 +262,7 @@ def _me() -> str:
 class _Mirror:
   """A workdir that is worked on in a local folder and sent to its URL."""
 
-  def __init__(self, store: _Store, folder: pathlib.Path, note: pathlib.Path):
+  def __init__(self, store: ObjectStore, folder: pathlib.Path, note: pathlib.Path):
     """Makes the folder hold what the URL does, or what this machine added to that when it was last stopped."""
     self.folder, self._store, self._note = folder, store, note
     self._manifest, self._writer, self._claimed = store.manifest(), _me(), False
@@ -518,9 +302,8 @@ class _Mirror:
         f"{self._store.url}: {now.writer or 'somebody'} has written there since; one start at a time can have this"
         " workdir, and this one ends here"
       )
-    if (
-      not self._claimed and not last
-    ):  # Before anything else: a second writer finds out, and so does one without rights.
+    # Before anything else: a second writer finds out, and so does one without rights.
+    if not self._claimed and not last:
       self._manifest = self._store.write_manifest(
         self._there if now.files is None else now.files, writer=self._writer, works=True, turn=now.turn + 1
       )
@@ -577,7 +360,7 @@ def mirrored(workdir: pathlib.Path) -> Iterator[None]:
       f"--workdir={url}: a run of several processes needs a workdir that all of them see; mount the bucket, as bbqrec"
       " launch does at /mnt/bbqrec, and give the folder there"
     )
-  store = _Store(url)
+  store = ObjectStore(url)
   place = _place(store)
   with contextlib.ExitStack() as stack:
     try:

@@ -25,7 +25,7 @@ from bbqrec_jax.errors import LOCAL_COPIES, InputError, StorageError
 from bbqrec_jax.runs.run import run
 from bbqrec_jax.semantic_ids.artefact import SemanticIds
 from bbqrec_jax.training.checkpointing import read_params
-from bbqrec_jax.utils import processes, remote
+from bbqrec_jax.utils import object_store, processes, remote
 from bbqrec_jax.utils.files import check_new, local_path
 from bbqrec_jax.utils.json_files import read_json
 from bbqrec_jax.utils.signals import Interrupted
@@ -108,7 +108,7 @@ class ObjectStore(fsspec.AbstractFileSystem):
 
 
 @contextlib.contextmanager
-def object_store(folder):
+def fake_store(folder):
   """Lets gs:// be a fake in a folder."""
   folder.mkdir(parents=True, exist_ok=True)
   made = type("ObjectStore", (ObjectStore,), {"folder": folder, "requests": []})
@@ -128,8 +128,8 @@ def object_store(folder):
 def bucket(tmp_path, monkeypatch):
   """The fake, empty; `another_machine` takes all local copies away."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  monkeypatch.setattr(remote, "WAIT", 0.0)
-  with object_store(tmp_path / "store") as store:
+  monkeypatch.setattr(object_store, "WAIT", 0.0)
+  with fake_store(tmp_path / "store") as store:
     store.another_machine = staticmethod(lambda: shutil.rmtree(tmp_path / "cache"))
     yield store
   LOCAL_COPIES.clear()
@@ -266,7 +266,7 @@ def test_the_same_machine_goes_on_with_what_was_not_sent_any_more(local, uploade
     error.value
   )
   tried = [name for kind, name in uploaded.requests if kind == "write" and "/recommender/4/" in name]
-  assert max(map(tried.count, tried)) == remote.ATTEMPTS
+  assert max(map(tried.count, tried)) == object_store.ATTEMPTS
   assert "bucket/run/checkpoints/recommender/2/digests.json" in uploaded.names()
   failed = set()
 
@@ -547,8 +547,8 @@ def test_sigterm_saves_at_the_url(uploaded, tmp_path):
 
 def program(folder, commands):
   """Runs commands whose gs:// is a fake in a folder, one after another."""
-  remote.WAIT = 0.0
-  with object_store(pathlib.Path(folder)):
+  object_store.WAIT = 0.0
+  with fake_store(pathlib.Path(folder)):
     for name, *arguments in json.loads(commands):
       child = os.fork()
       if not child:
